@@ -1,0 +1,187 @@
+"""Causal attention: who may see whom, the plain XLA form, and its module.
+
+Masks come from one number a token, its *order*: how many real tokens stand before it in its row. A pad as a key has the
+order `NOT_REAL`. A query sees a key when key order ≤ query order, and in a sliding-window layer when also
+query order − key order < window. So pads take no room in a window and may stand anywhere:
+
+    tokens        pad  a    b    pad  c
+    key order     ∞    0    1    ∞    2
+    query order   -1   0    1    1    2        c sees a, b, c; with window 2: b, c
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from jax_rlhf.models.config import DecoderConfig
+from jax_rlhf.models.layers import Norm, Projection, softcap
+from jax_rlhf.models.rotary import rotate
+
+NOT_REAL = jnp.iinfo(jnp.int32).max
+MASKED_SCORE = jnp.finfo(jnp.float32).min  # finite: a row that sees nothing (a pad) gets an average, not NaN
+
+Angles = tuple[Array, Array]  # cos, sin: float32[B, T, 1, R]
+LayerCache = tuple[Array, Array]  # keys, values: [B, K, S, head_dim], or [L, B, K, S, head_dim] for all layers
+
+
+@struct.dataclass
+class AttentionContext:
+    """What every layer's attention needs to know of the T tokens at hand and the S tokens that they may see.
+
+    Attributes:
+      query_order: int32[B, T].
+      key_order: int32[B, S], `NOT_REAL` for pads and empty cache slots.
+      angles: rotation of the T tokens; None with learned positions.
+      local_angles: the same for sliding-window layers where they have their own, else None.
+      slot: int32[], cache slot of the first of the T tokens; None without a cache.
+    """
+
+    query_order: Array
+    key_order: Array
+    angles: Angles | None
+    local_angles: Angles | None
+    slot: Array | None = None
+
+
+def token_order(mask: Array, start: Array | int = 0) -> tuple[Array, Array]:
+    """The order of each token, as a query and as a key.
+
+    Args:
+      mask: bool[B, T], True = real token.
+      start: int32[B] or int, real tokens that came before these.
+
+    Returns:
+      (query_order, key_order), each int32[B, T].
+    """
+    order = jnp.asarray(start, jnp.int32).reshape(-1, 1) + jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1
+    return order, jnp.where(mask, order, NOT_REAL)
+
+
+def visible(context: AttentionContext, window: Array | int | None) -> Array:
+    """Who may see whom: see the module's docstring.
+
+    Args:
+      context: orders of queries and keys.
+      window: tokens that a query sees, itself included; None = all before it.
+
+    Returns:
+      bool[B, T, S].
+    """
+    query, key = context.query_order[:, :, None], context.key_order[:, None, :]
+    allowed = key <= query
+    return allowed if window is None else allowed & (query - key < window)
+
+
+def attend(
+    query: Array, key: Array, value: Array, allowed: Array, *, scale: Array | float, cap: float | None = None
+) -> Array:
+    """softmax(cap(scale · q kᵀ)) v over the allowed keys, with H query heads on K key/value heads.
+
+    Args:
+      query: float[B, T, H, head_dim].
+      key, value: float[B, K, S, head_dim].
+      allowed: bool[B, T, S].
+      scale: on q·k.
+      cap: soft cap on the scores, or None.
+
+    Returns:
+      float[B, T, H, head_dim], in value's dtype; scores and softmax are float32.
+
+    Source: Vaswani et al. 2017; grouped queries: Ainslie et al. 2023.
+    """
+    batch, length, heads, width = query.shape
+    grouped = query.reshape(batch, length, key.shape[1], heads // key.shape[1], width)
+    scores = jnp.einsum("btkgd,bksd->bkgts", grouped, key, preferred_element_type=jnp.float32) * scale
+    scores = jnp.where(allowed[:, None, None], softcap(scores, cap), MASKED_SCORE)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgts,bksd->btkgd", weights, value).reshape(query.shape)
+
+
+def _write(cache: LayerCache, layer: Array | int, slot: Array, keys: Array, values: Array) -> LayerCache:
+    stacked = cache[0].ndim == 5  # one array for all layers, carried through a scan
+    start = (layer, 0, 0, slot, 0) if stacked else (0, 0, slot, 0)
+
+    def put(buffer: Array, new: Array) -> Array:
+        new = new.astype(buffer.dtype)
+        return jax.lax.dynamic_update_slice(buffer, new[None] if stacked else new, start)
+
+    return put(cache[0], keys), put(cache[1], values)
+
+
+def _read(cache: LayerCache, layer: Array | int, span: int) -> tuple[Array, Array]:
+    # The first `span` slots of one layer: prefill need not look at the empty rest.
+    if cache[0].ndim == 4:
+        return cache[0][:, :, :span], cache[1][:, :, :span]
+    size = (1, *cache[0].shape[1:3], span, cache[0].shape[4])
+    return tuple(jax.lax.dynamic_slice(buffer, (layer, 0, 0, 0, 0), size)[0] for buffer in cache)
+
+
+class Attention(nn.Module):
+    """Multi-head causal attention over the tokens at hand, or over a cache that they are first written to."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Array, context: AttentionContext, layer: Array | int, cache: LayerCache | None
+    ) -> tuple[Array, LayerCache | None]:
+        """float[B, T, D], this layer's index, its cache → float[B, T, D] and the cache with T more tokens."""
+        config = self.config
+        sliding = self._sliding(layer)
+
+        def project(name: str, heads: int, axis: str) -> Array:
+            return Projection(
+                (config.hidden_size,),
+                (heads, config.head_dim),
+                ("embed", axis, "head_dim"),
+                config.qkv_bias,
+                config.dtype,
+                name=name,
+            )(x)
+
+        query = project("query", config.num_heads, "heads")
+        key = project("key", config.num_kv_heads, "kv_heads")
+        value = project("value", config.num_kv_heads, "kv_heads")
+        if config.qk_norm:
+            query, key = Norm(config, name="query_norm")(query), Norm(config, name="key_norm")(key)
+        if context.angles is not None:
+            cos, sin = self._angles(context, sliding)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)  # [B, K, T, head_dim], the cache's layout
+        if cache is not None:
+            cache = _write(cache, layer, context.slot, key, value)
+            key, value = _read(cache, layer, context.key_order.shape[1])
+
+        scale = config.attention_scale / (layer + 1) if config.scale_by_layer else config.attention_scale
+        allowed = visible(context, self._window(sliding))
+        mixed = attend(query, key, value, allowed, scale=scale, cap=config.attention_softcap)
+        out = Projection(
+            (config.num_heads, config.head_dim),
+            (config.hidden_size,),
+            ("heads", "head_dim", "embed"),
+            config.out_bias,
+            config.dtype,
+            name="out",
+        )
+        return out(mixed), cache
+
+    def _sliding(self, layer: Array | int) -> Array | bool:
+        # A Python bool where it can be (all layers alike, or unrolled layers), else looked up by the scanned index.
+        kinds = self.config.sliding_layers or (False,)
+        if all(kinds) or not any(kinds):
+            return kinds[0]
+        return kinds[layer] if isinstance(layer, int) else jnp.asarray(kinds)[layer]
+
+    def _window(self, sliding: Array | bool) -> Array | int | None:
+        if isinstance(sliding, bool):
+            return self.config.sliding_window if sliding else None
+        return jnp.where(sliding, self.config.sliding_window, NOT_REAL)
+
+    def _angles(self, context: AttentionContext, sliding: Array | bool) -> Angles:
+        if context.local_angles is None:
+            return context.angles
+        if isinstance(sliding, bool):
+            return context.local_angles if sliding else context.angles
+        return jax.tree.map(lambda local, other: jnp.where(sliding, local, other), context.local_angles, context.angles)

@@ -1,0 +1,57 @@
+"""The key/value cache of decoding.
+
+Keys and values are `[B, K, S, head_dim]` a layer (K key/value heads, S slots): the layout in which reading one head's
+keys is contiguous, 2–3 × faster on CPU at S = 1024 than `[B, S, K, head_dim]`. For unrolled layers they are one pair of
+arrays a layer, each updated in place; for scanned layers one stacked pair in the scan's carry, since a cache passed
+through a scan's inputs and outputs is copied whole at every step.
+"""
+
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from jax_rlhf.models.attention import NOT_REAL, LayerCache
+from jax_rlhf.models.config import DecoderConfig
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of the tokens so far.
+
+    Attributes:
+      layers: (keys, values), each dtype[L, B, K, S, head_dim], for scanned layers; a tuple of L pairs, each
+        dtype[B, K, S, head_dim], for unrolled ones.
+      order: int32[B, S], how many real tokens stand before each; `NOT_REAL` for pads and empty slots.
+      real: int32[B], real tokens so far.
+      length: int32[], slots filled so far, the same in every row.
+    """
+
+    layers: LayerCache | tuple[LayerCache, ...]
+    order: Array
+    real: Array
+    length: Array
+
+
+def create_cache(config: DecoderConfig, batch: int, capacity: int, *, scan_layers: bool) -> KVCache:
+    """An empty cache. Call it inside the jitted function that fills it, so that it is never copied.
+
+    Args:
+      config: the model's.
+      batch: rows.
+      capacity: S, slots, in tokens: prompt and response together.
+      scan_layers: whether the model that will use it scans its layers.
+
+    Returns:
+      The cache, in the config's dtype.
+    """
+    shape = (batch, config.num_kv_heads, capacity, config.head_dim)
+
+    def zeros(*leading: int) -> LayerCache:
+        return jnp.zeros((*leading, *shape), config.dtype), jnp.zeros((*leading, *shape), config.dtype)
+
+    return KVCache(
+        layers=zeros(config.num_layers) if scan_layers else tuple(zeros() for _ in range(config.num_layers)),
+        order=jnp.full((batch, capacity), NOT_REAL, jnp.int32),
+        real=jnp.zeros((batch,), jnp.int32),
+        length=jnp.zeros((), jnp.int32),
+    )

@@ -1,0 +1,151 @@
+"""What a decoder is made of: one frozen, hashable description that covers every family.
+
+A family (Llama, Gemma, GPT-2 …) is a setting of these fields; `hub/families.py` holds the table that turns a Hugging
+Face `config.json` into one. The model code reads only this class.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from jax_rlhf.models.rotary import Rotary
+
+NormPlacement = Literal["before", "after", "both"]
+RematPolicy = Literal["none", "full", "dots"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """A decoder-only transformer.
+
+    Sizes:
+      vocab_size: V, token ids the model knows; logits have this many columns.
+      padded_vocab_size: rows of the embedding table (and head), V or more; the rows past V exist only so that a mesh
+        divides them, and never reach an output.
+      hidden_size: D, width of the residual stream.
+      intermediate_size: F, width inside the MLP.
+      num_layers: L.
+      num_heads, num_kv_heads: H query heads share K key/value heads, H a multiple of K.
+      head_dim: width of one head; need not be D / H.
+      embedding_size: width of the token embedding where it is not D (opt-350m), with a projection in and one out.
+      max_positions: context length in tokens; with learned positions, the rows of their table less the offset.
+
+    Positions:
+      position_kind: "rotary", or "learned" (a table added to the embedding).
+      position_offset: rows of the learned table that stand before position 0 (OPT: 2).
+      rotary: the rotation; None with learned positions.
+      local_rotary: another rotation for the sliding-window layers (Gemma 3); None where they share `rotary`.
+
+    Attention:
+      attention_scale: factor on q·k.
+      scale_by_layer: divide that factor by (layer index + 1) too (a GPT-2 option).
+      attention_softcap: c in c · tanh(score / c), or None.
+      sliding_window: W, a token sees the W real tokens that end with itself, in the layers that `sliding_layers` marks.
+      sliding_layers: bool per layer.
+      qk_norm: RMS norm on each query and key head (Qwen3, Gemma 3).
+      qkv_bias, out_bias: biases on the projections into and out of attention.
+
+    Norms and residuals:
+      norm_kind: "rms" or "layer".
+      norm_placement: norms "before" each block, "after" its residual sum (opt-350m), or on "both" sides of the block
+        inside the residual (Gemma 2, 3: four norms a layer).
+      norm_epsilon: added to the variance.
+      norm_plus_one: the scale is (1 + weight) (Gemma).
+      norm_affine: False leaves weight and bias out (an OPT option).
+      final_norm: a norm before the head.
+      parallel_residual: attention and MLP read the same input and are summed (GPT-NeoX).
+
+    MLP and embedding:
+      activation: a Hugging Face activation name, see `models/layers.py`.
+      gated_mlp: down(act(gate(x)) · up(x)) instead of down(act(up(x))).
+      mlp_bias: biases in the MLP.
+      embedding_scale: factor on the token embedding (Gemma: √D).
+      tie_embeddings: the LM head is the embedding table.
+      logit_softcap: c in c · tanh(logit / c), or None.
+
+    How to compute:
+      dtype: of activations and matrix products; softmax, norms, rotations and outputs are float32 always.
+      remat: what a layer's backward pass computes again: "none", "full" (all of the layer), or "dots" (all but
+        matrix products with weights).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    padded_vocab_size: int | None = None
+    embedding_size: int | None = None
+
+    position_kind: Literal["rotary", "learned"] = "rotary"
+    position_offset: int = 0
+    rotary: Rotary | None = None
+    local_rotary: Rotary | None = None
+
+    attention_scale: float
+    scale_by_layer: bool = False
+    attention_softcap: float | None = None
+    sliding_window: int | None = None
+    sliding_layers: tuple[bool, ...] = ()
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+
+    norm_kind: Literal["rms", "layer"] = "rms"
+    norm_placement: NormPlacement = "before"
+    norm_epsilon: float = 1e-6
+    norm_plus_one: bool = False
+    norm_affine: bool = True
+    final_norm: bool = True
+    parallel_residual: bool = False
+
+    activation: str = "silu"
+    gated_mlp: bool = True
+    mlp_bias: bool = False
+    embedding_scale: float = 1.0
+    tie_embeddings: bool = False
+    logit_softcap: float | None = None
+
+    dtype: Any = jnp.float32
+    remat: RematPolicy = "full"
+
+    # The Hugging Face config.json that this was made from, as text: `save_pretrained` writes it back with what changed.
+    # Not part of what the model computes, so neither of equality nor of the hash.
+    hf_config: str = dataclasses.field(default="", compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}: "
+                "each key/value head serves an equal group of query heads."
+            )
+        if self.position_kind == "rotary" and self.rotary is None:
+            raise ValueError('position_kind="rotary" needs `rotary`; set position_kind="learned" for a position table.')
+        if self.sliding_layers and len(self.sliding_layers) != self.num_layers:
+            raise ValueError(
+                f"sliding_layers has {len(self.sliding_layers)} entries for {self.num_layers} layers; give one a layer."
+            )
+        if any(self.sliding_layers) and not (self.sliding_window and self.sliding_window > 0):
+            raise ValueError(f"sliding_layers marks layers, but sliding_window is {self.sliding_window}.")
+        if self.padded_vocab_size is not None and self.padded_vocab_size < self.vocab_size:
+            raise ValueError(f"padded_vocab_size={self.padded_vocab_size} is below vocab_size={self.vocab_size}.")
+        if self.parallel_residual and self.norm_placement != "before":
+            raise ValueError('parallel_residual needs norm_placement="before".')
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of the embedding table: the vocabulary, padded."""
+        return self.padded_vocab_size or self.vocab_size
+
+    @property
+    def output_size(self) -> int:
+        """Width of what the head reads: the embedding's where the model projects back to it, else the hidden size."""
+        return self.embedding_size or self.hidden_size
+
+    def replace(self, **changes: Any) -> "DecoderConfig":
+        """A copy with these fields changed."""
+        return dataclasses.replace(self, **changes)

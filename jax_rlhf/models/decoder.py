@@ -1,0 +1,320 @@
+"""One decoder for every family, as a Flax Linen module over plain parameter dicts.
+
+    tokens ─ embed ─▶ x ─ layers ─▶ x ─ final norm, projection ─▶ hidden ─ head ─▶ logits or values
+
+The layers are scanned by default (`params["layers"]` holds each leaf stacked `[L, ...]`), so that compile time does not
+grow with depth; a `scan_layers=False` model runs the same layers unrolled over `params["layers_0"]`, …, which decodes
+faster on CPU. `unstack_layers` turns the first form into the second.
+"""
+
+from typing import Any, Literal
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+from jax import Array
+
+from jax_rlhf.models.attention import Attention, AttentionContext, LayerCache, token_order
+from jax_rlhf.models.cache import KVCache
+from jax_rlhf.models.config import DecoderConfig
+from jax_rlhf.models.heads import LMHead, ScalarHead, logits_from_table
+from jax_rlhf.models.layers import MLP, Norm, Projection, normal_init
+from jax_rlhf.models.rotary import rotary_angles
+
+Params = dict[str, Any]
+Head = Literal["lm", "scalar"]
+
+REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+class Embedding(nn.Module):
+    """Token table, learned positions and input projection, where the config has them."""
+
+    config: DecoderConfig
+
+    def setup(self) -> None:
+        config = self.config
+        init = nn.with_logical_partitioning(normal_init, ("vocab", "embed"))
+        self.table = self.param("table", init, (config.table_rows, config.output_size))
+        if config.position_kind == "learned":
+            init = nn.with_logical_partitioning(normal_init, (None, "embed"))
+            rows = config.max_positions + config.position_offset
+            self.positions = self.param("positions", init, (rows, config.hidden_size))
+        if config.embedding_size:
+            self.project_in = Projection(
+                (config.embedding_size,), (config.hidden_size,), (None, "embed"), False, config.dtype
+            )
+
+    def __call__(self, tokens: Array, positions: Array) -> Array:
+        """int[B, T], int[B, T] → float[B, T, D]."""
+        config = self.config
+        x = _rows(self.table, tokens).astype(config.dtype)
+        if config.embedding_scale != 1.0:
+            x = x * jnp.asarray(config.embedding_scale, config.dtype)
+        if config.embedding_size:
+            x = self.project_in(x)
+        if config.position_kind == "learned":
+            x = x + _rows(self.positions, positions + config.position_offset).astype(config.dtype)
+        return x
+
+    def attend(self, hidden: Array) -> Array:
+        """The tied head: float[..., E] → logits float32[..., V]."""
+        return logits_from_table(hidden, self.table, self.config)
+
+
+def _rows(table: Array, indices: Array) -> Array:
+    # An index outside the table gives NaN, which is seen, where clamping would give a plausible wrong row.
+    return table.at[indices].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each with its norms and residual.
+
+    Attributes:
+      config: the model's.
+      index: this layer's number where layers are unrolled; None where a scan passes it.
+    """
+
+    config: DecoderConfig
+    index: int | None = None
+
+    @nn.compact
+    def __call__(
+        self, carry: tuple[Array, LayerCache | None], context: AttentionContext, index: Array | None
+    ) -> tuple[tuple[Array, LayerCache | None], None]:
+        """(float[B, T, D], cache) → the same after this layer; the form that `nn.scan` wants."""
+        config = self.config
+        x, cache = carry
+        layer = index if self.index is None else self.index
+        before, after = config.norm_placement != "after", config.norm_placement == "both"
+
+        inputs = Norm(config, name="attention_norm")(x) if before else x
+        mixed, cache = Attention(config, name="attention")(inputs, context, layer, cache)
+        if config.parallel_residual:
+            return (x + mixed + MLP(config, name="mlp")(Norm(config, name="mlp_norm")(x)), cache), None
+        if after:
+            mixed = Norm(config, name="attention_post_norm")(mixed)
+        x = x + mixed
+        if not before:
+            x = Norm(config, name="attention_norm")(x)
+
+        inputs = Norm(config, name="mlp_norm")(x) if before else x
+        mixed = MLP(config, name="mlp")(inputs)
+        if after:
+            mixed = Norm(config, name="mlp_post_norm")(mixed)
+        x = x + mixed
+        if not before:
+            x = Norm(config, name="mlp_norm")(x)
+        return (x, cache), None
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer with a head.
+
+    Attributes:
+      config: what it is made of.
+      head: "lm" (logits) or "scalar" (one value a token).
+      scan_layers: layers stacked and scanned, or unrolled.
+    """
+
+    config: DecoderConfig
+    head: Head = "lm"
+    scan_layers: bool = True
+
+    def setup(self) -> None:
+        config = self.config
+        self.embedding = Embedding(config)
+        layer = DecoderLayer
+        if config.remat != "none":
+            layer = nn.remat(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=not self.scan_layers)
+        if self.scan_layers:
+            self.layers = nn.scan(
+                layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, 0),
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(config)
+        else:
+            self.layers = [layer(config, index=index) for index in range(config.num_layers)]
+        if config.final_norm:
+            self.final_norm = Norm(config)
+        if config.embedding_size:
+            self.project_out = Projection(
+                (config.hidden_size,), (config.embedding_size,), ("embed", None), False, config.dtype
+            )
+        if self.head == "scalar":
+            self.scalar_head = ScalarHead(config)
+        elif not config.tie_embeddings:
+            self.lm_head = LMHead(config)
+
+    def __call__(self, tokens: Array, positions: Array | None = None, mask: Array | None = None) -> Array:
+        """Runs the model over whole rows.
+
+        Args:
+          tokens: int[B, T].
+          positions: int[B, T]; default: the count of real tokens before each one.
+          mask: bool[B, T], True = real token; pads may stand anywhere and have any id, and never change a real
+            token's output. Default: all real.
+
+        Returns:
+          Head "lm": logits float32[B, T, V]. Head "scalar": values float32[B, T]. What stands at pads is finite and
+          means nothing. A real token's id outside the vocabulary, or its position outside a learned table, gives NaN.
+        """
+        return self.apply_head(self.hidden_states(tokens, positions, mask))
+
+    def hidden_states(self, tokens: Array, positions: Array | None = None, mask: Array | None = None) -> Array:
+        """What the head reads: arguments as in `__call__` → float[B, T, E]."""
+        tokens, mask = _checked(tokens, positions, mask)
+        query_order, key_order = token_order(mask)
+        x, context = self._enter(tokens, positions, mask, query_order, key_order)
+        x, _ = self._run_layers(x, None, context)
+        return self._leave(x)
+
+    def extend(
+        self,
+        tokens: Array,
+        cache: KVCache,
+        positions: Array | None = None,
+        mask: Array | None = None,
+        *,
+        span: int | None = None,
+    ) -> tuple[Array, KVCache]:
+        """Appends T tokens to a cache and runs the model over them: a prompt at once, or a token at a time.
+
+        Args:
+          tokens: int[B, T].
+          cache: of the tokens before; room for T more must be left.
+          positions: int[B, T]; default: the count of real tokens before each one, the cache's included.
+          mask: bool[B, T], True = real token. Default: all real.
+          span: slots to attend to, at least those filled after this call: a prefill into an empty cache passes T.
+            Default: the whole cache.
+
+        Returns:
+          (hidden states float[B, T, E] for `apply_head`, the cache with T more slots filled).
+        """
+        tokens, mask = _checked(tokens, positions, mask)
+        capacity = cache.order.shape[1]
+        span = capacity if span is None else span
+        if not tokens.shape[1] <= span <= capacity:
+            raise ValueError(f"{tokens.shape[1]} tokens, span {span}: the cache has {capacity} slots.")
+        query_order, key_order = token_order(mask, cache.real)
+        order = jax.lax.dynamic_update_slice(cache.order, key_order, (0, cache.length))
+        x, context = self._enter(tokens, positions, mask, query_order, order[:, :span], slot=cache.length)
+        x, layers = self._run_layers(x, cache.layers, context)
+        real = cache.real + jnp.sum(mask, axis=1, dtype=jnp.int32)
+        return self._leave(x), KVCache(layers, order, real, cache.length + tokens.shape[1])
+
+    def apply_head(self, hidden: Array) -> Array:
+        """float[..., E] → logits float32[..., V] or values float32[...]."""
+        if self.head == "scalar":
+            return self.scalar_head(hidden)
+        return self.embedding.attend(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
+
+    def _enter(
+        self,
+        tokens: Array,
+        positions: Array | None,
+        mask: Array,
+        query_order: Array,
+        key_order: Array,
+        slot: Array | None = None,
+    ) -> tuple[Array, AttentionContext]:
+        config = self.config
+        positions = query_order if positions is None else positions
+        positions = jnp.where(mask, positions, 0)
+        angles, local_angles = (
+            None if rotary is None else rotary_angles(rotary, positions)
+            for rotary in (config.rotary, config.local_rotary)
+        )
+        # A pad's id is replaced, so that whatever stands there (−100, pad = EOS, an id past the table) has no effect.
+        x = self.embedding(jnp.where(mask, tokens, 0), positions)
+        return x, AttentionContext(query_order, key_order, angles, local_angles, slot)
+
+    def _run_layers(
+        self, x: Array, caches: LayerCache | tuple[LayerCache, ...] | None, context: AttentionContext
+    ) -> tuple[Array, LayerCache | tuple[LayerCache, ...] | None]:
+        if self.scan_layers:
+            (x, caches), _ = self.layers((x, caches), context, jnp.arange(self.config.num_layers))
+            return x, caches
+        filled = []
+        for index, layer in enumerate(self.layers):
+            (x, cache), _ = layer((x, None if caches is None else caches[index]), context, None)
+            filled.append(cache)
+        return x, None if caches is None else tuple(filled)
+
+    def _leave(self, x: Array) -> Array:
+        if self.config.final_norm:
+            x = self.final_norm(x)
+        return self.project_out(x) if self.config.embedding_size else x
+
+
+def _checked(tokens: Array, positions: Array | None, mask: Array | None) -> tuple[Array, Array]:
+    tokens = jnp.asarray(tokens)
+    mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask)
+    chex.assert_rank(tokens, 2)
+    chex.assert_type([tokens, mask], [int, bool])
+    chex.assert_equal_shape([tokens, mask] if positions is None else [tokens, mask, positions])
+    return tokens, mask
+
+
+def _init(model: Decoder, key: Array) -> Params:
+    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def init_params(model: Decoder, key: Array) -> Params:
+    """New float32 parameters: normal with standard deviation 0.02, norms 1, biases 0, a scalar head as `head_init`.
+
+    Args:
+      model: the model.
+      key: a JAX random key.
+
+    Returns:
+      The parameters, as a nested dict of arrays.
+    """
+    return meta.unbox(jax.jit(_init, static_argnums=0)(model, key))
+
+
+def abstract_params(model: Decoder) -> Params:
+    """The parameters' shapes, without making them: a nested dict of `jax.ShapeDtypeStruct`, float32.
+
+    Args:
+      model: the model.
+
+    Returns:
+      The tree that `init_params` would return.
+    """
+    return meta.unbox(_boxed(model))
+
+
+def logical_axes(model: Decoder) -> Params:
+    """The logical name of each parameter's axes ("vocab", "embed", "heads", "mlp", "layers", …).
+
+    Args:
+      model: the model.
+
+    Returns:
+      A nested dict of `jax.sharding.PartitionSpec`; `parallel/partition.py` maps the names to mesh axes.
+    """
+    return nn.get_partition_spec(_boxed(model))
+
+
+def _boxed(model: Decoder) -> Params:
+    return jax.eval_shape(lambda key: _init(model, key), jax.random.key(0))
+
+
+def unstack_layers(params: Params, num_layers: int) -> Params:
+    """Parameters of a scanned model as those of the same model unrolled.
+
+    Args:
+      params: with "layers", each leaf [L, ...].
+      num_layers: L.
+
+    Returns:
+      With "layers_0" … instead, each leaf [...]; other entries as they are.
+    """
+    rest = {name: value for name, value in params.items() if name != "layers"}
+    layers = {f"layers_{i}": jax.tree.map(lambda leaf: leaf[i], params["layers"]) for i in range(num_layers)}
+    return rest | layers

@@ -1,0 +1,54 @@
+"""What reads the last hidden states: a token distribution, or one number a token."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from jax_rlhf.models.config import DecoderConfig
+from jax_rlhf.models.layers import head_init, normal_init, softcap
+
+
+def logits_from_table(hidden: Array, table: Array, config: DecoderConfig) -> Array:
+    """hidden · tableᵀ, soft-capped, without the rows that pad the vocabulary.
+
+    Args:
+      hidden: float[..., E].
+      table: float[rows, E], rows ≥ V.
+      config: the model's.
+
+    Returns:
+      float32[..., V].
+    """
+    logits = jnp.einsum(
+        "...e,ve->...v",
+        hidden.astype(config.dtype),
+        table.astype(config.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return softcap(logits, config.logit_softcap)[..., : config.vocab_size]
+
+
+class LMHead(nn.Module):
+    """An untied LM head; its kernel lies like the embedding table, `[rows, E]`."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, hidden: Array) -> Array:
+        """float[..., E] → logits float32[..., V]."""
+        shape = (self.config.table_rows, self.config.output_size)
+        kernel = self.param("kernel", nn.with_logical_partitioning(normal_init, ("vocab", "embed")), shape)
+        return logits_from_table(hidden, kernel, self.config)
+
+
+class ScalarHead(nn.Module):
+    """One value a token, in float32 whatever the compute dtype: scores of a reward model, values of a critic."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, hidden: Array) -> Array:
+        """float[..., E] → float32[...]."""
+        width = self.config.output_size
+        kernel = self.param("kernel", nn.with_logical_partitioning(head_init(width), ("embed", None)), (width, 1))
+        return (hidden.astype(jnp.float32) @ kernel.astype(jnp.float32))[..., 0]

@@ -1,0 +1,145 @@
+"""The small parts of a layer: activation, projection, norm, MLP."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jax_rlhf.models.config import DecoderConfig
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "relu": nn.relu,
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_new": functools.partial(nn.gelu, approximate=True),
+    "gelu_fast": functools.partial(nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "tanh": jnp.tanh,
+}
+"""By the names that Hugging Face configs use."""
+
+normal_init = nn.initializers.normal(0.02)  # GPT-2's, and the default `initializer_range` of every family here
+
+
+class Projection(nn.Module):
+    """y = x · kernel (+ bias), over the last axes of x.
+
+    Attributes:
+      inputs, outputs: sizes of the axes summed over and of those made, e.g. (D,) → (heads, head_dim).
+      axes: logical names of the kernel's axes, inputs then outputs.
+      use_bias: adds a bias of shape `outputs`.
+      dtype: of the product.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    use_bias: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """float[..., *inputs] → float[..., *outputs] in `dtype`."""
+        kernel = self.param("kernel", nn.with_logical_partitioning(normal_init, self.axes), self.inputs + self.outputs)
+        count = len(self.inputs)
+        contracting = (tuple(range(x.ndim - count, x.ndim)), tuple(range(count)))
+        y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (contracting, ((), ())))
+        if self.use_bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[count:])
+            y = y + self.param("bias", zeros, self.outputs).astype(self.dtype)
+        return y
+
+
+class Norm(nn.Module):
+    """RMS or layer norm over the last axis, computed in float32.
+
+    rms: x / √(mean x² + ε) · w; layer: (x − mean x) / √(var x + ε) · w + b; w counts as 1 + w with `norm_plus_one`.
+
+    Source: Zhang & Sennrich 2019; Ba et al. 2016.
+    """
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """float[..., n] → float[..., n], in x's dtype."""
+        config = self.config
+        y = x.astype(jnp.float32)
+        if config.norm_kind == "layer":
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.norm_epsilon)
+        if config.norm_affine:
+            start = nn.initializers.zeros if config.norm_plus_one else nn.initializers.ones
+            scale = self.param("scale", nn.with_logical_partitioning(start, ("norm",)), (x.shape[-1],))
+            y = y * (scale.astype(jnp.float32) + float(config.norm_plus_one))
+            if config.norm_kind == "layer":
+                zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
+                y = y + self.param("bias", zeros, (x.shape[-1],)).astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class MLP(nn.Module):
+    """down(act(up(x))), or down(act(gate(x)) · up(x)) where gated (Shazeer 2020, "GLU Variants")."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """float[..., D] → float[..., D]."""
+        config = self.config
+        widen = functools.partial(
+            Projection,
+            (config.hidden_size,),
+            (config.intermediate_size,),
+            ("embed", "mlp"),
+            config.mlp_bias,
+            config.dtype,
+        )
+        activate = ACTIVATIONS[config.activation]
+        up = widen(name="up")(x)
+        hidden = activate(widen(name="gate")(x)) * up if config.gated_mlp else activate(up)
+        narrow = Projection(
+            (config.intermediate_size,),
+            (config.hidden_size,),
+            ("mlp", "embed"),
+            config.mlp_bias,
+            config.dtype,
+            name="down",
+        )
+        return narrow(hidden)
+
+
+def softcap(x: Array, cap: float | None) -> Array:
+    """cap · tanh(x / cap), or x where cap is None.
+
+    Args:
+      x: float32[...].
+      cap: in x's unit.
+
+    Returns:
+      float32[...], within ±cap.
+
+    Source: Gemma 2 (2024), section 2.
+    """
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def head_init(width: int) -> Callable[..., Array]:
+    """The initializer of a new scalar head: normal with standard deviation 1/√(width + 1).
+
+    Args:
+      width: numbers that the head reads.
+
+    Returns:
+      A Flax initializer.
+
+    Source: Stiennon et al. 2020, "Learning to summarize from human feedback", appendix.
+    """
+    return nn.initializers.normal(1 / math.sqrt(width + 1))

@@ -1,0 +1,145 @@
+"""Rotary position embeddings, with the scalings that public checkpoints use."""
+
+import dataclasses
+import math
+from typing import Literal
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rotary:
+    """One rotation of query and key heads.
+
+    The first `dim` numbers of a head (rounded up to a pair) are rotated, the rest pass through.
+
+    Attributes:
+      theta: base wavelength.
+      dim: rotated numbers of each head.
+      kind: how frequencies are stretched beyond the length that the model was first trained at.
+      factor: by how much (linear, llama3, yarn).
+      original_max_positions: that first length, in tokens (llama3, yarn, longrope).
+      low_freq_factor, high_freq_factor: llama3's band between kept and stretched frequencies.
+      beta_fast, beta_slow, truncate: yarn's band, in rotations over the first length; `truncate` rounds it outwards.
+      attention_factor: factor on cos and sin (yarn, longrope).
+      short_factor, long_factor: longrope's divisors of each frequency, for rows within and beyond the first length.
+
+    Source: Su et al. 2021 (RoFormer); linear: Chen et al. 2023 (Position Interpolation); yarn: Peng et al. 2023;
+    longrope: Ding et al. 2024; llama3: Llama 3.1's model card and `transformers.modeling_rope_utils`.
+    """
+
+    theta: float
+    dim: int
+    kind: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
+    factor: float = 1.0
+    original_max_positions: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+
+def frequencies(rotary: Rotary, *, long: bool = False) -> np.ndarray:
+    """Angular frequency of each rotated pair.
+
+    Unscaled, ω_i = θ^(−2i / dim) radians a token.
+
+    Args:
+      rotary: the rotation.
+      long: longrope's divisors for rows beyond the first length.
+
+    Returns:
+      float64[⌈dim / 2⌉], radians a token.
+    """
+    exponents = np.arange(0, rotary.dim, 2, dtype=np.float64) / rotary.dim
+    plain = rotary.theta**-exponents
+    match rotary.kind:
+        case "default":
+            return plain
+        case "linear":
+            return plain / rotary.factor
+        case "llama3":
+            return _llama3_frequencies(rotary, plain)
+        case "yarn":
+            return _yarn_frequencies(rotary, plain)
+        case "longrope":
+            return plain / np.asarray(rotary.long_factor if long else rotary.short_factor)
+    raise ValueError(f"unknown rotary kind {rotary.kind!r}")
+
+
+def _llama3_frequencies(rotary: Rotary, plain: np.ndarray) -> np.ndarray:
+    # Wavelengths short against the first length are kept, long ones stretched, those between blended.
+    wavelength = 2 * math.pi / plain
+    low_wavelength = rotary.original_max_positions / rotary.low_freq_factor
+    high_wavelength = rotary.original_max_positions / rotary.high_freq_factor
+    smooth = (rotary.original_max_positions / wavelength - rotary.low_freq_factor) / (
+        rotary.high_freq_factor - rotary.low_freq_factor
+    )
+    blended = (1 - smooth) * plain / rotary.factor + smooth * plain
+    scaled = np.where(wavelength > low_wavelength, plain / rotary.factor, plain)
+    between = (wavelength <= low_wavelength) & (wavelength >= high_wavelength)
+    return np.where(between, blended, scaled)
+
+
+def _yarn_frequencies(rotary: Rotary, plain: np.ndarray) -> np.ndarray:
+    def dimension_of(rotations: float) -> float:
+        # The index at which a pair turns `rotations` times over the first length.
+        turns = rotary.original_max_positions / (rotations * 2 * math.pi)
+        return rotary.dim * math.log(turns) / (2 * math.log(rotary.theta))
+
+    low, high = dimension_of(rotary.beta_fast), dimension_of(rotary.beta_slow)
+    if rotary.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary.dim - 1)
+    if low == high:
+        high += 0.001  # as in the paper's code: a ramp needs a width
+    ramp = np.clip((np.arange(plain.size) - low) / (high - low), 0, 1)
+    return plain / rotary.factor * ramp + plain * (1 - ramp)
+
+
+def rotary_angles(rotary: Rotary, positions: Array) -> tuple[Array, Array]:
+    """Cosine and sine of each position's angle at each frequency.
+
+    With longrope a row that reaches past the first length uses the long divisors at all its positions. (Decoding a
+    token at a time, keys cached before that point keep the short ones, as in transformers.)
+
+    Args:
+      rotary: the rotation.
+      positions: int[B, T], in tokens.
+
+    Returns:
+      (cos, sin), each float32[B, T, 1, ⌈dim / 2⌉], times `attention_factor`; the 1 stands for the heads.
+    """
+    chex.assert_rank(positions, 2)
+    frequency = jnp.asarray(frequencies(rotary), jnp.float32)  # [R]
+    if rotary.kind == "longrope":
+        beyond = jnp.max(positions, axis=1, keepdims=True) + 1 > rotary.original_max_positions  # [B, 1]
+        long = jnp.asarray(frequencies(rotary, long=True), jnp.float32)
+        frequency = jnp.where(beyond[..., None], long, frequency)  # [B, 1, R]
+    angles = positions[..., None].astype(jnp.float32) * frequency  # [B, T, R]
+    angles = angles[:, :, None, :]
+    return jnp.cos(angles) * rotary.attention_factor, jnp.sin(angles) * rotary.attention_factor
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Turns each pair (x_i, x_{i+R}) of a head by its angle.
+
+    Args:
+      x: float[B, T, heads, head_dim], queries or keys.
+      cos, sin: float32[B, T, 1, R] from `rotary_angles`; numbers of a head past 2R are left as they are.
+
+    Returns:
+      float[B, T, heads, head_dim], in x's dtype.
+    """
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
