@@ -1,0 +1,296 @@
+"""The families: a row each, with how its `config.json` sets a `DecoderConfig` and what its tensors are called.
+
+A row's `modules` maps a module of ours to one of the checkpoint's; leaves follow from it (kernel, scale and table are
+its `.weight`, bias its `.bias`). Two modules of ours on one of the checkpoint's are fused there.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+from jax_rlhf.hub import settings
+from jax_rlhf.hub.errors import CheckpointError
+from jax_rlhf.hub.layout import HubTensor
+from jax_rlhf.hub.settings import Fields
+from jax_rlhf.models import Decoder, DecoderConfig, abstract_params
+from jax_rlhf.models.layers import ACTIVATIONS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """One row of the table.
+
+    Attributes:
+      fields: reads the DecoderConfig's fields from a config dict as transformers normalises it.
+      architectures: class names that transformers uses with an LM head and with a scalar head.
+      base: prefix of every tensor but the head's; a bare base model's file leaves it out.
+      modules: module of ours → module of the checkpoint under `base`, "{}" for the layer index.
+      lm_head: the untied head's module.
+      conv1d: linear weights are stored [inputs, outputs].
+      interleaved: the fused attention input is interleaved head by head.
+    """
+
+    fields: Callable[[Fields], Fields]
+    architectures: tuple[str, str]
+    base: str
+    modules: Mapping[str, str]
+    lm_head: str = "lm_head"
+    conv1d: bool = False
+    interleaved: bool = False
+
+
+# ---- tensor names --------------------------------------------------------------------------------------------------
+
+_LLAMA_MODULES = {
+    "embedding/table": "embed_tokens",
+    "layers/attention_norm": "layers.{}.input_layernorm",
+    "layers/attention/query": "layers.{}.self_attn.q_proj",
+    "layers/attention/key": "layers.{}.self_attn.k_proj",
+    "layers/attention/value": "layers.{}.self_attn.v_proj",
+    "layers/attention/query_norm": "layers.{}.self_attn.q_norm",
+    "layers/attention/key_norm": "layers.{}.self_attn.k_norm",
+    "layers/attention/out": "layers.{}.self_attn.o_proj",
+    "layers/mlp_norm": "layers.{}.post_attention_layernorm",
+    "layers/mlp/gate": "layers.{}.mlp.gate_proj",
+    "layers/mlp/up": "layers.{}.mlp.up_proj",
+    "layers/mlp/down": "layers.{}.mlp.down_proj",
+    "final_norm": "norm",
+}
+_GEMMA_MODULES = _LLAMA_MODULES | {
+    "layers/attention_post_norm": "layers.{}.post_attention_layernorm",
+    "layers/mlp_norm": "layers.{}.pre_feedforward_layernorm",
+    "layers/mlp_post_norm": "layers.{}.post_feedforward_layernorm",
+}
+_PHI3_MODULES = _LLAMA_MODULES | {
+    "layers/attention/query": "layers.{}.self_attn.qkv_proj",
+    "layers/attention/key": "layers.{}.self_attn.qkv_proj",
+    "layers/attention/value": "layers.{}.self_attn.qkv_proj",
+    "layers/mlp/gate": "layers.{}.mlp.gate_up_proj",
+    "layers/mlp/up": "layers.{}.mlp.gate_up_proj",
+}
+_GPT2_MODULES = {
+    "embedding/table": "wte",
+    "embedding/positions": "wpe",
+    "layers/attention_norm": "h.{}.ln_1",
+    "layers/attention/query": "h.{}.attn.c_attn",
+    "layers/attention/key": "h.{}.attn.c_attn",
+    "layers/attention/value": "h.{}.attn.c_attn",
+    "layers/attention/out": "h.{}.attn.c_proj",
+    "layers/mlp_norm": "h.{}.ln_2",
+    "layers/mlp/up": "h.{}.mlp.c_fc",
+    "layers/mlp/down": "h.{}.mlp.c_proj",
+    "final_norm": "ln_f",
+}
+_GPT_NEOX_MODULES = {
+    "embedding/table": "embed_in",
+    "layers/attention_norm": "layers.{}.input_layernorm",
+    "layers/attention/query": "layers.{}.attention.query_key_value",
+    "layers/attention/key": "layers.{}.attention.query_key_value",
+    "layers/attention/value": "layers.{}.attention.query_key_value",
+    "layers/attention/out": "layers.{}.attention.dense",
+    "layers/mlp_norm": "layers.{}.post_attention_layernorm",
+    "layers/mlp/up": "layers.{}.mlp.dense_h_to_4h",
+    "layers/mlp/down": "layers.{}.mlp.dense_4h_to_h",
+    "final_norm": "final_layer_norm",
+}
+_OPT_MODULES = {
+    "embedding/table": "decoder.embed_tokens",
+    "embedding/positions": "decoder.embed_positions",
+    "embedding/project_in": "decoder.project_in",
+    "layers/attention_norm": "decoder.layers.{}.self_attn_layer_norm",
+    "layers/attention/query": "decoder.layers.{}.self_attn.q_proj",
+    "layers/attention/key": "decoder.layers.{}.self_attn.k_proj",
+    "layers/attention/value": "decoder.layers.{}.self_attn.v_proj",
+    "layers/attention/out": "decoder.layers.{}.self_attn.out_proj",
+    "layers/mlp_norm": "decoder.layers.{}.final_layer_norm",
+    "layers/mlp/up": "decoder.layers.{}.fc1",
+    "layers/mlp/down": "decoder.layers.{}.fc2",
+    "final_norm": "decoder.final_layer_norm",
+    "project_out": "decoder.project_out",
+}
+
+
+def _row(name: str, fields: Callable[[Fields], Fields], modules: Mapping[str, str] = _LLAMA_MODULES) -> Family:
+    architectures = (f"{name}ForCausalLM", f"{name}ForSequenceClassification")
+    return Family(fields=fields, architectures=architectures, base="model.", modules=modules)
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": _row("Llama", settings.llama),  # SmolLM and SmolLM2 too
+    "mistral": _row("Mistral", settings.llama),
+    "qwen2": _row("Qwen2", settings.qwen2),
+    "qwen3": _row("Qwen3", settings.qwen3),
+    "gemma2": _row("Gemma2", settings.gemma2, _GEMMA_MODULES),
+    "gemma3_text": dataclasses.replace(
+        _row("Gemma3", settings.gemma3, _GEMMA_MODULES),
+        architectures=("Gemma3ForCausalLM", "Gemma3TextForSequenceClassification"),
+    ),
+    "phi3": _row("Phi3", settings.phi3, _PHI3_MODULES),
+    "gpt2": Family(
+        fields=settings.gpt2,
+        architectures=("GPT2LMHeadModel", "GPT2ForSequenceClassification"),
+        base="transformer.",
+        modules=_GPT2_MODULES,
+        conv1d=True,
+    ),
+    "gpt_neox": Family(
+        fields=settings.gpt_neox,
+        architectures=("GPTNeoXForCausalLM", "GPTNeoXForSequenceClassification"),
+        base="gpt_neox.",
+        modules=_GPT_NEOX_MODULES,
+        lm_head="embed_out",
+        interleaved=True,
+    ),
+    "opt": _row("OPT", settings.opt, _OPT_MODULES),
+}
+"""By `model_type` in config.json."""
+
+
+# ---- what the table gives ------------------------------------------------------------------------------------------
+
+
+def config_from_hub(config: Mapping[str, Any]) -> DecoderConfig:
+    """The decoder that a Hugging Face config describes.
+
+    Args:
+      config: the content of a config.json, of any transformers version.
+
+    Returns:
+      A DecoderConfig; its `hf_config` keeps the whole of `config` for `save_pretrained`.
+
+    Raises:
+      CheckpointError: an unknown `model_type`, or a setting that is not supported.
+    """
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        hint = " For Gemma 3 with images, take a text-only checkpoint (gemma3_text)." if kind == "gemma3" else ""
+        raise CheckpointError(
+            f"config.json: model_type {kind!r} is not a supported architecture; {', '.join(FAMILIES)} are.{hint}"
+        )
+    if config.get("quantization_config"):
+        raise CheckpointError(
+            "config.json: quantization_config is set; quantized safetensors are not supported. Take the checkpoint in "
+            "its original precision, or a GGUF file."
+        )
+    try:
+        normalised = CONFIG_MAPPING[kind].from_dict(dict(config)).to_dict()
+        fields = FAMILIES[kind].fields(normalised)
+    except CheckpointError as error:
+        raise CheckpointError(f"config.json ({kind}): {error}") from error
+    except Exception as error:  # transformers' validation raises its own types; all mean a broken config
+        raise CheckpointError(
+            f"config.json ({kind}) is not one that transformers accepts: {type(error).__name__}: {error}"
+        ) from error
+    if fields["activation"] not in ACTIVATIONS:
+        raise CheckpointError(
+            f"config.json: activation {fields['activation']!r} is not supported; {', '.join(ACTIVATIONS)} are."
+        )
+    return DecoderConfig(**fields, hf_config=json.dumps(normalised))
+
+
+def config_to_hub(model: Decoder, dtype: str) -> PretrainedConfig:
+    """The Hugging Face config of a model: what it was made from, with what changed since.
+
+    Args:
+      model: its config must come from `config_from_hub`.
+      dtype: of the parameters, "float32", "bfloat16" or "float16".
+
+    Returns:
+      A transformers config, ready to be written.
+
+    Raises:
+      CheckpointError: the model was not made from a Hugging Face config.
+    """
+    source = _source(model.config)
+    config = CONFIG_MAPPING[source["model_type"]].from_dict(source)
+    config.num_hidden_layers = model.config.num_layers
+    config.vocab_size = model.config.vocab_size
+    config.tie_word_embeddings = model.config.tie_embeddings
+    if source.get("layer_types"):  # a model may have been cut to fewer layers
+        sliding = model.config.sliding_layers or (False,) * model.config.num_layers
+        config.layer_types = ["sliding_attention" if kind else "full_attention" for kind in sliding]
+    config.architectures = [family_of(model.config).architectures[model.head == "scalar"]]
+    if model.head == "scalar":
+        config.num_labels = 1
+    config.dtype = dtype
+    return config
+
+
+def family_of(config: DecoderConfig) -> Family:
+    """The row that a config was made from.
+
+    Args:
+      config: from `config_from_hub`.
+
+    Returns:
+      Its family.
+
+    Raises:
+      CheckpointError: the config was made by hand.
+    """
+    return FAMILIES[_source(config)["model_type"]]
+
+
+def _source(config: DecoderConfig) -> Fields:
+    if not config.hf_config:
+        raise CheckpointError(
+            "this DecoderConfig was made by hand, so nothing says which Hugging Face architecture it is; make it with "
+            'config_from_hub({"model_type": "llama", …}).'
+        )
+    return json.loads(config.hf_config)
+
+
+def hub_tensors(model: Decoder) -> list[HubTensor]:
+    """What a checkpoint of this model holds, tensor by tensor.
+
+    Args:
+      model: its config must come from `config_from_hub`.
+
+    Returns:
+      One entry a tensor (or a tensor a layer), which together cover every parameter once.
+    """
+    family, config = family_of(model.config), model.config
+    modules = {name: family.base + target for name, target in family.modules.items()}
+    modules |= {"lm_head": family.lm_head, "scalar_head": "score"}
+
+    groups: dict[str, list[tuple[tuple[str, ...], tuple[int, ...]]]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(model)):
+        keys = tuple(part.key for part in path)
+        name = "/".join(keys)
+        if name in modules:  # a bare array: an embedding table
+            target = f"{modules[name]}.weight"
+        else:
+            target = f"{modules['/'.join(keys[:-1])]}.{'bias' if keys[-1] == 'bias' else 'weight'}"
+        shape = leaf.shape[1:] if keys[0] == "layers" else leaf.shape
+        if name in ("embedding/table", "lm_head/kernel"):
+            shape = (config.vocab_size, *shape[1:])
+        groups.setdefault(target, []).append((keys, shape))
+
+    order = {name: index for index, name in enumerate(modules)}
+    tensors = []
+    for target, members in groups.items():
+        members.sort(key=lambda member: order.get("/".join(member[0][:-1]), 0))  # fused: query, key, value
+        leaves, shapes = zip(*members, strict=True)
+        tensors.append(_hub_tensor(family, target, leaves, shapes))
+    return tensors
+
+
+def _hub_tensor(family: Family, name: str, leaves: tuple, shapes: tuple) -> HubTensor:
+    kind, leaf = "same", leaves[0]
+    if leaf[-1] == "kernel" and leaf[0] != "lm_head":
+        kind = "conv1d" if family.conv1d and leaf[0] == "layers" else "linear"
+    elif leaf[-1] == "bias" and "norm" not in leaf[-2]:
+        kind = "bias"
+    return HubTensor(
+        name=name,
+        leaves=leaves,
+        shapes=shapes,
+        kind=kind,
+        inputs=2 if leaf[-2:] == ("out", "kernel") else 1,
+        interleaved=family.interleaved and len(leaves) > 1,
+        stacked=leaf[0] == "layers",
+    )

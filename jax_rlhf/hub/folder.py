@@ -1,0 +1,114 @@
+"""Replacing a folder at once: whoever looks sees the old one or the new one, whenever the writer is killed."""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "chat_template*",
+)
+"""What a model folder may hold; a folder with anything else is not replaced."""
+
+_AT_CURRENT_FOLDER, _EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+def check_replaceable(target: Path) -> None:
+    """Refuses to replace what is not a model folder.
+
+    Args:
+      target: where a model is to be written; need not exist.
+
+    Raises:
+      FileExistsError: it is a file, or holds files that are not a model's.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise FileExistsError(f"{target} is a file; give a folder to write the model to.")
+    strange = sorted(
+        path.name
+        for path in target.iterdir()
+        if path.is_dir() or not any(path.match(pattern) for pattern in MODEL_FILES)
+    )
+    if strange:
+        raise FileExistsError(
+            f"{target} would be replaced, but holds what is not a model's: {', '.join(strange[:5])}. "
+            "Give a new or empty folder, or move those away."
+        )
+
+
+@contextlib.contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the target's place when the block ends without an error.
+
+    It is made beside the target, flushed to disk, and renamed (exchanged with an old one, in one step on Linux).
+
+    Args:
+      target: the folder to make or replace.
+
+    Yields:
+      The new folder.
+
+    Raises:
+      FileExistsError: see `check_replaceable`.
+      OSError: the disk is full, read-only, …; the target is as it was.
+    """
+    target = target.resolve()
+    check_replaceable(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{target.name}.partial-"
+    for stale in target.parent.glob(f"{prefix}*"):  # left by a writer that was killed
+        shutil.rmtree(stale, ignore_errors=True)
+    fresh = target.parent / f"{prefix}{os.getpid()}"
+    fresh.mkdir()
+    try:
+        yield fresh
+        for file in [*fresh.iterdir(), fresh]:
+            _flush(file)
+        if target.exists():
+            _exchange(fresh, target)
+        else:
+            fresh.rename(target)
+        _flush(target.parent)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)  # the partial one, or the old one after an exchange
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _exchange(fresh: Path, target: Path) -> None:
+    if sys.platform == "linux":
+        renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        if renameat2 is not None:
+            paths = os.fsencode(fresh), os.fsencode(target)
+            if renameat2(_AT_CURRENT_FOLDER, paths[0], _AT_CURRENT_FOLDER, paths[1], _EXCHANGE) == 0:
+                return
+    # Elsewhere, and on file systems without the exchange: two renames, the old folder beside the target in between.
+    old = fresh.with_name(f".{target.name}.old-{os.getpid()}")
+    target.rename(old)
+    try:
+        fresh.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

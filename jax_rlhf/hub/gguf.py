@@ -1,0 +1,216 @@
+"""GGUF files of the llama architecture (Llama, SmolLM2, Mistral …), read through the `gguf` package.
+
+A GGUF file holds config, tensors and tokenizer in one. Here it is shown as the Hugging Face checkpoint that it was made
+from: the config as a `config.json` dict, the tensors under their Hugging Face names, dequantized one at a time.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import ml_dtypes
+import numpy as np
+
+from jax_rlhf.hub.errors import CheckpointError
+from jax_rlhf.models.rotary import Rotary, frequencies
+
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ROTARY_DIVISORS = "rope_freqs.weight"
+_STORED_AS = {
+    gguf.GGMLQuantizationType.F16: np.dtype(np.float16),
+    gguf.GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class GGUFSource:
+    """The tensors of a llama GGUF file, by their Hugging Face names; also its config.
+
+    Attributes:
+      shapes: of every tensor.
+      config: what its config.json would say.
+      generation_config: what its generation_config.json would say.
+      split: `tokenizer.ggml.pre`, or None.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+        try:
+            reader = gguf.GGUFReader(str(file))
+            self._fields = {
+                name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.ggml")
+            }
+            special = ("pre", "bos_token_id", "eos_token_id", "padding_token_id")
+            self._special = {
+                name: field.contents() for name in special if (field := reader.fields.get(f"tokenizer.ggml.{name}"))
+            }
+        except Exception as error:  # the package has no errors of its own: a broken file may raise anything
+            raise CheckpointError(
+                f"{file}: not a whole GGUF file ({type(error).__name__}: {error}); copy or download it again."
+            ) from error
+        self._check_architecture()
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self._divisors = tensors.pop(_ROTARY_DIVISORS, None)
+        self._tensors = {self._hub_name(name): tensor for name, tensor in tensors.items()}
+        self.shapes = {name: tuple(map(int, reversed(t.shape))) for name, t in self._tensors.items()}
+        self._heads = self._field("attention.head_count")
+        self._kv_heads = self._field("attention.head_count_kv", self._heads)
+        self.config = self._config()
+        self.split = self._special.get("pre")
+        self.generation_config = {
+            f"{name}_token_id": self._special[f"{key}_token_id"]
+            for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+            if f"{key}_token_id" in self._special
+        }
+
+    def where(self, name: str) -> str:
+        """The file, for messages."""
+        return str(self.file)
+
+    def dtype(self, name: str) -> np.dtype:
+        """float16 and bfloat16 as they are; float32 for float32 and for quantized tensors."""
+        tensor = self._tensors[name]
+        try:
+            gguf.quants.dequantize(tensor.data[:1], tensor.tensor_type)
+        except NotImplementedError as error:
+            raise CheckpointError(
+                f"{self.file}: tensor {tensor.name!r} has the type {tensor.tensor_type.name}, which the gguf package "
+                "cannot dequantize; take a file of another type (Q8_0, Q4_K …)."
+            ) from error
+        return _STORED_AS.get(tensor.tensor_type, np.dtype(np.float32))
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, dequantized, with the rows of queries and keys in Hugging Face's order."""
+        dtype, tensor = self.dtype(name), self._tensors[name]
+        array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(dtype, copy=False)
+        array = array.reshape(self.shapes[name])
+        heads = {"q_proj": self._heads, "k_proj": self._kv_heads}.get(name.split(".")[-2])
+        return array if heads is None else _half_rotation_order(array, heads)
+
+    def read_rows(self, name: str, rows: int) -> Iterator[tuple[int, np.ndarray]]:
+        """The tensor in pieces; only for those without heads: embeddings, norms."""
+        dtype, tensor = self.dtype(name), self._tensors[name]
+        for first in range(0, self.shapes[name][0], rows):
+            piece = gguf.quants.dequantize(tensor.data[first : first + rows], tensor.tensor_type)
+            yield first, piece.astype(dtype, copy=False)
+
+    def _check_architecture(self) -> None:
+        architecture = self._fields.get("general.architecture")
+        if architecture != "llama":
+            raise CheckpointError(
+                f"{self.file}: architecture {architecture!r}; of GGUF only 'llama' is read. Take the safetensors form."
+            )
+        if self._fields.get("llama.expert_count"):
+            raise CheckpointError(f"{self.file}: a mixture of experts is not supported.")
+
+    def _field(self, name: str, *default: Any) -> Any:
+        if f"llama.{name}" not in self._fields and not default:
+            raise CheckpointError(f"{self.file}: metadata llama.{name} is missing; convert the file again.")
+        value = self._fields.get(f"llama.{name}", *default)
+        if isinstance(value, list):  # a value a layer; llama proper has the same in all
+            if len(set(value)) > 1:
+                raise CheckpointError(f"{self.file}: llama.{name} differs between layers, which is not supported.")
+            value = value[0]
+        return value
+
+    def _hub_name(self, name: str) -> str:
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+        if match is None or match[2] not in _NAMES:
+            raise CheckpointError(f"{self.file}: tensor {name!r} is not one of a llama model.")
+        layer, module, kind = match.groups()
+        return f"model.layers.{layer}.{_NAMES[module]}.{kind}" if layer else f"{_NAMES[module]}.{kind}"
+
+    def _config(self) -> dict[str, Any]:
+        hidden = self._field("embedding_length")
+        head_dim = self._field("attention.key_length", hidden // self._heads)
+        rotated = self._field("rope.dimension_count", head_dim)
+        if rotated != head_dim:
+            raise CheckpointError(f"{self.file}: rotates {rotated} of {head_dim} numbers of a head, not all of them.")
+        first = "model.layers.0."
+        config = {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": self.shapes["model.embed_tokens.weight"][0],
+            "hidden_size": hidden,
+            "intermediate_size": self._field("feed_forward_length"),
+            "num_hidden_layers": self._field("block_count"),
+            "num_attention_heads": self._heads,
+            "num_key_value_heads": self._kv_heads,
+            "head_dim": head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": self._field("context_length"),
+            "rms_norm_eps": _shortest(self._field("attention.layer_norm_rms_epsilon")),
+            "tie_word_embeddings": "lm_head.weight" not in self.shapes,
+            "attention_bias": f"{first}self_attn.q_proj.bias" in self.shapes,
+            "mlp_bias": f"{first}mlp.up_proj.bias" in self.shapes,
+            "rope_parameters": self._rope_parameters(head_dim),
+        }
+        names = (
+            ("bos_token_id", "bos_token_id"),
+            ("eos_token_id", "eos_token_id"),
+            ("pad_token_id", "padding_token_id"),
+        )
+        return config | {name: self._special.get(key) for name, key in names}
+
+    def _rope_parameters(self, head_dim: int) -> dict[str, Any]:
+        theta = _shortest(self._field("rope.freq_base", 10000.0))
+        kind = self._field("rope.scaling.type", "none")
+        plain = {"rope_type": "default", "rope_theta": theta}
+        if self._divisors is not None:
+            return plain | self._llama3_parameters(theta, head_dim)
+        if kind == "none":
+            return plain
+        factor = _shortest(self._field("rope.scaling.factor", 1.0))
+        if kind == "linear":
+            return plain | {"rope_type": "linear", "factor": factor}
+        if kind == "yarn":
+            first = self._field("rope.scaling.original_context_length")
+            return plain | {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": first}
+        raise CheckpointError(f"{self.file}: llama.rope.scaling.type {kind!r} is not supported.")
+
+    def _llama3_parameters(self, theta: float, head_dim: int) -> dict[str, Any]:
+        # A file keeps only llama3's divisors of each frequency; find the published setting that they come from.
+        divisors = np.asarray(self._divisors.data, np.float64).reshape(-1)
+        plain = frequencies(Rotary(theta=theta, dim=head_dim))
+        for factor in (8.0, 32.0, 16.0, 4.0, 2.0):
+            setting = {
+                "factor": factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            }
+            scaled = frequencies(
+                Rotary(theta=theta, dim=head_dim, kind="llama3", factor=factor, original_max_positions=8192)
+            )
+            if divisors.shape == plain.shape and np.allclose(plain / scaled, divisors, rtol=1e-3):
+                return {"rope_type": "llama3", **setting}
+        raise CheckpointError(
+            f"{self.file}: tensor {_ROTARY_DIVISORS!r} is not of a Llama 3 setting that is known; take the safetensors "
+            "form of this model."
+        )
+
+
+def _half_rotation_order(array: np.ndarray, heads: int) -> np.ndarray:
+    # llama.cpp rotates neighbouring pairs, Hugging Face the two halves of a head: rows (or biases) swap accordingly.
+    rows = array.shape[0] // heads
+    return array.reshape(heads, rows // 2, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+
+
+def _shortest(value: float) -> float:
+    # GGUF keeps float32; the decimal that was meant is the shortest one that rounds to it (1e-5, not 9.99999e-6).
+    return float(str(np.float32(value))) if math.isfinite(value) else value

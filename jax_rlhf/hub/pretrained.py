@@ -1,0 +1,294 @@
+"""`load_pretrained` and `save_pretrained`: models in from Hugging Face folders, hub ids and GGUF files, and back out."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax.traverse_util import flatten_dict, unflatten_dict
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, SingleDeviceSharding
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from jax_rlhf.hub.errors import CheckpointError
+from jax_rlhf.hub.families import config_from_hub, config_to_hub, family_of, hub_tensors
+from jax_rlhf.hub.folder import check_replaceable, replaced_folder
+from jax_rlhf.hub.gguf import GGUFSource
+from jax_rlhf.hub.layout import HubTensor
+from jax_rlhf.hub.read import check_tensors, read_params
+from jax_rlhf.hub.sources import SafetensorsSource, TensorSource
+from jax_rlhf.hub.tokenizer import load_gguf_tokenizer, load_tokenizer
+from jax_rlhf.hub.write import MAX_SHARD_BYTES, weight_files, write_weights
+from jax_rlhf.models import Decoder, DecoderConfig, abstract_params, logical_axes
+from jax_rlhf.models.decoder import Head
+from jax_rlhf.models.layers import head_init
+from jax_rlhf.parallel import padded_vocab_size, shardings
+
+_HUB_FILES = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "*.jinja"]
+_SCORE = ("scalar_head", "kernel")
+_TABLE = ("embedding", "table")
+# Buffers that older versions wrote beside the weights, and the other head's tensors.
+_IGNORED = re.compile(
+    r"(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$|^(lm_head|embed_out|score)\.weight$"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A model that can be run, trained and saved.
+
+    Attributes:
+      model: the Flax module; `model.apply({"params": params}, tokens, positions, mask)`.
+      params: its parameters, nested dicts of arrays.
+      tokenizer: transformers' tokenizer, or None where the checkpoint had none.
+      generation_config: what generation_config.json said, or None.
+    """
+
+    model: Decoder
+    params: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase | None = None
+    generation_config: dict[str, Any] | None = None
+
+
+def load_pretrained(
+    path_or_hub_id: str | Path,
+    *,
+    head: Head = "lm",
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    revision: str | None = None,
+    key: Array | None = None,
+) -> Pretrained:
+    """Loads a causal language model or a sequence classifier with one label.
+
+    Args:
+      path_or_hub_id: a folder with config.json and safetensors, a .gguf file or a folder with one, or a hub id.
+      head: "lm" for logits; "scalar" for one value a token: the checkpoint's own, or a new one where it has none.
+      dtype: of parameters and of computing, float32, bfloat16 or float16; None: as stored.
+      mesh: where to put the parameters, sharded (see `parallel/partition.py`); None: the first device.
+      revision: of the hub id: branch, tag or commit.
+      key: a JAX random key for a new scalar head, normal with standard deviation 1/√(width + 1); None: zeros.
+
+    Returns:
+      The model.
+
+    Raises:
+      FileNotFoundError: there is nothing at that path, or a file is missing.
+      CheckpointError: the checkpoint is broken, unsafe or not supported; the message says which file and tensor.
+      ValueError: the mesh does not divide a parameter, or the head or dtype is not one of those above.
+    """
+    if head not in ("lm", "scalar"):
+        raise ValueError(f'head={head!r}; "lm" and "scalar" are the heads there are.')
+    dtype = None if dtype is None else _float_dtype(dtype)
+    place = _resolve(path_or_hub_id, revision)
+    source, config_dict, generation_config = _open(place)
+    config = _in_file(place, config_from_hub, config_dict)
+    if mesh is not None:
+        config = config.replace(padded_vocab_size=padded_vocab_size(config.vocab_size, mesh))
+    config = _untie_if_stored_apart(source, config, head)
+    model = Decoder(config, head=head)
+    tensors = [_as_named(tensor, source, config) for tensor in hub_tensors(model)]
+    new_head = head == "scalar" and "score.weight" not in source.shapes
+    if new_head:
+        tensors = [tensor for tensor in tensors if tensor.leaves != (_SCORE,)]
+    check_tensors(source, tensors, config.num_layers, _IGNORED)
+
+    table = next(tensor.name for tensor in tensors if tensor.leaves == (_TABLE,))
+    stored = source.dtype(table)
+    model = model.clone(config=config.replace(dtype=jnp.dtype(dtype or stored)))
+    abstract = abstract_params(model)
+    if mesh is None:
+        device = SingleDeviceSharding(jax.local_devices()[0])
+        places = jax.tree.map(lambda _: device, abstract)
+    else:
+        places = shardings(logical_axes(model), abstract, mesh)
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract).items()}
+    places = flatten_dict(places)
+    params = read_params(source, tensors, shapes, places, dtype, config.num_layers)
+    if new_head:
+        params[_SCORE] = _new_head(shapes[_SCORE], dtype or stored, places[_SCORE], key)
+    tokenizer = load_gguf_tokenizer(place, source.split) if isinstance(source, GGUFSource) else load_tokenizer(place)
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+        logging.warning(
+            "%s: the tokenizer has %d tokens, the model %d; ids past that give NaN.",
+            place,
+            len(tokenizer),
+            config.vocab_size,
+        )
+    return Pretrained(model, unflatten_dict(params), tokenizer, generation_config)
+
+
+def save_pretrained(directory: str | Path, pretrained: Pretrained, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Writes a folder that transformers (and `load_pretrained`) loads, and computes the same with.
+
+    The folder is written beside the old one and takes its place at the end, so that a crash leaves one or the other.
+    With several processes all must call it: tensors are gathered one at a time, and process 0 writes.
+
+    Args:
+      directory: to make or replace; it may hold only what a model folder holds.
+      pretrained: the model. Its parameters are those of the scanned form.
+      max_shard_bytes: of one weight file, in bytes.
+
+    Raises:
+      CheckpointError: the model was not made from a Hugging Face config, so its family is not known.
+      FileExistsError: the directory holds other things than a model.
+      OSError: it cannot be written; what was there is as it was.
+    """
+    directory = Path(directory).expanduser()
+    model, params = pretrained.model, pretrained.params
+    if "layers_0" in params:
+        raise ValueError("params are those of unrolled layers; save the scanned ones that they were made from.")
+    files, index = weight_files(model, params, max_shard_bytes)
+    dtype = params[_TABLE[0]][_TABLE[1]].dtype.name
+    config = config_to_hub(model, dtype)
+    if jax.process_count() == 1:
+        _write(directory, pretrained, config, files, index)
+        return
+    failure = None
+    if jax.process_index() == 0:
+        try:
+            _write(directory, pretrained, config, files, index)
+        except OSError as error:
+            failure = error
+    else:
+        write_weights(None, params, files, index)
+    failed = bool(multihost_utils.broadcast_one_to_all(np.asarray(failure is not None)))
+    if failure is not None:
+        raise failure
+    if failed:
+        raise OSError(f"process 0 could not write {directory}; its message says why.")
+
+
+def _write(directory: Path, pretrained: Pretrained, config: Any, files: list, index: dict | None) -> None:
+    try:
+        check_replaceable(directory)
+    except FileExistsError:
+        write_weights(None, pretrained.params, files, index)  # the other processes are gathering
+        raise
+    with replaced_folder(directory) as folder:
+        failure = write_weights(folder, pretrained.params, files, index)
+        if failure is not None:
+            raise failure
+        config.save_pretrained(folder)
+        if pretrained.tokenizer is not None:
+            pretrained.tokenizer.save_pretrained(folder)
+        if pretrained.model.head == "lm":
+            generation = pretrained.generation_config
+            generation = (
+                GenerationConfig.from_dict(generation) if generation else GenerationConfig.from_model_config(config)
+            )
+            (folder / "generation_config.json").write_text(generation.to_json_string(), encoding="utf-8")
+
+
+# ---- where a checkpoint is -----------------------------------------------------------------------------------------
+
+
+def _resolve(path_or_hub_id: str | Path, revision: str | None) -> Path:
+    """A local folder or .gguf file, downloaded where a hub id is given."""
+    local = Path(path_or_hub_id).expanduser()
+    if local.is_dir():
+        inside = sorted(local.glob("*.gguf"))
+        if inside and not (local / "config.json").is_file():
+            if len(inside) > 1:
+                names = ", ".join(file.name for file in inside)
+                raise CheckpointError(f"{local} holds several GGUF files ({names}); give the path of one.")
+            return inside[0]
+        return local
+    if local.is_file():
+        if local.suffix != ".gguf":
+            raise CheckpointError(f"{local} is a file; give its folder, or a .gguf file.")
+        return local
+    text = str(path_or_hub_id)
+    if text.count("/") > 1 or text.startswith((".", "/", "~")) or local.suffix in (".gguf", ".safetensors"):
+        raise FileNotFoundError(f"{text}: no such file or folder.")
+    try:
+        return Path(snapshot_download(text, revision=revision, allow_patterns=_HUB_FILES))
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise FileNotFoundError(
+            f"{text}: no such folder here, and not to be had from the hub: {error}. For a private model log in with "
+            "`hf auth login`; without a network give a local folder."
+        ) from error
+
+
+def _open(place: Path) -> tuple[TensorSource, dict[str, Any], dict[str, Any] | None]:
+    if place.suffix == ".gguf" and place.is_file():
+        source = GGUFSource(place)
+        return source, source.config, source.generation_config
+    config = _read_json(place / "config.json")
+    if config is None:
+        raise FileNotFoundError(f"{place / 'config.json'} is missing; it says what the model is made of.")
+    return SafetensorsSource(place), config, _read_json(place / "generation_config.json")
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not JSON ({error}); copy or download it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: a JSON object is expected, this is a {type(content).__name__}.")
+    return content
+
+
+def _in_file(place: Path, read: Any, content: dict[str, Any]) -> DecoderConfig:
+    try:
+        return read(content)
+    except CheckpointError as error:
+        raise CheckpointError(f"{place}: {error}") from error
+
+
+# ---- names and heads -----------------------------------------------------------------------------------------------
+
+
+def _as_named(tensor: HubTensor, source: TensorSource, config: DecoderConfig) -> HubTensor:
+    """The tensor under the name that this checkpoint uses."""
+    family = family_of(config)
+    base = family.base
+    table = f"{base}{family.modules['embedding/table']}.weight"
+    bare = table not in source.shapes and table.removeprefix(base) in source.shapes  # a base model's file
+    name = tensor.name.removeprefix(base) if bare else tensor.name
+    head = f"{family.lm_head}.weight"
+    if config.tie_embeddings and tensor.leaves == (_TABLE,) and name not in source.shapes and head in source.shapes:
+        name = head  # the writer kept the other name of the tied pair
+    return dataclasses.replace(tensor, name=name)
+
+
+def _untie_if_stored_apart(source: TensorSource, config: DecoderConfig, head: Head) -> DecoderConfig:
+    """As transformers does: where both of a tied pair are stored and differ, they are not tied."""
+    family = family_of(config)
+    base = f"{family.base}{family.modules['embedding/table']}.weight"
+    names = [f"{family.lm_head}.weight", base if base in source.shapes else base.removeprefix(family.base)]
+    if head != "lm" or not config.tie_embeddings or not all(name in source.shapes for name in names):
+        return config
+    rows = 4096
+    pairs = zip(source.read_rows(names[0], rows), source.read_rows(names[1], rows), strict=False)
+    if source.shapes[names[0]] == source.shapes[names[1]] and all(np.array_equal(a, b) for (_, a), (_, b) in pairs):
+        return config
+    logging.warning(
+        "%s: config.json ties the LM head to the embedding, but %s is stored and differs; it is used as it is.",
+        source.where(names[0]),
+        names[0],
+    )
+    return config.replace(tie_embeddings=False)
+
+
+def _new_head(shape: tuple[int, ...], dtype: np.dtype, place: Any, key: Array | None) -> Array:
+    kernel = np.zeros(shape, dtype) if key is None else np.asarray(head_init(shape[0])(key, shape), dtype)
+    return jax.make_array_from_callback(shape, place, lambda index: kernel[index])
+
+
+def _float_dtype(dtype: Any) -> np.dtype:
+    dtype = jnp.dtype(dtype)
+    if dtype not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
+        raise ValueError(f"dtype={dtype.name}; float32, bfloat16 and float16 are supported.")
+    return dtype

@@ -1,0 +1,114 @@
+"""From parameters to a checkpoint folder, one tensor at a time."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from safetensors.numpy import save_file
+
+from jax_rlhf.hub.families import hub_tensors
+from jax_rlhf.hub.layout import HubTensor
+from jax_rlhf.models import Decoder
+from jax_rlhf.parallel import gather_to_host
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    name: str
+    tensor: HubTensor
+    layer: int | None
+    dtype: np.dtype
+
+    @property
+    def bytes(self) -> int:
+        return int(np.prod(self.tensor.hub_shape)) * self.dtype.itemsize
+
+
+def weight_files(model: Decoder, params: dict, max_shard_bytes: int) -> tuple[list[list[_Entry]], dict | None]:
+    """Which tensors go into which file.
+
+    Args:
+      model: whose parameters they are.
+      params: the parameters.
+      max_shard_bytes: of one file, in bytes; one tensor may be larger.
+
+    Returns:
+      The entries of each file, and the content of the index file where there are several files, else None.
+    """
+    files: list[list[_Entry]] = [[]]
+    entries = _entries(model, params)
+    for entry in entries:
+        if files[-1] and sum(other.bytes for other in files[-1]) + entry.bytes > max_shard_bytes:
+            files.append([])
+        files[-1].append(entry)
+    if len(files) == 1:
+        return files, None
+    weight_map = {entry.name: file_name(i, len(files)) for i, file in enumerate(files) for entry in file}
+    return files, {"metadata": {"total_size": sum(entry.bytes for entry in entries)}, "weight_map": weight_map}
+
+
+def file_name(index: int, count: int) -> str:
+    """The name of the `index`-th of `count` weight files, as transformers calls them."""
+    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def write_weights(folder: Path | None, params: dict, files: list[list[_Entry]], index: dict | None) -> OSError | None:
+    """Gathers and writes the tensors; with several processes all must call it.
+
+    A process that cannot write goes on gathering, so that the others do not wait for it for ever.
+
+    Args:
+      folder: to write to; None on the processes that only help to gather.
+      params: the parameters.
+      files: from `weight_files`.
+      index: from `weight_files`.
+
+    Returns:
+      The error that stopped the writing, if one did.
+    """
+    failure = None
+    for number, entries in enumerate(files):
+        content = {}
+        for entry, array in _gathered(params, entries):
+            if folder is not None and failure is None:
+                content[entry.name] = array
+        if not content:
+            continue
+        try:
+            save_file(content, folder / file_name(number, len(files)), metadata={"format": "pt"})
+        except Exception as error:  # safetensors reports a full disk as its own type
+            failure = error if isinstance(error, OSError) else OSError(f"{folder}: {error}")
+            logging.error("cannot write the weights: %s", failure)
+    if folder is not None and failure is None and index is not None:
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return failure
+
+
+def _gathered(params: dict, entries: list[_Entry]) -> Iterator[tuple[_Entry, np.ndarray]]:
+    for entry in entries:
+        parts = [gather_to_host(_leaf(params, path), entry.layer) for path in entry.tensor.leaves]
+        if entry.tensor.kind == "same":  # rows that pad the vocabulary stay behind
+            parts = [part[: entry.tensor.hub_shape[0]] for part in parts]
+        yield entry, entry.tensor.join([part.astype(entry.dtype, copy=False) for part in parts])
+
+
+def _entries(model: Decoder, params: dict) -> list[_Entry]:
+    entries = []
+    for tensor in hub_tensors(model):
+        dtype = np.dtype(jnp.result_type(*{_leaf(params, path).dtype for path in tensor.leaves}))
+        layers = range(model.config.num_layers) if tensor.stacked else [None]
+        entries += [_Entry(tensor.name.format(layer), tensor, layer, dtype) for layer in layers]
+    return entries
+
+
+def _leaf(params: dict, path: tuple[str, ...]) -> jax.Array:
+    for key in path:
+        params = params[key]
+    return params
