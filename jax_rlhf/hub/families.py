@@ -189,7 +189,10 @@ def config_from_hub(config: Mapping[str, Any]) -> DecoderConfig:
         raise CheckpointError(
             f"config.json: activation {fields['activation']!r} is not supported; {', '.join(ACTIVATIONS)} are."
         )
-    return DecoderConfig(**fields, hf_config=json.dumps(normalised))
+    try:
+        return DecoderConfig(**fields, hf_config=json.dumps(normalised))
+    except ValueError as error:
+        raise CheckpointError(f"config.json ({kind}): {error}") from error
 
 
 def config_to_hub(model: Decoder, dtype: str) -> PretrainedConfig:

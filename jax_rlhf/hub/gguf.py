@@ -45,6 +45,7 @@ class GGUFSource:
       shapes: of every tensor.
       config: what its config.json would say.
       generation_config: what its generation_config.json would say.
+      has_tokenizer: whether the file holds one.
       split: `tokenizer.ggml.pre`, or None.
     """
 
@@ -55,7 +56,7 @@ class GGUFSource:
             self._fields = {
                 name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.ggml")
             }
-            special = ("pre", "bos_token_id", "eos_token_id", "padding_token_id")
+            special = ("model", "pre", "bos_token_id", "eos_token_id", "padding_token_id")
             self._special = {
                 name: field.contents() for name in special if (field := reader.fields.get(f"tokenizer.ggml.{name}"))
             }
@@ -70,13 +71,13 @@ class GGUFSource:
         self.shapes = {name: tuple(map(int, reversed(t.shape))) for name, t in self._tensors.items()}
         self._heads = self._field("attention.head_count")
         self._kv_heads = self._field("attention.head_count_kv", self._heads)
-        self.config = self._config()
+        self.has_tokenizer = "model" in self._special
         self.split = self._special.get("pre")
         self.generation_config = {
-            f"{name}_token_id": self._special[f"{key}_token_id"]
+            f"{name}_token_id": self._special.get(f"{key}_token_id")
             for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
-            if f"{key}_token_id" in self._special
         }
+        self.config = self._config()
 
     def where(self, name: str) -> str:
         """The file, for messages."""
@@ -160,12 +161,7 @@ class GGUFSource:
             "mlp_bias": f"{first}mlp.up_proj.bias" in self.shapes,
             "rope_parameters": self._rope_parameters(head_dim),
         }
-        names = (
-            ("bos_token_id", "bos_token_id"),
-            ("eos_token_id", "eos_token_id"),
-            ("pad_token_id", "padding_token_id"),
-        )
-        return config | {name: self._special.get(key) for name, key in names}
+        return config | self.generation_config
 
     def _rope_parameters(self, head_dim: int) -> dict[str, Any]:
         theta = _shortest(self._field("rope.freq_base", 10000.0))

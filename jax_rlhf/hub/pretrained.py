@@ -1,4 +1,4 @@
-"""`load_pretrained` and `save_pretrained`: models in from Hugging Face folders, hub ids and GGUF files, and back out."""
+"""`load_pretrained` and `save_pretrained`: models in from Hugging Face folders, hub ids and GGUF files, and back."""
 
 import dataclasses
 import json
@@ -115,7 +115,7 @@ def load_pretrained(
     params = read_params(source, tensors, shapes, places, dtype, config.num_layers)
     if new_head:
         params[_SCORE] = _new_head(shapes[_SCORE], dtype or stored, places[_SCORE], key)
-    tokenizer = load_gguf_tokenizer(place, source.split) if isinstance(source, GGUFSource) else load_tokenizer(place)
+    tokenizer = _load_tokenizer(place, source)
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         logging.warning(
             "%s: the tokenizer has %d tokens, the model %d; ids past that give NaN.",
@@ -181,10 +181,10 @@ def _write(directory: Path, pretrained: Pretrained, config: Any, files: list, in
         if pretrained.tokenizer is not None:
             pretrained.tokenizer.save_pretrained(folder)
         if pretrained.model.head == "lm":
-            generation = pretrained.generation_config
-            generation = (
-                GenerationConfig.from_dict(generation) if generation else GenerationConfig.from_model_config(config)
-            )
+            if pretrained.generation_config is None:
+                generation = GenerationConfig.from_model_config(config)
+            else:
+                generation = GenerationConfig.from_dict(pretrained.generation_config)
             (folder / "generation_config.json").write_text(generation.to_json_string(), encoding="utf-8")
 
 
@@ -261,6 +261,12 @@ def _as_named(tensor: HubTensor, source: TensorSource, config: DecoderConfig) ->
     if config.tie_embeddings and tensor.leaves == (_TABLE,) and name not in source.shapes and head in source.shapes:
         name = head  # the writer kept the other name of the tied pair
     return dataclasses.replace(tensor, name=name)
+
+
+def _load_tokenizer(place: Path, source: TensorSource) -> PreTrainedTokenizerBase | None:
+    if isinstance(source, GGUFSource):
+        return load_gguf_tokenizer(place, source.split) if source.has_tokenizer else None
+    return load_tokenizer(place)
 
 
 def _untie_if_stored_apart(source: TensorSource, config: DecoderConfig, head: Head) -> DecoderConfig:

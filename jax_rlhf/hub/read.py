@@ -48,8 +48,8 @@ def check_tensors(source: TensorSource, tensors: list[HubTensor], num_layers: in
     for name, tensor in wanted.items():
         if source.shapes[name] != tensor.hub_shape:
             raise CheckpointError(
-                f"{source.where(name)}: tensor {name!r} has shape {list(source.shapes[name])}, but config.json asks for "
-                f"{list(tensor.hub_shape)}{_shape_hint(name)}."
+                f"{source.where(name)}: tensor {name!r} has shape {list(source.shapes[name])}, but config.json asks "
+                f"for {list(tensor.hub_shape)}{_shape_hint(name)}."
             )
         source.dtype(name)
     if extra := sorted(name for name in present - wanted.keys() if not ignore.search(name)):

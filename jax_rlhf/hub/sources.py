@@ -1,7 +1,7 @@
 """Where tensors are read from: a folder of safetensors files. (`gguf.py` has the other source.)
 
-Bytes are read with plain reads, not a memory map: pages of a map count against the process, and a model would be held
-twice while it loads.
+Whole tensors are read with plain reads, not through a memory map: pages of a map count against the process, and a model
+would be held twice while it loads.
 """
 
 import json
@@ -85,9 +85,11 @@ class SafetensorsSource:
     def read_rows(self, name: str, rows: int) -> Iterator[tuple[int, np.ndarray]]:
         """The tensor in pieces of up to `rows` rows, each with the number of its first row."""
         self.dtype(name)
-        entry = self._tensors(name).get_slice(name)
-        for first in range(0, self.shapes[name][0], rows):
-            yield first, entry[first : min(first + rows, self.shapes[name][0])]
+        count = self.shapes[name][0]
+        for first in range(0, count, rows):
+            # A slice by plain reads would read the whole tensor; a map opened anew forgets the pieces before.
+            with safe_open(self._file[name], framework="np", backend="mmap") as tensors:
+                yield first, tensors.get_slice(name)[first : min(first + rows, count)]
 
     def _tensors(self, name: str) -> safe_open:
         # One file stays open: tensors mostly come in file order, and opening parses the header again.

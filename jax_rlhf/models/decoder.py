@@ -7,6 +7,7 @@ grow with depth; a `scan_layers=False` model runs the same layers unrolled over 
 faster on CPU. `unstack_layers` turns the first form into the second.
 """
 
+import operator
 from typing import Any, Literal
 
 import chex
@@ -34,7 +35,7 @@ class Embedding(nn.Module):
 
     config: DecoderConfig
 
-    def setup(self) -> None:
+    def setup(self) -> None:  # noqa: D102
         config = self.config
         init = nn.with_logical_partitioning(normal_init, ("vocab", "embed"))
         self.table = self.param("table", init, (config.table_rows, config.output_size))
@@ -123,7 +124,7 @@ class Decoder(nn.Module):
     head: Head = "lm"
     scan_layers: bool = True
 
-    def setup(self) -> None:
+    def setup(self) -> None:  # noqa: D102
         config = self.config
         self.embedding = Embedding(config)
         layer = DecoderLayer
@@ -161,7 +162,8 @@ class Decoder(nn.Module):
 
         Returns:
           Head "lm": logits float32[B, T, V]. Head "scalar": values float32[B, T]. What stands at pads is finite and
-          means nothing. A real token's id outside the vocabulary, or its position outside a learned table, gives NaN.
+          means nothing. A real token's id outside the vocabulary, or its position outside a learned table, turns its
+          row to NaN.
         """
         return self.apply_head(self.hidden_states(tokens, positions, mask))
 
@@ -316,5 +318,5 @@ def unstack_layers(params: Params, num_layers: int) -> Params:
       With "layers_0" … instead, each leaf [...]; other entries as they are.
     """
     rest = {name: value for name, value in params.items() if name != "layers"}
-    layers = {f"layers_{i}": jax.tree.map(lambda leaf: leaf[i], params["layers"]) for i in range(num_layers)}
-    return rest | layers
+    layers = [jax.tree.map(operator.itemgetter(index), params["layers"]) for index in range(num_layers)]
+    return rest | {f"layers_{index}": layer for index, layer in enumerate(layers)}

@@ -40,7 +40,8 @@ def real_difference(ours, theirs):
 def test_outputs_equal_torchs_stored_ones(case, head, tmp_path):
     ours = outputs(load_pretrained(tiny.write_checkpoint(tmp_path / case, case, head), head=head))
     theirs = tiny.stored_logits(case, head)
-    assert ours.dtype == np.float32 and ours.shape == theirs.shape
+    assert ours.dtype == np.float32
+    assert ours.shape == theirs.shape
     assert np.isfinite(ours).all()
     assert theirs[tiny.batch()[1]].std() > 0.1  # the comparison has something to compare
     assert real_difference(ours, theirs) < TOLERANCE

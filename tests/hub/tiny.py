@@ -1,8 +1,8 @@
 """Small random checkpoints of every family, made without torch.
 
-Each case is a config as it would stand in a config.json. The tensors' names and shapes were listed by torch transformers
-(`tests/fixtures/torch_models.json`), their numbers come from NumPy's frozen legacy generator, and torch's logits on
-`batch()` are stored too (`tests/fixtures/torch_logits.npz`); `python -m tests.hub.make_fixtures` writes both.
+Each case is a config as it would stand in a config.json. The tensors' names and shapes were listed by torch
+transformers (`tests/fixtures/torch_models.json`), their numbers come from NumPy's frozen legacy generator, and torch's
+logits on `batch()` are stored too (`tests/fixtures/torch_logits.npz`); `python -m tests.hub.make_fixtures` writes both.
 """
 
 import json

@@ -1,0 +1,91 @@
+"""A crash leaves the old folder or the new one."""
+
+import random
+import signal
+import time
+
+import pytest
+
+from jax_rlhf import load_pretrained, save_pretrained
+from jax_rlhf.hub import folder as folders
+from jax_rlhf.hub.folder import replaced_folder
+from tests.hub import tiny
+from tests.hub.test_pretrained import same_params
+from tests.processes import start
+
+SAVE_FOR_EVER = """
+import sys, jax, jax_rlhf
+models = [jax_rlhf.load_pretrained(folder) for folder in sys.argv[1:3]]
+print("ready", flush=True)
+while True:
+    for model in models:
+        jax_rlhf.save_pretrained(sys.argv[3], model, max_shard_bytes=30_000)
+"""
+
+
+def test_killed_at_any_moment_the_target_is_one_of_the_two(tmp_path):
+    """Two models of different shapes take turns in one folder; a kill never mixes or loses them."""
+    sources = [tiny.write_checkpoint(tmp_path / case, case) for case in ("llama", "opt")]
+    target = tmp_path / "model"
+    models = [load_pretrained(source) for source in sources]
+    save_pretrained(target, models[0])
+    draw, seen = random.Random(5), set()
+    for _ in range(5):
+        process = start(SAVE_FOR_EVER, *sources, target)
+        assert process.stdout.readline() == "ready\n", process.stderr.read()
+        time.sleep(draw.uniform(0.05, 0.6))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        found = load_pretrained(target)
+        which = [found.model.config == model.model.config for model in models].index(True)
+        assert same_params(found.params, models[which].params)
+        seen.add(which)
+    save_pretrained(target, models[0])
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]  # what was partial is gone
+
+
+def test_an_error_while_writing_leaves_the_old_folder(tmp_path, monkeypatch):
+    pretrained = load_pretrained(tiny.write_checkpoint(tmp_path / "llama", "llama"))
+    save_pretrained(tmp_path / "model", pretrained)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("jax_rlhf.hub.write.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_pretrained(tmp_path / "model", pretrained)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "model"]
+
+
+def test_file_systems_without_an_exchange_use_two_renames(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders.sys, "platform", "other")
+    for content in ("old", "new"):
+        with replaced_folder(tmp_path / "model") as fresh:
+            (fresh / "config.json").write_text(content)
+        assert (tmp_path / "model" / "config.json").read_text() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_with_other_things_is_not_replaced(tmp_path):
+    pretrained = load_pretrained(tiny.write_checkpoint(tmp_path / "llama", "llama"))
+    for name in ("thesis.docx", "checkpoints"):
+        target = tmp_path / name.split(".")[0]
+        target.mkdir()
+        (target / name).mkdir() if "." not in name else (target / name).write_text("years of work")
+        with pytest.raises(FileExistsError, match=name):
+            save_pretrained(target, pretrained)
+        assert (target / name).exists()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FileExistsError, match="is a file"):
+        save_pretrained(tmp_path / "file", pretrained)
+
+
+def test_missing_parents_are_made_and_stale_parts_removed(tmp_path):
+    pretrained = load_pretrained(tiny.write_checkpoint(tmp_path / "llama", "llama"))
+    stale = tmp_path / "runs" / ".model.partial-1"
+    stale.mkdir(parents=True)
+    (stale / "model.safetensors").write_text("half")
+    save_pretrained(tmp_path / "runs" / "model", pretrained)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["model"]

@@ -1,0 +1,382 @@
+"""Loading and saving: heads, dtypes, meshes, file forms, and every kind of broken checkpoint."""
+
+import json
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from jax_rlhf import CheckpointError, load_pretrained, save_pretrained
+from tests.hub import tiny
+from tests.hub.test_families import outputs, real_difference
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return tiny.write_checkpoint(tmp_path / "llama", "llama")
+
+
+def rewrite(folder, change):
+    """Passes the tensors of a checkpoint through `change` and writes them back."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(tensors), folder / "model.safetensors")
+    return folder
+
+
+def set_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def same_params(a, b):
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: x.dtype == y.dtype and bool((x == y).all()), a, b)))
+
+
+# ---- heads ---------------------------------------------------------------------------------------------------------
+
+
+def test_new_scalar_head_is_normal_with_a_key_and_zero_without(tmp_path):
+    folder = tiny.write_checkpoint(tmp_path / "opt", "opt_350m")
+    zero = load_pretrained(folder, head="scalar").params["scalar_head"]["kernel"]
+    assert zero.shape == (20, 1)  # opt-350m's head reads the projected width
+    assert not zero.any()
+    draws = [load_pretrained(folder, head="scalar", key=jax.random.key(i)).params for i in range(40)]
+    numbers = np.concatenate([params["scalar_head"]["kernel"].ravel() for params in draws])
+    assert abs(numbers.std() * math.sqrt(21) - 1) < 0.1  # 800 draws: within 4 standard errors
+    assert abs(numbers.mean()) < 4 / math.sqrt(21 * 800)
+
+
+def test_scalar_head_of_a_causal_model_keeps_its_trunk(llama):
+    lm, scalar = load_pretrained(llama), load_pretrained(llama, head="scalar")
+    assert same_params(lm.params["layers"], scalar.params["layers"])
+    assert "lm_head" not in scalar.params
+
+
+def test_classifier_with_several_labels_is_refused(tmp_path):
+    folder = tiny.write_checkpoint(tmp_path / "many", "llama", "scalar")
+    rewrite(folder, lambda tensors: tensors | {"score.weight": np.zeros((3, 36), np.float32)})
+    with pytest.raises(CheckpointError, match=r"score\.weight.*\[3, 36\].*\[1, 36\].*num_labels"):
+        load_pretrained(folder, head="scalar")
+
+
+def test_unknown_head_and_dtype_are_refused(llama):
+    with pytest.raises(ValueError, match="head='classification'"):
+        load_pretrained(llama, head="classification")
+    with pytest.raises(ValueError, match="int8"):
+        load_pretrained(llama, dtype=jnp.int8)
+
+
+def test_tied_head_stored_apart_is_used_as_transformers_does(tmp_path):
+    folder = tiny.write_checkpoint(tmp_path / "tied", "smollm2")
+    tied = outputs(load_pretrained(folder))
+    rewrite(folder, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})
+    assert (outputs(load_pretrained(folder)) == tied).all()  # the same numbers twice: tied
+    rewrite(folder, lambda tensors: tensors | {"lm_head.weight": 2 * tensors["lm_head.weight"]})
+    apart = load_pretrained(folder)
+    assert not apart.model.config.tie_embeddings
+    np.testing.assert_allclose(outputs(apart), 2 * tied, atol=1e-4)
+
+
+def test_tied_pair_under_the_heads_name(tmp_path):
+    folder = tiny.write_checkpoint(tmp_path / "tied", "smollm2")
+    tied = outputs(load_pretrained(folder))
+    rewrite(folder, lambda tensors: {"lm_head.weight": tensors.pop("model.embed_tokens.weight"), **tensors})
+    assert (outputs(load_pretrained(folder)) == tied).all()
+
+
+# ---- forms of a checkpoint -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["gpt2", "smollm2", "opt", "pythia"])
+def test_base_models_file_without_prefix(case, tmp_path):
+    folder = tiny.write_checkpoint(tmp_path / case, case)
+    whole = load_pretrained(folder, head="scalar").params
+    bases = ("transformer.", "model.", "gpt_neox.")
+
+    def strip(tensors):
+        return {name.split(".", 1)[1]: x for name, x in tensors.items() if name.startswith(bases)}
+
+    assert same_params(load_pretrained(rewrite(folder, strip), head="scalar").params, whole)
+
+
+def test_known_buffers_are_passed_over(tmp_path):
+    folder = tiny.write_checkpoint(tmp_path / "gpt2", "gpt2")
+    buffers = {
+        "transformer.h.0.attn.bias": np.ones((1, 1, 8, 8), np.uint8),
+        "transformer.h.0.attn.masked_bias": np.float32(-1e4).reshape(1),
+        "lm_head.weight": tiny.tensors("gpt2")["transformer.wte.weight"],
+    }
+    rewrite(folder, lambda tensors: tensors | buffers)
+    assert real_difference(outputs(load_pretrained(folder)), tiny.stored_logits("gpt2")) < 2e-4
+    folder = tiny.write_checkpoint(tmp_path / "pythia", "pythia")
+    buffers = {
+        "gpt_neox.layers.1.attention.bias": np.ones((1, 1, 8, 8), bool),
+        "gpt_neox.layers.1.attention.masked_bias": np.float32(-1e9).reshape(1),
+        "gpt_neox.layers.1.attention.rotary_emb.inv_freq": np.ones(3, np.float32),
+    }
+    rewrite(folder, lambda tensors: tensors | buffers)
+    assert real_difference(outputs(load_pretrained(folder)), tiny.stored_logits("pythia")) < 2e-4
+
+
+def test_sharded_files_and_index(llama, tmp_path):
+    whole = load_pretrained(llama)
+    save_pretrained(tmp_path / "shards", whole, max_shard_bytes=20_000)
+    files = sorted(file.name for file in (tmp_path / "shards").glob("*.safetensors"))
+    assert len(files) > 3
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
+    sizes = sum(tensor.nbytes for file in files for tensor in load_file(tmp_path / "shards" / file).values())
+    assert index["metadata"]["total_size"] == sizes
+    assert same_params(load_pretrained(tmp_path / "shards").params, whole.params)
+    pytest.importorskip("torch")
+    from tests.hub import torch_oracle
+
+    theirs = torch_oracle.outputs(torch_oracle.load(tmp_path / "shards", "lm"), "lm")
+    assert real_difference(outputs(whole), theirs) < 2e-4
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+def test_stored_dtype_is_kept_or_cast(dtype, llama, tmp_path):
+    rewrite(llama, lambda tensors: {name: x.astype(dtype) for name, x in tensors.items()})
+    stored = load_pretrained(llama)
+    assert {leaf.dtype for leaf in jax.tree.leaves(stored.params)} == {jnp.dtype(dtype)}
+    assert stored.model.config.dtype == dtype
+    assert outputs(stored).dtype == np.float32
+    wide = load_pretrained(llama, dtype=jnp.float32)
+    assert same_params(wide.params, jax.tree.map(lambda x: x.astype(jnp.float32), stored.params))
+    save_pretrained(tmp_path / "saved", stored)
+    with safe_open(tmp_path / "saved" / "model.safetensors", "np") as file:
+        name = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}[jnp.dtype(dtype).name]
+        assert {file.get_slice(key).get_dtype() for key in file.keys()} == {name}  # noqa: SIM118
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == jnp.dtype(dtype).name
+    assert same_params(load_pretrained(tmp_path / "saved").params, stored.params)
+
+
+def test_mixed_dtypes_stay_as_they_are(llama):
+    def narrow(tensors):
+        return {name: x if "norm" in name else x.astype(ml_dtypes.bfloat16) for name, x in tensors.items()}
+
+    params = load_pretrained(rewrite(llama, narrow)).params
+    assert params["layers"]["mlp_norm"]["scale"].dtype == jnp.float32
+    assert params["layers"]["mlp"]["up"]["kernel"].dtype == jnp.bfloat16
+
+
+def test_hub_id_from_the_local_cache(llama, tmp_path, monkeypatch):
+    repository = tmp_path / "cache" / "models--someone--tiny"
+    shutil.copytree(llama, repository / "snapshots" / "abc123")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc123")
+    (repository / "refs" / "v2").write_text("abc123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    whole = load_pretrained(llama)
+    for revision in (None, "v2"):
+        assert same_params(load_pretrained("someone/tiny", revision=revision).params, whole.params)
+    with pytest.raises(FileNotFoundError, match="someone/other"):
+        load_pretrained("someone/other")
+
+
+def test_fewer_layers_are_saved_as_fewer(tmp_path):
+    """A reward model cut from the bottom of a checkpoint, with its windows."""
+    whole = load_pretrained(tiny.write_checkpoint(tmp_path / "gemma", "gemma2"))
+    config = whole.model.config
+    config = config.replace(num_layers=2, sliding_layers=config.sliding_layers[:2])
+    params = whole.params | {"layers": jax.tree.map(lambda leaf: leaf[:2], whole.params["layers"])}
+    cut = type(whole)(whole.model.clone(config=config), params)
+    save_pretrained(tmp_path / "cut", cut)
+    again = load_pretrained(tmp_path / "cut")
+    assert again.model.config == config
+    assert (outputs(again) == outputs(cut)).all()
+
+
+# ---- meshes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "explicit"),
+    [({"fsdp": 4, "tensor": 2}, False), ({"data": 2, "fsdp": 2, "tensor": 2}, True), ({"fsdp": 2}, False)],
+    ids=str,
+)
+@pytest.mark.parametrize("case", ["llama", "phi3", "gpt2", "opt_350m"])
+def test_sharded_load_computes_and_saves_the_same(case, sizes, explicit, tmp_path):
+    folder = tiny.write_checkpoint(tmp_path / case, case)
+    set_config(folder, **({"intermediate_size": 50} if case in ("llama", "phi3") else {}))
+    set_config(folder, **({"ffn_dim": 50} if case == "opt_350m" else {}))
+
+    def widen(tensors):  # an MLP width that two devices divide
+        def pad(name, x):
+            halves = np.split(x, 2) if "gate_up" in name else [x]
+            axes = [(0, 1 if size == 49 else 0) for size in halves[0].shape]
+            return np.concatenate([np.pad(half, axes) for half in halves])
+
+        return {name: pad(name, x) for name, x in tensors.items()}
+
+    rewrite(folder, widen)
+    count = math.prod(sizes.values())
+    if explicit:
+        mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes))
+    else:
+        mesh = Mesh(np.array(jax.devices()[:count]).reshape(tuple(sizes.values())), tuple(sizes))
+    alone, spread = load_pretrained(folder), load_pretrained(folder, mesh=mesh)
+    up = spread.params["layers"]["mlp"]["up"]["kernel"]
+    assert up.sharding.spec == PartitionSpec(None, "fsdp", "tensor" if "tensor" in sizes else None)
+    assert len({shard.device for shard in up.addressable_shards}) == count
+    assert up.addressable_shards[0].data.size * sizes["fsdp"] * sizes.get("tensor", 1) == up.size
+    table = spread.params["embedding"]["table"]
+    assert table.shape[0] == (62 if "tensor" in sizes else 61)  # padded so that two devices divide it
+    theirs = outputs(spread)
+    assert theirs.shape[-1] == tiny.VOCAB  # and the padding never shows
+    assert real_difference(theirs, outputs(alone)) < 2e-5
+    save_pretrained(tmp_path / "saved", spread)
+    assert same_params(load_pretrained(tmp_path / "saved").params, alone.params)
+
+
+def test_mesh_that_does_not_divide_names_parameter_and_sizes(llama):
+    mesh = Mesh(np.array(jax.devices()[:8]), ("tensor",))
+    with pytest.raises(
+        ValueError, match=r"'tensor' of size 8 does not divide axis .* of size \d+ of parameter .*do: 1"
+    ):
+        load_pretrained(llama, mesh=mesh)
+
+
+# ---- broken checkpoints --------------------------------------------------------------------------------------------
+
+
+def test_missing_tensor_is_named(llama):
+    rewrite(llama, lambda tensors: {k: v for k, v in tensors.items() if k != "model.layers.1.mlp.up_proj.weight"})
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*missing.*model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_pretrained(llama)
+
+
+def test_missing_lm_head_is_an_error_but_no_scalar_head_is_not(llama):
+    rewrite(llama, lambda tensors: {k: v for k, v in tensors.items() if k != "lm_head.weight"})
+    with pytest.raises(CheckpointError, match=r"missing: lm_head\.weight"):
+        load_pretrained(llama)
+    load_pretrained(llama, head="scalar")
+
+
+def test_wrong_shape_is_named(llama):
+    rewrite(llama, lambda tensors: tensors | {"model.norm.weight": np.ones(35, np.float32)})
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*'model\.norm\.weight'.*\[35\].*\[36\]"):
+        load_pretrained(llama)
+
+
+def test_extra_tensor_is_named(llama):
+    rewrite(llama, lambda tensors: tensors | {"model.layers.3.mlp.up_proj.weight": np.ones((49, 36), np.float32)})
+    with pytest.raises(CheckpointError, match=r"not part of the model.*model\.layers\.3\.mlp\.up_proj\.weight"):
+        load_pretrained(llama)
+
+
+def test_bias_that_the_config_denies_is_extra(llama):
+    rewrite(llama, lambda tensors: tensors | {"model.layers.0.self_attn.q_proj.bias": np.ones(60, np.float32)})
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.self_attn\.q_proj\.bias"):
+        load_pretrained(llama)
+
+
+def test_unsupported_dtype_is_named(llama):
+    rewrite(llama, lambda tensors: tensors | {"model.norm.weight": np.ones(36, np.int8)})
+    with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' is I8"):
+        load_pretrained(llama)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_truncated_file_is_named(llama, keep):
+    file = llama / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:keep] if keep >= 0 else content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: not a whole safetensors file"):
+        load_pretrained(llama)
+
+
+def test_header_that_claims_terabytes_is_refused(llama):
+    header = json.dumps({"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
+    (llama / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        load_pretrained(llama)
+
+
+def test_pickled_weights_are_refused_with_the_conversion_command(llama):
+    (llama / "model.safetensors").unlink()
+    (llama / "pytorch_model.bin").write_bytes(b"\x80\x04never opened")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin[\s\S]*python -c .*save_pretrained"):
+        load_pretrained(llama)
+
+
+def test_what_is_missing_is_named(llama, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_pretrained(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text((llama / "config.json").read_text())
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
+        load_pretrained(tmp_path / "empty")
+    (llama / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        load_pretrained(llama)
+
+
+def test_index_that_names_a_missing_or_foreign_file(llama, tmp_path):
+    save_pretrained(tmp_path / "shards", load_pretrained(llama), max_shard_bytes=20_000)
+    (tmp_path / "shards" / "model-00002-of-00006.safetensors").unlink(missing_ok=True)
+    missing = sorted((tmp_path / "shards").glob("*.safetensors"))[0]
+    missing.unlink()
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        load_pretrained(tmp_path / "shards")
+    index = tmp_path / "shards" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../llama/model.safetensors"}}))
+    with pytest.raises(CheckpointError, match="not in its folder"):
+        load_pretrained(tmp_path / "shards")
+    index.write_text("{")
+    with pytest.raises(CheckpointError, match="not a safetensors index"):
+        load_pretrained(tmp_path / "shards")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "t5"}, "'t5' is not a supported architecture; llama"),
+        ({"model_type": None}, "None is not a supported architecture"),
+        ({"model_type": "gemma3"}, "text-only"),
+        ({"hidden_act": "mish"}, "activation 'mish'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"num_key_value_heads": 4}, "multiple of num_kv_heads"),
+        ({"hidden_size": "large"}, "not one that transformers accepts"),
+    ],
+    ids=str,
+)
+def test_config_that_cannot_be_used(changes, message, llama):
+    set_config(llama, **changes)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_pretrained(llama)
+    assert str(llama) in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", ""])
+def test_config_that_is_not_an_object(content, llama):
+    (llama / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load_pretrained(llama)
+
+
+def test_remote_code_in_a_config_is_never_run(llama):
+    set_config(llama, auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
+    (llama / "evil.py").write_text("raise SystemExit('ran')")
+    assert real_difference(outputs(load_pretrained(llama)), tiny.stored_logits("llama")) < 2e-4
+
+
+def test_unrolled_params_and_hand_made_configs_cannot_be_saved(llama, tmp_path):
+    from jax_rlhf.models import unstack_layers
+
+    pretrained = load_pretrained(llama)
+    with pytest.raises(ValueError, match="unrolled"):
+        save_pretrained(tmp_path / "x", type(pretrained)(pretrained.model, unstack_layers(pretrained.params, 3)))
+    config = pretrained.model.config.replace(hf_config="")
+    with pytest.raises(CheckpointError, match="config_from_hub"):
+        save_pretrained(tmp_path / "x", type(pretrained)(pretrained.model.clone(config=config), pretrained.params))
+    assert not (tmp_path / "x").exists()

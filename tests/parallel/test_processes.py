@@ -1,0 +1,46 @@
+"""Two real processes: a model sharded over both is loaded by both and written by one."""
+
+from jax_rlhf import load_pretrained
+from tests.hub import tiny
+from tests.hub.test_pretrained import same_params
+from tests.processes import finish, free_port, start
+
+SHARE = """
+import sys, jax, numpy as np
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]), initialization_timeout=60)
+import jax_rlhf
+from jax.sharding import Mesh
+mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))
+pretrained = jax_rlhf.load_pretrained(sys.argv[3], mesh=mesh)
+kernel = pretrained.params["layers"]["attention"]["query"]["kernel"]
+assert not kernel.is_fully_addressable
+assert sum(shard.data.size for shard in kernel.addressable_shards) == kernel.size // 2
+try:
+    jax_rlhf.save_pretrained(sys.argv[4], pretrained, max_shard_bytes=40_000)
+except OSError as error:
+    print("refused:", error)
+"""
+
+
+def run_both(source, target):
+    port = free_port()
+    processes = [start(SHARE, port, index, source, target, devices=4) for index in range(2)]
+    printed = [finish(process, timeout=180) for process in processes]
+    return ["".join(line for line in text.splitlines() if "Gloo" not in line) for text in printed]
+
+
+def test_two_processes_save_what_one_would(tmp_path):
+    source = tiny.write_checkpoint(tmp_path / "gpt2", "gpt2")
+    assert run_both(source, tmp_path / "saved") == ["", ""]
+    assert same_params(load_pretrained(tmp_path / "saved").params, load_pretrained(source).params)
+
+
+def test_a_writer_that_fails_ends_both(tmp_path):
+    source = tiny.write_checkpoint(tmp_path / "gpt2", "gpt2")
+    target = tmp_path / "saved"
+    target.mkdir()
+    (target / "thesis.docx").write_text("years of work")
+    first, second = run_both(source, target)
+    assert "thesis.docx" in first
+    assert "process 0 could not write" in second
+    assert [path.name for path in target.iterdir()] == ["thesis.docx"]

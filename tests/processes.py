@@ -1,0 +1,39 @@
+"""Running a test's program in fresh processes: for peak memory, for kills, for several hosts."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def start(program: str, *arguments: object, devices: int = 1) -> subprocess.Popen:
+    """Starts a Python program on simulated devices, with this repository importable."""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 300) -> str:
+    """Waits for a program that must end well; returns what it printed."""
+    output, errors = process.communicate(timeout=timeout)
+    assert process.returncode == 0, errors[-4000:]
+    return output
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
