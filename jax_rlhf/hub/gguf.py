@@ -45,21 +45,14 @@ class GGUFSource:
       shapes: of every tensor.
       config: what its config.json would say.
       generation_config: what its generation_config.json would say.
-      has_tokenizer: whether the file holds one.
-      split: `tokenizer.ggml.pre`, or None.
+      tokenizer: its metadata under "tokenizer.", without that prefix; empty where the file holds no tokenizer.
     """
 
     def __init__(self, file: Path):
         self.file = file
         try:
             reader = gguf.GGUFReader(str(file))
-            self._fields = {
-                name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.ggml")
-            }
-            special = ("model", "pre", "bos_token_id", "eos_token_id", "padding_token_id")
-            self._special = {
-                name: field.contents() for name in special if (field := reader.fields.get(f"tokenizer.ggml.{name}"))
-            }
+            self._fields = {name: field.contents() for name, field in reader.fields.items()}
         except Exception as error:  # the package has no errors of its own: a broken file may raise anything
             raise CheckpointError(
                 f"{file}: not a whole GGUF file ({type(error).__name__}: {error}); copy or download it again."
@@ -71,10 +64,10 @@ class GGUFSource:
         self.shapes = {name: tuple(map(int, reversed(t.shape))) for name, t in self._tensors.items()}
         self._heads = self._field("attention.head_count")
         self._kv_heads = self._field("attention.head_count_kv", self._heads)
-        self.has_tokenizer = "model" in self._special
-        self.split = self._special.get("pre")
+        prefix = "tokenizer."
+        self.tokenizer = {k.removeprefix(prefix): v for k, v in self._fields.items() if k.startswith(prefix)}
         self.generation_config = {
-            f"{name}_token_id": self._special.get(f"{key}_token_id")
+            f"{name}_token_id": self.tokenizer.get(f"ggml.{key}_token_id")
             for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
         }
         self.config = self._config()

@@ -25,7 +25,7 @@ from jax_rlhf.hub.gguf import GGUFSource
 from jax_rlhf.hub.layout import HubTensor
 from jax_rlhf.hub.read import check_tensors, read_params
 from jax_rlhf.hub.sources import SafetensorsSource, TensorSource
-from jax_rlhf.hub.tokenizer import load_gguf_tokenizer, load_tokenizer
+from jax_rlhf.hub.tokenizer import gguf_tokenizer, load_tokenizer
 from jax_rlhf.hub.write import MAX_SHARD_BYTES, weight_files, write_weights
 from jax_rlhf.models import Decoder, DecoderConfig, abstract_params, logical_axes
 from jax_rlhf.models.decoder import Head
@@ -265,7 +265,7 @@ def _as_named(tensor: HubTensor, source: TensorSource, config: DecoderConfig) ->
 
 def _load_tokenizer(place: Path, source: TensorSource) -> PreTrainedTokenizerBase | None:
     if isinstance(source, GGUFSource):
-        return load_gguf_tokenizer(place, source.split) if source.has_tokenizer else None
+        return gguf_tokenizer(source.tokenizer, place)
     return load_tokenizer(place)
 
 

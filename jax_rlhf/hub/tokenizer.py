@@ -1,20 +1,41 @@
-"""Tokenizers: transformers' own, from the files beside a checkpoint or from inside a GGUF file."""
+"""Tokenizers: transformers' own, from the files beside a checkpoint or from the fields of a GGUF file.
 
+transformers can build one from a GGUF file too (5.23: `integrations/gguf`), but only where torch is installed, and
+without the digit splitting that SmolLM was trained with.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import logging
-from tokenizers import pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from transformers.tokenization_utils_base import generate_merges
 
 from jax_rlhf.hub.errors import CheckpointError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
 
-# Byte-level vocabularies that split text as GPT-2 did, which is what transformers falls back to.
-_SPLIT_AS_GPT2 = ("default", "gpt-2", "olmo", "phi-2", "mpt", "jais", "trillion")
-# SmolLM's and its kin: every digit by itself first, then GPT-2's split.
+# `tokenizer.ggml.pre` names how text is cut before merging; the patterns are those of the models' own tokenizer.json.
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PATTERNS = {
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "smaug-bpe", "dbrx", "pixtral"), _LLAMA3),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _LLAMA3.replace("{1,3}", "")),
+    "tekken": _TEKKEN,
+}
+_WHOLE_TOKENS_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken", "pixtral")  # a known piece is taken before merging
 _DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+_GPT2 = (None, "default", "gpt-2", "olmo", "phi-2", "mpt", "jais", "trillion")
+_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # llama.cpp's token types
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -37,36 +58,116 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         raise CheckpointError(f"{folder}: its tokenizer cannot be read: {type(error).__name__}: {error}") from error
 
 
-def load_gguf_tokenizer(file: Path, split: str | None) -> PreTrainedTokenizerBase:
+def gguf_tokenizer(fields: Mapping[str, Any], file: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer and chat template inside a GGUF file.
 
     Args:
-      file: the GGUF file.
-      split: the file's `tokenizer.ggml.pre`: how text is cut before byte-level merging.
+      fields: the file's metadata under "tokenizer.", without that prefix ("ggml.tokens", "chat_template", …).
+      file: the GGUF file, for messages.
 
     Returns:
-      The tokenizer.
+      The tokenizer, or None where the file holds none.
 
     Raises:
-      CheckpointError: transformers cannot read it.
+      CheckpointError: it is of a kind that is not supported, or its fields contradict each other.
     """
-    try:
-        # Not through AutoTokenizer, which would parse the whole file a second time only to see its architecture.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(
-            str(file.parent), gguf_file=file.name, local_files_only=True
+    kind = fields.get("ggml.model")
+    if kind is None:
+        return None
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if kind not in builders:
+        raise CheckpointError(
+            f"{file}: tokenizer.ggml.model {kind!r} is not supported; {', '.join(builders)} are. "
+            "Take the safetensors form."
         )
+    try:
+        tokenizer = builders[kind](fields, file)
+        added = _typed(fields, _CONTROL), _typed(fields, _USER_DEFINED)
+        for tokens, special in zip(added, (True, False), strict=True):
+            tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token in tokens])
+    except CheckpointError:
+        raise
     except Exception as error:  # as above
         raise CheckpointError(f"{file}: its tokenizer cannot be read: {type(error).__name__}: {error}") from error
+    return tokenizer
+
+
+def _byte_level(fields: Mapping[str, Any], file: Path) -> PreTrainedTokenizerBase:
+    split = fields.get("ggml.pre")
+    merges = [tuple(merge.split(" ")) for merge in fields["ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(_vocabulary(fields), merges, ignore_merges=split in _WHOLE_TOKENS_FIRST))
+    tokenizer.pre_tokenizer = _pre_tokenizer(split, file)
+    tokenizer.decoder = decoders.ByteLevel()
+    return _finished(tokenizer, fields, add_bos=split in ("llama-bpe", "llama3", "llama-v3"))
+
+
+def _pre_tokenizer(split: str | None, file: Path) -> pre_tokenizers.PreTokenizer:
+    as_gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if split in _PATTERNS:
+        pattern = pre_tokenizers.Split(Regex(_PATTERNS[split]), behavior="isolated")
+        whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return pre_tokenizers.Sequence([pattern, whole])
     if split in _DIGITS_APART:
-        # transformers 5.23 takes GPT-2's split alone here, which differs where spaces stand before a number.
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    elif split is not None and split not in GGUF_PRE_TOKENIZER_SPLITS and split not in _SPLIT_AS_GPT2:
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), as_gpt2])
+    if split not in _GPT2:
         logging.warning(
             "%s: tokenizer.ggml.pre=%r is not known; text is split as GPT-2 does, so some token ids may differ from "
             "those the model was trained on.",
             file,
             split,
         )
-    return tokenizer
+    return as_gpt2
+
+
+def _sentencepiece(fields: Mapping[str, Any], file: Path) -> PreTrainedTokenizerBase:
+    vocabulary = _vocabulary(fields)
+    if "ggml.merges" in fields:
+        merges = [tuple(merge.split(" ")) for merge in fields["ggml.merges"]]
+    else:  # a piece's score is the rank of the merge that makes it
+        scores = dict(zip(fields["ggml.tokens"], fields["ggml.scores"], strict=True))
+        skipped = {token for kind in (_UNKNOWN, _CONTROL, _BYTE) for token in _typed(fields, kind)}
+        merges = generate_merges(vocabulary, scores, skipped)
+    unknown = _special_tokens(fields).get("unk_token")
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    spaces = normalizers.Replace(" ", "▁")
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if fields.get("ggml.add_space_prefix", True):
+        spaces = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
+        parts.append(decoders.Strip(" ", 1, 0))
+    tokenizer.normalizer, tokenizer.decoder = spaces, decoders.Sequence(parts)
+    return _finished(tokenizer, fields, add_bos=True)
+
+
+def _vocabulary(fields: Mapping[str, Any]) -> dict[str, int]:
+    return {token: index for index, token in enumerate(fields["ggml.tokens"])}
+
+
+def _finished(tokenizer: Tokenizer, fields: Mapping[str, Any], *, add_bos: bool) -> PreTrainedTokenizerBase:
+    """With BOS and EOS where the file asks for them, or else llama.cpp's default for the kind."""
+    special = _special_tokens(fields)
+    bos, eos = special.get("bos_token"), special.get("eos_token")
+    before = [bos] if bos and fields.get("ggml.add_bos_token", add_bos) else []
+    after = [eos] if eos and fields.get("ggml.add_eos_token", False) else []
+    if before or after:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A", *after],
+            pair=[*before, "$A", *after, *before, "$B", *after],
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in {*before, *after}],
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=fields.get("chat_template"),
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+
+
+def _special_tokens(fields: Mapping[str, Any]) -> dict[str, str]:
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {name: fields.get(f"ggml.{key}_token_id") for name, key in names.items()}
+    return {name: fields["ggml.tokens"][index] for name, index in ids.items() if index is not None}
+
+
+def _typed(fields: Mapping[str, Any], kind: int) -> list[str]:
+    types = fields.get("ggml.token_type") or []
+    return [token for token, found in zip(fields["ggml.tokens"], types, strict=False) if found == kind]

@@ -1,0 +1,133 @@
+"""Tokenizers built from GGUF fields, against sentencepiece itself and against what their patterns promise."""
+
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from transformers import AutoTokenizer
+
+from jax_rlhf import CheckpointError
+from jax_rlhf.hub.tokenizer import gguf_tokenizer, load_tokenizer
+from tests.processes import ROOT
+
+FILE = Path("model.gguf")
+
+
+def byte_level(split, merges=(), tokens=(), **fields):
+    """A vocabulary of all single bytes' letters, the merges' results and control tokens."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    pieces = ["<s>", "</s>", *bytes_to_unicode().values(), *("".join(merge) for merge in merges), *tokens]
+    return {
+        "ggml.model": "gpt2",
+        "ggml.pre": split,
+        "ggml.tokens": pieces,
+        "ggml.token_type": [3, 3] + [1] * (len(pieces) - 2),
+        "ggml.merges": [" ".join(merge) for merge in merges],
+        "ggml.bos_token_id": 0,
+        "ggml.eos_token_id": 1,
+        **fields,
+    }
+
+
+def pieces(fields, text):
+    tokenizer = gguf_tokenizer(fields, FILE)
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    return tokenizer.convert_ids_to_tokens(ids)
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("smollm", ["a", "ĠĠ", "1", "2", "3", "4"]),  # digits apart first, which leaves both spaces to each other
+        ("gpt-2", ["a", "Ġ", "Ġ", "12", "34"]),  # the second space goes with the number, which stays whole
+        ("qwen2", ["a", "Ġ", "Ġ", "1", "2", "3", "4"]),
+        ("llama-bpe", ["<s>", "a", "Ġ", "Ġ", "12", "3", "4"]),  # three digits at most, and BOS in front
+    ],
+)
+def test_text_is_cut_as_the_file_says(split, expected):
+    assert pieces(byte_level(split, [("Ġ", "Ġ"), ("1", "2"), ("3", "4")]), "a  1234") == expected
+
+
+def test_llama3_takes_a_known_piece_whole():
+    merges = [("h", "i")]
+    assert pieces(byte_level("llama-bpe", merges, tokens=["hip"]), "hip") == ["<s>", "hip"]
+    assert pieces(byte_level("gpt-2", merges, tokens=["hip"]), "hip") == ["hi", "p"]
+
+
+def test_bos_and_eos_as_the_file_asks():
+    both = byte_level("gpt-2", **{"ggml.add_bos_token": True, "ggml.add_eos_token": True})
+    assert pieces(both, "x") == ["<s>", "x", "</s>"]
+    assert pieces(byte_level("llama-bpe", **{"ggml.add_bos_token": False}), "x") == ["x"]
+
+
+def test_control_tokens_are_never_cut():
+    assert pieces(byte_level("gpt-2"), "a b") == ["a", "Ġ", "b"]
+    tokenizer = gguf_tokenizer(byte_level("gpt-2"), FILE)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("a</s>b").input_ids) == ["a", "</s>", "b"]
+
+
+def test_sentencepiece_vocabulary_gives_sentencepieces_ids(tmp_path):
+    """A tokenizer trained on this project's README and docs, on every line of them and on odd ones."""
+    lines = [
+        line for file in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")] for line in file.read_text().split("\n")
+    ]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([line for line in lines if line.strip()]),
+        model_prefix=str(tmp_path / "spm"),
+        vocab_size=500,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
+    )
+    theirs = sentencepiece.SentencePieceProcessor(str(tmp_path / "spm.model"))
+    ids = range(theirs.get_piece_size())
+    kinds = [2 if theirs.is_unknown(i) else 3 if theirs.is_control(i) else 6 if theirs.is_byte(i) else 1 for i in ids]
+    fields = {
+        "ggml.model": "llama",
+        "ggml.tokens": [theirs.id_to_piece(i) for i in ids],
+        "ggml.scores": [theirs.get_score(i) for i in ids],
+        "ggml.token_type": kinds,
+        "ggml.bos_token_id": 1,
+        "ggml.eos_token_id": 2,
+        "ggml.unknown_token_id": 0,
+    }
+    ours = gguf_tokenizer(fields, FILE)
+    ours.save_pretrained(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    for line in [*lines, "  two", "é 漢字 \t tab", "a", " ", "1234 5"]:
+        expected = [1, *theirs.encode(line)]
+        if line:  # sentencepiece gives nothing for nothing
+            assert ours(line).input_ids == expected, line
+            assert again(line).input_ids == expected, line
+            assert ours.decode(expected, skip_special_tokens=True) == line
+
+
+def test_what_cannot_be_read_is_named(tmp_path, caplog):
+    assert gguf_tokenizer({}, FILE) is None
+    with pytest.raises(CheckpointError, match=r"model\.gguf.*'bert' is not supported; gpt2, llama"):
+        gguf_tokenizer({"ggml.model": "bert"}, FILE)
+    with pytest.raises(CheckpointError, match=r"model\.gguf: its tokenizer cannot be read: KeyError: 'ggml\.merges'"):
+        gguf_tokenizer({"ggml.model": "gpt2", "ggml.tokens": []}, FILE)
+    pieces(byte_level("new-and-unheard-of"), "a")
+    assert "'new-and-unheard-of' is not known" in caplog.text
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="its tokenizer cannot be read"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    assert load_tokenizer(tmp_path) is None
+
+
+def test_a_folders_tokenizer_and_template_come_through(tmp_path):
+    tokenizer = gguf_tokenizer(byte_level("smollm", chat_template="{{ messages[0]['content'] }}!"), FILE)
+    tokenizer.save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").is_file()
+    loaded = load_tokenizer(tmp_path)
+    assert loaded("a  12").input_ids == tokenizer("a  12").input_ids
+    assert loaded.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
+    assert type(loaded) is type(AutoTokenizer.from_pretrained(tmp_path))
