@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError
 from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
@@ -89,7 +89,7 @@ def load_pretrained(
         raise ValueError(f'head={head!r}; "lm" and "scalar" are the heads there are.')
     dtype = None if dtype is None else _float_dtype(dtype)
     place = _resolve(path_or_hub_id, revision)
-    source, config_dict, generation_config = _open(place)
+    source, config_dict, generation_config = _open(place, str(path_or_hub_id))
     config = _in_file(place, config_from_hub, config_dict)
     if mesh is not None:
         config = config.replace(padded_vocab_size=padded_vocab_size(config.vocab_size, mesh))
@@ -211,21 +211,21 @@ def _resolve(path_or_hub_id: str | Path, revision: str | None) -> Path:
         raise FileNotFoundError(f"{text}: no such file or folder.")
     try:
         return Path(snapshot_download(text, revision=revision, allow_patterns=_HUB_FILES))
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+    except (OSError, HFValidationError) as error:  # the hub's errors are OSErrors
         raise FileNotFoundError(
             f"{text}: no such folder here, and not to be had from the hub: {error}. For a private model log in with "
             "`hf auth login`; without a network give a local folder."
         ) from error
 
 
-def _open(place: Path) -> tuple[TensorSource, dict[str, Any], dict[str, Any] | None]:
+def _open(place: Path, name: str) -> tuple[TensorSource, dict[str, Any], dict[str, Any] | None]:
     if place.suffix == ".gguf" and place.is_file():
         source = GGUFSource(place)
         return source, source.config, source.generation_config
     config = _read_json(place / "config.json")
     if config is None:
         raise FileNotFoundError(f"{place / 'config.json'} is missing; it says what the model is made of.")
-    return SafetensorsSource(place), config, _read_json(place / "generation_config.json")
+    return SafetensorsSource(place, name), config, _read_json(place / "generation_config.json")
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:

@@ -43,14 +43,17 @@ class TensorSource(Protocol):
 
 
 class SafetensorsSource:
-    """The tensors of a checkpoint folder: `model.safetensors`, or the shards of `model.safetensors.index.json`."""
+    """The tensors of a checkpoint folder: `model.safetensors`, or the shards of `model.safetensors.index.json`.
 
-    def __init__(self, folder: Path):
+    `name` is what the user called it: the folder, or the hub id that it was downloaded from.
+    """
+
+    def __init__(self, folder: Path, name: str):
         self._file: dict[str, Path] = {}
         self._dtypes: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._open: tuple[Path, safe_open] | None = None
-        for file in _files(folder):
+        for file in _files(folder, name):
             try:
                 with safe_open(file, framework="np", backend="pread") as tensors:
                     for name in tensors.keys():  # noqa: SIM118 — not a dict
@@ -99,37 +102,40 @@ class SafetensorsSource:
         return self._open[1]
 
 
-def _files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{index}: not a safetensors index ({error!r}); copy or download it again."
-            ) from error
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
-                raise CheckpointError(f"{index}: names the file {name!r}, which is not in its folder.")
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder / name} is missing; {index.name} names it. Copy or download it.")
-        return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    if single.is_file():
+def _files(folder: Path, name: str) -> list[Path]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():  # before the index, as transformers has it
         return [single]
-    raise _nothing_to_read(folder)
+    if not index.is_file():
+        raise _nothing_to_read(folder, name)
+    try:
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not a safetensors index ({error!r}); copy or download it again.") from error
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(f"{index}: names the file {file!r}, which is not in its folder.")
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder / file} is missing; {index.name} names it. Copy or download it.")
+    return [folder / file for file in files]
 
 
-def _nothing_to_read(folder: Path) -> Exception:
+def _nothing_to_read(folder: Path, name: str) -> Exception:
+    convert = (
+        "convert them once, on any machine with torch:\n"
+        '  python -c "from transformers import AutoModelForCausalLM as Model, AutoTokenizer as Tokenizer; '
+        f"Model.from_pretrained('{name}').save_pretrained('converted'); "
+        f"Tokenizer.from_pretrained('{name}').save_pretrained('converted')\""
+    )
     pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
     if pickled:
         return CheckpointError(
-            f"{folder} holds only pickled weights ({', '.join(pickled[:3])}), which can run code when loaded and are "
-            "never opened here. Where you trust them, convert them once, on any machine with torch:\n"
-            '  python -c "from transformers import AutoModelForCausalLM as Model, AutoTokenizer as Tokenizer; '
-            f"Model.from_pretrained('{folder}').save_pretrained('converted'); "
-            f"Tokenizer.from_pretrained('{folder}').save_pretrained('converted')\""
+            f"{name} holds only pickled weights ({', '.join(pickled[:3])}), which can run code when loaded and are "
+            f"never opened here. Where you trust them, {convert}"
         )
     if (folder / "adapter_config.json").is_file():
-        return CheckpointError(f"{folder} holds an adapter, not a model; merge it into its base model first.")
-    return FileNotFoundError(f"{folder} holds no model.safetensors, model.safetensors.index.json or .gguf file.")
+        return CheckpointError(f"{name} holds an adapter, not a model; merge it into its base model first.")
+    missing = f"{name} holds no model.safetensors, model.safetensors.index.json or .gguf file"
+    if Path(name).expanduser().is_dir():
+        return FileNotFoundError(f"{missing}.")
+    return CheckpointError(f"{missing}. If its weights are pickled (pytorch_model.bin) and you trust them, {convert}")

@@ -178,6 +178,9 @@ def test_hub_id_from_the_local_cache(llama, tmp_path, monkeypatch):
     whole = load_pretrained(llama)
     for revision in (None, "v2"):
         assert same_params(load_pretrained("someone/tiny", revision=revision).params, whole.params)
+    (repository / "snapshots" / "abc123" / "model.safetensors").unlink()  # only pickles there: nothing was fetched
+    with pytest.raises(CheckpointError, match=r"someone/tiny holds no[\s\S]*from_pretrained\('someone/tiny'\)"):
+        load_pretrained("someone/tiny")
     with pytest.raises(FileNotFoundError, match="someone/other"):
         load_pretrained("someone/other")
 
