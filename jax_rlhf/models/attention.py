@@ -92,11 +92,16 @@ def attend(
     Source: Vaswani et al. 2017; grouped queries: Ainslie et al. 2023.
     """
     batch, length, heads, width = query.shape
-    grouped = query.reshape(batch, length, key.shape[1], heads // key.shape[1], width)
-    scores = jnp.einsum("btkgd,bksd->bkgts", grouped, key, preferred_element_type=jnp.float32) * scale
-    scores = jnp.where(allowed[:, None, None], softcap(scores, cap), MASKED_SCORE)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgts,bksd->btkgd", weights, value).reshape(query.shape)
+    kv_heads, group = key.shape[1], heads // key.shape[1]
+    # A group's queries become rows of one matrix a key/value head: [B, K, G · T, head_dim]. One batched product on CPU,
+    # where the same einsum over separate G and T axes took 3.7 × as long (one token, 64 rows, 9 heads on 3, 2 cores).
+    rows = query.reshape(batch, length, kv_heads, group, width).transpose(0, 2, 3, 1, 4)
+    rows = rows.reshape(batch, kv_heads, group * length, width)
+    scores = jnp.einsum("bkmd,bksd->bkms", rows, key, preferred_element_type=jnp.float32) * scale
+    scores = softcap(scores, cap).reshape(batch, kv_heads, group, length, -1)
+    weights = jax.nn.softmax(jnp.where(allowed[:, None, None], scores, MASKED_SCORE), axis=-1).astype(value.dtype)
+    mixed = jnp.einsum("bkms,bksd->bkmd", weights.reshape(batch, kv_heads, group * length, -1), value)
+    return mixed.reshape(batch, kv_heads, group, length, width).transpose(0, 3, 1, 2, 4).reshape(query.shape)
 
 
 def _write(cache: LayerCache, layer: Array | int, slot: Array, keys: Array, values: Array) -> LayerCache:
