@@ -220,6 +220,8 @@ def config_to_hub(model: Decoder, dtype: str) -> PretrainedConfig:
     if model.head == "scalar":
         config.num_labels = 1
     config.dtype = dtype
+    if hasattr(config, "auto_map"):  # it names code files of the old folder
+        del config.auto_map
     return config
 
 

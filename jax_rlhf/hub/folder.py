@@ -26,15 +26,7 @@ MODEL_FILES = (
 _AT_CURRENT_FOLDER, _EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
-def check_replaceable(target: Path) -> None:
-    """Refuses to replace what is not a model folder.
-
-    Args:
-      target: where a model is to be written; need not exist.
-
-    Raises:
-      FileExistsError: it is a file, or holds files that are not a model's.
-    """
+def _check_replaceable(target: Path) -> None:
     if not target.exists():
         return
     if not target.is_dir():
@@ -64,11 +56,11 @@ def replaced_folder(target: Path) -> Iterator[Path]:
       The new folder.
 
     Raises:
-      FileExistsError: see `check_replaceable`.
+      FileExistsError: the target is a file, or a folder that holds what is not a model's.
       OSError: the disk is full, read-only, …; the target is as it was.
     """
     target = target.resolve()
-    check_replaceable(target)
+    _check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{target.name}.partial-"
     for stale in target.parent.glob(f"{prefix}*"):  # left by a writer that was killed

@@ -16,11 +16,11 @@ from huggingface_hub.errors import HFValidationError
 from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from jax_rlhf.hub.errors import CheckpointError
 from jax_rlhf.hub.families import config_from_hub, config_to_hub, family_of, hub_tensors
-from jax_rlhf.hub.folder import check_replaceable, replaced_folder
+from jax_rlhf.hub.folder import replaced_folder
 from jax_rlhf.hub.gguf import GGUFSource
 from jax_rlhf.hub.layout import HubTensor
 from jax_rlhf.hub.read import check_tensors, read_params
@@ -149,43 +149,43 @@ def save_pretrained(directory: str | Path, pretrained: Pretrained, *, max_shard_
     files, index = weight_files(model, params, max_shard_bytes)
     dtype = params[_TABLE[0]][_TABLE[1]].dtype.name
     config = config_to_hub(model, dtype)
-    if jax.process_count() == 1:
-        _write(directory, pretrained, config, files, index)
+    if jax.process_index() > 0:
+        _agree(None, directory)  # process 0 has a folder to write to
+        write_weights(None, params, files, index)
+        _agree(None, directory)
         return
     failure = None
-    if jax.process_index() == 0:
-        try:
-            _write(directory, pretrained, config, files, index)
-        except OSError as error:
-            failure = error
-    else:
-        write_weights(None, params, files, index)
-    failed = bool(multihost_utils.broadcast_one_to_all(np.asarray(failure is not None)))
+    try:
+        with replaced_folder(directory) as folder:
+            _agree(None, directory)
+            write_weights(folder, params, files, index)
+            _write_rest(folder, pretrained, config)
+    except Exception as error:  # whatever it is, the others must hear of it
+        failure = error
+    _agree(failure, directory)
+
+
+def _agree(failure: Exception | None, directory: Path) -> None:
+    """Process 0 tells the others whether it failed; all raise where it did."""
+    failed = failure is not None
+    if jax.process_count() > 1:
+        failed = bool(multihost_utils.broadcast_one_to_all(np.asarray(failed)))
     if failure is not None:
         raise failure
     if failed:
         raise OSError(f"process 0 could not write {directory}; its message says why.")
 
 
-def _write(directory: Path, pretrained: Pretrained, config: Any, files: list, index: dict | None) -> None:
-    try:
-        check_replaceable(directory)
-    except FileExistsError:
-        write_weights(None, pretrained.params, files, index)  # the other processes are gathering
-        raise
-    with replaced_folder(directory) as folder:
-        failure = write_weights(folder, pretrained.params, files, index)
-        if failure is not None:
-            raise failure
-        config.save_pretrained(folder)
-        if pretrained.tokenizer is not None:
-            pretrained.tokenizer.save_pretrained(folder)
-        if pretrained.model.head == "lm":
-            if pretrained.generation_config is None:
-                generation = GenerationConfig.from_model_config(config)
-            else:
-                generation = GenerationConfig.from_dict(pretrained.generation_config)
-            (folder / "generation_config.json").write_text(generation.to_json_string(), encoding="utf-8")
+def _write_rest(folder: Path, pretrained: Pretrained, config: PretrainedConfig) -> None:
+    config.save_pretrained(folder)
+    if pretrained.tokenizer is not None:
+        pretrained.tokenizer.save_pretrained(folder)
+    if pretrained.model.head == "lm":
+        if pretrained.generation_config is None:
+            generation = GenerationConfig.from_model_config(config)
+        else:
+            generation = GenerationConfig.from_dict(pretrained.generation_config)
+        (folder / "generation_config.json").write_text(generation.to_json_string(), encoding="utf-8")
 
 
 # ---- where a checkpoint is -----------------------------------------------------------------------------------------

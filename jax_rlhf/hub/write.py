@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from safetensors.numpy import save_file
 
 from jax_rlhf.hub.families import hub_tensors
@@ -59,10 +58,10 @@ def file_name(index: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def write_weights(folder: Path | None, params: dict, files: list[list[_Entry]], index: dict | None) -> OSError | None:
+def write_weights(folder: Path | None, params: dict, files: list[list[_Entry]], index: dict | None) -> None:
     """Gathers and writes the tensors; with several processes all must call it.
 
-    A process that cannot write goes on gathering, so that the others do not wait for it for ever.
+    A process that cannot write goes on gathering before it says so: the others would wait for it for ever.
 
     Args:
       folder: to write to; None on the processes that only help to gather.
@@ -70,8 +69,8 @@ def write_weights(folder: Path | None, params: dict, files: list[list[_Entry]], 
       files: from `weight_files`.
       index: from `weight_files`.
 
-    Returns:
-      The error that stopped the writing, if one did.
+    Raises:
+      OSError: the disk is full, …
     """
     failure = None
     for number, entries in enumerate(files):
@@ -85,10 +84,10 @@ def write_weights(folder: Path | None, params: dict, files: list[list[_Entry]], 
             save_file(content, folder / file_name(number, len(files)), metadata={"format": "pt"})
         except Exception as error:  # safetensors reports a full disk as its own type
             failure = error if isinstance(error, OSError) else OSError(f"{folder}: {error}")
-            logging.error("cannot write the weights: %s", failure)
-    if folder is not None and failure is None and index is not None:
+    if failure is not None:
+        raise failure
+    if folder is not None and index is not None:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return failure
 
 
 def _gathered(params: dict, entries: list[_Entry]) -> Iterator[tuple[_Entry, np.ndarray]]:

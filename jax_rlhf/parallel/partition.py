@@ -82,9 +82,10 @@ def shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, axes, shapes, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
-@functools.partial(jax.jit, static_argnums=(2,))
-def _take_replicated(leaf: Array, index: int | None, sharding: NamedSharding) -> Array:
-    return jax.lax.with_sharding_constraint(leaf if index is None else leaf[index], sharding)
+@functools.partial(jax.jit, static_argnums=2)
+def _take_replicated(leaf: Array, index: Array | None, sharding: NamedSharding) -> Array:
+    taken = leaf if index is None else jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
+    return jax.lax.with_sharding_constraint(taken, sharding)
 
 
 def gather_to_host(leaf: Array, index: int | None = None) -> np.ndarray:
@@ -101,6 +102,5 @@ def gather_to_host(leaf: Array, index: int | None = None) -> np.ndarray:
     """
     if isinstance(leaf, Array) and isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh.size > 1:
         replicated = NamedSharding(leaf.sharding.mesh, PartitionSpec())
-        leaf = _take_replicated(leaf, index, replicated).addressable_data(0)
-        return np.asarray(leaf)
+        return np.asarray(_take_replicated(leaf, index, replicated).addressable_data(0))
     return np.asarray(leaf if index is None else leaf[index])

@@ -370,7 +370,10 @@ def test_config_that_is_not_an_object(content, llama):
 def test_remote_code_in_a_config_is_never_run(llama):
     set_config(llama, auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
     (llama / "evil.py").write_text("raise SystemExit('ran')")
-    assert real_difference(outputs(load_pretrained(llama)), tiny.stored_logits("llama")) < 2e-4
+    pretrained = load_pretrained(llama)
+    assert real_difference(outputs(pretrained), tiny.stored_logits("llama")) < 2e-4
+    save_pretrained(llama.parent / "saved", pretrained)
+    assert "auto_map" not in json.loads((llama.parent / "saved" / "config.json").read_text())
 
 
 def test_unrolled_params_and_hand_made_configs_cannot_be_saved(llama, tmp_path):
