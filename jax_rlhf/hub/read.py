@@ -22,7 +22,7 @@ Path = tuple[str, ...]
 Shard = tuple[slice, ...]
 
 _ALIGNMENT = 64  # bytes; XLA's CPU backend takes over a NumPy buffer that has it
-_PIECE = 64 * 2**20  # bytes of an embedding table that are read at once
+_PIECE = 16 * 2**20  # bytes of an embedding table that are read at once
 
 
 def check_tensors(source: TensorSource, tensors: list[HubTensor], num_layers: int, ignore: Any) -> None:
