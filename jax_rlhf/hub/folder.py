@@ -69,8 +69,11 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     fresh.mkdir()
     try:
         yield fresh
-        for file in [*fresh.iterdir(), fresh]:
+        readable = fresh.stat().st_mode & 0o666  # as the umask has it; safetensors makes files for the owner alone
+        for file in fresh.iterdir():
+            file.chmod(readable)
             _flush(file)
+        _flush(fresh)
         if target.exists():
             _exchange(fresh, target)
         else:

@@ -82,6 +82,14 @@ def test_a_folder_with_other_things_is_not_replaced(tmp_path):
         save_pretrained(tmp_path / "file", pretrained)
 
 
+def test_files_are_as_readable_as_any_other(tmp_path):
+    """safetensors writes for the owner alone; another user may serve the model."""
+    save_pretrained(tmp_path / "model", load_pretrained(tiny.write_checkpoint(tmp_path / "llama", "llama")))
+    (tmp_path / "plain").write_text("x")
+    expected = (tmp_path / "plain").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "model").iterdir()} == {expected}
+
+
 def test_missing_parents_are_made_and_stale_parts_removed(tmp_path):
     pretrained = load_pretrained(tiny.write_checkpoint(tmp_path / "llama", "llama"))
     stale = tmp_path / "runs" / ".model.partial-1"
