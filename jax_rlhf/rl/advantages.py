@@ -1,0 +1,55 @@
+"""From rewards and values to advantages and returns."""
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def gae(
+    rewards: Array,
+    values: Array,
+    mask: Array,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    bootstrap: Array | None = None,
+) -> tuple[Array, Array]:
+    """Generalized advantage estimation over the real steps of each row.
+
+    δ_t = r_t + γ V_{t+1} − V_t,   A_t = δ_t + γλ A_{t+1},   returns_t = A_t + V_t
+
+    where t + 1 is the next real step: steps whose mask is False are passed over. After the last real step stands
+    `bootstrap`.
+
+    Args:
+      rewards: float[..., T], in reward units.
+      values: float[..., T], V of the state before each step, in reward units.
+      mask: bool[..., T], True = real step.
+      gamma: discount a step.
+      lam: λ, from 0 (one-step) to 1 (Monte Carlo).
+      bootstrap: float[...], value of the state after the last real step; None = 0, an episode that ended.
+
+    Returns:
+      (advantages, returns), each float[..., T], 0 where the mask is False. Advantages are not whitened.
+
+    Source: Schulman et al. 2015, "High-Dimensional Continuous Control Using GAE", eq. 16.
+    """
+    rewards, values = jnp.asarray(rewards), jnp.asarray(values)
+    bootstrap = jnp.zeros(values.shape[:-1], values.dtype) if bootstrap is None else jnp.asarray(bootstrap)
+    chex.assert_type([rewards, values, mask, bootstrap], [float, float, bool, float])
+    chex.assert_equal_shape([rewards, values, mask])
+    chex.assert_shape(bootstrap, values.shape[:-1])
+
+    def step(carry: tuple[Array, Array], inputs: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
+        next_advantage, next_value = carry
+        reward, value, real = inputs
+        advantage = reward + gamma * next_value - value + gamma * lam * next_advantage
+        carry = jnp.where(real, advantage, next_advantage), jnp.where(real, value, next_value)
+        return carry, jnp.where(real, advantage, 0)
+
+    time_first = [jnp.moveaxis(x, -1, 0) for x in (rewards, values, jnp.asarray(mask))]
+    start = jnp.zeros_like(bootstrap), bootstrap
+    _, advantages = jax.lax.scan(step, start, tuple(time_first), reverse=True)
+    advantages = jnp.moveaxis(advantages, 0, -1)
+    return advantages, jnp.where(mask, advantages + values, 0)

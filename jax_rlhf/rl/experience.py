@@ -1,0 +1,120 @@
+"""What an iteration passes on: prompts in, experience out, and the rewards per token between them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import chex
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from jax_rlhf.rl.kl import KLKind, kl_estimate
+
+
+@struct.dataclass
+class Prompts:
+    """Prompts of one iteration, padded on the left.
+
+    Attributes:
+      tokens: int32[B, P].
+      mask: bool[B, P], True = real token; each row ends with one.
+      row_ids: int32[B], the address of each row's randomness: no two rows of an iteration share one.
+      columns: the data set's other columns, one entry a row each; they go to reward functions.
+    """
+
+    tokens: Array
+    mask: Array
+    row_ids: Array
+    columns: Mapping[str, Sequence[Any]] = struct.field(pytree_node=False, default_factory=dict)
+
+
+@struct.dataclass
+class Experience:
+    """What `generate_experience` made of B prompts, and `train_rlhf` learns from.
+
+    Attributes:
+      tokens: int32[B, P + R], prompts padded on the left, then responses padded on the right.
+      prompt_mask: bool[B, P].
+      response_mask: bool[B, R], True through EOS.
+      logprobs: float32[B, R], the scorer's log-probs of the actor when it sampled: the old ones, in nats.
+      sampler_logprobs: float32[B, R], the sampler's log-probs of the same.
+      ref_logprobs: float32[B, R], the reference's.
+      values: float32[B, R], the critic's value of the state before each token, in reward units.
+      rewards: float32[B, R], score and KL penalty per token.
+      advantages: float32[B, R], whitened where the config says so.
+      returns: float32[B, R], advantages + values, before whitening.
+      scores: float32[B], what the reward source gave, before clipping and penalties.
+      ended: bool[B], the response has its EOS.
+      kept_mass: float32[B, R], probability that the sampler's filters (top-k, top-p, min-new-tokens) left.
+      actor_boundary, critic_boundary: float[B, P + R, D], outputs of the frozen bottom layers; None where all train.
+
+    All per-token arrays are 0 where the response mask is False.
+    """
+
+    tokens: Array
+    prompt_mask: Array
+    response_mask: Array
+    logprobs: Array
+    sampler_logprobs: Array
+    ref_logprobs: Array
+    values: Array
+    rewards: Array
+    advantages: Array
+    returns: Array
+    scores: Array
+    ended: Array
+    kept_mass: Array
+    actor_boundary: Array | None = None
+    critic_boundary: Array | None = None
+
+
+def token_rewards(
+    scores: Array,
+    logprobs: Array,
+    ref_logprobs: Array,
+    mask: Array,
+    *,
+    kl_coef: Array | float,
+    kl_kind: KLKind = "k1",
+    kl_reduction: Literal["sum", "mean"] = "sum",
+) -> Array:
+    """The score at the last real token, less the KL penalty at every one.
+
+    r_t = −β kl_t + [t is the last real token] · score
+
+    Args:
+      scores: float[B], in reward units.
+      logprobs, ref_logprobs: float[B, R], in nats.
+      mask: bool[B, R], True through EOS.
+      kl_coef: β, reward units per nat.
+      kl_kind: the estimate of kl_t.
+      kl_reduction: "sum": Σ_t r_t = score − β Σ kl_t, under which a short response pays less; "mean": each row's kl_t
+        is divided by its length, so that length is neutral.
+
+    Returns:
+      float[B, R], 0 where the mask is False. A row without a real token has no reward.
+
+    Source: Ziegler et al. 2019, eq. 2; Stiennon et al. 2020, section 3.4.
+    """
+    chex.assert_type([scores, logprobs, ref_logprobs, mask], [float, float, float, bool])
+    chex.assert_rank([scores, logprobs, ref_logprobs, mask], [1, 2, 2, 2])
+    chex.assert_equal_shape([logprobs, ref_logprobs, mask])
+    kl = jnp.where(mask, kl_estimate(logprobs, ref_logprobs, kl_kind), 0)
+    if kl_reduction == "mean":
+        kl = kl / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
+    elif kl_reduction != "sum":
+        raise ValueError(f'kl_reduction={kl_reduction!r}; "sum" and "mean" are the forms there are.')
+    return -kl_coef * kl + jnp.where(last_real(mask), scores[:, None], 0)
+
+
+def last_real(mask: Array) -> Array:
+    """Marks the last True of each row.
+
+    Args:
+      mask: bool[B, R].
+
+    Returns:
+      bool[B, R], one True a row, none in a row of False.
+    """
+    slot = jnp.arange(mask.shape[1])
+    return mask & (slot == jnp.max(jnp.where(mask, slot, -1), axis=1, keepdims=True))

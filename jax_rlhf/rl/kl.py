@@ -1,0 +1,125 @@
+"""KL divergence: estimates from samples, and the controllers of its coefficients."""
+
+from typing import Literal
+
+import chex
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from jax_rlhf.rl.losses import MAX_LOG_RATIO
+
+KLKind = Literal["k1", "k2", "k3", "abs"]
+
+
+def kl_estimate(logprobs: Array, ref_logprobs: Array, kind: KLKind = "k1") -> Array:
+    """An estimate of KL(π ‖ π_ref) from tokens that π sampled, per token.
+
+    k1 = log π − log π_ref;  k2 = ½ k1²;  k3 = exp(−k1) − 1 + k1;  abs = |k1|
+
+    k1 and k3 are unbiased, k3 is never negative and varies less; k2 is biased, with a good gradient.
+
+    Args:
+      logprobs: float[..., T], log π of the sampled tokens, in nats.
+      ref_logprobs: float[..., T], log π_ref of the same tokens.
+      kind: which one.
+
+    Returns:
+      float[..., T], in nats. The exponent of k3 is clamped at 20.
+
+    Raises:
+      ValueError: the kind is not one of these.
+
+    Source: Schulman 2020, "Approximating KL divergence".
+    """
+    chex.assert_type([logprobs, ref_logprobs], float)
+    chex.assert_equal_shape([logprobs, ref_logprobs])
+    k1 = logprobs - ref_logprobs
+    if kind == "k1":
+        return k1
+    if kind == "k2":
+        return 0.5 * jnp.square(k1)
+    if kind == "k3":
+        return jnp.expm1(jnp.minimum(-k1, MAX_LOG_RATIO)) + k1
+    if kind == "abs":
+        return jnp.abs(k1)
+    raise ValueError(f'kind={kind!r}; "k1", "k2", "k3" and "abs" are the estimates there are.')
+
+
+@struct.dataclass
+class FixedKL:
+    """A KL coefficient that stays.
+
+    Attributes:
+      value: β, reward units per nat.
+    """
+
+    value: Array | float
+
+    def update(self, kl: Array | float, n_episodes: int) -> "FixedKL":
+        """The same controller, whatever was measured."""
+        del kl, n_episodes
+        return self
+
+
+@struct.dataclass
+class AdaptiveKL:
+    """A KL coefficient that steers KL towards a target.
+
+    β ← β (1 + clip(KL / target − 1, ±0.2) · n_episodes / horizon)
+
+    Attributes:
+      value: β, reward units per nat.
+      target: KL wanted, in nats a response.
+      horizon: episodes over which β may change by 20 %.
+
+    Source: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", section 2.2.
+    """
+
+    value: Array | float
+    target: Array | float
+    horizon: Array | float
+
+    def update(self, kl: Array | float, n_episodes: int) -> "AdaptiveKL":
+        """The controller after a batch.
+
+        Args:
+          kl: measured KL, in nats: summed over each response, averaged over the batch. Where it is not finite, nothing
+            changes.
+          n_episodes: responses in the batch.
+
+        Returns:
+          A new controller.
+        """
+        error = jnp.clip(kl / self.target - 1, -0.2, 0.2)
+        value = self.value * (1 + error * n_episodes / self.horizon)
+        return self.replace(value=jnp.where(jnp.isfinite(kl), value, self.value))
+
+
+@struct.dataclass
+class AdaptivePenalty:
+    """The penalty coefficient of PPO-penalty: doubled where KL is above 1.5 · target, halved below target / 1.5.
+
+    Attributes:
+      value: β, kept within 1e-8 to 1e8, from where it can come back.
+      target: KL(old ‖ new) wanted after an update, in nats a token.
+
+    Source: Schulman et al. 2017, section 4.
+    """
+
+    value: Array | float
+    target: Array | float
+
+    def update(self, kl: Array | float) -> "AdaptivePenalty":
+        """The controller after an update.
+
+        Args:
+          kl: measured mean of KL(old ‖ new), in nats a token. Where it is not finite, β is doubled.
+
+        Returns:
+          A new controller.
+        """
+        too_small = kl < self.target / 1.5
+        too_large = jnp.logical_not(kl <= 1.5 * self.target)
+        value = self.value * jnp.where(too_large, 2.0, jnp.where(too_small, 0.5, 1.0))
+        return self.replace(value=jnp.clip(value, 1e-8, 1e8))

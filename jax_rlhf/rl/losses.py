@@ -1,0 +1,156 @@
+"""Losses, per token (or per pair), to be minimised. Nothing here reduces over a batch.
+
+Reduce with `masked_sum` over a microbatch and divide by the token count of the whole minibatch: so accumulated
+gradients are exactly those of one batch, whatever the lengths.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+MAX_LOG_RATIO = 20.0  # e²⁰ ≈ 5e8: one token's ratio cannot overflow a loss
+
+
+def clipped_surrogate(
+    log_ratio: Array,
+    advantages: Array,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+) -> Array:
+    """PPO-clip, per token.
+
+    L_t = max(−A ρ, −A clip(ρ, 1 − ε_low, 1 + ε_high)),  ρ = exp(log_ratio);  with dual clip min(L_t, c |A|) where A < 0
+
+    Args:
+      log_ratio: float[..., T], log π(a) − log π_old(a), in nats; clamped to ±20.
+      advantages: float[..., T].
+      clip_low, clip_high: ε below and above 1.
+      dual_clip: c > 1, the cap on the loss where A < 0, which is unbounded otherwise; None = no cap.
+
+    Returns:
+      float[..., T].
+
+    Raises:
+      ValueError: dual_clip is not above 1.
+
+    Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7; dual clip: Ye et al. 2020,
+    "Mastering Complex Control in MOBA Games with Deep RL", eq. 3; ε_high ≠ ε_low: Yu et al. 2025, "DAPO".
+    """
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip={dual_clip} must be above 1: it caps the loss at dual_clip · |advantage|.")
+    chex.assert_type([log_ratio, advantages], float)
+    chex.assert_equal_shape([log_ratio, advantages])
+    ratio = _ratio(log_ratio)
+    loss = jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 1 - clip_low, 1 + clip_high))
+    if dual_clip is None:
+        return loss
+    return jnp.where(advantages < 0, jnp.minimum(loss, dual_clip * jnp.abs(advantages)), loss)
+
+
+def penalized_surrogate(log_ratio: Array, advantages: Array, kl: Array, *, beta: Array | float) -> Array:
+    """PPO-penalty, per token.
+
+    L_t = −A ρ + β kl,  ρ = exp(log_ratio)
+
+    Args:
+      log_ratio: float[..., T], log π(a) − log π_old(a), in nats; clamped to ±20.
+      advantages: float[..., T].
+      kl: float[..., T], KL(old ‖ new) in nats, estimated or exact: `kl_estimate(old_logprobs, logprobs, "k3")`.
+      beta: β, from `AdaptivePenalty`.
+
+    Returns:
+      float[..., T].
+
+    Source: Schulman et al. 2017, eq. 8.
+    """
+    chex.assert_type([log_ratio, advantages, kl], float)
+    chex.assert_equal_shape([log_ratio, advantages, kl])
+    return -advantages * _ratio(log_ratio) + beta * kl
+
+
+def clipped_value_loss(values: Array, old_values: Array, returns: Array, *, clip_range: float = 0.2) -> Array:
+    """PPO's clipped value loss, per token.
+
+    L_t = ½ max((V_t − R_t)², (clip(V_t, V_old,t − ε, V_old,t + ε) − R_t)²)
+
+    Args:
+      values: float[..., T], the critic's values now, in reward units.
+      old_values: float[..., T], its values when the experience was made.
+      returns: float[..., T], advantages + old_values before whitening.
+      clip_range: ε, in reward units.
+
+    Returns:
+      float[..., T].
+
+    Source: OpenAI baselines ppo2; Huang et al. 2022, "The 37 Implementation Details of PPO", detail 9.
+    """
+    chex.assert_type([values, old_values, returns], float)
+    chex.assert_equal_shape([values, old_values, returns])
+    clipped = old_values + jnp.clip(values - old_values, -clip_range, clip_range)
+    return 0.5 * jnp.maximum(jnp.square(values - returns), jnp.square(clipped - returns))
+
+
+def bradley_terry_loss(chosen_scores: Array, rejected_scores: Array, *, margin: Array | None = None) -> Array:
+    """−log σ(chosen − rejected − margin), per pair.
+
+    Args:
+      chosen_scores, rejected_scores: float[B], of the whole answers.
+      margin: float[B], by how much chosen should win, in reward units; None = 0.
+
+    Returns:
+      float[B].
+
+    Source: Ouyang et al. 2022, "InstructGPT", eq. 1; margin: Touvron et al. 2023, "Llama 2", eq. 2.
+    """
+    chex.assert_type([chosen_scores, rejected_scores], float)
+    chex.assert_equal_shape([chosen_scores, rejected_scores])
+    difference = chosen_scores - rejected_scores
+    if margin is not None:
+        chex.assert_type(margin, float)
+        chex.assert_equal_shape([chosen_scores, margin])
+        difference = difference - margin
+    return -jax.nn.log_sigmoid(difference)
+
+
+def token_ranking_loss(
+    chosen_scores: Array,
+    rejected_scores: Array,
+    chosen_ids: Array,
+    rejected_ids: Array,
+    chosen_mask: Array,
+    rejected_mask: Array,
+) -> Array:
+    """The mean of −log σ(chosen_t − rejected_t) from the first differing token to the end of the longer answer.
+
+    A pair of identical answers counts at the last slot only, as in DeepSpeed-Chat.
+
+    Args:
+      chosen_scores, rejected_scores: float[B, T], one score a token.
+      chosen_ids, rejected_ids: int[B, T]; prompt and answer, padded on the right.
+      chosen_mask, rejected_mask: bool[B, T], True = real token.
+
+    Returns:
+      float[B].
+
+    Source: DeepSpeed-Chat, `training/utils/model/reward_model.py`.
+    """
+    floats, ids, masks = [chosen_scores, rejected_scores], [chosen_ids, rejected_ids], [chosen_mask, rejected_mask]
+    chex.assert_type(floats + ids + masks, [float, float, int, int, bool, bool])
+    chex.assert_rank(floats + ids + masks, 2)
+    chex.assert_equal_shape(floats + ids + masks)
+    slot = jnp.arange(chosen_ids.shape[1])
+    either = jnp.logical_or(chosen_mask, rejected_mask)
+    differ = jnp.logical_and(either, (chosen_ids != rejected_ids) | (chosen_mask != rejected_mask))
+    any_differs = jnp.any(differ, axis=1, keepdims=True)
+    first = jnp.argmax(differ, axis=1, keepdims=True)
+    end = jnp.max(jnp.where(either, slot + 1, 0), axis=1, keepdims=True)
+    counted = jnp.where(any_differs, (slot >= first) & (slot < end), slot == slot[-1])
+    loss = jnp.where(counted, -jax.nn.log_sigmoid(chosen_scores - rejected_scores), 0)
+    return jnp.sum(loss, axis=1) / jnp.sum(counted, axis=1)
+
+
+def _ratio(log_ratio: Array) -> Array:
+    return jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))

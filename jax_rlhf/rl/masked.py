@@ -1,0 +1,68 @@
+"""Statistics over the real tokens of a batch.
+
+All reduce over every element, so under a sharded `jit` they are global: the same on 1 and on 8 devices.
+"""
+
+import chex
+import jax.numpy as jnp
+from jax import Array
+
+
+def masked_sum(x: Array, mask: Array) -> Array:
+    """Σ x over the elements whose mask is True.
+
+    Args:
+      x: float[..., T]; what stands where the mask is False, NaN too, has no effect.
+      mask: bool[..., T].
+
+    Returns:
+      float[], 0 if the mask is empty.
+    """
+    chex.assert_type([x, mask], [float, bool])
+    chex.assert_equal_shape([x, mask])
+    return jnp.sum(jnp.where(mask, x, 0))
+
+
+def masked_mean(x: Array, mask: Array) -> Array:
+    """Σ x / n over the n elements whose mask is True.
+
+    Args:
+      x: float[..., T].
+      mask: bool[..., T].
+
+    Returns:
+      float[], 0 if the mask is empty.
+    """
+    return masked_sum(x, mask) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def masked_variance(x: Array, mask: Array) -> Array:
+    """Σ (x − mean)² / n over the n elements whose mask is True: the biased variance.
+
+    Args:
+      x: float[..., T].
+      mask: bool[..., T].
+
+    Returns:
+      float[], 0 if the mask is empty.
+    """
+    return masked_mean(jnp.square(x - masked_mean(x, mask)), mask)
+
+
+def masked_whiten(x: Array, mask: Array, *, shift_mean: bool = True) -> Array:
+    """(x − mean) / √(variance + 1e-8), with the masked mean and biased variance of all elements.
+
+    Args:
+      x: float[..., T].
+      mask: bool[..., T].
+      shift_mean: False adds the mean back, so that only the spread is normalised (for rewards).
+
+    Returns:
+      float[..., T], 0 where the mask is False.
+
+    Source: Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", detail 6 (reward and advantage
+    whitening); variance biased as in OpenAI's lm-human-preferences.
+    """
+    mean = masked_mean(x, mask)
+    whitened = (x - mean) / jnp.sqrt(masked_variance(x, mask) + 1e-8)
+    return jnp.where(mask, whitened if shift_mean else whitened + mean, 0)

@@ -1,0 +1,72 @@
+"""Rewards per token: where the score lands, and what the KL penalty costs."""
+
+import jax
+import numpy as np
+import pytest
+
+from jax_rlhf import rl
+from tests.rl import oracle
+
+LENGTHS = [1, 3, 5, 5]  # one token; a middle length; full with EOS; full without
+MASK = np.arange(5) < np.array(LENGTHS)[:, None]
+SCORES = np.array([0.7, -1.3, 2.5, 0.25], np.float32)
+RANDOM = np.random.RandomState(0)
+LOGPROBS, REF = RANDOM.randn(4, 5).astype(np.float32), RANDOM.randn(4, 5).astype(np.float32)
+
+
+def ours(scores, logprobs, ref, mask, **settings):
+    return rl.token_rewards(scores, logprobs, ref, mask, kl_coef=0.3, **settings)
+
+
+def check_rewards(function):
+    rewards = np.asarray(function(SCORES, LOGPROBS, REF, MASK))
+    wanted = [oracle.rewards(s, p, q, n, 0.3) for s, p, q, n in zip(SCORES, LOGPROBS, REF, LENGTHS, strict=True)]
+    np.testing.assert_allclose(rewards, wanted, atol=1e-6)
+    kl = np.where(MASK, LOGPROBS - REF, 0).sum(axis=1)
+    np.testing.assert_allclose(rewards.sum(axis=1), SCORES - 0.3 * kl, atol=1e-5)
+
+
+def one_past_the_end(scores, logprobs, ref, mask):
+    rewards = np.where(mask, -0.3 * (logprobs - ref), 0)
+    for row, length in enumerate(mask.sum(axis=1)):
+        if length < mask.shape[1]:
+            rewards[row, length] += scores[row]
+        else:
+            rewards[row, -1] += scores[row]
+    return rewards
+
+
+def cast_to_ids_dtype(scores, logprobs, ref, mask):
+    return ours(np.zeros_like(np.arange(4)) + scores.astype(int) * 1.0, logprobs, ref, mask)
+
+
+def test_score_lands_on_the_last_real_token():
+    check_rewards(ours)
+    check_rewards(jax.jit(ours))
+    for wrong in (one_past_the_end, cast_to_ids_dtype):
+        with pytest.raises(AssertionError):
+            check_rewards(wrong)
+
+
+def test_a_row_without_a_token_has_no_reward():
+    mask = MASK & (np.arange(4) != 1)[:, None]
+    rewards = np.asarray(ours(SCORES, LOGPROBS, REF, mask))
+    assert not rewards[1].any()
+    assert np.isfinite(rewards).all()
+
+
+def test_with_the_mean_form_length_costs_nothing():
+    """The same KL a token: summed, the long row pays 5 times what the short one pays; in the mean form the same."""
+    logprobs, ref = np.zeros((4, 5), np.float32), np.full((4, 5), -0.5, np.float32)
+    zero = np.zeros(4, np.float32)
+    summed = np.asarray(ours(zero, logprobs, ref, MASK)).sum(axis=1)
+    mean = np.asarray(ours(zero, logprobs, ref, MASK, kl_reduction="mean")).sum(axis=1)
+    np.testing.assert_allclose(summed, [-0.15, -0.45, -0.75, -0.75], atol=1e-6)
+    np.testing.assert_allclose(mean, [-0.15] * 4, atol=1e-6)
+
+
+def test_integer_scores_and_unknown_forms_are_errors():
+    with pytest.raises(AssertionError):
+        ours(SCORES.astype(int), LOGPROBS, REF, MASK)
+    with pytest.raises(ValueError, match="median"):
+        ours(SCORES, LOGPROBS, REF, MASK, kl_reduction="median")

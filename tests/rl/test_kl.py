@@ -1,0 +1,84 @@
+"""KL estimates against the exact divergence, controllers against numbers worked out by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_rlhf import rl
+
+RANDOM = np.random.RandomState(0)
+P, Q = (np.exp(z) / np.exp(z).sum() for z in RANDOM.randn(2, 7) * 0.7)
+EXACT = float(np.sum(P * np.log(P / Q)))  # KL(P ‖ Q) in nats
+
+
+def expectation(estimate):
+    """E over tokens that P samples, exactly."""
+    return float(np.sum(P * np.asarray(estimate(np.log(P), np.log(Q)))))
+
+
+def check_unbiased(estimate):
+    assert expectation(estimate) == pytest.approx(EXACT, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+def test_k1_and_k3_are_unbiased(kind):
+    check_unbiased(lambda p, q: rl.kl_estimate(p, q, kind))
+    with pytest.raises(AssertionError):  # the sign flipped
+        check_unbiased(lambda p, q: rl.kl_estimate(q, p, kind))
+
+
+def test_k3_is_never_negative_and_k1_sometimes_is():
+    assert (np.asarray(rl.kl_estimate(np.log(P), np.log(Q), "k3")) >= 0).all()
+    assert (np.asarray(rl.kl_estimate(np.log(P), np.log(Q), "k1")) < 0).any()
+
+
+def test_the_four_formulas():
+    new, ref = np.array([-1.0, -2.0, 0.0]), np.array([-1.5, -1.0, 0.0])
+    wanted = {"k1": [0.5, -1, 0], "k2": [0.125, 0.5, 0], "abs": [0.5, 1, 0]}
+    wanted["k3"] = [np.exp(-0.5) - 1 + 0.5, np.exp(1) - 1 - 1, 0]
+    for kind, numbers in wanted.items():
+        np.testing.assert_allclose(rl.kl_estimate(new, ref, kind), numbers, atol=1e-6)
+
+
+def test_k3_of_a_token_that_the_policy_all_but_lost_is_finite():
+    value, gradient = jax.value_and_grad(lambda x: rl.kl_estimate(x, jnp.float32(-1), "k3"))(jnp.float32(-1e4))
+    assert np.isfinite(value)
+    assert np.isfinite(gradient)
+
+
+def test_unknown_estimates_and_integers_are_errors():
+    with pytest.raises(ValueError, match="k4"):
+        rl.kl_estimate(np.log(P), np.log(Q), "k4")
+    with pytest.raises(AssertionError):
+        rl.kl_estimate(np.ones(3, int), np.ones(3, int))
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, lambda f: f])
+def test_adaptive_kl_by_hand(wrap):
+    """Target 6, horizon 10,000, 1,000 episodes: KL 6.6 is 0.1 over, so β grows by 1 %; beyond ±20 % it is clipped."""
+    controller = rl.AdaptiveKL(0.15, 6.0, 10_000.0)
+    update = wrap(lambda kl: controller.update(kl, 1000))
+    for kl, factor in [(6.6, 1.01), (60.0, 1.02), (6.0, 1.0), (0.0, 0.98), (-3.0, 0.98), (np.nan, 1.0)]:
+        assert float(update(kl).value) == pytest.approx(0.15 * factor, rel=1e-6)
+    assert controller.value == 0.15  # pure
+
+
+def test_fixed_kl_stays():
+    assert rl.FixedKL(0.1).update(1e9, 64) == rl.FixedKL(0.1)
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, lambda f: f])
+def test_adaptive_penalty_by_hand(wrap):
+    """Target 0.01: above 0.015 β doubles, below 0.00667 it halves, between it stays."""
+    controller = rl.AdaptivePenalty(3.0, 0.01)
+    update = wrap(controller.update)
+    for kl, value in [(0.0151, 6), (0.0149, 3), (0.01, 3), (0.0067, 3), (0.0066, 1.5), (0, 1.5), (np.nan, 6)]:
+        assert float(update(kl).value) == pytest.approx(value)
+
+
+def test_a_penalty_that_fell_for_long_can_rise_again():
+    controller = rl.AdaptivePenalty(1.0, 0.01)
+    for _ in range(300):
+        controller = controller.update(0.0)
+    assert float(controller.update(1.0).value) > float(controller.value) > 0
