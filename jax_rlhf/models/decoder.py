@@ -167,13 +167,37 @@ class Decoder(nn.Module):
         """
         return self.apply_head(self.hidden_states(tokens, positions, mask))
 
-    def hidden_states(self, tokens: Array, positions: Array | None = None, mask: Array | None = None) -> Array:
-        """What the head reads: arguments as in `__call__` → float[B, T, E]."""
+    def hidden_states(
+        self,
+        tokens: Array,
+        positions: Array | None = None,
+        mask: Array | None = None,
+        *,
+        boundary: Array | None = None,
+        first_layer: int = 0,
+    ) -> Array:
+        """What the head reads: arguments as in `__call__` → float[B, T, E].
+
+        With `boundary`, float[B, T, D], the output of the layers below `first_layer` (`lower_layers`), only those from
+        there on run, and `params["layers"]` holds only them.
+        """
+        tokens, mask = _checked(tokens, positions, mask)
+        query_order, key_order = token_order(mask)
+        x, context = self._enter(tokens, positions, mask, query_order, key_order, boundary=boundary)
+        x, _ = self._run_layers(x, None, context, range(first_layer, self.config.num_layers))
+        return self._leave(x)
+
+    def lower_layers(
+        self, tokens: Array, positions: Array | None = None, mask: Array | None = None, *, layers: int
+    ) -> Array:
+        """The output of the first `layers` layers, float[B, T, D], for which `params["layers"]` need hold only those.
+
+        Arguments as in `__call__`; `hidden_states(..., boundary=this, first_layer=layers)` goes on from it.
+        """
         tokens, mask = _checked(tokens, positions, mask)
         query_order, key_order = token_order(mask)
         x, context = self._enter(tokens, positions, mask, query_order, key_order)
-        x, _ = self._run_layers(x, None, context)
-        return self._leave(x)
+        return self._run_layers(x, None, context, range(layers))[0]
 
     def extend(
         self,
@@ -205,7 +229,7 @@ class Decoder(nn.Module):
         query_order, key_order = token_order(mask, cache.real)
         order = jax.lax.dynamic_update_slice(cache.order, key_order, (0, cache.length))
         x, context = self._enter(tokens, positions, mask, query_order, order[:, :span], slot=cache.length)
-        x, layers = self._run_layers(x, cache.layers, context)
+        x, layers = self._run_layers(x, cache.layers, context, range(self.config.num_layers))
         real = cache.real + jnp.sum(mask, axis=1, dtype=jnp.int32)
         return self._leave(x), KVCache(layers, order, real, cache.length + tokens.shape[1])
 
@@ -222,7 +246,9 @@ class Decoder(nn.Module):
         mask: Array,
         query_order: Array,
         key_order: Array,
+        *,
         slot: Array | None = None,
+        boundary: Array | None = None,
     ) -> tuple[Array, AttentionContext]:
         config = self.config
         positions = query_order if positions is None else positions
@@ -231,19 +257,27 @@ class Decoder(nn.Module):
             None if rotary is None else rotary_angles(rotary, positions)
             for rotary in (config.rotary, config.local_rotary)
         )
+        context = AttentionContext(query_order, key_order, angles, local_angles, slot)
+        if boundary is not None:
+            return boundary.astype(config.dtype), context
         # A pad's id is replaced, so that whatever stands there (−100, pad = EOS, an id past the table) has no effect.
-        x = self.embedding(jnp.where(mask, tokens, 0), positions)
-        return x, AttentionContext(query_order, key_order, angles, local_angles, slot)
+        return self.embedding(jnp.where(mask, tokens, 0), positions), context
 
     def _run_layers(
-        self, x: Array, caches: LayerCache | tuple[LayerCache, ...] | None, context: AttentionContext
+        self,
+        x: Array,
+        caches: LayerCache | tuple[LayerCache, ...] | None,
+        context: AttentionContext,
+        which: range,
     ) -> tuple[Array, LayerCache | tuple[LayerCache, ...] | None]:
+        if not which:
+            return x, caches
         if self.scan_layers:
-            (x, caches), _ = self.layers((x, caches), context, jnp.arange(self.config.num_layers))
+            (x, caches), _ = self.layers((x, caches), context, jnp.arange(which.start, which.stop))
             return x, caches
         filled = []
-        for index, layer in enumerate(self.layers):
-            (x, cache), _ = layer((x, None if caches is None else caches[index]), context, None)
+        for index in which:
+            (x, cache), _ = self.layers[index]((x, None if caches is None else caches[index]), context, None)
             filled.append(cache)
         return x, None if caches is None else tuple(filled)
 

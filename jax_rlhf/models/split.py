@@ -1,0 +1,135 @@
+"""A model of which only the top trains: the layers below are frozen, held once, and run once a rollout.
+
+    frozen      embedding, layers 0 … L − k − 1      runs once: tokens → boundary, float[B, T, D]
+    trainable   layers L − k … L − 1, final norm, head      runs from the boundary on
+
+With `trainable_layers=None` all parameters are trainable, `frozen` is an empty dict, and there is no boundary: the same
+code trains everything.
+"""
+
+import dataclasses
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from jax_rlhf.models.decoder import Decoder, Params
+
+_BOTTOM = "embedding"
+
+
+@struct.dataclass
+class SplitParams:
+    """Parameters in two parts.
+
+    Attributes:
+      frozen: the embedding and the bottom layers, each leaf [L − k, ...]; empty where everything trains.
+      trainable: the rest, layers' leaves [k, ...].
+    """
+
+    frozen: Params
+    trainable: Params
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitModel:
+    """A scanned decoder, and how many of its layers train.
+
+    Attributes:
+      model: the decoder.
+      trainable_layers: k, from the top, 1 to L, with the final norm and the head (where that is not the embedding);
+        None = all parameters.
+    """
+
+    model: Decoder
+    trainable_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        layers = self.model.config.num_layers
+        if self.trainable_layers is not None and not 1 <= self.trainable_layers <= layers:
+            raise ValueError(
+                f"trainable_layers={self.trainable_layers} must lie within 1 and the model's {layers} layers; None "
+                "trains everything."
+            )
+        if not self.model.scan_layers:
+            raise ValueError("a SplitModel needs a model with scan_layers=True.")
+
+    @property
+    def first_layer(self) -> int:
+        """The lowest layer that trains."""
+        return 0 if self.trainable_layers is None else self.model.config.num_layers - self.trainable_layers
+
+    def split(self, params: Params) -> SplitParams:
+        """Cuts a whole tree of parameters in two."""
+        if self.trainable_layers is None:
+            return SplitParams({}, params)
+        trainable = {name: value for name, value in params.items() if name != _BOTTOM}
+        trainable["layers"] = jax.tree.map(lambda leaf: leaf[self.first_layer :], params["layers"])
+        frozen = {_BOTTOM: params[_BOTTOM]}
+        if self.first_layer:
+            frozen["layers"] = jax.tree.map(lambda leaf: leaf[: self.first_layer], params["layers"])
+        return SplitParams(frozen, trainable)
+
+    def join(self, params: SplitParams) -> Params:
+        """The whole tree again, of the scanned form."""
+        if "layers" not in params.frozen:
+            return params.frozen | params.trainable
+        layers = jax.tree.map(
+            lambda below, above: jnp.concatenate([below, above]), params.frozen["layers"], params.trainable["layers"]
+        )
+        return params.frozen | params.trainable | {"layers": layers}
+
+    def unstack(self, params: SplitParams) -> Params:
+        """The whole tree of the unrolled form, without joining the stacks first."""
+        whole = {name: value for part in (params.frozen, params.trainable) for name, value in part.items()}
+        del whole["layers"]
+        for index in range(self.model.config.num_layers):
+            part, place = (
+                (params.frozen, index) if index < self.first_layer else (params.trainable, index - self.first_layer)
+            )
+            whole[f"layers_{index}"] = jax.tree.map(operator.itemgetter(place), part["layers"])
+        return whole
+
+    def boundary(self, params: SplitParams, tokens: Array, mask: Array) -> Array | None:
+        """Runs the frozen bottom.
+
+        Args:
+          params: the parameters.
+          tokens: int[B, T].
+          mask: bool[B, T], True = real token.
+
+        Returns:
+          float[B, T, D], or None where everything trains.
+        """
+        if self.trainable_layers is None:
+            return None
+        run = functools.partial(self.model.apply, {"params": params.frozen}, method="lower_layers")
+        return run(tokens, mask=mask, layers=self.first_layer)
+
+    def hidden_states(self, params: SplitParams, tokens: Array, mask: Array, boundary: Array | None) -> Array:
+        """Runs the top from the boundary (or, where everything trains, from the tokens) to what the head reads.
+
+        Args:
+          params: the parameters.
+          tokens: int[B, T].
+          mask: bool[B, T].
+          boundary: what `boundary` returned.
+
+        Returns:
+          float[B, T, E].
+        """
+        return self.model.apply(
+            {"params": params.trainable},
+            tokens,
+            mask=mask,
+            boundary=boundary,
+            first_layer=self.first_layer,
+            method="hidden_states",
+        )
+
+    def head_params(self, params: SplitParams) -> Params:
+        """The parameters that `apply_head` reads: those of the top, and the embedding where the head is tied to it."""
+        return params.frozen | params.trainable
