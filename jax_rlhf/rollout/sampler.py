@@ -1,0 +1,251 @@
+"""Responses to prompts, in one jitted function: prefill, then a `while_loop` that stops when every row has ended.
+
+Positions in a row of P = 4 prompt slots and R = 4 response slots, EOS = `.`:
+
+    tokens          pad  the  cat  sat  │  on   it   .    pad
+    prompt_mask      0    1    1    1   │
+    response_mask                       │  1    1    1    0         true through EOS
+    drawn from the hidden state at:        sat  on   it   –
+
+Logits exist for one position a row at a time. The key of a draw is an address, fold_in(fold_in(key, row id), index in
+the response), so a row's response does not depend on its batch, slot, padding or mesh.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+
+from jax_rlhf.models import Decoder, create_cache, unstack_layers
+from jax_rlhf.models.decoder import Params
+from jax_rlhf.rollout.draw import draw_tokens
+
+
+@struct.dataclass
+class Samples:
+    """Prompts with their responses.
+
+    Attributes:
+      tokens: int32[B, P + R].
+      response_mask: bool[B, R], True through EOS.
+      logprobs: float32[B, R], of the unfiltered softmax at the temperature, in nats; 0 after EOS.
+      kept_mass: float32[B, R], probability that the filters left; 1 where nothing is filtered, 0 after EOS.
+    """
+
+    tokens: Array
+    response_mask: Array
+    logprobs: Array
+    kept_mass: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How to sample.
+
+    Attributes:
+      max_new_tokens: R.
+      min_new_tokens: before so many tokens EOS is not drawn.
+      temperature: τ > 0, what logits are divided by.
+      top_k: draw among the k likeliest tokens; 0 = all, 1 = greedy.
+      top_p: draw among the fewest tokens that hold this probability; 1 = all.
+      eos_ids: any of these ends a response.
+      pad_id: what stands after the end.
+    """
+
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be 1 or more.")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens={self.min_new_tokens} must lie within 0 and max_new_tokens={self.max_new_tokens}."
+            )
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0; greedy decoding is top_k=1.")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be 0 (all tokens) or more.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must lie in (0, 1].")
+
+    @property
+    def filtered(self) -> bool:
+        """Whether top-k or top-p narrow the distribution."""
+        return self.top_k > 0 or self.top_p < 1
+
+
+def sample(
+    model: Decoder,
+    params: Params,
+    prompts: Array,
+    prompt_mask: Array,
+    key: Array,
+    *,
+    max_new_tokens: int,
+    min_new_tokens: int = 0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    eos_id: int | Sequence[int] | None = None,
+    pad_id: int = 0,
+    row_ids: Array | None = None,
+) -> Samples:
+    """Samples a response to each prompt.
+
+    Args:
+      model: with an LM head.
+      params: its parameters.
+      prompts: int[B, P], padded on the left.
+      prompt_mask: bool[B, P], True = real token; each row ends with one.
+      key: a JAX random key. The same (key, row id, prompt) gives the same response in any batch, order, padding width
+        or mesh, up to draws that float rounding turns: those where two perturbed scores lie within rounding.
+      max_new_tokens: R, in tokens.
+      min_new_tokens: before so many tokens EOS is not drawn.
+      temperature: τ > 0, what logits are divided by.
+      top_k: draw among the k likeliest tokens; 0 = all, 1 = greedy.
+      top_p: draw among the fewest tokens that hold this probability (after top-k); 1 = all.
+      eos_id: one id or several, any of which ends a response; None = none does.
+      pad_id: what stands after the end; it may equal an EOS.
+      row_ids: int[B], the address of each row's randomness; default 0 … B − 1.
+
+    Returns:
+      The samples. Log-probs are of the unfiltered softmax at the temperature.
+
+    Raises:
+      ValueError: a setting is out of range, a prompt is empty or not padded on the left, or prompt and response are
+        longer than the model's table of positions.
+    """
+    eos_ids = () if eos_id is None else (eos_id,) if isinstance(eos_id, int | np.integer) else eos_id
+    sampling = Sampling(
+        max_new_tokens, min_new_tokens, temperature, top_k, top_p, tuple(int(e) for e in eos_ids), pad_id
+    )
+    prompts, prompt_mask = jnp.asarray(prompts), jnp.asarray(prompt_mask)
+    row_ids = jnp.arange(len(prompts)) if row_ids is None else jnp.asarray(row_ids)
+    if not isinstance(prompt_mask, jax.core.Tracer):
+        check_prompts(model, np.asarray(prompt_mask), sampling)
+    return _sample(model, params, prompts, prompt_mask, key, row_ids, sampling)
+
+
+def check_prompts(model: Decoder, prompt_mask: np.ndarray, sampling: Sampling) -> None:
+    """Raises where prompts cannot be sampled from.
+
+    Args:
+      model: the model.
+      prompt_mask: bool[B, P], on the host.
+      sampling: how they will be sampled.
+
+    Raises:
+      ValueError: the mask's form, an empty prompt, padding not on the left, too long for the model, an EOS that it
+        does not have; says which row.
+    """
+    config = model.config
+    if prompt_mask.ndim != 2 or prompt_mask.dtype != bool:
+        raise ValueError(f"prompt_mask must be bool[B, P], not {prompt_mask.dtype}{list(prompt_mask.shape)}.")
+    lengths = prompt_mask.sum(axis=1)
+    if not lengths.all():
+        raise ValueError(f"prompt {int(np.argmin(lengths))} is empty; give at least one token, BOS say.")
+    ragged = (np.diff(prompt_mask.astype(int), axis=1) < 0).any(axis=1)
+    if ragged.any():
+        raise ValueError(f"prompt {int(np.argmax(ragged))} is not padded on the left only (tokenizer.padding_side).")
+    longest = int(lengths.max()) + sampling.max_new_tokens - 1
+    if config.position_kind == "learned" and longest > config.max_positions:
+        raise ValueError(
+            f"prompt {int(np.argmax(lengths))} has {int(lengths.max())} tokens; with max_new_tokens="
+            f"{sampling.max_new_tokens} it runs past the model's {config.max_positions} positions."
+        )
+    outside = [eos for eos in sampling.eos_ids if not 0 <= eos < config.vocab_size]
+    if outside:
+        raise ValueError(f"eos_id {outside[0]} is not among the model's {config.vocab_size} tokens.")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6))
+def _sample(
+    model: Decoder, params: Params, prompts: Array, prompt_mask: Array, key: Array, row_ids: Array, sampling: Sampling
+) -> Samples:
+    return rollout(*rollout_form(model, params), prompts, prompt_mask, key, row_ids, sampling)
+
+
+def rollout_form(model: Decoder, params: Params) -> tuple[Decoder, Params]:
+    """The form that decodes fastest on this backend: unrolled on CPU, scanned on GPU and TPU.
+
+    Args:
+      model: scanned or unrolled.
+      params: its parameters.
+
+    Returns:
+      (model, params) that compute the same.
+    """
+    if not model.scan_layers or jax.default_backend() != "cpu":
+        return model, params
+    return model.clone(scan_layers=False), unstack_layers(params, model.config.num_layers)
+
+
+def rollout(
+    model: Decoder, params: Params, prompts: Array, prompt_mask: Array, key: Array, row_ids: Array, sampling: Sampling
+) -> Samples:
+    """`sample` without its checks, to be called under `jit`: arguments as there, settings in one bundle."""
+    chex.assert_rank([prompts, prompt_mask, row_ids], [2, 2, 1])
+    chex.assert_type([prompts, prompt_mask, row_ids], [int, bool, int])
+    chex.assert_equal_shape([prompts, prompt_mask])
+    (batch, width), length = prompts.shape, sampling.max_new_tokens
+    run = functools.partial(model.apply, {"params": params})
+    row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_ids)
+
+    def draw(carry: dict[str, Any]) -> dict[str, Any]:
+        """Draws token `index` of every row from `hidden`."""
+        index, running = carry["index"], carry["running"]
+        logits = run(carry["hidden"], method="apply_head") / sampling.temperature
+        keys = jax.vmap(lambda row_key: jax.random.fold_in(row_key, index))(row_keys)
+        ban = index < sampling.min_new_tokens if sampling.min_new_tokens else False
+        drawn = draw_tokens(logits, keys, top_k=sampling.top_k, top_p=sampling.top_p, banned=sampling.eos_ids, ban=ban)
+        tokens = jnp.where(running, drawn.tokens, sampling.pad_id)
+        return {
+            **carry,
+            "index": index + 1,
+            "running": running & ~jnp.isin(tokens, jnp.asarray(sampling.eos_ids, jnp.int32)),
+            "token": tokens,
+            "real": running,
+            "tokens": carry["tokens"].at[:, index].set(tokens),
+            "mask": carry["mask"].at[:, index].set(running),
+            "logprobs": carry["logprobs"].at[:, index].set(jnp.where(running, drawn.logprobs, 0)),
+            "kept_mass": carry["kept_mass"].at[:, index].set(jnp.where(running, drawn.kept_mass, 0)),
+        }
+
+    def step(carry: dict[str, Any]) -> dict[str, Any]:
+        """Runs the model over the last token of every row, and draws the next."""
+        hidden, cache = run(carry["token"][:, None], carry["cache"], mask=carry["real"][:, None], method="extend")
+        return draw({**carry, "hidden": hidden[:, -1], "cache": cache})
+
+    cache = create_cache(model.config, batch, width + length - 1, scan_layers=model.scan_layers)
+    hidden, cache = run(prompts, cache, mask=prompt_mask, span=width, method="extend")
+    done = jax.lax.while_loop(
+        lambda carry: (carry["index"] < length) & jnp.any(carry["running"]),
+        step,
+        draw(
+            {
+                "index": jnp.int32(0),
+                "running": jnp.ones(batch, bool),
+                "hidden": hidden[:, -1],
+                "cache": cache,
+                "tokens": jnp.full((batch, length), sampling.pad_id, jnp.int32),
+                "mask": jnp.zeros((batch, length), bool),
+                "logprobs": jnp.zeros((batch, length), jnp.float32),
+                "kept_mass": jnp.zeros((batch, length), jnp.float32),
+            }
+        ),
+    )
+    tokens = jnp.concatenate([prompts.astype(jnp.int32), done["tokens"]], axis=1)
+    return Samples(tokens, done["mask"], done["logprobs"], done["kept_mass"])

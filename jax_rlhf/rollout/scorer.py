@@ -1,0 +1,152 @@
+"""Log-probs of given tokens, and entropy, without float32 [B, T, V] in memory, forward or backward.
+
+The head runs over a chunk of positions at a time; the backward pass computes a chunk's logits again.
+"""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from jax_rlhf.models import Decoder
+from jax_rlhf.models.decoder import Params
+
+_SAVED = "log_normalizer_and_entropy"
+
+
+def token_logprobs(
+    model: Decoder, params: Params, tokens: Array, mask: Array, *, temperature: float = 1.0, chunk: int | None = None
+) -> Array:
+    """log π(token | the tokens before it), from log softmax(logits / τ).
+
+    Args:
+      model: with an LM head.
+      params: its parameters.
+      tokens: int[B, T].
+      mask: bool[B, T], True = real token.
+      temperature: τ, as in sampling.
+      chunk: positions whose logits exist at once; None chooses by the vocabulary and the backend.
+
+    Returns:
+      float32[B, T − 1], of tokens[:, 1:], in nats; 0 for pads and for a row's first real token.
+    """
+    return _token_logprobs(model, params, jnp.asarray(tokens), jnp.asarray(mask), temperature, chunk)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _token_logprobs(
+    model: Decoder, params: Params, tokens: Array, mask: Array, temperature: float, chunk: int | None
+) -> Array:
+    hidden = model.apply({"params": params}, tokens, mask=mask, method="hidden_states")
+    # The first real token has nothing before it; after it, a token's predecessor is the last real one, which may
+    # stand further back where pads are inside.
+    before = jnp.cumsum(mask, axis=1)[:, :-1] > 0
+    slot = jax.lax.cummax(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)[:, :-1]
+    hidden = jnp.take_along_axis(hidden, slot[..., None], axis=1)
+    logprobs, _ = score_hidden(model, params, hidden, tokens[:, 1:], temperature=temperature, chunk=chunk)
+    return jnp.where(mask[:, 1:] & before, logprobs, 0)
+
+
+def score_hidden(
+    model: Decoder,
+    params: Params,
+    hidden: Array,
+    targets: Array,
+    *,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+) -> tuple[Array, Array]:
+    """Log-probs of target tokens, and the entropy of the distribution that they are from.
+
+    Args:
+      model: with an LM head.
+      params: its parameters; only those of the head are read.
+      hidden: float[B, T, E], what the head reads.
+      targets: int[B, T], the token that follows each; an id outside the vocabulary counts as 0 (a pad's).
+      temperature: τ.
+      chunk: positions at once; None chooses.
+
+    Returns:
+      (logprobs, entropy), each float32[B, T], in nats, differentiable in params and hidden.
+    """
+    chex.assert_rank([hidden, targets], [3, 2])
+    chex.assert_type([hidden, targets], [float, int])
+    (batch, length), vocab = targets.shape, model.config.vocab_size
+    targets = jnp.where((targets >= 0) & (targets < vocab), targets, 0)
+    chunk = min(length, default_chunk(batch, vocab) if chunk is None else chunk)
+
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(_SAVED))
+    def score(hidden: Array, targets: Array) -> tuple[Array, Array]:
+        logits = model.apply({"params": params}, hidden, method="apply_head")
+        return categorical(logits / temperature, targets)
+
+    if chunk == length:
+        return score(hidden, targets)
+    count = -(-length // chunk)
+
+    def split(x: Array) -> Array:  # [B, T, ...] → [count, B, chunk, ...]
+        x = jnp.pad(x, ((0, 0), (0, count * chunk - length)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, count, chunk, *x.shape[2:]), 1, 0)
+
+    _, scored = jax.lax.scan(lambda carry, xs: (carry, score(*xs)), None, (split(hidden), split(targets)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length], scored)
+
+
+def default_chunk(batch: int, vocab_size: int) -> int:
+    """Positions whose logits exist at once: 32 MiB of float32 on CPU (near its caches), 512 MiB on GPU and TPU.
+
+    Args:
+      batch: B, in rows.
+      vocab_size: V.
+
+    Returns:
+      1 or more.
+    """
+    budget = 2**23 if jax.default_backend() == "cpu" else 2**27
+    return max(1, budget // (batch * vocab_size))
+
+
+@jax.custom_vjp
+def categorical(logits: Array, targets: Array) -> tuple[Array, Array]:
+    """Log-probs of the targets and entropy of softmax(logits).
+
+    log p_y = z_y − log Σ exp z;   H = log Σ exp z − Σ p z
+
+    Args:
+      logits: float32[..., V].
+      targets: int[...], ids within V.
+
+    Returns:
+      (logprobs, entropy), each float32[...], in nats.
+    """
+    return _categorical_forward(logits, targets)[0]
+
+
+def _categorical_forward(logits: Array, targets: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    chex.assert_type(logits, jnp.float32)
+    peak = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - peak)
+    total = jnp.sum(weights, axis=-1)
+    log_normalizer = peak[..., 0] + jnp.log(total)
+    entropy = log_normalizer - jnp.sum(weights * logits, axis=-1) / total
+    # Saved by name, so that the backward pass has one product and one exp to compute again, and no reduction.
+    log_normalizer, entropy = checkpoint_name(log_normalizer, _SAVED), checkpoint_name(entropy, _SAVED)
+    logprobs = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - log_normalizer
+    return (logprobs, entropy), (logits, targets, log_normalizer, entropy)
+
+
+def _categorical_backward(residuals: tuple[Array, ...], gradients: tuple[Array, Array]) -> tuple[Array, None]:
+    logits, targets, log_normalizer, entropy = residuals
+    logprob_gradient, entropy_gradient = (g[..., None] for g in gradients)
+    logp = logits - log_normalizer[..., None]
+    chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
+    probabilities = jnp.exp(logp)
+    # ∂ log p_y / ∂z = 1[y] − p;  ∂H / ∂z = −p (log p + H)
+    gradient = logprob_gradient * (chosen - probabilities)
+    return gradient - entropy_gradient * probabilities * (logp + entropy[..., None]), None
+
+
+categorical.defvjp(_categorical_forward, _categorical_backward)
