@@ -1,0 +1,5 @@
+"""Sources of rewards. A reward model on the mesh is the engine's; here are functions over texts."""
+
+from jax_rlhf.rewards.functions import RewardError, RewardFunction, score_texts
+
+__all__ = ["RewardError", "RewardFunction", "score_texts"]
