@@ -1,0 +1,15 @@
+"""The pieces of training: settings, optimizers, and the two device programs of a PPO iteration."""
+
+from jax_rlhf.training.config import PPOConfig, from_mapping
+from jax_rlhf.training.optimizer import OptimizerConfig, create_optimizer, learning_rate_schedule
+from jax_rlhf.training.update import PPOState, PretrainingRows
+
+__all__ = [
+    "OptimizerConfig",
+    "PPOConfig",
+    "PPOState",
+    "PretrainingRows",
+    "create_optimizer",
+    "from_mapping",
+    "learning_rate_schedule",
+]

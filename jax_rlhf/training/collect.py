@@ -1,0 +1,182 @@
+"""The first program of an iteration: prompts → responses → log-probs, values, scores → rewards → advantages."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jax_rlhf.models.split import SplitParams
+from jax_rlhf.rl import Experience, gae, masked_whiten, token_rewards
+from jax_rlhf.rollout import Samples, Sampling, rollout
+from jax_rlhf.training.config import PPOConfig
+from jax_rlhf.training.networks import (
+    Frozen,
+    Networks,
+    Trained,
+    boundaries,
+    critic_values,
+    policy_logprobs,
+    reference_logprobs,
+    reward_scores,
+)
+
+
+def sampling_settings(config: PPOConfig) -> Sampling:
+    """The sampler's share of the config, whose `eos_ids` and `pad_id` are known by now.
+
+    Args:
+      config: the config.
+
+    Returns:
+      The settings.
+    """
+    return Sampling(
+        max_new_tokens=config.max_new_tokens,
+        min_new_tokens=config.min_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        eos_ids=config.eos_ids or (),
+        pad_id=config.pad_id or 0,
+    )
+
+
+def sample_responses(
+    networks: Networks,
+    sampling: Sampling,
+    trained: Trained,
+    frozen: Frozen,
+    prompts: Array,
+    prompt_mask: Array,
+    row_ids: Array,
+    key: Array,
+) -> Samples:
+    """Samples with rollout parameters made from the training parameters, here and now.
+
+    Args:
+      networks: the models.
+      sampling: how.
+      trained, frozen: their parameters.
+      prompts: int[B, P], padded on the left.
+      prompt_mask: bool[B, P].
+      row_ids: int[B].
+      key: of this iteration.
+
+    Returns:
+      The samples.
+    """
+    model, params = rollout_params(networks, trained, frozen)
+    return rollout(model, params, prompts, prompt_mask, key, row_ids, sampling)
+
+
+def rollout_params(networks: Networks, trained: Trained, frozen: Frozen) -> tuple:
+    """The actor as the sampler runs it: cast to the compute dtype, and on CPU unstacked into separate layers.
+
+    Args:
+      networks: the models.
+      trained, frozen: their parameters.
+
+    Returns:
+      (model, params).
+    """
+    actor, params = networks.actor, SplitParams(frozen.actor, trained.actor)
+    params = jax.tree.map(lambda leaf: leaf.astype(actor.model.config.dtype), params)
+    if jax.default_backend() == "cpu":
+        return actor.model.clone(scan_layers=False), actor.unstack(params)
+    return actor.model, actor.join(params)
+
+
+def score_samples(
+    networks: Networks,
+    config: PPOConfig,
+    trained: Trained,
+    frozen: Frozen,
+    samples: Samples,
+    prompt_mask: Array,
+    function_scores: Array | None,
+    kl_coef: Array,
+) -> Experience:
+    """Scores samples by all models, and makes rewards, advantages and returns of it.
+
+    Args:
+      networks: the models.
+      config: PPO's.
+      trained, frozen: parameters.
+      samples: what the actor sampled.
+      prompt_mask: bool[B, P].
+      function_scores: float32[B], weighted sum of reward functions' scores; None where there are none.
+      kl_coef: float32[], β.
+
+    Returns:
+      The experience.
+    """
+    tokens, response_mask = samples.tokens, samples.response_mask
+    mask = jnp.concatenate([prompt_mask, response_mask], axis=1)
+    start = prompt_mask.shape[1]
+    bottom = boundaries(networks, frozen, tokens, mask)
+    how = {"start": start, "temperature": config.temperature, "chunk": config.logprob_chunk}
+
+    actor = SplitParams(frozen.actor, trained.actor)
+    logprobs, _ = policy_logprobs(networks.actor, actor, tokens, mask, bottom.actor, **how)
+    ref_logprobs = reference_logprobs(networks, frozen, tokens, mask, bottom.actor, **how)
+    critic = SplitParams(frozen.critic, trained.critic)
+    values = critic_values(networks.critic, critic, tokens, mask, bottom.critic, start=start)
+
+    scores = jnp.zeros(len(tokens), jnp.float32) if function_scores is None else function_scores
+    if networks.reward is not None:
+        scores = scores + reward_scores(networks, frozen, tokens, mask, bottom.critic)
+    ended = jnp.any(response_mask & jnp.isin(tokens[:, start:], jnp.asarray(config.eos_ids or (), jnp.int32)), axis=1)
+    experience = Experience(
+        tokens=tokens,
+        prompt_mask=prompt_mask,
+        response_mask=response_mask,
+        logprobs=jnp.where(response_mask, logprobs, 0),
+        sampler_logprobs=samples.logprobs,
+        ref_logprobs=jnp.where(response_mask, ref_logprobs, 0),
+        values=jnp.where(response_mask, values[:, :-1], 0),
+        rewards=jnp.zeros_like(logprobs),
+        advantages=jnp.zeros_like(logprobs),
+        returns=jnp.zeros_like(logprobs),
+        scores=scores,
+        ended=ended,
+        kept_mass=samples.kept_mass,
+        actor_boundary=bottom.actor,
+        critic_boundary=bottom.critic,
+    )
+    return with_advantages(config, experience, values[:, -1], kl_coef)
+
+
+def with_advantages(config: PPOConfig, experience: Experience, last_values: Array, kl_coef: Array) -> Experience:
+    """Rewards, advantages and returns from scores, log-probs and values.
+
+    Args:
+      config: PPO's.
+      experience: with everything but these.
+      last_values: float32[B], the critic's value of the state after the last slot.
+      kl_coef: float32[], β.
+
+    Returns:
+      The experience, complete.
+    """
+    mask, scores = experience.response_mask, experience.scores
+    if config.reward_clip is not None:
+        scores = jnp.clip(scores, -config.reward_clip, config.reward_clip)
+    scores = scores - config.missing_eos_penalty * ~experience.ended
+    rewards = token_rewards(
+        scores,
+        experience.logprobs,
+        experience.ref_logprobs,
+        mask,
+        kl_coef=kl_coef,
+        kl_kind=config.kl_kind,
+        kl_reduction=config.kl_reduction,
+    )
+    if config.whiten_rewards:
+        rewards = masked_whiten(rewards, mask, shift_mean=False)
+    # A response without EOS fills all R slots, so the state after its last token is the one after the last slot.
+    bootstrap = jnp.where(experience.ended, 0, last_values) if config.truncation == "bootstrap" else None
+    advantages, returns = gae(rewards, experience.values, mask, gamma=config.gamma, lam=config.lam, bootstrap=bootstrap)
+    if config.whiten_advantages:
+        advantages = masked_whiten(advantages, mask)
+    return dataclasses.replace(experience, rewards=rewards, advantages=advantages, returns=returns)

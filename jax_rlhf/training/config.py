@@ -1,0 +1,168 @@
+"""The settings of PPO, and how a config from outside becomes them."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from jax_rlhf.training.optimizer import OptimizerConfig
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """Everything that `PPOTrainer` can be told.
+
+    Sampling:
+      max_new_tokens: R, response slots, in tokens.
+      min_new_tokens: before so many tokens EOS is not sampled.
+      temperature: τ of sampling and of every log-prob.
+      top_k, top_p: filters of the sampler, off by default: log-probs are of the unfiltered softmax, so that with them
+        PPO's ratios are of a distribution that was not sampled from; `val/kept_mass` says how far off.
+      eos_ids: end a response; None = the tokenizer's (or the checkpoint's generation_config's).
+      pad_id: stands after the end; None = the tokenizer's pad, or else 0.
+      seed: of everything random.
+
+    Rewards:
+      kl_coef: β of the KL penalty in the reward, reward units per nat; the first one where it adapts.
+      kl_kind: its estimate, "k1", "k2", "k3" or "abs".
+      kl_reduction: "sum", or "mean": each response's penalty divided by its length, so that short ones do not pay less.
+      kl_target: nats a response that an adaptive β steers to; None = β is fixed.
+      kl_horizon: episodes over which it adapts.
+      reward_clip: scores are clipped to ± this; None = not.
+      missing_eos_penalty: subtracted from the (clipped) score of a response without EOS.
+      truncation: a response without EOS is "terminal", or its end is "bootstrap"ped with the critic's value there.
+      whiten_rewards: divides the rewards by their spread, keeping the mean.
+
+    Advantages:
+      gamma, lam: discount and λ of GAE.
+      whiten_advantages: to mean 0 and variance 1 over the batch's tokens.
+
+    Updates:
+      ppo_epochs: passes over the experience.
+      num_minibatches: optimizer steps a pass; rows are reshuffled each pass.
+      microbatch_size: rows whose activations exist at once, on all devices together; None chooses (`microbatch_rows`).
+        It changes memory and speed, not the gradient.
+      policy_loss: "clip" (PPO-clip) or "penalty" (PPO-penalty).
+      clip_range: ε of PPO-clip, below 1, and above where `clip_range_high` is None.
+      dual_clip: c, the cap c |A| on the loss where A < 0; None = none.
+      penalty_coef, penalty_target: PPO-penalty's first β, and the nats a token that it adapts to.
+      value_clip_range: ε of the value loss, in reward units.
+      entropy_coef: entropy bonus, per nat.
+      ptx_coef: weight of the pretraining loss (mean nats a token) where `train_rlhf` is given pretraining rows.
+      critic_warmup_iterations: iterations in which only the critic learns.
+      target_kl: the rest of an iteration's updates is left out once the approximate KL of a minibatch exceeds this, in
+        nats a token; None = never.
+      ema_decay: of the actor's moving average, a step an iteration; None = none is kept.
+      actor_optimizer, critic_optimizer: see `OptimizerConfig`.
+      logprob_chunk: positions whose logits exist at once; None chooses.
+    """
+
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    eos_ids: tuple[int, ...] | None = None
+    pad_id: int | None = None
+    seed: int = 0
+
+    kl_coef: float = 0.05
+    kl_kind: Literal["k1", "k2", "k3", "abs"] = "k1"
+    kl_reduction: Literal["sum", "mean"] = "sum"
+    kl_target: float | None = None
+    kl_horizon: float = 10_000.0
+    reward_clip: float | None = None
+    missing_eos_penalty: float = 0.0
+    truncation: Literal["terminal", "bootstrap"] = "terminal"
+    whiten_rewards: bool = False
+
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten_advantages: bool = True
+
+    ppo_epochs: int = 4
+    num_minibatches: int = 1
+    microbatch_size: int | None = None
+    policy_loss: Literal["clip", "penalty"] = "clip"
+    clip_range: float = 0.2
+    clip_range_high: float | None = None
+    dual_clip: float | None = None
+    penalty_coef: float = 1.0
+    penalty_target: float = 0.01
+    value_clip_range: float = 0.2
+    entropy_coef: float = 0.0
+    ptx_coef: float = 0.0
+    critic_warmup_iterations: int = 0
+    target_kl: float | None = None
+    ema_decay: float | None = None
+    actor_optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    critic_optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    logprob_chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("ppo_epochs", "num_minibatches", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie within 0 and 1.")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} must lie in [0, 1).")
+        if self.kl_target is not None and self.kl_target <= 0:
+            raise ValueError(f"kl_target={self.kl_target} must be above 0; None keeps kl_coef fixed.")
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(f"dual_clip={self.dual_clip} must be above 1.")
+
+
+def from_mapping(kind: type[T], values: Any, where: str = "config") -> T:
+    """A config dataclass from a mapping (a dict, an `ml_collections.ConfigDict`), with every field's type checked.
+
+    Args:
+      kind: the dataclass.
+      values: the fields that differ from the defaults, nested where the dataclass is; or an instance of `kind`.
+      where: what to call it in errors.
+
+    Returns:
+      An instance.
+
+    Raises:
+      ValueError: an unknown field (with the names nearest to it), or a value of another type.
+    """
+    if isinstance(values, kind):
+        return values
+    if not isinstance(values, Mapping) and not hasattr(values, "items"):
+        raise ValueError(f"{where} must be a mapping of {kind.__name__}'s fields, not {type(values).__name__}.")
+    hints = typing.get_type_hints(kind)
+    known = {field.name for field in dataclasses.fields(kind)}
+    checked = {}
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"the fields are {', '.join(sorted(known))}."
+            raise ValueError(f"{where}.{name}: there is no such field; {hint}")
+        checked[name] = _checked(hints[name], value, f"{where}.{name}")
+    return kind(**checked)
+
+
+def _checked(hint: Any, value: Any, where: str) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        origin = typing.get_origin(option)
+        if origin is Literal and value in typing.get_args(option):
+            return value
+        if origin is tuple and isinstance(value, list | tuple) and all(type(item) is int for item in value):
+            return tuple(value)
+        if dataclasses.is_dataclass(option):
+            return from_mapping(option, value, where)
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(option, type) and origin is None and type(value) is option:
+            return value
+    expected = " or ".join(str(getattr(option, "__name__", option)).replace("typing.", "") for option in options)
+    raise ValueError(f"{where}={value!r}: {expected} is expected.")

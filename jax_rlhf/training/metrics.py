@@ -1,0 +1,52 @@
+"""What an experience says about the policy, under the names that TRL's users know."""
+
+import jax.numpy as jnp
+from jax import Array
+
+from jax_rlhf.rl import Experience, masked_mean, masked_variance
+
+
+def experience_metrics(experience: Experience, kl_coef: Array) -> dict[str, Array]:
+    """Metrics of one iteration's experience; sums are over a response, means over the batch.
+
+    Args:
+      experience: what was generated.
+      kl_coef: float32[], β that its rewards were made with.
+
+    Returns:
+      float32[] each:
+        objective/kl: Σ log π − log π_ref, in nats a response; objective/kl_per_token: its mean a token.
+        objective/entropy: Σ −log π of the sampled tokens, in nats a response.
+        objective/scores, objective/scores_std: from the reward source.
+        objective/non_score_reward: −β · KL; objective/rlhf_reward: the two together.
+        objective/kl_coef: β.
+        objective/response_length: tokens, EOS included; objective/eos_rate, val/num_eos_tokens: responses that ended.
+        val/explained_variance: 1 − var(returns − values) / var(returns).
+        val/sampler_logprob_gap: the largest |log π of the sampler − of the scorer|.
+        val/kept_mass: mean probability that the sampler's filters left.
+    """
+    mask = experience.response_mask
+    log_ratio = jnp.where(mask, experience.logprobs - experience.ref_logprobs, 0)
+    kl = jnp.mean(jnp.sum(log_ratio, axis=1))
+    scores = jnp.mean(experience.scores)
+    ended = experience.ended.astype(jnp.float32)
+    spread = masked_variance(experience.returns, mask)
+    unexplained = masked_variance(experience.returns - experience.values, mask)
+    return {
+        "objective/kl": kl,
+        "objective/kl_per_token": masked_mean(log_ratio, mask),
+        "objective/entropy": jnp.mean(jnp.sum(jnp.where(mask, -experience.logprobs, 0), axis=1)),
+        "objective/scores": scores,
+        "objective/scores_std": jnp.std(experience.scores),
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": scores - kl_coef * kl,
+        "objective/kl_coef": kl_coef,
+        "objective/response_length": jnp.mean(jnp.sum(mask, axis=1).astype(jnp.float32)),
+        "objective/eos_rate": jnp.mean(ended),
+        "val/num_eos_tokens": jnp.sum(ended),
+        "val/explained_variance": 1 - unexplained / jnp.maximum(spread, 1e-12),
+        "val/sampler_logprob_gap": jnp.max(
+            jnp.abs(experience.logprobs - experience.sampler_logprobs), where=mask, initial=0
+        ),
+        "val/kept_mass": masked_mean(experience.kept_mass, mask),
+    }

@@ -1,0 +1,203 @@
+"""The four models of PPO, and what is asked of them: log-probs, values, scores.
+
+Names of sizes: B rows, P prompt slots, R response slots, D width.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from jax_rlhf.models.decoder import Params
+from jax_rlhf.models.split import SplitModel, SplitParams
+from jax_rlhf.rollout import score_hidden
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The models, without their parameters: hashable, a static argument of jitted functions.
+
+    Attributes:
+      actor, reference: with LM heads.
+      critic: with a scalar head.
+      reward: with a scalar head; None where only functions over texts score.
+      reference_shares: the reference's frozen bottom is the actor's.
+      critic_shares: the critic's is the actor's.
+      reward_shares: the reward model's frozen bottom is the critic's.
+    """
+
+    actor: SplitModel
+    reference: SplitModel
+    critic: SplitModel
+    reward: SplitModel | None
+    reference_shares: bool
+    critic_shares: bool
+    reward_shares: bool
+
+
+@struct.dataclass
+class Trained:
+    """What an update changes, of the models.
+
+    Attributes:
+      actor: the actor's trainable parameters.
+      critic: the critic's.
+      actor_ema: the actor's moving average, float32; None where none is kept.
+    """
+
+    actor: Params
+    critic: Params
+    actor_ema: Params | None
+
+
+@struct.dataclass
+class Frozen:
+    """What no update changes.
+
+    Attributes:
+      actor, critic: the frozen bottom layers of the trained models; empty dicts where everything trains.
+      reference: the reference; its `frozen` is empty where it is the actor's.
+      reward: the reward model; its `frozen` is empty where it is the critic's. None where there is none.
+      reward_gain, reward_bias: float32[], score = gain · head + bias.
+    """
+
+    actor: Params
+    critic: Params
+    reference: SplitParams
+    reward: SplitParams | None
+    reward_gain: Array
+    reward_bias: Array
+
+
+@struct.dataclass
+class Boundaries:
+    """Outputs of frozen bottom layers, float[B, T, D] each; None where everything trains."""
+
+    actor: Array | None
+    critic: Array | None
+
+
+def boundaries(networks: Networks, frozen: Frozen, tokens: Array, mask: Array) -> Boundaries:
+    """Runs the frozen bottoms of actor and critic, once for all that is asked later.
+
+    Args:
+      networks: the models.
+      frozen: their parameters.
+      tokens: int[B, T].
+      mask: bool[B, T].
+
+    Returns:
+      The outputs.
+    """
+    actor = networks.actor.boundary(SplitParams(frozen.actor, {}), tokens, mask)
+    if networks.critic_shares:
+        return Boundaries(actor, actor)
+    return Boundaries(actor, networks.critic.boundary(SplitParams(frozen.critic, {}), tokens, mask))
+
+
+def policy_logprobs(
+    network: SplitModel,
+    params: SplitParams,
+    tokens: Array,
+    mask: Array,
+    boundary: Array | None,
+    *,
+    start: int,
+    temperature: float,
+    chunk: int | None,
+) -> tuple[Array, Array]:
+    """Log-probs of the tokens from slot `start` on, and the entropy of the distributions that they are from.
+
+    Args:
+      network: actor or reference.
+      params: its parameters.
+      tokens: int[B, T].
+      mask: bool[B, T].
+      boundary: output of its frozen bottom, or None.
+      start: P, the first slot of the response; 1 or more.
+      temperature: τ, as sampled.
+      chunk: positions at once; None chooses.
+
+    Returns:
+      (logprobs, entropy), each float32[B, T − start], in nats. What stands at pads means nothing.
+    """
+    hidden = network.hidden_states(params, tokens, mask, boundary)[:, start - 1 : -1]
+    head = network.head_params(params)
+    return score_hidden(network.model, head, hidden, tokens[:, start:], temperature=temperature, chunk=chunk)
+
+
+def reference_logprobs(
+    networks: Networks,
+    frozen: Frozen,
+    tokens: Array,
+    mask: Array,
+    actor_boundary: Array | None,
+    *,
+    start: int,
+    temperature: float,
+    chunk: int | None,
+) -> Array:
+    """The reference's log-probs of the tokens from slot `start` on.
+
+    Args:
+      networks: the models.
+      frozen: their parameters.
+      tokens: int[B, T].
+      mask: bool[B, T].
+      actor_boundary: output of the actor's frozen bottom, used where the two share it.
+      start, temperature, chunk: as in `policy_logprobs`.
+
+    Returns:
+      float32[B, T − start], in nats.
+    """
+    network, params, boundary = networks.reference, frozen.reference, None
+    if networks.reference_shares:
+        params, boundary = SplitParams(frozen.actor, params.trainable), actor_boundary
+    how = {"start": start, "temperature": temperature, "chunk": chunk}
+    return policy_logprobs(network, params, tokens, mask, boundary, **how)[0]
+
+
+def critic_values(
+    network: SplitModel, params: SplitParams, tokens: Array, mask: Array, boundary: Array | None, *, start: int
+) -> Array:
+    """Values of the states before each response token, and of the state after the last slot.
+
+    Args:
+      network: the critic.
+      params: its parameters.
+      tokens: int[B, T].
+      mask: bool[B, T].
+      boundary: output of its frozen bottom, or None.
+      start: P.
+
+    Returns:
+      float32[B, R + 1], R = T − start, in reward units.
+    """
+    hidden = network.hidden_states(params, tokens, mask, boundary)[:, start - 1 :]
+    return network.model.apply({"params": network.head_params(params)}, hidden, method="apply_head")
+
+
+def reward_scores(
+    networks: Networks, frozen: Frozen, tokens: Array, mask: Array, critic_boundary: Array | None
+) -> Array:
+    """The reward model's score of each text, read at its last real token.
+
+    Args:
+      networks: with a reward model.
+      frozen: its parameters.
+      tokens: int[B, T], the very ids that were sampled.
+      mask: bool[B, T].
+      critic_boundary: of the critic's frozen bottom, used where the two share it.
+
+    Returns:
+      float32[B], gain and bias applied.
+    """
+    network, params, boundary = networks.reward, frozen.reward, None
+    if networks.reward_shares:
+        params, boundary = SplitParams(frozen.critic, params.trainable), critic_boundary
+    hidden = network.hidden_states(params, tokens, mask, boundary)
+    last = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    scores = network.model.apply({"params": network.head_params(params)}, hidden, method="apply_head")
+    return frozen.reward_gain * scores + frozen.reward_bias
