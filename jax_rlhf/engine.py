@@ -1,0 +1,318 @@
+"""The four models of PPO on one mesh, and the jitted functions over them.
+
+    actor       trains                     starts from config.model
+    reference   frozen                     the actor's weights at the start (no second load), or config.reference
+    critic      trains                     config.critic, or the reward model, or the actor's trunk with a zero head
+    reward      frozen                     config.reward, or none where Python functions score
+
+With `trainable_layers=k` the layers below the top k are frozen, held once, and shared: by actor and reference, by
+critic and reward model where the one started as the other, by actor and critic where the critic started as the actor.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh
+
+from jax_rlhf.hub import Pretrained, load_pretrained
+from jax_rlhf.models import Decoder, logical_axes
+from jax_rlhf.models.decoder import Params
+from jax_rlhf.models.split import SplitModel, SplitParams
+from jax_rlhf.parallel import shardings
+from jax_rlhf.rollout import Samples, Sampling
+from jax_rlhf.training.collect import sample_responses
+from jax_rlhf.training.config import from_mapping
+from jax_rlhf.training.networks import (
+    Frozen,
+    Networks,
+    Trained,
+    boundaries,
+    critic_values,
+    policy_logprobs,
+    reference_logprobs,
+    reward_scores,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Where one model comes from, and how it runs.
+
+    Attributes:
+      path: a folder, a .gguf file or a hub id; None = as the module's docstring says.
+      revision: of a hub id.
+      trainable_layers: from the top; None = all parameters train (actor and critic). The reward model is cut where the
+        critic is.
+      dtype: compute dtype, "float32" or "bfloat16"; None = bfloat16 on GPU and TPU, float32 on CPU.
+      remat: what the backward pass computes again: "none", "full" or "dots"; None = "none" on CPU, where microbatches
+        are small, else "full".
+    """
+
+    path: str | None = None
+    revision: str | None = None
+    trainable_layers: int | None = None
+    dtype: str | None = None
+    remat: str | None = None
+
+
+class RLHFEngine:
+    """Actor, reference, critic and reward model on one mesh.
+
+    Attributes:
+      networks: the models.
+      trained: parameters that PPO updates; the trainer replaces it after every update.
+      frozen: parameters that it does not.
+      tokenizer: the actor's, or None.
+      mesh: the mesh; None = one device.
+    """
+
+    def __init__(
+        self,
+        actor: Pretrained,
+        *,
+        reference: Pretrained | None = None,
+        critic: Pretrained | None = None,
+        reward: Pretrained | None = None,
+        trainable_layers: int | None = None,
+        critic_trainable_layers: int | None = None,
+        mesh: Mesh | None = None,
+    ) -> None:
+        """Builds the engine from parameters in memory; arguments are copied where they train, else shared.
+
+        Args:
+          actor: with an LM head.
+          reference: with an LM head; None = the actor's weights.
+          critic: with a scalar head; None = the reward model's weights, or the actor's trunk with a zero head.
+          reward: with a scalar head; None = no reward model.
+          trainable_layers, critic_trainable_layers: from the top; None = all parameters.
+          mesh: the mesh; None = one device.
+
+        Raises:
+          ValueError: a wrong head, layers out of range, another tokenizer, or a size that the mesh does not divide.
+        """
+        _check_heads(actor, reference, critic, reward)
+        _check_tokenizers(actor, reference, critic, reward)
+        place = functools.partial(_placed, mesh=mesh)
+        actor_model = SplitModel(actor.model, trainable_layers)
+        actor_params = _split(actor_model, place(actor))
+        critic_start = critic or reward or _zero_head(actor)
+        critic_model = SplitModel(critic_start.model, critic_trainable_layers)
+        critic_params = _split(critic_model, place(critic_start))
+        critic_shares = critic is None and reward is None and critic_model.first_layer == actor_model.first_layer
+        critic_shares = critic_shares and trainable_layers is not None and critic_trainable_layers is not None
+        if critic_shares:
+            critic_params = critic_params.replace(frozen=actor_params.frozen)
+
+        reference_model, reference_params = actor_model, SplitParams({}, actor_params.trainable)
+        if reference is not None:
+            reference_model = SplitModel(reference.model)
+            reference_params = SplitParams({}, place(reference))
+        reward_model, reward_params = None, None
+        reward_shares = reward is not None and critic is None
+        if reward_shares:
+            reward_model, reward_params = critic_model, SplitParams({}, critic_params.trainable)
+        elif reward is not None:
+            reward_model, reward_params = SplitModel(reward.model), SplitParams({}, place(reward))
+
+        self.networks = Networks(
+            actor=actor_model,
+            reference=reference_model,
+            critic=critic_model,
+            reward=reward_model,
+            reference_shares=reference is None,
+            critic_shares=critic_shares,
+            reward_shares=reward_shares,
+        )
+        # The parts that train are copies in float32: their buffers are donated to every update.
+        self.trained = Trained(_masters(actor_params.trainable), _masters(critic_params.trainable), None)
+        self.frozen = Frozen(
+            actor=actor_params.frozen,
+            critic=critic_params.frozen,
+            reference=reference_params,
+            reward=reward_params,
+            reward_gain=jnp.float32(1),
+            reward_bias=jnp.float32(0),
+        )
+        self.mesh = mesh
+        self.tokenizer = actor.tokenizer
+        self.generation_config = actor.generation_config
+
+    @classmethod
+    def create(cls, config: Any, mesh: Mesh | None = None) -> "RLHFEngine":
+        """Loads the models that a config names.
+
+        Args:
+          config: a mapping with `model` and, where wanted, `reference`, `critic`, `reward`, each with `ModelConfig`'s
+            fields; other entries (`ppo`, …) are not looked at.
+          mesh: the mesh; None = one device.
+
+        Returns:
+          The engine.
+
+        Raises:
+          ValueError: an unknown field or a wrong value; says which.
+          FileNotFoundError, CheckpointError: a checkpoint cannot be used.
+        """
+        roles = {
+            role: from_mapping(ModelConfig, config.get(role) or {}, f"config.{role}")
+            for role in ("model", "reference", "critic", "reward")
+        }
+        if roles["model"].path is None:
+            raise ValueError("config.model.path is not set; it names the actor's checkpoint.")
+        if roles["reference"].trainable_layers or roles["reward"].trainable_layers:
+            raise ValueError(
+                "trainable_layers is a field of config.model and config.critic; reference and reward model are frozen "
+                "in PPO and are cut where the actor and the critic are."
+            )
+        load = functools.partial(_load, mesh=mesh)
+        return cls(
+            load(roles["model"], "lm"),
+            reference=load(roles["reference"], "lm"),
+            critic=load(roles["critic"], "scalar"),
+            reward=load(roles["reward"], "scalar"),
+            trainable_layers=roles["model"].trainable_layers,
+            critic_trainable_layers=roles["critic"].trainable_layers,
+            mesh=mesh,
+        )
+
+    @property
+    def actor(self) -> Pretrained:
+        """The actor as it is now, for `save_pretrained`."""
+        return self._pretrained(self.networks.actor, self.frozen.actor, self.trained.actor)
+
+    @property
+    def actor_ema(self) -> Pretrained:
+        """The actor's moving average."""
+        if self.trained.actor_ema is None:
+            raise ValueError("no moving average is kept; set config.ppo.ema_decay.")
+        return self._pretrained(self.networks.actor, self.frozen.actor, self.trained.actor_ema)
+
+    @property
+    def critic(self) -> Pretrained:
+        """The critic as it is now."""
+        return self._pretrained(self.networks.critic, self.frozen.critic, self.trained.critic)
+
+    def _pretrained(self, network: SplitModel, frozen: Params, trainable: Params) -> Pretrained:
+        params = _join(network, SplitParams(frozen, trainable))
+        return Pretrained(network.model, params, self.tokenizer, self.generation_config)
+
+    def sample(self, prompts: Array, prompt_mask: Array, row_ids: Array, key: Array, sampling: Sampling) -> Samples:
+        """The actor's responses; arguments as in `jax_rlhf.sample`."""
+        return _sample(self.networks, sampling, self.trained, self.frozen, prompts, prompt_mask, row_ids, key)
+
+    def score(
+        self, tokens: Array, mask: Array, *, start: int = 1, temperature: float = 1.0
+    ) -> tuple[Array, Array, Array]:
+        """Log-probs of tokens[:, start:] by actor and reference, the actor's entropy: float32[B, T − start] each."""
+        return _score(self.networks, start, temperature, self.trained, self.frozen, tokens, mask)
+
+    def values(self, tokens: Array, mask: Array) -> Array:
+        """The critic's value of the state that each token leads to, float32[B, T]."""
+        return _values(self.networks, self.trained, self.frozen, tokens, mask)
+
+    def reward(self, tokens: Array, mask: Array) -> Array:
+        """The reward model's score of each text, float32[B]."""
+        if self.networks.reward is None:
+            raise ValueError("the engine has no reward model; give config.reward.path.")
+        return _reward(self.networks, self.frozen, tokens, mask)
+
+
+# ---- the jitted functions ------------------------------------------------------------------------------------------
+
+_sample = jax.jit(sample_responses, static_argnums=(0, 1))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _score(
+    networks: Networks, start: int, temperature: float, trained: Trained, frozen: Frozen, tokens: Array, mask: Array
+) -> tuple[Array, Array, Array]:
+    bottom = boundaries(networks, frozen, tokens, mask).actor
+    how = {"start": start, "temperature": temperature, "chunk": None}
+    actor = SplitParams(frozen.actor, trained.actor)
+    logprobs, entropy = policy_logprobs(networks.actor, actor, tokens, mask, bottom, **how)
+    ref_logprobs = reference_logprobs(networks, frozen, tokens, mask, bottom, **how)
+    return logprobs, ref_logprobs, entropy
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _values(networks: Networks, trained: Trained, frozen: Frozen, tokens: Array, mask: Array) -> Array:
+    bottom = boundaries(networks, frozen, tokens, mask).critic
+    critic = SplitParams(frozen.critic, trained.critic)
+    return critic_values(networks.critic, critic, tokens, mask, bottom, start=1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _reward(networks: Networks, frozen: Frozen, tokens: Array, mask: Array) -> Array:
+    return reward_scores(networks, frozen, tokens, mask, boundaries(networks, frozen, tokens, mask).critic)
+
+
+# ---- building ------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _split(network: SplitModel, params: Params) -> SplitParams:
+    return network.split(params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _join(network: SplitModel, params: SplitParams) -> Params:
+    return jax.tree.map(jnp.copy, network.join(params))  # not the buffers that the next update is given
+
+
+@jax.jit
+def _masters(params: Params) -> Params:
+    return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
+
+
+def _load(config: ModelConfig, head: str, mesh: Mesh | None) -> Pretrained | None:
+    if config.path is None:
+        return None
+    on_cpu = jax.default_backend() == "cpu"
+    pretrained = load_pretrained(config.path, head=head, mesh=mesh, revision=config.revision)
+    changes = {
+        "dtype": config.dtype or ("float32" if on_cpu else "bfloat16"),
+        "remat": config.remat or ("none" if on_cpu else "full"),
+    }
+    model = pretrained.model.clone(config=pretrained.model.config.replace(**changes))
+    return dataclasses.replace(pretrained, model=model)
+
+
+def _placed(pretrained: Pretrained, mesh: Mesh | None) -> Params:
+    if mesh is None:
+        return pretrained.params
+    return jax.device_put(pretrained.params, shardings(logical_axes(pretrained.model), pretrained.params, mesh))
+
+
+def _zero_head(actor: Pretrained) -> Pretrained:
+    """The actor's trunk with a scalar head of zeros."""
+    model = Decoder(actor.model.config, head="scalar", scan_layers=actor.model.scan_layers)
+    head = {"kernel": jnp.zeros((model.config.output_size, 1), jnp.float32)}
+    trunk = {name: value for name, value in actor.params.items() if name != "lm_head"}
+    return Pretrained(model, trunk | {"scalar_head": head}, actor.tokenizer)
+
+
+def _check_heads(actor: Pretrained, *others: Pretrained | None) -> None:
+    for role, wanted, given in zip(
+        ("actor", "reference", "critic", "reward"), ("lm", "lm", "scalar", "scalar"), (actor, *others), strict=True
+    ):
+        if given is not None and given.model.head != wanted:
+            raise ValueError(f'{role} has a {given.model.head!r} head; load it with head="{wanted}".')
+
+
+def _check_tokenizers(actor: Pretrained, *others: Pretrained | None) -> None:
+    for role, given in zip(("reference", "critic", "reward"), others, strict=True):
+        if given is None:
+            continue
+        if actor.tokenizer and given.tokenizer and actor.tokenizer.get_vocab() != given.tokenizer.get_vocab():
+            raise ValueError(
+                f"{role} has another tokenizer than the actor. Token ids are carried from one to the other, never made "
+                "again from text: use a model of the same tokenizer, or score texts with a reward function."
+            )
+        if given.model.config.vocab_size < (len(actor.tokenizer) if actor.tokenizer else 0):
+            raise ValueError(
+                f"{role} knows {given.model.config.vocab_size} tokens, the tokenizer has {len(actor.tokenizer)}."
+            )

@@ -1,0 +1,268 @@
+"""PPO in two steps: `generate_experience(prompts)` and `train_rlhf(experience)`.
+
+Each is one device program (generation is two where Python functions score texts), compiled once; the parameters and
+optimizer states that an update changes are donated to it. Between the two nothing leaves the device.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax import Array
+
+from jax_rlhf.engine import RLHFEngine
+from jax_rlhf.parallel import local_rows, put_rows, row_shards
+from jax_rlhf.rewards import RewardFunction, score_texts
+from jax_rlhf.rl import Experience, Prompts
+from jax_rlhf.rollout import Samples, Sampling, check_prompts
+from jax_rlhf.training.collect import sample_responses, sampling_settings, score_samples
+from jax_rlhf.training.config import PPOConfig, from_mapping
+from jax_rlhf.training.networks import Frozen, Networks, Trained
+from jax_rlhf.training.update import PPOState, PretrainingRows, create_state, ppo_update
+
+_ORDER_ADDRESS = np.uint32(0xFFFFFFFF)  # of the row orders' key, among the row ids that address the samples' keys
+
+
+class PPOTrainer:
+    """Trains an engine's actor and critic by PPO.
+
+    Attributes:
+      engine: the models; its parameters are replaced after every update.
+      config: the settings, all known.
+      state: optimizer states, controllers, iteration.
+    """
+
+    def __init__(
+        self,
+        engine: RLHFEngine,
+        config: Any = None,
+        *,
+        reward_functions: Callable | RewardFunction | Sequence[Callable | RewardFunction] = (),
+    ) -> None:
+        """Prepares training.
+
+        Args:
+          engine: the models.
+          config: a `PPOConfig`, or a mapping with the fields that differ from its defaults.
+          reward_functions: f(prompts, responses, **columns) → float[B], one or several; their weighted sum is added to
+            the reward model's score where there is one. In TRL's convention texts are without special tokens.
+
+        Raises:
+          ValueError: an unknown field or bad value, no source of rewards, or functions over texts without a tokenizer.
+        """
+        functions = [reward_functions] if callable(reward_functions) else list(reward_functions)
+        self.reward_functions = tuple(f if isinstance(f, RewardFunction) else RewardFunction(f) for f in functions)
+        if engine.networks.reward is None and not self.reward_functions:
+            raise ValueError("there is no source of rewards: give the engine a reward model, or reward_functions.")
+        if self.reward_functions and engine.tokenizer is None:
+            raise ValueError("reward functions score texts, and the actor came without a tokenizer to make them.")
+        self.engine = engine
+        self.config = _completed(from_mapping(PPOConfig, config or {}, "config.ppo"), engine)
+        self.sampling = sampling_settings(self.config)
+        if self.sampling.filtered:
+            logging.warning(
+                "top_k=%d, top_p=%g narrow what is sampled, while PPO's log-probs are of the whole softmax: the ratios "
+                "are of another distribution than the samples. Watch val/kept_mass, or leave the filters off.",
+                self.sampling.top_k,
+                self.sampling.top_p,
+            )
+        if self.config.ema_decay is not None and engine.trained.actor_ema is None:
+            engine.trained = dataclasses.replace(engine.trained, actor_ema=jax.tree.map(jnp.copy, engine.trained.actor))
+        self.state = jax.jit(create_state, static_argnums=0)(self.config, engine.trained)
+        self._key = jax.random.key(self.config.seed)
+        self._started = None
+
+    def generate_experience(self, prompts: Prompts) -> Experience:
+        """Samples a response to each prompt, and scores them.
+
+        Args:
+          prompts: B rows (this process's, where there are several), padded on the left. The same number and width of
+            rows each time, else the program is compiled anew.
+
+        Returns:
+          The experience, on the device.
+
+        Raises:
+          ValueError: prompts that cannot be sampled from, or a number of rows that cannot be divided as configured.
+          RewardError: a reward function returned something that is no reward.
+        """
+        self._started = time.perf_counter()
+        engine, networks = self.engine, self.engine.networks
+        mask = np.asarray(prompts.mask)
+        check_prompts(networks.actor.model, mask, self.sampling)
+        self._microbatch(len(mask) * jax.process_count(), mask.shape[1])
+        rows = (np.asarray(prompts.tokens, np.int32), mask, np.asarray(prompts.row_ids, np.int32))
+        tokens, mask, row_ids = put_rows(rows, engine.mesh)
+        key = _iteration_key(self._key, self.state.iteration)
+        arguments = (networks, self.sampling, engine.trained, engine.frozen, tokens, mask, row_ids, key)
+        if not self.reward_functions:
+            return _generate(*arguments, self.config, self.state.kl.value)
+        samples = _sample(*arguments)
+        scores = self._function_scores(samples, prompts)
+        return _score(networks, self.config, engine.trained, engine.frozen, samples, mask, scores, self.state.kl.value)
+
+    def train_rlhf(self, experience: Experience, pretraining: PretrainingRows | None = None) -> dict[str, float]:
+        """Updates actor and critic by the experience.
+
+        Args:
+          experience: from `generate_experience`; it stays valid.
+          pretraining: rows of text for the pretraining loss (PPO-ptx), where `ptx_coef` is above 0.
+
+        Returns:
+          Metrics, under TRL's names; `eps` is episodes a second since generation began.
+
+        Raises:
+          ValueError: pretraining rows without `ptx_coef` or the other way round, or a number that cannot be divided.
+        """
+        engine, rows = self.engine, len(experience.tokens)
+        config = dataclasses.replace(
+            self.config, microbatch_size=self._microbatch(rows, experience.prompt_mask.shape[1])
+        )
+        self._check_pretraining(pretraining, rows // config.microbatch_size)
+        pretraining = None if pretraining is None else put_rows(pretraining, engine.mesh)
+        places = None
+        if engine.mesh is not None:
+            places = tuple(leaf.sharding for leaf in jax.tree.leaves((engine.trained, self.state)))
+        engine.trained, self.state, metrics = _update(
+            engine.networks,
+            config,
+            places,
+            engine.trained,
+            self.state,
+            engine.frozen,
+            experience,
+            pretraining,
+            self._key,
+        )
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        seconds = math.nan if self._started is None else time.perf_counter() - self._started
+        return metrics | {"eps": rows / seconds, "time/iteration": seconds}
+
+    def _microbatch(self, rows: int, width: int) -> int:
+        config, shards = self.config, row_shards(self.engine.mesh)
+        if rows % config.num_minibatches:
+            raise ValueError(
+                f"{rows} rows cannot be cut into num_minibatches={config.num_minibatches} equal parts; give a multiple."
+            )
+        per_minibatch = rows // config.num_minibatches
+        if per_minibatch % shards:
+            raise ValueError(
+                f"a minibatch of {per_minibatch} rows cannot be cut over the mesh's {shards} row shards (data × fsdp); "
+                f"rows must be a multiple of num_minibatches × {shards} = {config.num_minibatches * shards}."
+            )
+        if config.microbatch_size is None:
+            return microbatch_rows(per_minibatch, width + config.max_new_tokens, shards)
+        if per_minibatch % config.microbatch_size or config.microbatch_size % shards:
+            fits = [n for n in range(shards, per_minibatch + 1, shards) if per_minibatch % n == 0]
+            raise ValueError(
+                f"microbatch_size={config.microbatch_size} does not divide a minibatch of {per_minibatch} rows, or is "
+                f"no multiple of the mesh's {shards} row shards; sizes that do: {', '.join(map(str, fits))}."
+            )
+        return config.microbatch_size
+
+    def _check_pretraining(self, pretraining: PretrainingRows | None, groups: int) -> None:
+        if (pretraining is not None) != (self.config.ptx_coef > 0):
+            raise ValueError(
+                f"ptx_coef={self.config.ptx_coef}, and pretraining rows are "
+                f"{'missing' if pretraining is None else 'given'}: the pretraining loss needs both or neither."
+            )
+        if pretraining is not None and len(pretraining.tokens) % groups:
+            raise ValueError(
+                f"{len(pretraining.tokens)} pretraining rows cannot be spread over {groups} microbatches; give a "
+                "multiple."
+            )
+
+    def _function_scores(self, samples: Samples, prompts: Prompts) -> Array:
+        """This process's texts to this process's functions; the scores go back onto the mesh."""
+        width = prompts.mask.shape[1]
+        tokens, mask = local_rows(samples.tokens), local_rows(samples.response_mask)
+        decode = functools.partial(self.engine.tokenizer.decode, skip_special_tokens=True)
+        texts = [decode(row[real]) for row, real in zip(tokens[:, :width], np.asarray(prompts.mask), strict=True)]
+        responses = [decode(row[real]) for row, real in zip(tokens[:, width:], mask, strict=True)]
+        return put_rows(score_texts(self.reward_functions, texts, responses, prompts.columns), self.engine.mesh)
+
+
+def microbatch_rows(rows: int, tokens_per_row: int, shards: int) -> int:
+    """Rows whose activations exist at once: as many as divide the minibatch and keep to a budget of tokens a device.
+
+    1,024 tokens on CPU, where the activations of more leave the caches, and 16,384 on GPU and TPU.
+
+    Args:
+      rows: of a minibatch.
+      tokens_per_row: P + R.
+      shards: into which rows are cut over the mesh.
+
+    Returns:
+      A divisor of `rows` and multiple of `shards`.
+    """
+    budget = (1024 if jax.default_backend() == "cpu" else 16_384) * shards
+    fits = [n for n in range(shards, rows + 1, shards) if rows % n == 0]
+    return max((n for n in fits if n * tokens_per_row <= budget), default=fits[0])
+
+
+def _completed(config: PPOConfig, engine: RLHFEngine) -> PPOConfig:
+    """The config with the ids that the tokenizer or the checkpoint know."""
+    tokenizer, generation = engine.tokenizer, engine.generation_config or {}
+    eos_ids, pad_id = config.eos_ids, config.pad_id
+    if eos_ids is None:
+        stored = generation.get("eos_token_id")
+        stored = getattr(tokenizer, "eos_token_id", None) if stored is None else stored
+        eos_ids = () if stored is None else tuple(stored) if isinstance(stored, list) else (stored,)
+        if not eos_ids:
+            logging.warning("no EOS id is known: every response fills max_new_tokens. Set config.ppo.eos_ids.")
+    if pad_id is None:
+        pad_id = getattr(tokenizer, "pad_token_id", None)
+        pad_id = (eos_ids[0] if eos_ids else 0) if pad_id is None else pad_id
+    return dataclasses.replace(config, eos_ids=eos_ids, pad_id=pad_id)
+
+
+# ---- the device programs -------------------------------------------------------------------------------------------
+
+_iteration_key = jax.jit(jax.random.fold_in)
+_sample = jax.jit(sample_responses, static_argnums=(0, 1))
+_score = jax.jit(score_samples, static_argnums=(0, 1))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 8))
+def _generate(
+    networks: Networks,
+    sampling: Sampling,
+    trained: Trained,
+    frozen: Frozen,
+    tokens: Array,
+    mask: Array,
+    row_ids: Array,
+    key: Array,
+    config: PPOConfig,
+    kl_coef: Array,
+) -> Experience:
+    samples = sample_responses(networks, sampling, trained, frozen, tokens, mask, row_ids, key)
+    return score_samples(networks, config, trained, frozen, samples, mask, None, kl_coef)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
+def _update(
+    networks: Networks,
+    config: PPOConfig,
+    places: tuple | None,
+    trained: Trained,
+    state: PPOState,
+    frozen: Frozen,
+    experience: Experience,
+    pretraining: PretrainingRows | None,
+    seed_key: Array,
+) -> tuple[Trained, PPOState, dict[str, Array]]:
+    key = jax.random.fold_in(jax.random.fold_in(seed_key, state.iteration), _ORDER_ADDRESS)
+    trained, state, metrics = ppo_update(networks, config, trained, state, frozen, experience, pretraining, key)
+    if places is not None:  # where they were: else the next call would be another program
+        leaves, form = jax.tree.flatten((trained, state))
+        kept = [jax.lax.with_sharding_constraint(leaf, place) for leaf, place in zip(leaves, places, strict=True)]
+        trained, state = jax.tree.unflatten(form, kept)
+    return trained, state, metrics

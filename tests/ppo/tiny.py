@@ -1,0 +1,98 @@
+"""A PPO task small enough to be solved exactly: 8 tokens, 4 of them a response, a reward for each of 4,096 responses.
+
+With the KL penalty β the best policy is known: π* ∝ π_ref exp(r / β), and E[r] − β KL of it is β log E_ref[exp(r / β)].
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from jax_rlhf import Pretrained, Prompts
+from jax_rlhf.models import Decoder, DecoderConfig, Rotary, init_params
+
+VOCAB, LENGTH = 8, 4
+WORDS = [f"w{index}" for index in range(VOCAB)]
+RESPONSES = np.stack(np.unravel_index(np.arange(VOCAB**LENGTH), (VOCAB,) * LENGTH), axis=1)  # [4096, 4]
+
+
+def _table():
+    """A reward of each response: of each token at its place, of each pair of neighbours, and a little of nothing."""
+    random = np.random.RandomState(1)
+    places, pairs = random.randn(LENGTH, VOCAB), random.randn(LENGTH - 1, VOCAB, VOCAB)
+    table = 0.6 * sum(places[i, RESPONSES[:, i]] for i in range(LENGTH))
+    table = table + 0.3 * sum(pairs[i, RESPONSES[:, i], RESPONSES[:, i + 1]] for i in range(LENGTH - 1))
+    return (table + 0.2 * random.randn(len(RESPONSES))).astype(np.float32)
+
+
+TABLE = _table()
+
+
+def tokenizer():
+    bare = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token=WORDS[0]))
+    bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=bare)
+
+
+def policy(seed=0, *, head="lm", scale=3.0, **changes):
+    """A decoder of 2 layers, its parameters scaled so that the distribution is not flat."""
+    fields = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "head_dim": 8,
+        "max_positions": 64,
+        "rotary": Rotary(theta=100.0, dim=8),
+        "attention_scale": 8**-0.5,
+        "remat": "none",
+    }
+    model = Decoder(DecoderConfig(**{**fields, **changes}), head=head)
+    params = jax.tree.map(lambda leaf: leaf * scale, init_params(model, jax.random.key(seed)))
+    return Pretrained(model, params, tokenizer())
+
+
+def prompts(rows, width=2):
+    """The same prompt in every row."""
+    return Prompts(
+        np.full((rows, width), 1, np.int32), np.ones((rows, width), bool), np.arange(rows, dtype=np.int32)
+    )
+
+
+def table_reward(prompts, responses, **columns):
+    del prompts, columns
+    digits = np.array([[WORDS.index(word) for word in response.split()] for response in responses])
+    return TABLE[digits @ (VOCAB ** np.arange(LENGTH - 1, -1, -1))]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _response_logprobs(model, params):
+    tokens = jnp.concatenate([jnp.ones((len(RESPONSES), 2), jnp.int32), jnp.asarray(RESPONSES, jnp.int32)], axis=1)
+    logprobs = jax.nn.log_softmax(model.apply({"params": params}, tokens)[:, 1:-1])
+    return jnp.sum(jnp.take_along_axis(logprobs, tokens[:, 2:, None], axis=-1), axis=(1, 2))
+
+
+def response_logprobs(pretrained):
+    """Exact log-probs of all 4,096 responses, float64."""
+    return np.asarray(_response_logprobs(pretrained.model, pretrained.params), np.float64)
+
+
+def objective(logprobs, ref_logprobs, beta):
+    """E[r] − β KL(π ‖ π_ref), and the KL, exactly."""
+    probabilities = np.exp(logprobs)
+    kl = np.sum(probabilities * (logprobs - ref_logprobs))
+    return np.sum(probabilities * TABLE) - beta * kl, kl
+
+
+def gain(pretrained, reference, beta):
+    """The share of the possible gain in the objective over π_ref that was reached, and the KL."""
+    ref_logprobs = response_logprobs(reference)
+    reached, kl = objective(response_logprobs(pretrained), ref_logprobs, beta)
+    start, _ = objective(ref_logprobs, ref_logprobs, beta)
+    best = beta * np.log(np.sum(np.exp(ref_logprobs + TABLE / beta)))
+    return (reached - start) / (best - start), kl
