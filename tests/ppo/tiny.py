@@ -59,9 +59,7 @@ def policy(seed=0, *, head="lm", scale=3.0, **changes):
 
 def prompts(rows, width=2):
     """The same prompt in every row."""
-    return Prompts(
-        np.full((rows, width), 1, np.int32), np.ones((rows, width), bool), np.arange(rows, dtype=np.int32)
-    )
+    return Prompts(np.full((rows, width), 1, np.int32), np.ones((rows, width), bool), np.arange(rows, dtype=np.int32))
 
 
 def table_reward(prompts, responses, **columns):
