@@ -104,18 +104,26 @@ class PPOConfig:
     logprob_chunk: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("ppo_epochs", "num_minibatches", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+        _at_least(self, 1, "ppo_epochs", "num_minibatches", "max_new_tokens", "microbatch_size", "logprob_chunk")
+        _at_least(self, 0, "clip_range", "clip_range_high", "value_clip_range", "reward_clip", "ptx_coef")
+        _at_least(self, 0, "critic_warmup_iterations", "kl_coef")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie within 0 and 1.")
+        for name in ("kl_target", "kl_horizon", "target_kl", "penalty_coef", "penalty_target"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must lie in [0, 1).")
-        if self.kl_target is not None and self.kl_target <= 0:
-            raise ValueError(f"kl_target={self.kl_target} must be above 0; None keeps kl_coef fixed.")
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError(f"dual_clip={self.dual_clip} must be above 1.")
+
+
+def _at_least(config: PPOConfig, bound: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= bound:
+            raise ValueError(f"{name}={value} must be {bound} or more.")
 
 
 def from_mapping(kind: type[T], values: Any, where: str = "config") -> T:
