@@ -25,7 +25,8 @@ from jax_rlhf.rollout import Samples, Sampling, check_prompts
 from jax_rlhf.training.collect import sample_responses, sampling_settings, score_samples
 from jax_rlhf.training.config import PPOConfig, from_mapping
 from jax_rlhf.training.networks import Frozen, Networks, Trained
-from jax_rlhf.training.update import PPOState, PretrainingRows, create_state, ppo_update
+from jax_rlhf.training.state import PPOState, create_state
+from jax_rlhf.training.update import PretrainingRows, ppo_update
 
 _ORDER_ADDRESS = np.uint32(0xFFFFFFFF)  # of the row orders' key, among the row ids that address the samples' keys
 
@@ -75,7 +76,7 @@ class PPOTrainer:
             )
         if self.config.ema_decay is not None and engine.trained.actor_ema is None:
             engine.trained = dataclasses.replace(engine.trained, actor_ema=jax.tree.map(jnp.copy, engine.trained.actor))
-        self.state = jax.jit(create_state, static_argnums=0)(self.config, engine.trained)
+        self.state = create_state(self.config, engine.trained, engine.mesh)
         self._key = jax.random.key(self.config.seed)
         self._started = None
 

@@ -2,7 +2,8 @@
 
 from jax_rlhf.training.config import PPOConfig, from_mapping
 from jax_rlhf.training.optimizer import OptimizerConfig, create_optimizer, learning_rate_schedule
-from jax_rlhf.training.update import PPOState, PretrainingRows
+from jax_rlhf.training.state import PPOState
+from jax_rlhf.training.update import PretrainingRows
 
 __all__ = [
     "OptimizerConfig",

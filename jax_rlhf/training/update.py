@@ -22,10 +22,7 @@ from jax import Array
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.models.split import SplitParams
 from jax_rlhf.rl import (
-    AdaptiveKL,
-    AdaptivePenalty,
     Experience,
-    FixedKL,
     clipped_surrogate,
     clipped_value_loss,
     kl_estimate,
@@ -37,26 +34,7 @@ from jax_rlhf.training.config import PPOConfig
 from jax_rlhf.training.metrics import experience_metrics
 from jax_rlhf.training.networks import Frozen, Networks, Trained, critic_values, policy_logprobs
 from jax_rlhf.training.optimizer import create_optimizer, learning_rate_schedule
-
-
-@struct.dataclass
-class PPOState:
-    """What the trainer carries from iteration to iteration, beside the models.
-
-    Attributes:
-      actor_optimizer, critic_optimizer: optax states.
-      kl: the KL controller.
-      penalty: the controller of PPO-penalty's β.
-      iteration: int32[], iterations done.
-      skipped_updates: int32[], optimizer steps left out since something was not finite.
-    """
-
-    actor_optimizer: Any
-    critic_optimizer: Any
-    kl: FixedKL | AdaptiveKL
-    penalty: AdaptivePenalty
-    iteration: Array
-    skipped_updates: Array
+from jax_rlhf.training.state import PPOState
 
 
 @struct.dataclass
@@ -88,30 +66,6 @@ class _Sums:
     value_clipped: Array
     ratio: Array
     ratio_gap: Array  # the largest |ρ − 1|
-
-
-def create_state(config: PPOConfig, trained: Trained) -> PPOState:
-    """The state before the first iteration.
-
-    Args:
-      config: PPO's.
-      trained: the parameters that will train.
-
-    Returns:
-      The state.
-    """
-    beta = jnp.float32(config.kl_coef)
-    kl = FixedKL(beta)
-    if config.kl_target is not None:
-        kl = AdaptiveKL(beta, jnp.float32(config.kl_target), jnp.float32(config.kl_horizon))
-    return PPOState(
-        actor_optimizer=create_optimizer(config.actor_optimizer).init(trained.actor),
-        critic_optimizer=create_optimizer(config.critic_optimizer).init(trained.critic),
-        kl=kl,
-        penalty=AdaptivePenalty(jnp.float32(config.penalty_coef), jnp.float32(config.penalty_target)),
-        iteration=jnp.int32(0),
-        skipped_updates=jnp.int32(0),
-    )
 
 
 def ppo_update(
@@ -235,7 +189,7 @@ def _update_minibatch(
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         (grads, sums), _ = jax.lax.scan(add, zeros, inputs)
 
-    actor_norm, critic_norm = optax.global_norm(grads[0]), optax.global_norm(grads[1])
+    actor_norm, critic_norm = optax.tree.norm(grads[0]), optax.tree.norm(grads[1])
     finite = jnp.isfinite(actor_norm) & jnp.isfinite(critic_norm) & jnp.isfinite(sums.policy_loss + sums.value_loss)
     # Past the target the minibatch only serves to say so: its own update is not taken either.
     take = finite if config.target_kl is None else finite & (sums.approx_kl <= config.target_kl)

@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from jax_rlhf import Pretrained, Prompts
+from jax_rlhf import PPOTrainer, Pretrained, Prompts, RLHFEngine
 from jax_rlhf.models import Decoder, DecoderConfig, Rotary, init_params
 
 VOCAB, LENGTH = 8, 4
@@ -37,7 +37,7 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=bare)
 
 
-def policy(seed=0, *, head="lm", scale=3.0, **changes):
+def policy(seed=0, *, head="lm", scale=2.0, **changes):
     """A decoder of 2 layers, its parameters scaled so that the distribution is not flat."""
     fields = {
         "vocab_size": VOCAB,
@@ -94,3 +94,35 @@ def gain(pretrained, reference, beta):
     start, _ = objective(ref_logprobs, ref_logprobs, beta)
     best = beta * np.log(np.sum(np.exp(ref_logprobs + TABLE / beta)))
     return (reached - start) / (best - start), kl
+
+
+EOS = 2
+
+
+def ragged_prompts(rows, width=5, seed=0):
+    """Prompts of 1 to `width` tokens, EOS among them."""
+    random = np.random.RandomState(seed)
+    lengths = random.randint(1, width + 1, rows)
+    lengths[0] = width
+    mask = np.arange(width) >= width - lengths[:, None]
+    return Prompts(random.randint(0, VOCAB, (rows, width)).astype(np.int32), mask, np.arange(rows, dtype=np.int32))
+
+
+def fractional_reward(prompts, responses, **columns):
+    del prompts, columns
+    return [0.37 * response.count("w3") - 0.11 * response.count("w5") for response in responses]
+
+
+def trainer(engine=None, *, reward=fractional_reward, **config):
+    """A trainer of ragged responses, whose optimizers are linear in the gradient: Adam with a huge ε."""
+    linear = {"learning_rate": 300.0, "eps": 1e3, "max_grad_norm": None, "beta1": 0.0, "beta2": 0.0}
+    defaults = {
+        "max_new_tokens": 6,
+        "eos_ids": (EOS,),
+        "pad_id": 0,
+        "ppo_epochs": 1,
+        "actor_optimizer": linear,
+        "critic_optimizer": linear,
+    }
+    engine = engine or RLHFEngine(policy())
+    return PPOTrainer(engine, {**defaults, **config}, reward_functions=reward or ())

@@ -1,0 +1,80 @@
+"""What the trainer carries from iteration to iteration, beside the models."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jax_rlhf.rl import AdaptiveKL, AdaptivePenalty, FixedKL
+from jax_rlhf.training.config import PPOConfig
+from jax_rlhf.training.networks import Trained
+from jax_rlhf.training.optimizer import create_optimizer
+
+
+@struct.dataclass
+class PPOState:
+    """Optimizer states, controllers and counters.
+
+    Attributes:
+      actor_optimizer, critic_optimizer: optax states.
+      kl: the KL controller.
+      penalty: the controller of PPO-penalty's β.
+      iteration: int32[], iterations done.
+      skipped_updates: int32[], optimizer steps left out since something was not finite.
+    """
+
+    actor_optimizer: Any
+    critic_optimizer: Any
+    kl: FixedKL | AdaptiveKL
+    penalty: AdaptivePenalty
+    iteration: Array
+    skipped_updates: Array
+
+
+def create_state(config: PPOConfig, trained: Trained, mesh: Mesh | None = None) -> PPOState:
+    """The state before the first iteration.
+
+    Args:
+      config: PPO's.
+      trained: the parameters that will train.
+      mesh: where they are; None = one device. An optimizer's moments lie as their parameters do, all else is on every
+        device.
+
+    Returns:
+      The state.
+    """
+
+    def create(trained: Trained) -> PPOState:
+        beta = jnp.float32(config.kl_coef)
+        kl = FixedKL(beta)
+        if config.kl_target is not None:
+            kl = AdaptiveKL(beta, jnp.float32(config.kl_target), jnp.float32(config.kl_horizon))
+        return PPOState(
+            actor_optimizer=create_optimizer(config.actor_optimizer).init(trained.actor),
+            critic_optimizer=create_optimizer(config.critic_optimizer).init(trained.critic),
+            kl=kl,
+            penalty=AdaptivePenalty(jnp.float32(config.penalty_coef), jnp.float32(config.penalty_target)),
+            iteration=jnp.int32(0),
+            skipped_updates=jnp.int32(0),
+        )
+
+    if mesh is None:
+        return jax.jit(create)(trained)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    shapes = jax.eval_shape(create, trained)
+    places = jax.tree.map(lambda _: everywhere, shapes)
+    for name in ("actor", "critic"):
+        optimizer = create_optimizer(getattr(config, f"{name}_optimizer"))
+        moments = optax.tree_utils.tree_map_params(
+            optimizer,
+            lambda _, param: param.sharding,
+            getattr(shapes, f"{name}_optimizer"),
+            getattr(trained, name),
+            transform_non_params=lambda _: everywhere,
+        )
+        places = places.replace(**{f"{name}_optimizer": moments})
+    return jax.jit(create, out_shardings=places)(trained)

@@ -1,0 +1,340 @@
+"""One update, taken apart: its gradient, what it does not depend on, and its options."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from jax_rlhf import PPOTrainer, RLHFEngine
+from jax_rlhf import trainer as trainer_module
+from jax_rlhf.training import PretrainingRows, update
+from tests.ppo import tiny
+
+ROWS = 16
+
+
+def params_of(trainer):
+    return jax.device_get((trainer.engine.trained.actor, trainer.engine.trained.critic))
+
+
+def moved(trainer, experience, **kwargs):
+    """How one `train_rlhf` changes actor and critic, and its metrics."""
+    before = params_of(trainer)
+    metrics = trainer.train_rlhf(experience, **kwargs)
+    return jax.tree.map(np.subtract, params_of(trainer), before), metrics
+
+
+def assert_close(first, second, tolerance=1e-5):
+    """To a fraction of each leaf's largest entry."""
+
+    def close(a, b):
+        np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max() + 1e-9)
+
+    jax.tree.map(close, first, second)
+
+
+def distance(first, second):
+    """The largest difference of any leaf, as a fraction of the leaf's largest entry."""
+    gaps = jax.tree.map(lambda a, b: np.abs(a - b).max() / (np.abs(b).max() + 1e-9), first, second)
+    return max(jax.tree.leaves(gaps))
+
+
+@functools.cache
+def experience():
+    made = tiny.trainer().generate_experience(tiny.ragged_prompts(ROWS))
+    lengths = np.asarray(made.response_mask).sum(axis=1)
+    assert len(np.unique(lengths)) >= 4  # ragged indeed
+    # As if the actor had moved on since: ratios that are not 1, and some clipped; values that are not the critic's.
+    random = np.random.RandomState(0)
+    noise = [jnp.asarray(np.where(made.response_mask, random.randn(*made.values.shape), 0), jnp.float32) for _ in "12"]
+    return jax.device_get(made.replace(logprobs=made.logprobs + 0.15 * noise[0], values=made.values + 0.2 * noise[1]))
+
+
+def on_device(tree):
+    return jax.tree.map(jnp.asarray, tree)
+
+
+# ---- the gradient --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def plain_gradients(average="tokens"):
+    """Actor's and critic's, by whole logits and plain formulas; average="rows" is the common mistake."""
+    engine, made = RLHFEngine(tiny.policy()), on_device(experience())
+    actor_model, critic_model = engine.networks.actor.model, engine.networks.critic.model
+    mask = jnp.concatenate([made.prompt_mask, made.response_mask], axis=1)
+    start = made.prompt_mask.shape[1]
+
+    def mean(x):
+        x = jnp.where(made.response_mask, x, 0)
+        if average == "tokens":
+            return x.sum() / made.response_mask.sum()
+        return jnp.mean(x.sum(axis=1) / made.response_mask.sum(axis=1))
+
+    def actor_loss(params):
+        logp = jax.nn.log_softmax(actor_model.apply({"params": params}, made.tokens, mask=mask)[:, start - 1 : -1])
+        chosen = jnp.take_along_axis(logp, made.tokens[:, start:, None], axis=-1)[..., 0]
+        ratio = jnp.exp(chosen - made.logprobs)
+        loss = jnp.maximum(-made.advantages * ratio, -made.advantages * jnp.clip(ratio, 0.8, 1.2))
+        entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+        return mean(loss) - 0.1 * mean(entropy)
+
+    def critic_loss(params):
+        values = critic_model.apply({"params": params}, made.tokens, mask=mask)[:, start - 1 : -1]
+        near = jnp.clip(values, made.values - 0.2, made.values + 0.2)
+        return mean(0.5 * jnp.maximum((values - made.returns) ** 2, (near - made.returns) ** 2))
+
+    trained = engine.trained
+    return jax.device_get(
+        (jax.jit(jax.grad(actor_loss))(trained.actor), jax.jit(jax.grad(critic_loss))(trained.critic))
+    )
+
+
+@pytest.mark.parametrize(("microbatch", "devices"), [(16, 1), (4, 1), (2, 1), (1, 1), (8, 8), (16, 8)])
+def test_the_step_is_the_gradient_of_the_global_token_mean(microbatch, devices):
+    """With Adam's ε at 1,000 and a rate of 300 a step is −0.3 times the gradient, whatever the cut."""
+    mesh = None if devices == 1 else Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"))
+    trainer = tiny.trainer(RLHFEngine(tiny.policy(), mesh=mesh), microbatch_size=microbatch, entropy_coef=0.1)
+    step, metrics = moved(trainer, on_device(experience()))
+    ours = jax.tree.map(lambda leaf: leaf / -0.3, step)
+    assert 0.05 < metrics["policy/clipfrac_avg"] < 0.95  # both branches of the surrogate have a say
+    assert 0.05 < metrics["val/clipfrac_avg"] < 0.95
+    assert_close(ours, plain_gradients(), 2e-3)
+    assert distance(ours, plain_gradients("rows")) > 0.02
+
+
+def test_extra_pads_change_nothing():
+    """Three more pad columns before the prompts and two after the responses."""
+    plain, metrics = moved(tiny.trainer(), on_device(experience()))
+    made = experience()
+
+    def widen(name, leaf):
+        if leaf is None or leaf.ndim < 2:
+            return leaf
+        left, right = (3, 0) if name == "prompt_mask" else (0, 2)
+        left = 3 if name == "tokens" else left
+        junk = 5 if name == "tokens" else 0
+        return np.pad(leaf, ((0, 0), (left, right)), constant_values=junk)
+
+    wide = dataclasses.replace(
+        made, **{field.name: widen(field.name, getattr(made, field.name)) for field in dataclasses.fields(made)}
+    )
+    step, wide_metrics = moved(tiny.trainer(), on_device(wide))
+    assert_close(step, plain, 1e-4)
+    for name, value in metrics.items():
+        if name not in ("eps", "time/iteration"):
+            np.testing.assert_allclose(wide_metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_a_row_without_a_real_token_and_a_microbatch_of_such_rows():
+    """Loss and gradient 0 from it: the step is that of the other rows, and nothing is NaN."""
+    made = on_device(experience())
+    none = made.response_mask.at[3].set(False).at[7].set(False)
+    zero = lambda x: jnp.where(none, x, 0) if x.shape == none.shape and x.dtype != bool else x  # noqa: E731
+    empty = jax.tree.map(zero, made).replace(response_mask=none)
+    junk = empty.replace(logprobs=empty.logprobs.at[3].set(1e9), advantages=empty.advantages.at[7].set(jnp.inf))
+    keep = np.delete(np.arange(ROWS), [3, 7])
+    fewer = jax.tree.map(lambda x: x[keep], empty)
+    wanted, _ = moved(tiny.trainer(microbatch_size=1), fewer)
+    for rows in (empty, junk):
+        step, metrics = moved(tiny.trainer(microbatch_size=1), rows)
+        assert_close(step, wanted, 1e-4)
+        assert metrics["val/skipped_updates"] == 0
+    assert all(np.isfinite(value) for name, value in metrics.items() if name not in ("eps", "time/iteration"))
+
+
+# ---- old log-probs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
+def test_ratios_start_at_one_and_move(temperature):
+    """|ρ − 1| < 1e-5 before the first step at any temperature, and not afterwards; KL to the reference starts at 0."""
+    trainer = tiny.trainer(temperature=temperature, ppo_epochs=2, num_minibatches=4, clip_range=0.05)
+    made = trainer.generate_experience(tiny.ragged_prompts(ROWS))
+    assert (made.logprobs == made.ref_logprobs).all()
+    metrics = trainer.train_rlhf(made)
+    assert metrics["objective/kl"] == 0
+    assert metrics["val/first_ratio_gap"] < 1e-5
+    assert metrics["val/last_ratio_gap"] > 1e-3
+    assert metrics["policy/clipfrac_avg"] > 0
+    assert metrics["val/sampler_logprob_gap"] < 1e-4
+    # Sampled at one temperature and scored at another: both numbers tell.
+    trainer.config = dataclasses.replace(trainer.config, temperature=0.8 * temperature)
+    metrics = trainer.train_rlhf(trainer.generate_experience(tiny.ragged_prompts(ROWS)))
+    assert metrics["val/sampler_logprob_gap"] > 1e-2
+    trainer.config = dataclasses.replace(trainer.config, temperature=temperature)
+    assert trainer.train_rlhf(made)["val/first_ratio_gap"] > 1e-3
+
+
+def test_rows_are_reshuffled_each_epoch_and_iteration(monkeypatch):
+    """Every row once an epoch, in another order each time."""
+    seen, original = [], update._update_minibatch
+
+    def spied(networks, config, trained, state, frozen, made, rows, *rest):
+        jax.debug.callback(lambda rows: seen.append(np.array(rows).reshape(-1)), rows, ordered=True)
+        return original(networks, config, trained, state, frozen, made, rows, *rest)
+
+    monkeypatch.setattr(update, "_update_minibatch", spied)
+    trainer = tiny.trainer(ppo_epochs=3, num_minibatches=4, microbatch_size=2, seed=77)
+    for _ in range(2):
+        trainer.train_rlhf(on_device(experience()))
+    jax.effects_barrier()
+    epochs = np.stack(seen).reshape(6, ROWS)
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(ROWS), (6, 1)))
+    assert len(np.unique(epochs, axis=0)) == 6
+
+
+# ---- options -------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_top_layers_train_and_the_bottom_runs_once():
+    """trainable_layers=1: log-probs, values and the step are those of the whole model; the bottom is held once."""
+    start = tiny.policy(tie_embeddings=False)
+    engine = RLHFEngine(start, trainable_layers=1, critic_trainable_layers=1)
+    trainer = tiny.trainer(engine, entropy_coef=0.1)
+    assert engine.networks.critic_shares
+    assert engine.frozen.reference.frozen == {}  # it is the actor's
+    shared = zip(jax.tree.leaves(engine.frozen.critic), jax.tree.leaves(engine.frozen.actor), strict=True)
+    assert all(critic is actor for critic, actor in shared)
+    assert "embedding" not in engine.trained.actor
+    moments = trainer.state.actor_optimizer[0].mu
+    assert jax.tree.map(jnp.shape, moments) == jax.tree.map(jnp.shape, engine.trained.actor)
+
+    made = trainer.generate_experience(tiny.ragged_prompts(ROWS))
+    whole = tiny.trainer(entropy_coef=0.1)
+    wanted = whole.generate_experience(tiny.ragged_prompts(ROWS))
+    assert made.actor_boundary.shape == (ROWS, 11, 32)
+    assert wanted.actor_boundary is None
+    np.testing.assert_array_equal(made.tokens, wanted.tokens)
+    for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns"):
+        np.testing.assert_allclose(getattr(made, name), getattr(wanted, name), atol=1e-5, err_msg=name)
+
+    step, metrics = moved(trainer, made)
+    wanted_step, _ = moved(whole, wanted)
+    top = jax.tree.map(lambda leaf: leaf[1:], [tree["layers"] for tree in wanted_step])
+    assert_close([tree["layers"] for tree in step], top, 1e-4)
+    assert metrics["val/first_ratio_gap"] < 1e-5
+    after = engine.actor.params
+    jax.tree.map(np.testing.assert_array_equal, after["embedding"], start.params["embedding"])
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[0]), after["layers"], start.params["layers"])
+    assert distance(after["layers"], jax.device_get(start.params["layers"])) > 1e-4
+    # Scores are those of the joined tree: the boundary was the right one.
+    again = RLHFEngine(engine.actor)
+    mask = np.concatenate([made.prompt_mask, made.response_mask], axis=1)
+    np.testing.assert_allclose(engine.score(made.tokens, mask)[0], again.score(made.tokens, mask)[0], atol=1e-5)
+
+
+def test_pretraining_loss_is_mixed_in():
+    """PPO-ptx: the step is that of PPO alone, plus ptx_coef times the gradient of the mean loss a token."""
+    random = np.random.RandomState(5)
+    mask = np.ones((8, 7), bool)
+    mask[::2, 5:] = False
+    mask[1, :3] = False
+    text = PretrainingRows(random.randint(0, tiny.VOCAB, (8, 7)).astype(np.int32), mask)
+    alone, _ = moved(tiny.trainer(microbatch_size=4), on_device(experience()))
+    step, metrics = moved(tiny.trainer(microbatch_size=4, ptx_coef=0.5), on_device(experience()), pretraining=text)
+    model, params = RLHFEngine(tiny.policy()).networks.actor.model, tiny.policy().params
+
+    def loss(params):
+        logp = jax.nn.log_softmax(model.apply({"params": params}, text.tokens, mask=mask)[:, :-1])
+        chosen = jnp.take_along_axis(logp, text.tokens[:, 1:, None], axis=-1)[..., 0]
+        counted = mask[:, 1:] & mask[:, :-1]
+        return -jnp.sum(jnp.where(counted, chosen, 0)) / counted.sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    added = jax.tree.map(lambda a, b: (a - b) / -0.3, step[0], alone[0])
+    assert_close(added, jax.tree.map(lambda leaf: 0.5 * np.asarray(leaf), gradient), 5e-3)
+    assert_close(step[1], alone[1], 1e-6)
+    np.testing.assert_allclose(metrics["loss/ptx_avg"], value, rtol=1e-5)
+    # With a frozen bottom it goes through the boundary.
+    top = tiny.trainer(RLHFEngine(tiny.policy(), trainable_layers=1), microbatch_size=4, ptx_coef=0.5)
+    made = top.generate_experience(tiny.ragged_prompts(ROWS))
+    np.testing.assert_allclose(top.train_rlhf(made, text)["loss/ptx_avg"], value, rtol=1e-5)
+    for trainer, rows in ((tiny.trainer(), text), (tiny.trainer(ptx_coef=0.5), None)):
+        with pytest.raises(ValueError, match="pretraining rows are"):
+            trainer.train_rlhf(on_device(experience()), rows)
+    with pytest.raises(ValueError, match="8 pretraining rows cannot be spread over 16 microbatches"):
+        tiny.trainer(ptx_coef=0.5, microbatch_size=1).train_rlhf(on_device(experience()), text)
+
+
+def test_moving_average_and_critic_warm_up():
+    trainer = tiny.trainer(ema_decay=0.9, critic_warmup_iterations=1)
+    start = jax.device_get(trainer.engine.trained.actor)
+    step, _ = moved(trainer, on_device(experience()))
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(step[0])) == 0
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(step[1])) > 0
+    assert int(trainer.state.actor_optimizer[0].count) == 0  # no step, no moments
+    step, _ = moved(trainer, on_device(experience()))
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(step[0])) > 0
+    wanted = jax.tree.map(lambda a, d: a + 0.1 * d, start, step[0])
+    assert_close(jax.device_get(trainer.engine.actor_ema.params), wanted, 1e-6)
+    with pytest.raises(ValueError, match="ema_decay"):
+        _ = tiny.trainer().engine.actor_ema
+
+
+def test_updates_stop_past_the_kl_target():
+    steps = {"ppo_epochs": 4, "num_minibatches": 4}
+    trainer = tiny.trainer(target_kl=1e-7, **steps)
+    made = trainer.generate_experience(tiny.ragged_prompts(ROWS))
+    metrics = trainer.train_rlhf(made)
+    assert metrics["val/updates"] == 1  # the second minibatch finds the KL above the target, and is not taken
+    assert int(trainer.state.actor_optimizer[0].count) == 1
+    assert int(trainer.state.critic_optimizer[0].count) == 1
+    one = tiny.trainer(**steps)
+    assert one.train_rlhf(one.generate_experience(tiny.ragged_prompts(ROWS)))["val/updates"] == 16
+    assert int(one.state.actor_optimizer[0].count) == 16
+
+
+@pytest.mark.parametrize(("field", "value"), [("advantages", np.nan), ("returns", np.inf)])
+def test_updates_that_are_not_finite_are_left_out_and_counted(field, value):
+    """One bad row of 16, in one of 4 minibatches of each of 2 epochs: 2 of 8 steps are left out, the rest are taken."""
+    trainer = tiny.trainer(ppo_epochs=2, num_minibatches=4, kl_target=6.0)
+    made = on_device(experience())
+    bad = made.replace(**{field: getattr(made, field).at[5, 0].set(value)})
+    step, metrics = moved(trainer, bad)
+    assert metrics["val/skipped_updates"] == 2
+    assert metrics["val/updates"] == 6
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((step, jax.device_get(trainer.state))))
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(step)) > 0
+    assert int(trainer.state.actor_optimizer[0].count) == int(trainer.state.critic_optimizer[0].count) == 6
+    trainer.train_rlhf(made)
+    assert int(trainer.state.skipped_updates) == 2
+
+
+def test_controllers_follow_what_was_measured():
+    made = on_device(experience())
+    trainer = tiny.trainer(kl_coef=0.1, kl_target=2.0, kl_horizon=100.0)
+    metrics = trainer.train_rlhf(made)
+    kl = float(jnp.mean(jnp.sum(made.logprobs - made.ref_logprobs, axis=1)))
+    np.testing.assert_allclose(metrics["objective/kl"], kl, rtol=1e-5)
+    np.testing.assert_allclose(
+        float(trainer.state.kl.value), 0.1 * (1 + np.clip(kl / 2 - 1, -0.2, 0.2) * ROWS / 100), rtol=1e-5
+    )
+    assert float(tiny.trainer(kl_coef=0.1).state.kl.value) == np.float32(0.1)
+    # PPO-penalty: β doubles where the step went too far, halves where it hardly moved.
+    for target, factor in ((1e-6, 2.0), (1e3, 0.5)):
+        trainer = tiny.trainer(policy_loss="penalty", penalty_coef=3.0, penalty_target=target)
+        trainer.train_rlhf(made)
+        assert float(trainer.state.penalty.value) == 3.0 * factor
+
+
+def test_the_update_never_holds_the_logits_of_all_positions():
+    """B 8, T 512, V 50,000, a tiny trunk, shipped defaults: temporaries below a quarter of B·T·V·4 bytes."""
+    start = tiny.policy(vocab_size=50_000, hidden_size=16, intermediate_size=16, num_heads=2, num_kv_heads=2)
+    engine = RLHFEngine(start)
+    trainer = PPOTrainer(engine, {"max_new_tokens": 256, "eos_ids": [2]}, reward_functions=tiny.fractional_reward)
+    rows = jax.tree.map(lambda x: x[:8], experience())
+
+    def shape(field):
+        leaf, wide = getattr(rows, field.name), {"tokens": 512}.get(field.name, 256)
+        return leaf if leaf is None else jax.ShapeDtypeStruct((8, wide)[: leaf.ndim], leaf.dtype)
+
+    shapes = dataclasses.replace(rows, **{field.name: shape(field) for field in dataclasses.fields(rows)})
+    config = dataclasses.replace(trainer.config, microbatch_size=trainer._microbatch(8, 256))
+    arguments = (engine.trained, trainer.state, engine.frozen, shapes, None, trainer._key)
+    lowered = trainer_module._update.lower(engine.networks, config, None, *arguments)
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 8 * 512 * 50_000 * 4 / 4
