@@ -11,7 +11,7 @@ critic and reward model where the one started as the other, by actor and critic 
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from jax_rlhf.hub import Pretrained, load_pretrained
 from jax_rlhf.models import Decoder, logical_axes
+from jax_rlhf.models.config import RematPolicy
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.parallel import shardings
@@ -55,8 +56,8 @@ class ModelConfig:
     path: str | None = None
     revision: str | None = None
     trainable_layers: int | None = None
-    dtype: str | None = None
-    remat: str | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
+    remat: RematPolicy | None = None
 
 
 class RLHFEngine:
@@ -98,10 +99,10 @@ class RLHFEngine:
         _check_tokenizers(actor, reference, critic, reward)
         place = functools.partial(_placed, mesh=mesh)
         actor_model = SplitModel(actor.model, trainable_layers)
-        actor_params = _split(actor_model, place(actor))
+        actor_params = actor_model.split(place(actor))
         critic_start = critic or reward or _zero_head(actor)
         critic_model = SplitModel(critic_start.model, critic_trainable_layers)
-        critic_params = _split(critic_model, place(critic_start))
+        critic_params = critic_model.split(place(critic_start))
         critic_shares = critic is None and reward is None and critic_model.first_layer == actor_model.first_layer
         critic_shares = critic_shares and trainable_layers is not None and critic_trainable_layers is not None
         if critic_shares:
@@ -251,11 +252,6 @@ def _reward(networks: Networks, frozen: Frozen, tokens: Array, mask: Array) -> A
 
 
 # ---- building ------------------------------------------------------------------------------------------------------
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _split(network: SplitModel, params: Params) -> SplitParams:
-    return network.split(params)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -157,7 +157,7 @@ def from_mapping(kind: type[T], values: Any, where: str = "config") -> T:
 
 
 def _checked(hint: Any, value: Any, where: str) -> Any:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
     for option in options:

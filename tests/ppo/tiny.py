@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jax_rlhf import PPOTrainer, Pretrained, Prompts, RLHFEngine
-from jax_rlhf.models import Decoder, DecoderConfig, Rotary, init_params
+from jax_rlhf.hub.families import config_from_hub
+from jax_rlhf.models import Decoder, init_params
 
 VOCAB, LENGTH = 8, 4
 WORDS = [f"w{index}" for index in range(VOCAB)]
@@ -37,22 +38,28 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=bare)
 
 
+def texts(tokens, mask):
+    return [
+        " ".join(WORDS[token] for token in row[real])
+        for row, real in zip(np.asarray(tokens), np.asarray(mask), strict=True)
+    ]
+
+
 def policy(seed=0, *, head="lm", scale=2.0, **changes):
     """A decoder of 2 layers, its parameters scaled so that the distribution is not flat."""
-    fields = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_layers": 2,
-        "num_heads": 4,
-        "num_kv_heads": 4,
-        "head_dim": 8,
-        "max_positions": 64,
-        "rotary": Rotary(theta=100.0, dim=8),
-        "attention_scale": 8**-0.5,
-        "remat": "none",
-    }
-    model = Decoder(DecoderConfig(**{**fields, **changes}), head=head)
+    config = config_from_hub(
+        {
+            "model_type": "llama",
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": False,
+        }
+    )
+    model = Decoder(config.replace(**{"remat": "none", **changes}), head=head)
     params = jax.tree.map(lambda leaf: leaf * scale, init_params(model, jax.random.key(seed)))
     return Pretrained(model, params, tokenizer())
 

@@ -1,0 +1,182 @@
+"""The trainer around its two programs: compiled once, addressed randomness, a mesh, and what it says of bad input."""
+
+import dataclasses
+import logging
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from jax_rlhf import PPOTrainer, RLHFEngine
+from tests.ppo import tiny
+
+ROWS = 16
+
+
+def scored_engine(**kwargs):
+    return RLHFEngine(tiny.policy(), reward=tiny.policy(5, head="scalar"), **kwargs)
+
+
+def compiled(caplog):
+    """Names of the programs that were compiled."""
+    return [record.message.split()[1] for record in caplog.records if record.message.startswith("Compiling ")]
+
+
+@pytest.mark.parametrize("source", ["reward model", "function"])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_five_iterations_compile_everything_once(source, devices, caplog):
+    mesh = None if devices == 1 else Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp"))
+    engine = scored_engine(mesh=mesh) if source == "reward model" else RLHFEngine(tiny.policy(), mesh=mesh)
+    trainer = tiny.trainer(
+        engine,
+        reward=None if source == "reward model" else tiny.fractional_reward,
+        ppo_epochs=2,
+        num_minibatches=2,
+        ema_decay=0.9,
+        kl_target=6.0,
+        actor_optimizer={"learning_rate": 1e-3},
+        critic_optimizer={"learning_rate": 1e-3},
+    )
+    programs = [], []
+    with caplog.at_level(logging.WARNING), jax.log_compiles():
+        for iteration in range(5):
+            caplog.clear()
+            trainer.train_rlhf(trainer.generate_experience(tiny.ragged_prompts(ROWS, seed=iteration)))
+            programs[iteration > 0].extend(compiled(caplog))
+    wanted = ["_generate"] if source == "reward model" else ["sample_responses", "score_samples"]
+    for name in (*wanted, "_update"):
+        assert programs[0].count(f"jit({name})") == 1
+    assert programs[1] == []
+    assert int(trainer.state.iteration) == 5
+
+
+def test_a_mesh_of_eight_devices_trains_as_one_device_does():
+    """Parameters cut over fsdp: the same samples, and after three iterations the same metrics."""
+    metrics = []
+    for mesh in (None, Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp"))):
+        engine = scored_engine(mesh=mesh)
+        slow = {"learning_rate": 30.0, "eps": 1e3, "max_grad_norm": None, "beta1": 0.0, "beta2": 0.0}
+        trainer = tiny.trainer(engine, reward=None, num_minibatches=2, actor_optimizer=slow, critic_optimizer=slow)
+        if mesh is not None:
+            leaves = jax.tree.leaves((engine.trained, trainer.state.actor_optimizer))
+            assert all(len(leaf.sharding.device_set) == 8 for leaf in leaves)
+            assert sum(leaf.addressable_shards[0].data.size < leaf.size for leaf in leaves) > 10
+        lines = []
+        for iteration in range(3):
+            made = trainer.generate_experience(tiny.ragged_prompts(ROWS, seed=iteration))
+            lines.append(trainer.train_rlhf(made) | {"tokens": np.asarray(made.tokens)})
+        metrics.append(lines)
+    for one, eight in zip(*metrics, strict=True):
+        np.testing.assert_array_equal(one.pop("tokens"), eight.pop("tokens"))
+        for name in set(one) - {"eps", "time/iteration"}:
+            np.testing.assert_allclose(eight[name], one[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_iterations_and_rows_never_share_samples_and_a_seed_repeats_them():
+    def run(seed):
+        trainer, prompts = tiny.trainer(seed=seed, max_new_tokens=12, eos_ids=()), tiny.prompts(8)
+        tokens = []
+        for _ in range(2):
+            made = trainer.generate_experience(prompts)
+            tokens.append(np.asarray(made.tokens[:, 2:]))
+            trainer.train_rlhf(made)
+        return np.concatenate(tokens)
+
+    first, again, other = run(0), run(0), run(1)
+    assert len(np.unique(first, axis=0)) == 16
+    np.testing.assert_array_equal(first, again)
+    assert not (first == other).all(axis=1).any()
+
+
+def test_an_experience_can_be_looked_at_after_training_on_it():
+    trainer = tiny.trainer()
+    made = trainer.generate_experience(tiny.ragged_prompts(ROWS))
+    before = np.asarray(made.advantages)
+    actor = trainer.engine.actor  # and so can an actor that was taken earlier
+    kept = jax.device_get(actor.params)
+    trainer.train_rlhf(made)
+    np.testing.assert_array_equal(made.advantages, before)
+    jax.tree.map(np.testing.assert_array_equal, actor.params, kept)
+
+
+def test_filters_warn_and_show_the_mass_that_they_keep(caplog):
+    trainer = tiny.trainer()
+    assert trainer.train_rlhf(trainer.generate_experience(tiny.ragged_prompts(ROWS)))["val/kept_mass"] == 1
+    with caplog.at_level(logging.WARNING, "absl"):
+        trainer = tiny.trainer(top_k=3, num_minibatches=2)
+    assert "val/kept_mass" in caplog.text
+    metrics = trainer.train_rlhf(trainer.generate_experience(tiny.ragged_prompts(ROWS)))
+    assert 0.3 < metrics["val/kept_mass"] < 0.99
+    # Log-probs are of the whole softmax all the same.
+    assert metrics["val/sampler_logprob_gap"] < 1e-4
+    assert metrics["val/first_ratio_gap"] < 1e-5
+
+
+def test_no_eos_id_warns(caplog):
+    with caplog.at_level(logging.WARNING, "absl"):
+        trainer = tiny.trainer(eos_ids=None)
+    assert "no EOS id is known" in caplog.text
+    assert trainer.config.eos_ids == ()
+
+
+def test_metrics_have_trls_names():
+    """Those of TRL's PPO trainer, less `episode` and `global_step`, which the loop counts."""
+    trainer = tiny.trainer(ppo_epochs=2, missing_eos_penalty=1.0)
+    made = trainer.generate_experience(tiny.ragged_prompts(ROWS))
+    metrics = trainer.train_rlhf(made)
+    assert {
+        "eps", "objective/kl", "objective/entropy", "objective/non_score_reward", "objective/rlhf_reward",
+        "objective/scores", "policy/approxkl_avg", "policy/clipfrac_avg", "loss/policy_avg", "loss/value_avg",
+        "val/clipfrac_avg", "policy/entropy_avg", "val/ratio", "val/ratio_var", "val/num_eos_tokens", "lr",
+    } <= set(metrics)  # fmt: skip
+    assert all(type(value) is float for value in metrics.values())
+    lengths = np.asarray(made.response_mask).sum(axis=1)
+    np.testing.assert_allclose(metrics["objective/response_length"], lengths.mean(), rtol=1e-6)
+    ended = (np.asarray(made.tokens[:, 5:]) == tiny.EOS).any(axis=1)
+    assert metrics["val/num_eos_tokens"] == ended.sum()
+    np.testing.assert_allclose(metrics["objective/eos_rate"], ended.mean(), rtol=1e-6)
+    np.testing.assert_allclose(metrics["objective/scores"], np.mean(made.scores), rtol=1e-5)
+    values, returns = (np.asarray(x)[np.asarray(made.response_mask)] for x in (made.values, made.returns))
+    explained = 1 - np.var(returns - values) / np.var(returns)
+    np.testing.assert_allclose(metrics["val/explained_variance"], explained, atol=1e-5)
+    np.testing.assert_allclose(metrics["objective/entropy"], -np.sum(made.logprobs) / ROWS, rtol=1e-5)
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_trained_is_said_at_once():
+    engine = RLHFEngine(tiny.policy())
+    with pytest.raises(ValueError, match="there is no source of rewards"):
+        PPOTrainer(engine, {})
+    with pytest.raises(ValueError, match=r"config\.ppo\.kl_coeff: there is no such field; did you mean kl_coef"):
+        PPOTrainer(engine, {"kl_coeff": 0.1}, reward_functions=tiny.fractional_reward)
+    with pytest.raises(ValueError, match="temperature=0"):
+        PPOTrainer(engine, {"temperature": 0.0}, reward_functions=tiny.fractional_reward)
+    silent = RLHFEngine(dataclasses.replace(tiny.policy(), tokenizer=None))
+    with pytest.raises(ValueError, match="without a tokenizer"):
+        PPOTrainer(silent, {}, reward_functions=tiny.fractional_reward)
+
+
+@pytest.mark.parametrize(
+    ("rows", "devices", "config", "message"),
+    [
+        (10, 1, {"num_minibatches": 4}, "10 rows cannot be cut into num_minibatches=4"),
+        (12, 1, {"microbatch_size": 5}, "microbatch_size=5 does not divide a minibatch of 12 rows.*1, 2, 3, 4, 6, 12"),
+        (12, 8, {}, "12 rows cannot be cut over the mesh's 8 row shards.*a multiple of num_minibatches × 8 = 8"),
+        (16, 8, {"microbatch_size": 4}, "sizes that do: 8, 16"),
+    ],
+)
+def test_rows_that_cannot_be_divided_are_said_before_anything_runs(rows, devices, config, message):
+    mesh = None if devices == 1 else Mesh(np.array(jax.devices()).reshape(8, 1), ("data", "fsdp"))
+    trainer = tiny.trainer(RLHFEngine(tiny.policy(), mesh=mesh), **config)
+    with pytest.raises(ValueError, match=message):
+        trainer.generate_experience(tiny.ragged_prompts(rows))
+
+
+def test_prompts_that_cannot_be_sampled_from_are_named():
+    prompts = tiny.ragged_prompts(4)
+    prompts.mask[2] = False
+    with pytest.raises(ValueError, match="prompt 2 is empty"):
+        tiny.trainer().generate_experience(prompts)
