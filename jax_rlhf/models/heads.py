@@ -6,6 +6,7 @@ from jax import Array
 
 from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.models.layers import head_init, normal_init, softcap
+from jax_rlhf.models.products import look_up_logits
 
 
 def logits_from_table(hidden: Array, table: Array, config: DecoderConfig) -> Array:
@@ -19,12 +20,7 @@ def logits_from_table(hidden: Array, table: Array, config: DecoderConfig) -> Arr
     Returns:
       float32[..., V].
     """
-    logits = jnp.einsum(
-        "...e,ve->...v",
-        hidden.astype(config.dtype),
-        table.astype(config.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    logits = look_up_logits(hidden.astype(config.dtype), table.astype(config.dtype))
     return softcap(logits, config.logit_softcap)[..., : config.vocab_size]
 
 

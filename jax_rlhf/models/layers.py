@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_rlhf.models.config import DecoderConfig
+from jax_rlhf.models.products import project
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
@@ -49,8 +50,7 @@ class Projection(nn.Module):
         """float[..., *inputs] → float[..., *outputs] in `dtype`."""
         kernel = self.param("kernel", nn.with_logical_partitioning(normal_init, self.axes), self.inputs + self.outputs)
         count = len(self.inputs)
-        contracting = (tuple(range(x.ndim - count, x.ndim)), tuple(range(count)))
-        y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (contracting, ((), ())))
+        y = project(x.astype(self.dtype), kernel.astype(self.dtype), count)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[count:])
             y = y + self.param("bias", zeros, self.outputs).astype(self.dtype)
