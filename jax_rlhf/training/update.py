@@ -207,9 +207,20 @@ def _update_minibatch(
 
 
 def _step(config: Any, gradient: Params, state: Any, params: Params, take: Array) -> tuple[Params, Any]:
-    updates, new_state = create_optimizer(config).update(gradient, state, params)
-    new = optax.apply_updates(params, updates), new_state
-    return jax.tree.map(lambda new, old: jnp.where(take, new, old), new, (params, state))
+    """The optimizer's step, or nothing.
+
+    A loop of one turn or none, since XLA changes what a loop carries where it lies: as `where` over the results, an
+    update of a model of 97 million parameters took 680 MB more.
+    """
+    optimizer = create_optimizer(config)
+
+    def turn(carry: tuple) -> tuple:
+        params, state, _ = carry
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, jnp.zeros((), bool)
+
+    params, state, _ = jax.lax.while_loop(lambda carry: carry[2], turn, (params, state, take))
+    return params, state
 
 
 def _actor_loss(
