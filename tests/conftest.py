@@ -1,10 +1,25 @@
 """Eight simulated devices for every test; set before JAX starts."""
 
+import gc
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _unload_programs() -> Iterator[None]:
+    """Unloads compiled programs after each module.
+
+    Each holds dozens of memory maps, of which Linux gives a process 65,530 (vm.max_map_count): past that XLA's compiler
+    dies of a segmentation fault, as it did after 500 tests.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()

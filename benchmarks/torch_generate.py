@@ -1,0 +1,59 @@
+"""Seconds of torch `generate` on the shape given as JSON; run by `generate.py --torch=PYTHON`.
+
+Prints a line when it has run once, then a line of seconds for each line that it reads, at the end its peak memory.
+Needs only torch and transformers.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+
+def main() -> None:
+    """Samples once a line of input."""
+    shape = json.loads(sys.argv[1])
+    config = LlamaConfig(
+        vocab_size=shape["vocab_size"],
+        hidden_size=shape["hidden_size"],
+        intermediate_size=shape["intermediate_size"],
+        num_hidden_layers=shape["num_layers"],
+        num_attention_heads=shape["num_heads"],
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
+    model = LlamaForCausalLM(config).eval()
+    prompts = torch.randint(0, shape["vocab_size"], (shape["batch"], shape["prompt"]))
+    how = GenerationConfig(
+        max_new_tokens=shape["response"],
+        min_new_tokens=shape["response"],
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        with torch.no_grad():
+            out = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=how)
+        if out.shape != (shape["batch"], shape["prompt"] + shape["response"]):
+            raise ValueError(f"torch generated {list(out.shape)}")
+        return time.perf_counter() - start
+
+    print(seconds(), flush=True)
+    for _ in sys.stdin:
+        print(seconds(), flush=True)
+    status = Path("/proc/self/status").read_text()
+    peak = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    print(int(peak.split()[1]) * 1024 / 1e9)
+
+
+if __name__ == "__main__":
+    main()
