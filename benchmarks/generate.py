@@ -18,7 +18,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from benchmarks.shapes import SHAPES, Shape, peak_gigabytes
+from benchmarks.memory import peak_gigabytes
+from benchmarks.shapes import SHAPES, Shape
 from jax_rlhf import sample
 from jax_rlhf.hub.families import config_from_hub
 from jax_rlhf.models import Decoder, init_params

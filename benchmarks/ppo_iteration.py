@@ -18,7 +18,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from benchmarks.shapes import SHAPES, Shape, peak_gigabytes, write_checkpoint
+from benchmarks.memory import peak_gigabytes
+from benchmarks.shapes import SHAPES, Shape, write_checkpoint
 from jax_rlhf import PPOTrainer, Prompts, RLHFEngine
 
 ROLES = {"model": "lm", "reference": "lm", "critic": "scalar", "reward": "scalar"}

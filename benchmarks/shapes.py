@@ -83,10 +83,3 @@ def write_checkpoint(folder: Path, shape: Shape, head: str) -> None:
     """
     model = Decoder(config_from_hub(shape.hub_config), head=head)
     save_pretrained(folder, Pretrained(model, init_params(model, jax.random.key(0))))
-
-
-def peak_gigabytes() -> float:
-    """The most memory that this process has had resident (Linux: VmHWM), in units of 10⁹ bytes."""
-    status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024 / 1e9

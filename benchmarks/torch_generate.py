@@ -7,26 +7,17 @@ Needs only torch and transformers.
 import json
 import sys
 import time
-from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from memory import peak_gigabytes
+from torch_llama import llama_config
+from transformers import GenerationConfig, LlamaForCausalLM
 
 
 def main() -> None:
     """Samples once a line of input."""
     shape = json.loads(sys.argv[1])
-    config = LlamaConfig(
-        vocab_size=shape["vocab_size"],
-        hidden_size=shape["hidden_size"],
-        intermediate_size=shape["intermediate_size"],
-        num_hidden_layers=shape["num_layers"],
-        num_attention_heads=shape["num_heads"],
-        eos_token_id=None,
-        bos_token_id=None,
-        pad_token_id=None,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(llama_config(shape)).eval()
     prompts = torch.randint(0, shape["vocab_size"], (shape["batch"], shape["prompt"]))
     how = GenerationConfig(
         max_new_tokens=shape["response"],
@@ -50,9 +41,7 @@ def main() -> None:
     print(seconds(), flush=True)
     for _ in sys.stdin:
         print(seconds(), flush=True)
-    status = Path("/proc/self/status").read_text()
-    peak = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    print(int(peak.split()[1]) * 1024 / 1e9)
+    print(peak_gigabytes())
 
 
 if __name__ == "__main__":

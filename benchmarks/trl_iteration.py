@@ -8,13 +8,13 @@ import statistics
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import datasets
 import torch
+from memory import peak_gigabytes
 from tokenizers import Tokenizer, models
+from torch_llama import llama_config
 from transformers import (
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
@@ -42,21 +42,12 @@ def main() -> None:
     """Trains for six iterations; the first is left out of the median."""
     shape = json.loads(sys.argv[1])
     pad = shape["vocab_size"] - 1
-    config = LlamaConfig(
-        vocab_size=shape["vocab_size"],
-        hidden_size=shape["hidden_size"],
-        intermediate_size=shape["intermediate_size"],
-        num_hidden_layers=shape["num_layers"],
-        num_attention_heads=shape["num_heads"],
-        eos_token_id=None,
-        bos_token_id=None,
-        pad_token_id=pad,
-    )
+    config = llama_config(shape, pad_token_id=pad)
     vocabulary = {f"w{index}": index for index in range(shape["vocab_size"])}
     bare = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, pad_token=f"w{pad}", eos_token="w0", padding_side="left")
     rows = torch.randint(0, pad, (shape["batch"] * (ITERATIONS + 1), shape["prompt"])).tolist()
-    scalar = LlamaConfig(**{**config.to_dict(), "num_labels": 1})
+    scalar = llama_config(shape, pad_token_id=pad, num_labels=1)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         trainer = PPOTrainer(
@@ -86,11 +77,9 @@ def main() -> None:
         )
         trainer.train()
     seconds = [end - start for start, end in zip(clock.times, clock.times[1:], strict=False)]
-    status = Path("/proc/self/status").read_text()
-    peak = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
     result = {
         "seconds_per_iteration": statistics.median(seconds[1:]),
-        "peak_memory_gb": int(peak.split()[1]) * 1024 / 1e9,
+        "peak_memory_gb": peak_gigabytes(),
     }
     print(json.dumps(result))
 

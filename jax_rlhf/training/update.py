@@ -135,15 +135,17 @@ def ppo_update(
         kl = _penalty_kl(networks, config, trained, frozen, experience, last)
         state = state.replace(penalty=state.penalty.update(kl))
     metrics = experience_metrics(experience, state.kl.value) | _update_metrics(config, state, sums, norms, done)
-    if trained.actor_ema is not None:
-        decay = config.ema_decay
-        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, trained.actor_ema, trained.actor)
-        trained = trained.replace(actor_ema=ema)
-    state = state.replace(
-        kl=state.kl.update(metrics["objective/kl"], rows),
-        iteration=state.iteration + 1,
+    state = state.replace(kl=state.kl.update(metrics["objective/kl"], rows), iteration=state.iteration + 1)
+    return _with_moving_average(config, trained), state, metrics
+
+
+def _with_moving_average(config: PPOConfig, trained: Trained) -> Trained:
+    if trained.actor_ema is None:
+        return trained
+    decay = config.ema_decay
+    return trained.replace(
+        actor_ema=jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, trained.actor_ema, trained.actor)
     )
-    return trained, state, metrics
 
 
 def _grouped(rows: Any, groups: tuple[int, ...]) -> Any:
