@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_rlhf.models.config import DecoderConfig
-from jax_rlhf.models.products import project
+from jax_rlhf.models.products import project, project_by_output
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
@@ -48,9 +48,14 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """float[..., *inputs] → float[..., *outputs] in `dtype`."""
-        kernel = self.param("kernel", nn.with_logical_partitioning(normal_init, self.axes), self.inputs + self.outputs)
         count = len(self.inputs)
-        y = project(x.astype(self.dtype), kernel.astype(self.dtype), count)
+        if self.has_variable("params", "kernel_by_output"):  # `kernels_by_output` has been here
+            kernel = self.get_variable("params", "kernel_by_output")
+            y = project_by_output(x.astype(self.dtype), kernel.astype(self.dtype), count)
+        else:
+            init = nn.with_logical_partitioning(normal_init, self.axes)
+            kernel = self.param("kernel", init, self.inputs + self.outputs)
+            y = project(x.astype(self.dtype), kernel.astype(self.dtype), count)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[count:])
             y = y + self.param("bias", zeros, self.outputs).astype(self.dtype)

@@ -13,6 +13,7 @@ from jax_rlhf.models import Decoder, init_params, unstack_layers
 from jax_rlhf.parallel import put_rows
 from jax_rlhf.rollout import Sampling, rollout, sampler
 from jax_rlhf.rollout.draw import draw_tokens
+from jax_rlhf.rollout.sampler import TURNING_PAYS
 from tests.models.test_decoder import tiny_config
 from tests.rollout.test_draw import P_VALUE, SAMPLES, chi_square, probabilities
 
@@ -71,15 +72,15 @@ def assert_same_responses(model, params, first, second, prompts, mask, row_ids):
 # ---- what is drawn -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize(("scan_layers", "length"), [(True, 8), (False, 8), (False, TURNING_PAYS)])
 @pytest.mark.parametrize("position_kind", ["rotary", "learned"])
-def test_greedy_is_the_argmax_of_full_forwards(scan_layers, position_kind):
+def test_greedy_is_the_argmax_of_full_forwards(scan_layers, length, position_kind):
     changes = {"position_kind": "learned", "rotary": None} if position_kind == "learned" else {}
     model, params = tiny(num_layers=3, sliding_window=5, sliding_layers=(True, False, True), **changes)
     unrolled = model.clone(scan_layers=False)
     prompts, mask = ragged_prompts(5, 6)
     run = functools.partial(rollout, *((model, params) if scan_layers else (unrolled, unstack_layers(params, 3))))
-    samples = jax.jit(run, static_argnums=4)(prompts, mask, KEY, jnp.arange(5), Sampling(8, top_k=1))
+    samples = jax.jit(run, static_argnums=4)(prompts, mask, KEY, jnp.arange(5), Sampling(length, top_k=1))
     tokens = np.asarray(samples.tokens)
     # The model is causal, so one forward over everything holds what the forward over each prefix ends with.
     logits = full_logits(model, params, tokens, whole_mask(mask, samples))
