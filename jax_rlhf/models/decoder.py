@@ -17,12 +17,11 @@ import jax.numpy as jnp
 from flax.core import meta
 from jax import Array
 
-from jax_rlhf.models.attention import Attention, AttentionContext, LayerCache, token_order
-from jax_rlhf.models.cache import KVCache
+from jax_rlhf.models.attention import Angles, Attention, AttentionContext, LayerCache, token_order
+from jax_rlhf.models.cache import KVCache, decoder_angles
 from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.models.heads import LMHead, ScalarHead, logits_from_table
 from jax_rlhf.models.layers import MLP, Norm, Projection, normal_init
-from jax_rlhf.models.rotary import rotary_angles
 
 Params = dict[str, Any]
 Head = Literal["lm", "scalar"]
@@ -228,10 +227,14 @@ class Decoder(nn.Module):
             raise ValueError(f"{tokens.shape[1]} tokens, span {span}: the cache has {capacity} slots.")
         query_order, key_order = token_order(mask, cache.real)
         order = jax.lax.dynamic_update_slice(cache.order, key_order, (0, cache.length))
-        x, context = self._enter(tokens, positions, mask, query_order, order[:, :span], slot=cache.length)
+        angles = cache.angles if positions is None and tokens.shape[1] == 1 else None
+        x, context = self._enter(
+            tokens, positions, mask, query_order, order[:, :span], slot=cache.length, angles=angles
+        )
         x, layers = self._run_layers(x, cache.layers, context, range(self.config.num_layers))
         real = cache.real + jnp.sum(mask, axis=1, dtype=jnp.int32)
-        return self._leave(x), KVCache(layers, order, real, cache.length + tokens.shape[1])
+        angles = decoder_angles(self.config, real[:, None])
+        return self._leave(x), KVCache(layers, order, real, cache.length + tokens.shape[1], angles)
 
     def apply_head(self, hidden: Array) -> Array:
         """float[..., E] → logits float32[..., V] or values float32[...]."""
@@ -249,15 +252,13 @@ class Decoder(nn.Module):
         *,
         slot: Array | None = None,
         boundary: Array | None = None,
+        angles: tuple[Angles | None, Angles | None] | None = None,
     ) -> tuple[Array, AttentionContext]:
         config = self.config
         positions = query_order if positions is None else positions
         positions = jnp.where(mask, positions, 0)
-        angles, local_angles = (
-            None if rotary is None else rotary_angles(rotary, positions)
-            for rotary in (config.rotary, config.local_rotary)
-        )
-        context = AttentionContext(query_order, key_order, angles, local_angles, slot)
+        angles = decoder_angles(config, positions) if angles is None else angles
+        context = AttentionContext(query_order, key_order, *angles, slot)
         if boundary is not None:
             return boundary.astype(config.dtype), context
         # A pad's id is replaced, so that whatever stands there (−100, pad = EOS, an id past the table) has no effect.
