@@ -19,7 +19,7 @@ from jax import Array
 
 from jax_rlhf.engine import RLHFEngine
 from jax_rlhf.parallel import local_rows, put_rows, row_shards
-from jax_rlhf.rewards import RewardFunction, score_texts
+from jax_rlhf.rewards import RewardError, RewardFunction, score_texts
 from jax_rlhf.rl import Experience, Prompts
 from jax_rlhf.rollout import Samples, Sampling, check_prompts
 from jax_rlhf.training.collect import sample_responses, sampling_settings, score_samples
@@ -121,8 +121,11 @@ class PPOTrainer:
 
         Raises:
           ValueError: pretraining rows without `ptx_coef` or the other way round, or a number that cannot be divided.
+          RewardError: the reward model's score of a response is not finite; nothing is updated.
         """
         engine, rows = self.engine, len(experience.tokens)
+        if not _all_finite(experience.scores):
+            raise RewardError(self._bad_score(experience))
         config = dataclasses.replace(
             self.config, microbatch_size=self._microbatch(rows, experience.prompt_mask.shape[1])
         )
@@ -180,6 +183,23 @@ class PPOTrainer:
                 "multiple."
             )
 
+    def _bad_score(self, experience: Experience) -> str:
+        """Which of this process's responses has a score that is not finite."""
+        scores = local_rows(experience.scores)
+        rows = np.flatnonzero(~np.isfinite(scores))
+        if not len(rows):
+            return "the reward model's score of another process's response is not finite; that process says which."
+        row, width = int(rows[0]), experience.prompt_mask.shape[1]
+        mask = np.concatenate([local_rows(experience.prompt_mask), local_rows(experience.response_mask)], axis=1)[row]
+        tokens = local_rows(experience.tokens)[row]
+        prompt, response = (tokens[part][mask[part]].tolist() for part in (slice(0, width), slice(width, None)))
+        if self.engine.tokenizer is not None:
+            prompt, response = self.engine.tokenizer.decode(prompt), self.engine.tokenizer.decode(response)
+        return (
+            f"the reward model scored {len(rows)} of {len(scores)} responses as not finite, first row {row} with "
+            f"{scores[row]}: prompt {prompt!r}, response {response!r}. Nothing was updated."
+        )
+
     def _function_scores(self, samples: Samples, prompts: Prompts) -> Array:
         """This process's texts to this process's functions; the scores go back onto the mesh."""
         width = prompts.mask.shape[1]
@@ -227,6 +247,7 @@ def _completed(config: PPOConfig, engine: RLHFEngine) -> PPOConfig:
 # ---- the device programs -------------------------------------------------------------------------------------------
 
 _iteration_key = jax.jit(jax.random.fold_in)
+_all_finite = jax.jit(lambda scores: jnp.all(jnp.isfinite(scores)))  # over all processes' rows
 _sample = jax.jit(sample_responses, static_argnums=(0, 1))
 _score = jax.jit(score_samples, static_argnums=(0, 1))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from jax_rlhf import PPOTrainer, RLHFEngine
+from jax_rlhf import PPOTrainer, RewardError, RLHFEngine
 from tests.ppo import tiny
 
 ROWS = 16
@@ -173,6 +173,20 @@ def test_rows_that_cannot_be_divided_are_said_before_anything_runs(rows, devices
     trainer = tiny.trainer(RLHFEngine(tiny.policy(), mesh=mesh), **config)
     with pytest.raises(ValueError, match=message):
         trainer.generate_experience(tiny.ragged_prompts(rows))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_reward_model_that_gives_no_number_is_named_with_the_text_and_changes_nothing(devices):
+    mesh = None if devices == 1 else Mesh(np.array(jax.devices()), ("data",))
+    trainer = tiny.trainer(scored_engine(mesh=mesh), reward=None)
+    experience = trainer.generate_experience(tiny.ragged_prompts(ROWS))
+    before = jax.device_get((trainer.engine.trained, trainer.state))
+    bad = experience.replace(scores=experience.scores.at[5].set(np.nan))
+    row = np.asarray(experience.tokens[5, 5:])[np.asarray(experience.response_mask[5])]
+    text = " ".join(tiny.WORDS[token] for token in row)
+    with pytest.raises(RewardError, match=f"reward model scored 1 of 16 .*row 5 with nan.*response '{text}'"):
+        trainer.train_rlhf(bad)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get((trainer.engine.trained, trainer.state)), before)
 
 
 def test_prompts_that_cannot_be_sampled_from_are_named():
