@@ -2,8 +2,14 @@
 
 from jax_rlhf.models.cache import KVCache, create_cache
 from jax_rlhf.models.config import DecoderConfig
-from jax_rlhf.models.decoder import Decoder, abstract_params, init_params, logical_axes, unstack_layers
-from jax_rlhf.models.products import kernels_by_output
+from jax_rlhf.models.decoder import (
+    Decoder,
+    abstract_params,
+    init_params,
+    kernels_by_output,
+    logical_axes,
+    unstack_layers,
+)
 from jax_rlhf.models.rotary import Rotary
 
 __all__ = [

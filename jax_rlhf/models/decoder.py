@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from jax_rlhf.models.attention import Angles, Attention, AttentionContext, LayerCache, token_order
@@ -355,3 +356,25 @@ def unstack_layers(params: Params, num_layers: int) -> Params:
     rest = {name: value for name, value in params.items() if name != "layers"}
     layers = [jax.tree.map(operator.itemgetter(index), params["layers"]) for index in range(num_layers)]
     return rest | {f"layers_{index}": layer for index, layer in enumerate(layers)}
+
+
+def kernels_by_output(params: Params) -> Params:
+    """An unrolled decoder's parameters with its layers' kernels turned round, for decoding on CPU (see `products.py`).
+
+    A step of a model of 97 million parameters takes 20 ms instead of 30 with 8 rows, 90 instead of 125 with 64 (on 2
+    cores, Zen 4).
+
+    Args:
+      params: with "layers_0", ….
+
+    Returns:
+      The same, with "kernel_by_output" [*outputs, *inputs] instead of each "kernel" of the layers.
+    """
+    turned = {}
+    for path, leaf in flatten_dict(params).items():
+        if path[0].startswith("layers_") and path[-1] == "kernel":
+            count = 2 if path[-2] == "out" else 1  # attention's output sums over heads and head_dim
+            turned[(*path[:-1], "kernel_by_output")] = leaf.transpose(*range(count, leaf.ndim), *range(count))
+        else:
+            turned[path] = leaf
+    return unflatten_dict(turned)

@@ -1,18 +1,18 @@
-"""Products with weights, whose backward passes name their operands in an order that XLA need not turn round.
+"""Products with weights, in the orders of operands that XLA on CPU need not turn round.
 
-The derivative of x · W by W is xᵀ · g. JAX writes it (gᵀ · x)ᵀ, for which XLA on CPU computes g once more, in columns,
-with all the arithmetic that was fused into it: an update of a small model then takes a fifth longer.
+Training: the derivative of x · W by W is xᵀ · g. JAX writes it (gᵀ · x)ᵀ, for which XLA on CPU computes g once more, in
+columns, with all the arithmetic that was fused into it: an update of a small model then takes a fifth longer.
+
+Decoding: with a token a row a product reads more weights than anything else. [*inputs, *outputs] on the right XLA packs
+first; [*outputs, *inputs] on the left (`project_by_output`) it reads as fast as memory gives them.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.lax import dot_general
-
-Params = dict[str, Any]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -76,35 +76,6 @@ def _logits_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[A
 
 
 look_up_logits.defvjp(_logits_forward, _logits_backward)
-
-
-def kernels_by_output(params: Params) -> Params:
-    """An unrolled decoder's parameters with its layers' kernels turned round, for decoding on CPU.
-
-    Decoding reads every weight once a token, so that memory sets the pace. As the left side of a product XLA reads
-    [*outputs, *inputs] at that pace; [*inputs, *outputs] on the right it packs first. A step of a model of 97 million
-    parameters takes 20 ms instead of 30 with 8 rows, 90 instead of 125 with 64 (2 cores, Zen 4).
-
-    Args:
-      params: with "layers_0", ….
-
-    Returns:
-      The same, with "kernel_by_output" [*outputs, *inputs] instead of each "kernel" of the layers.
-    """
-
-    def turned(path: tuple[jax.tree_util.DictKey, ...], leaf: Array) -> Array:
-        count = 2 if path[-2].key == "out" else 1  # attention's output sums over heads and head_dim
-        return leaf.transpose(*range(count, leaf.ndim), *range(count)) if path[-1].key == "kernel" else leaf
-
-    def renamed(tree: Any) -> Any:
-        if not isinstance(tree, dict):
-            return tree
-        return {"kernel_by_output" if name == "kernel" else name: renamed(value) for name, value in tree.items()}
-
-    return {
-        name: renamed(jax.tree_util.tree_map_with_path(turned, value)) if name.startswith("layers_") else value
-        for name, value in params.items()
-    }
 
 
 def project_by_output(x: Array, kernel: Array, count: int) -> Array:

@@ -204,7 +204,7 @@ def rollout(
     chex.assert_equal_shape([prompts, prompt_mask])
     (batch, width), length = prompts.shape, sampling.max_new_tokens
     run = functools.partial(model.apply, {"params": params})
-    decode = run
+    decode = run  # prefill has rows enough to read kernels as they are
     if jax.default_backend() == "cpu" and not model.scan_layers and length >= TURNING_PAYS:
         decode = functools.partial(model.apply, {"params": kernels_by_output(params)})
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_ids)
