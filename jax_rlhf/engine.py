@@ -21,12 +21,12 @@ from jax.sharding import Mesh
 from jax_rlhf.hub import Pretrained, load_pretrained
 from jax_rlhf.models import Decoder, logical_axes
 from jax_rlhf.models.config import RematPolicy
-from jax_rlhf.models.decoder import Params
+from jax_rlhf.models.decoder import Head, Params
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.parallel import shardings
 from jax_rlhf.rollout import Samples, Sampling
+from jax_rlhf.settings import from_mapping
 from jax_rlhf.training.collect import sample_responses
-from jax_rlhf.training.config import from_mapping
 from jax_rlhf.training.networks import (
     Frozen,
     Networks,
@@ -135,8 +135,7 @@ class RLHFEngine:
             critic=critic_params.frozen,
             reference=reference_params,
             reward=reward_params,
-            reward_gain=jnp.float32(1),
-            reward_bias=jnp.float32(0),
+            reward_bias=jnp.float32(reward.reward_bias if reward is not None else 0),
         )
         self.mesh = mesh
         self.tokenizer = actor.tokenizer
@@ -169,7 +168,7 @@ class RLHFEngine:
                 "trainable_layers is a field of config.model and config.critic; reference and reward model are frozen "
                 "in PPO and are cut where the actor and the critic are."
             )
-        load = functools.partial(_load, mesh=mesh)
+        load = functools.partial(load_model, mesh=mesh)
         return cls(
             load(roles["model"], "lm"),
             reference=load(roles["reference"], "lm"),
@@ -264,7 +263,20 @@ def _masters(params: Params) -> Params:
     return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
 
 
-def _load(config: ModelConfig, head: str, mesh: Mesh | None) -> Pretrained | None:
+def load_model(config: ModelConfig, head: Head, mesh: Mesh | None = None) -> Pretrained | None:
+    """Loads a model to run as a config says.
+
+    Args:
+      config: its fields.
+      head: "lm" or "scalar".
+      mesh: the mesh; None = one device.
+
+    Returns:
+      The model; None where config.path is None.
+
+    Raises:
+      FileNotFoundError, CheckpointError: the checkpoint cannot be used.
+    """
     if config.path is None:
         return None
     on_cpu = jax.default_backend() == "cpu"

@@ -18,12 +18,13 @@ from absl import logging
 from jax import Array
 
 from jax_rlhf.engine import RLHFEngine
-from jax_rlhf.parallel import local_rows, put_rows, row_shards
+from jax_rlhf.parallel import kept_in_place, local_rows, places_of, put_rows, row_shards
 from jax_rlhf.rewards import RewardError, RewardFunction, score_texts
 from jax_rlhf.rl import Experience, Prompts
 from jax_rlhf.rollout import Samples, Sampling, check_prompts
+from jax_rlhf.settings import from_mapping
 from jax_rlhf.training.collect import sample_responses, sampling_settings, score_samples
-from jax_rlhf.training.config import PPOConfig, from_mapping
+from jax_rlhf.training.config import PPOConfig
 from jax_rlhf.training.networks import Frozen, Networks, Trained
 from jax_rlhf.training.state import PPOState, create_state
 from jax_rlhf.training.update import PretrainingRows, ppo_update
@@ -78,7 +79,7 @@ class PPOTrainer:
             engine.trained = dataclasses.replace(engine.trained, actor_ema=jax.tree.map(jnp.copy, engine.trained.actor))
         self.state = create_state(self.config, engine.trained, engine.mesh)
         self._key = jax.random.key(self.config.seed)
-        self._started = None
+        self._started = self._sampled = None
 
     def generate_experience(self, prompts: Prompts) -> Experience:
         """Samples a response to each prompt, and scores them.
@@ -103,10 +104,13 @@ class PPOTrainer:
         tokens, mask, row_ids = put_rows(rows, engine.mesh)
         key = _iteration_key(self._key, self.state.iteration)
         arguments = (networks, self.sampling, engine.trained, engine.frozen, tokens, mask, row_ids, key)
-        if not self.reward_functions:
+        if not self.reward_functions and not self.config.time_phases:
             return _generate(*arguments, self.config, self.state.kl.value)
         samples = _sample(*arguments)
-        scores = self._function_scores(samples, prompts)
+        if self.config.time_phases:
+            jax.block_until_ready(samples)
+            self._sampled = time.perf_counter()
+        scores = self._function_scores(samples, prompts) if self.reward_functions else None
         return _score(networks, self.config, engine.trained, engine.frozen, samples, mask, scores, self.state.kl.value)
 
     def train_rlhf(self, experience: Experience, pretraining: PretrainingRows | None = None) -> dict[str, float]:
@@ -124,6 +128,11 @@ class PPOTrainer:
           RewardError: the reward model's score of a response is not finite; nothing is updated.
         """
         engine, rows = self.engine, len(experience.tokens)
+        times = {}
+        if self._sampled is not None:
+            jax.block_until_ready(experience)
+            scored = time.perf_counter()
+            times = {"time/generate": self._sampled - self._started, "time/score": scored - self._sampled}
         if not _all_finite(experience.scores):
             raise RewardError(self._bad_score(experience))
         config = dataclasses.replace(
@@ -133,7 +142,7 @@ class PPOTrainer:
         pretraining = None if pretraining is None else put_rows(pretraining, engine.mesh)
         places = None
         if engine.mesh is not None:
-            places = tuple(leaf.sharding for leaf in jax.tree.leaves((engine.trained, self.state)))
+            places = places_of((engine.trained, self.state))
         engine.trained, self.state, metrics = _update(
             engine.networks,
             config,
@@ -147,7 +156,9 @@ class PPOTrainer:
         )
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         seconds = math.nan if self._started is None else time.perf_counter() - self._started
-        return metrics | {"eps": rows / seconds, "time/iteration": seconds}
+        if times:
+            times["time/train"] = seconds - sum(times.values())
+        return metrics | {"eps": rows / seconds, "time/iteration": seconds} | times
 
     def _microbatch(self, rows: int, width: int) -> int:
         config, shards = self.config, row_shards(self.engine.mesh)
@@ -283,8 +294,6 @@ def _update(
 ) -> tuple[Trained, PPOState, dict[str, Array]]:
     key = jax.random.fold_in(jax.random.fold_in(seed_key, state.iteration), _ORDER_ADDRESS)
     trained, state, metrics = ppo_update(networks, config, trained, state, frozen, experience, pretraining, key)
-    if places is not None:  # where they were: else the next call would be another program
-        leaves, form = jax.tree.flatten((trained, state))
-        kept = [jax.lax.with_sharding_constraint(leaf, place) for leaf, place in zip(leaves, places, strict=True)]
-        trained, state = jax.tree.unflatten(form, kept)
+    if places is not None:
+        trained, state = kept_in_place((trained, state), places)
     return trained, state, metrics

@@ -2,6 +2,13 @@
 
 from jax_rlhf.hub.errors import CheckpointError
 from jax_rlhf.hub.families import config_from_hub
-from jax_rlhf.hub.pretrained import Pretrained, load_pretrained, save_pretrained
+from jax_rlhf.hub.pretrained import Pretrained, describe_pretrained, load_pretrained, save_pretrained
 
-__all__ = ["CheckpointError", "Pretrained", "config_from_hub", "load_pretrained", "save_pretrained"]
+__all__ = [
+    "CheckpointError",
+    "Pretrained",
+    "config_from_hub",
+    "describe_pretrained",
+    "load_pretrained",
+    "save_pretrained",
+]

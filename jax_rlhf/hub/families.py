@@ -220,8 +220,9 @@ def config_to_hub(model: Decoder, dtype: str) -> PretrainedConfig:
     if model.head == "scalar":
         config.num_labels = 1
     config.dtype = dtype
-    if hasattr(config, "auto_map"):  # it names code files of the old folder
-        del config.auto_map
+    for stale in ("auto_map", "reward_bias"):  # code files of the old folder; another model's bias
+        if hasattr(config, stale):
+            delattr(config, stale)
     return config
 
 

@@ -1,7 +1,9 @@
 """`load_pretrained` and `save_pretrained`: models in from Hugging Face folders, hub ids and GGUF files, and back."""
 
+import copy
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -50,12 +52,14 @@ class Pretrained:
       params: its parameters, nested dicts of arrays.
       tokenizer: transformers' tokenizer, or None where the checkpoint had none.
       generation_config: what generation_config.json said, or None.
+      reward_bias: of a reward model, whose score is the scalar head's value + this; `reward_bias` in config.json.
     """
 
     model: Decoder
     params: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase | None = None
     generation_config: dict[str, Any] | None = None
+    reward_bias: float = 0.0
 
 
 def load_pretrained(
@@ -123,7 +127,28 @@ def load_pretrained(
             len(tokenizer),
             config.vocab_size,
         )
-    return Pretrained(model, unflatten_dict(params), tokenizer, generation_config)
+    bias = _reward_bias(place, config_dict) if head == "scalar" and not new_head else 0.0
+    return Pretrained(model, unflatten_dict(params), tokenizer, generation_config, bias)
+
+
+def describe_pretrained(
+    path_or_hub_id: str | Path, *, revision: str | None = None
+) -> tuple[DecoderConfig, PreTrainedTokenizerBase | None]:
+    """What a checkpoint says of itself, without its weights: to check settings before anything runs.
+
+    Args:
+      path_or_hub_id: as for `load_pretrained`.
+      revision: of the hub id.
+
+    Returns:
+      (config, tokenizer), the tokenizer None where the checkpoint has none.
+
+    Raises:
+      FileNotFoundError, CheckpointError: as for `load_pretrained`.
+    """
+    place = _resolve(path_or_hub_id, revision)
+    source, config_dict, _ = _open(place, str(path_or_hub_id))
+    return _in_file(place, config_from_hub, config_dict), _load_tokenizer(place, source)
 
 
 def save_pretrained(directory: str | Path, pretrained: Pretrained, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -149,6 +174,8 @@ def save_pretrained(directory: str | Path, pretrained: Pretrained, *, max_shard_
     files, index = weight_files(model, params, max_shard_bytes)
     dtype = params[_TABLE[0]][_TABLE[1]].dtype.name
     config = config_to_hub(model, dtype)
+    if model.head == "scalar":
+        pretrained = _with_pooling_pad(pretrained, config)
     if jax.process_index() > 0:
         _agree(None, directory)  # process 0 has a folder to write to
         write_weights(None, params, files, index)
@@ -267,6 +294,34 @@ def _load_tokenizer(place: Path, source: TensorSource) -> PreTrainedTokenizerBas
     if isinstance(source, GGUFSource):
         return gguf_tokenizer(source.tokenizer, place)
     return load_tokenizer(place)
+
+
+def _reward_bias(place: Path, config: dict[str, Any]) -> float:
+    bias = config.get("reward_bias", 0.0)
+    if isinstance(bias, bool) or not isinstance(bias, int | float) or not math.isfinite(bias):
+        raise CheckpointError(f"{place / 'config.json'}: reward_bias={bias!r}; a finite number is expected.")
+    return float(bias)
+
+
+def _with_pooling_pad(pretrained: Pretrained, config: PretrainedConfig) -> Pretrained:
+    """Completes a classifier's config: transformers reads the score at the last token that is not the pad.
+
+    So the pad must not be EOS, which ends a text.
+    """
+    config.reward_bias = pretrained.reward_bias
+    tokenizer, stored = pretrained.tokenizer, config.eos_token_id
+    ends = set(stored if isinstance(stored, list) else [stored])
+    choices = [config.pad_token_id]
+    if tokenizer is not None:
+        ends.add(tokenizer.eos_token_id)
+        choices = [tokenizer.pad_token_id, *choices, tokenizer.unk_token_id, *sorted(tokenizer.all_special_ids)]
+    choices = [choice for choice in [*choices, *range(config.vocab_size)] if choice is not None]
+    config.pad_token_id = next(choice for choice in choices if choice not in ends)
+    if tokenizer is None or tokenizer.pad_token_id == config.pad_token_id:
+        return pretrained
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
+    return dataclasses.replace(pretrained, tokenizer=tokenizer)
 
 
 def _untie_if_stored_apart(source: TensorSource, config: DecoderConfig, head: Head) -> DecoderConfig:

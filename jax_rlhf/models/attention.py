@@ -36,6 +36,7 @@ class AttentionContext:
       angles: rotation of the T tokens; None with learned positions.
       local_angles: the same for sliding-window layers where they have their own, else None.
       slot: int32[], cache slot of the first of the T tokens; None without a cache.
+      segments: int32[B, T], texts packed into one row, which do not see each other; None = each row is one text.
     """
 
     query_order: Array
@@ -43,6 +44,7 @@ class AttentionContext:
     angles: Angles | None
     local_angles: Angles | None
     slot: Array | None = None
+    segments: Array | None = None
 
 
 def token_order(mask: Array, start: Array | int = 0) -> tuple[Array, Array]:
@@ -71,6 +73,8 @@ def visible(context: AttentionContext, window: Array | int | None) -> Array:
     """
     query, key = context.query_order[:, :, None], context.key_order[:, None, :]
     allowed = key <= query
+    if context.segments is not None:
+        allowed = allowed & (context.segments[:, :, None] == context.segments[:, None, :])
     return allowed if window is None else allowed & (query - key < window)
 
 

@@ -173,30 +173,39 @@ class Decoder(nn.Module):
         positions: Array | None = None,
         mask: Array | None = None,
         *,
+        segments: Array | None = None,
         boundary: Array | None = None,
         first_layer: int = 0,
     ) -> Array:
         """What the head reads: arguments as in `__call__` → float[B, T, E].
+
+        `segments`, int[B, T], keeps texts apart that are packed into one row; `positions` then count within each.
 
         With `boundary`, float[B, T, D], the output of the layers below `first_layer` (`lower_layers`), only those from
         there on run, and `params["layers"]` holds only them.
         """
         tokens, mask = _checked(tokens, positions, mask)
         query_order, key_order = token_order(mask)
-        x, context = self._enter(tokens, positions, mask, query_order, key_order, boundary=boundary)
+        x, context = self._enter(tokens, positions, mask, query_order, key_order, boundary=boundary, segments=segments)
         x, _ = self._run_layers(x, None, context, range(first_layer, self.config.num_layers))
         return self._leave(x)
 
     def lower_layers(
-        self, tokens: Array, positions: Array | None = None, mask: Array | None = None, *, layers: int
+        self,
+        tokens: Array,
+        positions: Array | None = None,
+        mask: Array | None = None,
+        *,
+        segments: Array | None = None,
+        layers: int,
     ) -> Array:
         """The output of the first `layers` layers, float[B, T, D], for which `params["layers"]` need hold only those.
 
-        Arguments as in `__call__`; `hidden_states(..., boundary=this, first_layer=layers)` goes on from it.
+        Arguments as in `hidden_states`; `hidden_states(..., boundary=this, first_layer=layers)` goes on from it.
         """
         tokens, mask = _checked(tokens, positions, mask)
         query_order, key_order = token_order(mask)
-        x, context = self._enter(tokens, positions, mask, query_order, key_order)
+        x, context = self._enter(tokens, positions, mask, query_order, key_order, segments=segments)
         return self._run_layers(x, None, context, range(layers))[0]
 
     def extend(
@@ -252,6 +261,7 @@ class Decoder(nn.Module):
         key_order: Array,
         *,
         slot: Array | None = None,
+        segments: Array | None = None,
         boundary: Array | None = None,
         angles: tuple[Angles | None, Angles | None] | None = None,
     ) -> tuple[Array, AttentionContext]:
@@ -259,7 +269,7 @@ class Decoder(nn.Module):
         positions = query_order if positions is None else positions
         positions = jnp.where(mask, positions, 0)
         angles = decoder_angles(config, positions) if angles is None else angles
-        context = AttentionContext(query_order, key_order, *angles, slot)
+        context = AttentionContext(query_order, key_order, *angles, slot, segments)
         if boundary is not None:
             return boundary.astype(config.dtype), context
         # A pad's id is replaced, so that whatever stands there (−100, pad = EOS, an id past the table) has no effect.

@@ -93,13 +93,22 @@ class SplitModel:
             whole[f"layers_{index}"] = jax.tree.map(operator.itemgetter(place), part["layers"])
         return whole
 
-    def boundary(self, params: SplitParams, tokens: Array, mask: Array) -> Array | None:
+    def boundary(
+        self,
+        params: SplitParams,
+        tokens: Array,
+        mask: Array,
+        *,
+        positions: Array | None = None,
+        segments: Array | None = None,
+    ) -> Array | None:
         """Runs the frozen bottom.
 
         Args:
           params: the parameters.
           tokens: int[B, T].
           mask: bool[B, T], True = real token.
+          positions, segments: int[B, T], of texts packed into one row, else None.
 
         Returns:
           float[B, T, D], or None where everything trains.
@@ -107,9 +116,18 @@ class SplitModel:
         if self.trainable_layers is None:
             return None
         run = functools.partial(self.model.apply, {"params": params.frozen}, method="lower_layers")
-        return run(tokens, mask=mask, layers=self.first_layer)
+        return run(tokens, positions, mask, segments=segments, layers=self.first_layer)
 
-    def hidden_states(self, params: SplitParams, tokens: Array, mask: Array, boundary: Array | None) -> Array:
+    def hidden_states(
+        self,
+        params: SplitParams,
+        tokens: Array,
+        mask: Array,
+        boundary: Array | None,
+        *,
+        positions: Array | None = None,
+        segments: Array | None = None,
+    ) -> Array:
         """Runs the top from the boundary (or, where everything trains, from the tokens) to what the head reads.
 
         Args:
@@ -117,6 +135,7 @@ class SplitModel:
           tokens: int[B, T].
           mask: bool[B, T].
           boundary: what `boundary` returned.
+          positions, segments: as there.
 
         Returns:
           float[B, T, E].
@@ -124,7 +143,9 @@ class SplitModel:
         return self.model.apply(
             {"params": params.trainable},
             tokens,
-            mask=mask,
+            positions,
+            mask,
+            segments=segments,
             boundary=boundary,
             first_layer=self.first_layer,
             method="hidden_states",

@@ -82,6 +82,33 @@ def shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, axes, shapes, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
+def places_of(tree: Any) -> tuple:
+    """Where each leaf lies: hashable, a static argument for `kept_in_place`.
+
+    Args:
+      tree: arrays.
+
+    Returns:
+      Their shardings.
+    """
+    return tuple(leaf.sharding for leaf in jax.tree.leaves(tree))
+
+
+def kept_in_place(tree: Any, places: tuple) -> Any:
+    """Leaves a jitted update where they came from: elsewhere, the next call would be another program.
+
+    Args:
+      tree: the result, inside jit.
+      places: `places_of` the argument that it replaces.
+
+    Returns:
+      The tree.
+    """
+    leaves, form = jax.tree.flatten(tree)
+    kept = [jax.lax.with_sharding_constraint(leaf, place) for leaf, place in zip(leaves, places, strict=True)]
+    return jax.tree.unflatten(form, kept)
+
+
 @functools.partial(jax.jit, static_argnums=2)
 def _take_replicated(leaf: Array, index: Array | None, sharding: NamedSharding) -> Array:
     taken = leaf if index is None else jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)

@@ -1,15 +1,9 @@
-"""The settings of PPO, and how a config from outside becomes them."""
+"""The settings of PPO."""
 
 import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from jax_rlhf.training.optimizer import OptimizerConfig
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +53,16 @@ class PPOConfig:
       ema_decay: of the actor's moving average, a step an iteration; None = none is kept.
       actor_optimizer, critic_optimizer: see `OptimizerConfig`.
       logprob_chunk: positions whose logits exist at once; None chooses.
+      time_phases: sample and score as two programs and wait for each, for the metrics time/generate, time/score and
+        time/train.
+
+    The loop of `python -m jax_rlhf`, which `PPOTrainer` does not read:
+      iterations: each samples config.data.ppo_batch_size prompts and updates.
+      eval_every: iterations between evaluations on held-out prompts; 0 = only before the first and after the last.
+      reward_functions: "package.module:function" each, f(prompts, responses, **columns) → scores, added to the reward
+        model's.
+      eval_functions: the same, only reported.
+      sample_rows: of each iteration's responses, how many go to samples.jsonl; evaluations write all.
     """
 
     max_new_tokens: int = 128
@@ -102,9 +106,18 @@ class PPOConfig:
     actor_optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     critic_optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     logprob_chunk: int | None = None
+    time_phases: bool = False
+
+    iterations: int = 100
+    eval_every: int = 0
+    reward_functions: tuple[str, ...] = ()
+    eval_functions: tuple[str, ...] = ()
+    sample_rows: int = 4
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "ppo_epochs", "num_minibatches", "max_new_tokens", "microbatch_size", "logprob_chunk")
+        _at_least(self, 1, "iterations")
+        _at_least(self, 0, "eval_every", "sample_rows")
         _at_least(self, 0, "clip_range", "clip_range_high", "value_clip_range", "reward_clip", "ptx_coef")
         _at_least(self, 0, "critic_warmup_iterations", "kl_coef")
         for name in ("gamma", "lam"):
@@ -124,53 +137,3 @@ def _at_least(config: PPOConfig, bound: int, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and not value >= bound:
             raise ValueError(f"{name}={value} must be {bound} or more.")
-
-
-def from_mapping(kind: type[T], values: Any, where: str = "config") -> T:
-    """A config dataclass from a mapping (a dict, an `ml_collections.ConfigDict`), with every field's type checked.
-
-    Args:
-      kind: the dataclass.
-      values: the fields that differ from the defaults, nested where the dataclass is; or an instance of `kind`.
-      where: what to call it in errors.
-
-    Returns:
-      An instance.
-
-    Raises:
-      ValueError: an unknown field (with the names nearest to it), or a value of another type.
-    """
-    if isinstance(values, kind):
-        return values
-    if not isinstance(values, Mapping) and not hasattr(values, "items"):
-        raise ValueError(f"{where} must be a mapping of {kind.__name__}'s fields, not {type(values).__name__}.")
-    hints = typing.get_type_hints(kind)
-    known = {field.name for field in dataclasses.fields(kind)}
-    checked = {}
-    for name, value in values.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"the fields are {', '.join(sorted(known))}."
-            raise ValueError(f"{where}.{name}: there is no such field; {hint}")
-        checked[name] = _checked(hints[name], value, f"{where}.{name}")
-    return kind(**checked)
-
-
-def _checked(hint: Any, value: Any, where: str) -> Any:
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
-    for option in options:
-        origin = typing.get_origin(option)
-        if origin is Literal and value in typing.get_args(option):
-            return value
-        if origin is tuple and isinstance(value, list | tuple) and all(type(item) is int for item in value):
-            return tuple(value)
-        if dataclasses.is_dataclass(option):
-            return from_mapping(option, value, where)
-        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(option, type) and origin is None and type(value) is option:
-            return value
-    expected = " or ".join(str(getattr(option, "__name__", option)).replace("typing.", "") for option in options)
-    raise ValueError(f"{where}={value!r}: {expected} is expected.")

@@ -59,14 +59,13 @@ class Frozen:
       actor, critic: the frozen bottom layers of the trained models; empty dicts where everything trains.
       reference: the reference; its `frozen` is empty where it is the actor's.
       reward: the reward model; its `frozen` is empty where it is the critic's. None where there is none.
-      reward_gain, reward_bias: float32[], score = gain · head + bias.
+      reward_bias: float32[], score = head + bias (a gain is folded into the head).
     """
 
     actor: Params
     critic: Params
     reference: SplitParams
     reward: SplitParams | None
-    reward_gain: Array
     reward_bias: Array
 
 
@@ -191,13 +190,28 @@ def reward_scores(
       critic_boundary: of the critic's frozen bottom, used where the two share it.
 
     Returns:
-      float32[B], gain and bias applied.
+      float32[B], bias added.
     """
     network, params, boundary = networks.reward, frozen.reward, None
     if networks.reward_shares:
         params, boundary = SplitParams(frozen.critic, params.trainable), critic_boundary
+    return text_scores(network, params, tokens, mask, boundary) + frozen.reward_bias
+
+
+def text_scores(network: SplitModel, params: SplitParams, tokens: Array, mask: Array, boundary: Array | None) -> Array:
+    """What a scalar head says of each text at its last real token.
+
+    Args:
+      network: the reward model.
+      params: its parameters.
+      tokens: int[B, T].
+      mask: bool[B, T].
+      boundary: output of its frozen bottom, or None.
+
+    Returns:
+      float32[B].
+    """
     hidden = network.hidden_states(params, tokens, mask, boundary)
     last = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    scores = network.model.apply({"params": network.head_params(params)}, hidden, method="apply_head")
-    return frozen.reward_gain * scores + frozen.reward_bias
+    return network.model.apply({"params": network.head_params(params)}, hidden, method="apply_head")

@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -12,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_rlhf.rl import AdaptiveKL, AdaptivePenalty, FixedKL
 from jax_rlhf.training.config import PPOConfig
 from jax_rlhf.training.networks import Trained
-from jax_rlhf.training.optimizer import create_optimizer
+from jax_rlhf.training.optimizer import create_optimizer, moment_places
 
 
 @struct.dataclass
@@ -68,13 +67,7 @@ def create_state(config: PPOConfig, trained: Trained, mesh: Mesh | None = None) 
     shapes = jax.eval_shape(create, trained)
     places = jax.tree.map(lambda _: everywhere, shapes)
     for name in ("actor", "critic"):
-        optimizer = create_optimizer(getattr(config, f"{name}_optimizer"))
-        moments = optax.tree_utils.tree_map_params(
-            optimizer,
-            lambda _, param: param.sharding,
-            getattr(shapes, f"{name}_optimizer"),
-            getattr(trained, name),
-            transform_non_params=lambda _: everywhere,
-        )
+        optimizer, state = create_optimizer(getattr(config, f"{name}_optimizer")), getattr(shapes, f"{name}_optimizer")
+        moments = moment_places(optimizer, state, getattr(trained, name), everywhere)
         places = places.replace(**{f"{name}_optimizer": moments})
     return jax.jit(create, out_shardings=places)(trained)

@@ -33,7 +33,7 @@ from jax_rlhf.rl import (
 from jax_rlhf.training.config import PPOConfig
 from jax_rlhf.training.metrics import experience_metrics
 from jax_rlhf.training.networks import Frozen, Networks, Trained, critic_values, policy_logprobs
-from jax_rlhf.training.optimizer import create_optimizer, learning_rate_schedule
+from jax_rlhf.training.optimizer import apply_gradient, create_optimizer, learning_rate_schedule
 from jax_rlhf.training.state import PPOState
 
 
@@ -195,10 +195,12 @@ def _update_minibatch(
     finite = jnp.isfinite(actor_norm) & jnp.isfinite(critic_norm) & jnp.isfinite(sums.policy_loss + sums.value_loss)
     # Past the target the minibatch only serves to say so: its own update is not taken either.
     take = finite if config.target_kl is None else finite & (sums.approx_kl <= config.target_kl)
-    actor, actor_optimizer = _step(
-        config.actor_optimizer, grads[0], state.actor_optimizer, trained.actor, take & learn_actor
+    actor, actor_optimizer = apply_gradient(
+        create_optimizer(config.actor_optimizer), grads[0], state.actor_optimizer, trained.actor, take & learn_actor
     )
-    critic, critic_optimizer = _step(config.critic_optimizer, grads[1], state.critic_optimizer, trained.critic, take)
+    critic, critic_optimizer = apply_gradient(
+        create_optimizer(config.critic_optimizer), grads[1], state.critic_optimizer, trained.critic, take
+    )
     state = state.replace(
         actor_optimizer=actor_optimizer,
         critic_optimizer=critic_optimizer,
@@ -206,23 +208,6 @@ def _update_minibatch(
     )
     norms = {"actor": actor_norm, "critic": critic_norm, "taken": take}
     return trained.replace(actor=actor, critic=critic), state, sums, norms
-
-
-def _step(config: Any, gradient: Params, state: Any, params: Params, take: Array) -> tuple[Params, Any]:
-    """The optimizer's step, or nothing.
-
-    A loop of one turn or none, since XLA changes what a loop carries where it lies: as `where` over the results, an
-    update of a model of 97 million parameters took 680 MB more.
-    """
-    optimizer = create_optimizer(config)
-
-    def turn(carry: tuple) -> tuple:
-        params, state, _ = carry
-        updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, jnp.zeros((), bool)
-
-    params, state, _ = jax.lax.while_loop(lambda carry: carry[2], turn, (params, state, take))
-    return params, state
 
 
 def _actor_loss(

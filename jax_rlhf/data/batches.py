@@ -1,0 +1,158 @@
+"""From examples to batches: padded to one of a few widths, each process with its own rows."""
+
+import bisect
+from collections.abc import Sequence
+
+import numpy as np
+from flax import struct
+from jax import Array
+
+from jax_rlhf.data.tokens import Example
+from jax_rlhf.rl import Prompts
+
+FIRST_EVAL_ROW = 1 << 24
+"""Row ids of held-out prompts count from here, so that they share no randomness with those of training."""
+
+
+@struct.dataclass
+class TextBatch:
+    """Rows for the SFT phase, padded on the right.
+
+    Attributes:
+      tokens: int32[B, T].
+      mask: bool[B, T], True = real token.
+      completion_mask: bool[B, T], True = token of a completion.
+      segments: int32[B, T], which of the texts packed into a row a token is of, from 0.
+      positions: int32[B, T], tokens of the same text before it.
+    """
+
+    tokens: Array
+    mask: Array
+    completion_mask: Array
+    segments: Array
+    positions: Array
+
+
+@struct.dataclass
+class PairBatch:
+    """Pairs for the reward phase, prompt + answer, padded on the right.
+
+    Attributes:
+      chosen, rejected: int32[B, T].
+      chosen_mask, rejected_mask: bool[B, T], True = real token; a row without one is no pair.
+      margin: float32[B], in reward units.
+    """
+
+    chosen: Array
+    rejected: Array
+    chosen_mask: Array
+    rejected_mask: Array
+    margin: Array
+
+
+def width(longest: int, buckets: Sequence[int]) -> int:
+    """The smallest of a few widths that holds a row.
+
+    Args:
+      longest: in tokens.
+      buckets: widths, ascending; the last holds everything.
+
+    Returns:
+      A bucket.
+    """
+    return buckets[bisect.bisect_left(buckets, longest)]
+
+
+def text_batch(rows: Sequence[Sequence[Example]], columns: int, pad: int) -> TextBatch:
+    """Rows of one text, or of several packed.
+
+    Args:
+      rows: B rows of texts; a row may be empty.
+      columns: T.
+      pad: id at pads.
+
+    Returns:
+      The batch, in NumPy arrays.
+    """
+    shape = (len(rows), columns)
+    tokens = np.full(shape, pad, np.int32)
+    mask, completion = np.zeros(shape, bool), np.zeros(shape, bool)
+    segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    for r, row in enumerate(rows):
+        begin = 0
+        for segment, example in enumerate(row):
+            end = begin + example.length
+            tokens[r, begin:end] = np.concatenate([example.prompt, example.completions[0]])
+            mask[r, begin:end] = True
+            completion[r, begin + len(example.prompt) : end] = True
+            segments[r, begin:end], positions[r, begin:end] = segment, np.arange(end - begin)
+            begin = end
+    return TextBatch(tokens, mask, completion, segments, positions)
+
+
+def pair_batch(rows: Sequence[Example | None], columns: int, pad: int) -> PairBatch:
+    """Pairs of answers.
+
+    Args:
+      rows: B pairs; None = a row that is no pair.
+      columns: T.
+      pad: id at pads.
+
+    Returns:
+      The batch, in NumPy arrays.
+    """
+    tokens = [np.full((len(rows), columns), pad, np.int32) for _ in range(2)]
+    masks = [np.zeros((len(rows), columns), bool) for _ in range(2)]
+    margin = np.zeros(len(rows), np.float32)
+    for r, example in enumerate(rows):
+        if example is None:
+            continue
+        for answer in range(2):
+            ids = np.concatenate([example.prompt, example.completions[answer]])
+            tokens[answer][r, : len(ids)], masks[answer][r, : len(ids)] = ids, True
+        margin[r] = example.margin
+    return PairBatch(*tokens, *masks, margin)
+
+
+def prompt_batch(rows: Sequence[Example], columns: int, pad: int, first_row: int) -> Prompts:
+    """Prompts, padded on the left.
+
+    Args:
+      rows: B prompts.
+      columns: P.
+      pad: id at pads.
+      first_row: row id of the first.
+
+    Returns:
+      The batch; columns of the data that every row has come along.
+    """
+    tokens, mask = np.full((len(rows), columns), pad, np.int32), np.zeros((len(rows), columns), bool)
+    for r, example in enumerate(rows):
+        tokens[r, columns - len(example.prompt) :], mask[r, columns - len(example.prompt) :] = example.prompt, True
+    shared = set.intersection(*(set(example.columns) for example in rows))
+    others = {name: [example.columns[name] for example in rows] for name in sorted(shared)}
+    return Prompts(tokens, mask, first_row + np.arange(len(rows), dtype=np.int32), others)
+
+
+def packed(examples: Sequence[Example], columns: int) -> list[list[Example]]:
+    """Texts that share rows: best fit, the longest first, so that few rows are needed.
+
+    Args:
+      examples: the texts, none longer than a row.
+      columns: of a row, in tokens.
+
+    Returns:
+      The rows.
+    """
+    rows: list[list[Example]] = []
+    spaces: list[tuple[int, int]] = []  # (what is left of a row, the row), ascending
+    for example in sorted(examples, key=lambda example: -example.length):
+        place = bisect.bisect_left(spaces, (example.length, -1))
+        if place == len(spaces):
+            rows.append([])
+            space, row = columns, len(rows) - 1
+        else:
+            space, row = spaces.pop(place)
+        rows[row].append(example)
+        bisect.insort(spaces, (space - example.length, row))
+    return rows

@@ -1,0 +1,111 @@
+"""Which data, and how it becomes batches."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The data of all phases; formats are TRL's, see `formats.py`.
+
+    Sources:
+      paths: each a .jsonl, .json, .parquet or .csv file, the id of a Hugging Face data set (or a folder that `datasets`
+        loads), or "package.module:function", a reader: f(phase=…, split="train" | "eval") → rows as dicts.
+      weights: the share of each path in the mixture; empty = by their sizes.
+      eval_paths: held-out rows; empty = `eval_rows` of each path's are held out.
+      split, eval_split: of a Hugging Face data set, for `paths` and `eval_paths`.
+      revision: of a Hugging Face data set.
+      data_split: shares of each path for the phases, such as "2,4,4": disjoint, and drawn by the seed; "" = each phase
+        has all rows.
+      eval_rows: held-out rows a phase, and never more than a tenth of its share.
+
+    Columns, as they are called in the data:
+      prompt_column, completion_column, chosen_column, rejected_column, text_column, messages_column, margin_column.
+
+    Rows:
+      max_prompt_tokens: longest prompt of the PPO phase, in tokens.
+      max_tokens: longest prompt + completion of the SFT and reward phases, in tokens.
+      too_long: longer ones are left out ("filter") and counted, or cut ("truncate"): prompts from the left, completions
+        from the right.
+      on_bad_row: an empty completion, or chosen = rejected: stop with an "error", or "drop" and count.
+      prompt_tokens: prompts of the PPO phase are the first so many tokens of `text` (or of `prompt`); None = whole
+        prompts. Shorter ones are left out and counted.
+      deduplicate: of rows that are alike, one stays.
+      pad_token: for a tokenizer that has none; any will do, since masks come from lengths.
+
+    Batches, over all processes together:
+      sft_batch_size: rows a step (packs, with packing).
+      reward_batch_size: pairs a step.
+      ppo_batch_size: prompts an iteration.
+      packing: SFT rows share a row of max_tokens, without seeing each other.
+      length_buckets: widths that batches are padded to, in tokens; empty = quarter, half and whole of the longest
+        allowed.
+      prefetch: batches made ahead of their use.
+    """
+
+    paths: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    eval_paths: tuple[str, ...] = ()
+    split: str = "train"
+    eval_split: str = "test"
+    revision: str | None = None
+    data_split: str = ""
+    eval_rows: int = 256
+
+    prompt_column: str = "prompt"
+    completion_column: str = "completion"
+    chosen_column: str = "chosen"
+    rejected_column: str = "rejected"
+    text_column: str = "text"
+    messages_column: str = "messages"
+    margin_column: str = "margin"
+
+    max_prompt_tokens: int = 256
+    max_tokens: int = 512
+    too_long: Literal["filter", "truncate"] = "filter"
+    on_bad_row: Literal["error", "drop"] = "error"
+    prompt_tokens: int | None = None
+    deduplicate: bool = True
+    pad_token: str | None = None
+
+    sft_batch_size: int = 16
+    reward_batch_size: int = 16
+    ppo_batch_size: int = 64
+    packing: bool = False
+    length_buckets: tuple[int, ...] = ()
+    prefetch: int = 2
+
+    def __post_init__(self) -> None:
+        names = ("max_prompt_tokens", "max_tokens", "prompt_tokens", "eval_rows", "prefetch")
+        for name in (*names, "sft_batch_size", "reward_batch_size", "ppo_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be 1 or more.")
+        if self.weights and len(self.weights) != len(self.paths):
+            raise ValueError(f"{len(self.weights)} weights are given for {len(self.paths)} paths; one each is needed.")
+        if any(not weight > 0 for weight in self.weights):
+            raise ValueError(f"weights={self.weights} must all be above 0; leave a path out that is not wanted.")
+        shares(self.data_split)
+
+
+def shares(data_split: str) -> tuple[float, float, float] | None:
+    """What "2,4,4" means.
+
+    Args:
+      data_split: three numbers, of SFT, reward and PPO; "" = no split.
+
+    Returns:
+      Shares that add up to 1, or None.
+
+    Raises:
+      ValueError: not three numbers of 0 or more.
+    """
+    if not data_split.strip():
+        return None
+    try:
+        numbers = [float(part) for part in data_split.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 3 or any(not 0 <= number < float("inf") for number in numbers) or sum(numbers) <= 0:
+        raise ValueError(f'data_split={data_split!r}; three numbers for SFT, reward and PPO are expected: "2,4,4".')
+    return tuple(number / sum(numbers) for number in numbers)

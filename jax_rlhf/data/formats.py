@@ -1,0 +1,188 @@
+"""TRL's data formats, and what each phase takes from a row.
+
+| columns                          | SFT                      | reward             | PPO                |
+|----------------------------------|--------------------------|--------------------|--------------------|
+| text                             | all of it                |                    | its first tokens   |
+| messages                         | the last turn is learned |                    | all but that turn  |
+| prompt                           |                          |                    | prompt             |
+| prompt, completion               | prompt → completion      |                    | prompt             |
+| prompt, chosen, rejected         | prompt → chosen          | chosen vs rejected | prompt             |
+| chosen, rejected                 | the same: the prompt is what both begin with                       |
+
+Each of prompt, completion, chosen, rejected is a text, or a list of chat messages {"role", "content"}, which the
+tokenizer's chat template turns into one.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from jax_rlhf.data.config import DataConfig
+from jax_rlhf.data.errors import DataError
+from jax_rlhf.data.sources import Row
+
+PHASES = ("sft", "reward", "ppo")
+_NEEDED = {
+    "sft": "text, or messages, or prompt and completion, or (prompt,) chosen and rejected",
+    "reward": "(prompt,) chosen and rejected",
+    "ppo": "prompt, or messages, or chosen and rejected, or text with config.data.prompt_tokens",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """What a phase takes from a row.
+
+    Attributes:
+      prompt: the prompt's text; "" = none.
+      completions: none for PPO, one for SFT, (chosen, rejected) for the reward model.
+      templated: a chat template wrote the texts: special tokens are in them.
+      margin: by how much chosen is better, in reward units.
+      columns: the row's other columns.
+    """
+
+    prompt: str
+    completions: tuple[str, ...]
+    templated: bool
+    margin: float
+    columns: Mapping[str, Any]
+
+
+def row_texts(row: Row, phase: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Texts:
+    """Reads one row.
+
+    Args:
+      row: as read.
+      phase: "sft", "reward" or "ppo".
+      config: names of columns.
+      tokenizer: for its chat template.
+
+    Returns:
+      The texts.
+
+    Raises:
+      DataError: columns are missing, of a wrong type, or need a chat template that there is not.
+    """
+    names = {kind: getattr(config, f"{kind}_column") for kind in ("prompt", "completion", "chosen", "rejected")}
+    names |= {kind: getattr(config, f"{kind}_column") for kind in ("text", "messages", "margin")}
+    found = {kind: row.content[name] for kind, name in names.items() if row.content.get(name) is not None}
+    prompt, completions = _parts(found, phase, row)
+    if prompt is None or (config.prompt_tokens is None and phase == "ppo" and "text" in found and len(found) == 1):
+        raise DataError(
+            f"{row.where}: the {phase} phase needs the columns {_NEEDED[phase]}; this row has "
+            f"{', '.join(sorted(row.content)) or 'none'}. Other names: --config.data.prompt_column=… and so on."
+        )
+    margin = found.get("margin", 0.0)
+    if isinstance(margin, bool) or not isinstance(margin, int | float | str) or not _is_number(margin):
+        raise DataError(f"{row.where}: column {names['margin']!r} holds {margin!r}; a number is expected.")
+    others = {name: value for name, value in row.content.items() if name not in names.values()}
+    parts = (prompt, *completions)
+    for part in parts:
+        _check_part(part, row)
+    if all(isinstance(part, str) for part in parts):
+        return Texts(prompt, tuple(completions), False, float(margin), others)
+    return Texts(*_templated(prompt, completions, row, tokenizer), True, float(margin), others)
+
+
+def _is_number(value: float | str) -> bool:
+    try:
+        return abs(float(value)) < float("inf")
+    except ValueError:
+        return False
+
+
+def _parts(found: dict[str, Any], phase: str, row: Row) -> tuple[Any, tuple]:
+    """(prompt, completions), prompt None where the phase cannot use such a row."""
+    pair = "chosen" in found and "rejected" in found
+    if pair and "prompt" not in found:
+        chosen, rejected = found["chosen"], found["rejected"]
+        _check_part(chosen, row)
+        _check_part(rejected, row)
+        shared = _shared_beginning(chosen, rejected)
+        found = found | {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+    prompt = found.get("prompt")
+    if phase == "reward":
+        return (prompt, (found["chosen"], found["rejected"])) if pair else (None, ())
+    messages = found.get("messages")
+    if messages is not None and prompt is None:
+        _check_part(messages, row)
+        if not isinstance(messages, list) or not messages:
+            raise DataError(f"{row.where}: messages must be a list of at least one chat message.")
+        answered = messages[-1]["role"] == "assistant"
+        if phase == "sft" and not answered:
+            raise DataError(
+                f"{row.where}: the last message is the {messages[-1]['role']}'s; the SFT phase learns the assistant's."
+            )
+        prompt = messages[:-1] if answered else messages
+        found = found | {"completion": messages[-1:]}
+    if phase == "ppo":
+        return (found.get("text") if prompt is None else prompt), ()
+    if prompt is None:
+        return ("", (found["text"],)) if "text" in found else (None, ())
+    completion = found.get("completion", found.get("chosen") if pair else None)
+    return (prompt, (completion,)) if completion is not None else (None, ())
+
+
+def _shared_beginning(chosen: Any, rejected: Any) -> int:
+    """How many messages, or characters up to the end of a word, the two have in common at the beginning."""
+    shared = 0
+    for one, other in zip(chosen, rejected, strict=False):
+        if one != other:
+            break
+        shared += 1
+    if isinstance(chosen, str):  # "… so good" / "… so grim": the prompt ends before the word in which they differ
+        while shared > 0 and not chosen[shared - 1].isspace():
+            shared -= 1
+        while shared > 0 and chosen[shared - 1].isspace():
+            shared -= 1
+    return shared
+
+
+def _check_part(part: Any, row: Row) -> None:
+    if isinstance(part, str):
+        return
+    if isinstance(part, list):
+        for message in part:
+            if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+                raise DataError(f'{row.where}: {str(message)[:80]} is no chat message {{"role": …, "content": …}}.')
+        return
+    raise DataError(
+        f"{row.where}: {str(part)[:80]!r} is a {type(part).__name__}; a text or a list of chat messages is expected."
+    )
+
+
+def _templated(prompt: Any, completions: tuple, row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, tuple]:
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"{row.where}: this row is a chat, and the tokenizer has no chat template. Take an instruction-tuned "
+            "checkpoint, put a chat_template.jinja into the checkpoint's folder, or give plain texts."
+        )
+    prompt, *answers = (
+        [{"role": role, "content": part}] if isinstance(part, str) and part else part or []
+        for part, role in [(prompt, "user"), *((answer, "assistant") for answer in completions)]
+    )
+    try:
+        asked = _rendered(tokenizer, prompt, ask=True) if prompt else ""
+        if not answers:
+            return asked, ()
+        told = _rendered(tokenizer, prompt, ask=False) if prompt else ""
+        whole = [_rendered(tokenizer, [*prompt, *answer], ask=False) for answer in answers]
+    except Exception as error:  # the template is the checkpoint's; jinja and it raise what they like
+        raise DataError(f"{row.where}: the chat template fails: {type(error).__name__}: {error}") from error
+    begin = _common_prefix([asked, *whole]) if prompt else ""
+    if not begin.startswith(told):
+        raise DataError(f"{row.where}: once there is an answer, the chat template writes the prompt in another way.")
+    return begin, tuple(text[len(begin) :] if answer else "" for text, answer in zip(whole, answers, strict=True))
+
+
+def _common_prefix(texts: list[str]) -> str:
+    first, last = min(texts), max(texts)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return first[: sum(1 for _ in same)]
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict], *, ask: bool) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)

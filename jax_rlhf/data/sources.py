@@ -1,0 +1,181 @@
+"""Rows from files, Hugging Face data sets and Python readers, each with where it stood."""
+
+import csv
+import dataclasses
+import importlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+
+from jax_rlhf.data.errors import DataError
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+_READER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row as it was read.
+
+    Attributes:
+      content: column → value.
+      source: the file, data set or reader.
+      number: of its line or row, from 1.
+    """
+
+    content: dict[str, Any]
+    source: str
+    number: int
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"{self.source}, {'line' if self.source.endswith('.jsonl') else 'row'} {self.number}"
+
+
+def read_rows(path: str, *, phase: str, split: str, hub_split: str, revision: str | None = None) -> list[Row]:
+    """All rows of a source.
+
+    Args:
+      path: a file, a Hugging Face data set's id or folder, or "package.module:function".
+      phase: told to a reader.
+      split: "train" or "eval", told to a reader.
+      hub_split: of a Hugging Face data set.
+      revision: of a Hugging Face data set.
+
+    Returns:
+      The rows, at least one.
+
+    Raises:
+      FileNotFoundError: there is nothing of that name.
+      DataError: it cannot be read; says where.
+    """
+    file = Path(path).expanduser()
+    if _READER.fullmatch(path) and not file.exists():
+        numbered: Iterable = enumerate(_from_reader(path, phase, split), 1)
+    elif file.is_file():
+        if file.suffix.lower() not in SUFFIXES:
+            raise DataError(f"{path}: files of {', '.join(SUFFIXES)} can be read; name it after what it holds.")
+        readers = {".jsonl": _json_lines, ".json": _json, ".parquet": _parquet, ".csv": _csv}
+        numbered = readers[file.suffix.lower()](file)
+    elif file.is_dir() or (_HUB_ID.fullmatch(path) and file.suffix.lower() not in SUFFIXES):
+        numbered = enumerate(_from_hub(path, hub_split, revision), 1)
+    else:
+        raise FileNotFoundError(
+            f"config.data: {path!r} is no file or folder here, no Hugging Face id, and no reader "
+            '("package.module:function").'
+        )
+    rows = []
+    for number, content in numbered:
+        if not isinstance(content, dict):
+            raise DataError(
+                f"{Row({}, path, number).where}: a row must be an object of columns, this is a "
+                f"{type(content).__name__}: {str(content)[:80]!r}."
+            )
+        rows.append(Row(content, path, number))
+    if not rows:
+        raise DataError(f"{path}: there is not a single row.")
+    return rows
+
+
+def imported(name: str, what: str) -> Callable:
+    """A function by its name.
+
+    Args:
+      name: "package.module:function".
+      what: for messages.
+
+    Returns:
+      The function.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    if not _READER.fullmatch(name):
+        raise ValueError(f'{what}={name!r}: "package.module:function" is expected.')
+    module, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{what}={name!r} cannot be imported: {error}. Is its folder on PYTHONPATH?") from error
+    if not callable(function):
+        raise ValueError(f"{what}={name!r} is a {type(function).__name__}, not a function.")
+    return function
+
+
+def _from_reader(path: str, phase: str, split: str) -> list:
+    rows = imported(path, "config.data.paths")(phase=phase, split=split)
+    try:
+        return list(rows)
+    except TypeError as error:
+        raise DataError(f"reader {path} returned a {type(rows).__name__}; an iterable of dicts is expected.") from error
+
+
+def _from_hub(path: str, split: str, revision: str | None) -> Iterator[dict]:
+    try:
+        return iter(datasets.load_dataset(path, split=split, revision=revision))
+    except Exception as error:  # datasets raises many types
+        raise DataError(
+            f"Hugging Face data set {path!r}, split {split!r}: {type(error).__name__}: {error}. Without a network give "
+            "a local file; a split is chosen with config.data.split and config.data.eval_split."
+        ) from error
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = file.read_bytes()[: error.start].count(b"\n") + 1
+        raise DataError(f"{file}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8.") from error
+
+
+def _json_lines(file: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(_text(file).split("\n"), 1):  # not splitlines: U+2028 may stand inside a string
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{file}, line {number}: not JSON ({error}): {line[:80]!r}") from error
+
+
+def _json(file: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        content = json.loads(_text(file))
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{file}: not JSON ({error}). If it has an object a line, call it {file.with_suffix('.jsonl').name}."
+        ) from error
+    if isinstance(content, dict) and isinstance(content.get("data"), list):
+        content = content["data"]
+    if not isinstance(content, list):
+        raise DataError(f"{file}: a list of objects is expected, this is a {type(content).__name__}.")
+    return enumerate(content, 1)
+
+
+def _parquet(file: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        return enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{file}: not a parquet file that can be read ({error}).") from error
+
+
+def _csv(file: Path) -> Iterator[tuple[int, Any]]:
+    reader = csv.DictReader(_text(file).splitlines(keepends=True), strict=True)
+    number = 0
+    try:
+        for number, content in enumerate(reader, 1):
+            if None in content or None in content.values():
+                raise DataError(
+                    f"{file}, row {number}: {len(reader.fieldnames)} columns are named in the first line, "
+                    "this row has another number."
+                )
+            yield number, content
+    except csv.Error as error:
+        raise DataError(f"{file}, after row {number}: not CSV ({error}).") from error

@@ -1,0 +1,148 @@
+"""What `python -m jax_rlhf` can be told: every field, with its default."""
+
+import dataclasses
+from typing import Any, Literal
+
+from ml_collections import ConfigDict
+
+from jax_rlhf.data import DataConfig
+from jax_rlhf.data.formats import PHASES
+from jax_rlhf.engine import ModelConfig
+from jax_rlhf.parallel import MeshConfig
+from jax_rlhf.settings import from_mapping, near_misses, to_config_dict
+from jax_rlhf.training import OptimizerConfig, PPOConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """The SFT phase.
+
+    Attributes:
+      epochs: passes over the data, where `steps` is None.
+      steps: optimizer steps; None = `epochs`.
+      loss_on: tokens of "completion"s, or "all", prompts too.
+      microbatch_size: rows whose activations exist at once, on all devices together; None = the whole batch.
+      eval_every: steps between evaluations on held-out rows; 0 = only before the first and after the last.
+      sample_rows: held-out prompts that the trained model answers, into samples.jsonl; 0 = none.
+      sample_tokens: longest answer to those, in tokens.
+      optimizer: see `OptimizerConfig`.
+    """
+
+    epochs: float = 1.0
+    steps: int | None = None
+    loss_on: Literal["completion", "all"] = "completion"
+    microbatch_size: int | None = None
+    eval_every: int = 0
+    sample_rows: int = 8
+    sample_tokens: int = 64
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=2e-5))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardTrainingConfig:
+    """The reward phase.
+
+    Attributes:
+      path: the checkpoint that the reward model starts from; None = the SFT phase's model.
+      revision: of a hub id.
+      num_layers: how many of its layers to keep, from the bottom; None = all.
+      trainable_layers: from the top; None = all parameters train.
+      epochs, steps, microbatch_size, eval_every: as in the SFT phase; a microbatch is of pairs.
+      loss: "bradley_terry", on the scores of whole answers, or "token", DeepSpeed-Chat's.
+      compare: "pairs", or "all": each chosen with every rejected of the batch, for texts with labels.
+      head_learning_rate: of the scalar head; None = as all else.
+      normalize_rows: responses of the SFT policy on which scores are brought to mean 0 and deviation 1; 0 = not.
+      optimizer: see `OptimizerConfig`.
+    """
+
+    path: str | None = None
+    revision: str | None = None
+    num_layers: int | None = None
+    trainable_layers: int | None = None
+    epochs: float = 1.0
+    steps: int | None = None
+    microbatch_size: int | None = None
+    eval_every: int = 0
+    loss: Literal["bradley_terry", "token"] = "bradley_terry"
+    compare: Literal["pairs", "all"] = "pairs"
+    head_learning_rate: float | None = None
+    normalize_rows: int = 256
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Where metrics go, beside metrics.jsonl.
+
+    Attributes:
+      tensorboard: TensorBoard files under <phase>/tensorboard.
+      wandb_project: Weights & Biases, which must be installed; None = not.
+      table_rows: samples shown on the screen, before and after.
+    """
+
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    table_rows: int = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run.
+
+    Attributes:
+      phases: of "sft", "reward", "ppo", in that order.
+      seed: of everything random.
+      mesh: how many devices lie along each axis.
+      model: the policy. `path` is the checkpoint that the SFT phase starts from.
+      sft_model_path: the SFT policy, which the reward and PPO phases start from; None = <workdir>/sft/model.
+      reference, critic: of PPO; None = the SFT policy, and the reward model.
+      reward: the reward model of PPO; `path` None = <workdir>/reward/model.
+      data, sft, reward_training, ppo, log: see there.
+    """
+
+    phases: tuple[str, ...] = PHASES
+    seed: int = 0
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    sft_model_path: str | None = None
+    reference: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    critic: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    reward: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    sft: SFTConfig = dataclasses.field(default_factory=SFTConfig)
+    reward_training: RewardTrainingConfig = dataclasses.field(default_factory=RewardTrainingConfig)
+    ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        for phase in self.phases:
+            if phase not in PHASES:
+                raise ValueError(f"config.phases: {phase!r} is no phase; {near_misses(phase, PHASES)}")
+        if not self.phases or sorted(self.phases, key=PHASES.index) != list(self.phases):
+            raise ValueError(f"config.phases={self.phases}: one or more of {', '.join(PHASES)} in this order.")
+
+
+def default_config() -> ConfigDict:
+    """All fields with their defaults, for a config file's `get_config` to change.
+
+    Returns:
+      A ConfigDict; `ppo.seed` follows `seed`.
+    """
+    config = to_config_dict(RunConfig(ppo=PPOConfig(time_phases=True)))
+    config.ppo.seed = config.get_ref("seed")
+    return config
+
+
+def run_config(config: Any) -> RunConfig:
+    """The settings of a run, every field checked.
+
+    Args:
+      config: a ConfigDict or another mapping of the fields that differ from the defaults, or a `RunConfig`.
+
+    Returns:
+      The settings.
+
+    Raises:
+      ValueError: an unknown field (with the names nearest to it), or a wrong value.
+    """
+    return from_mapping(RunConfig, config)

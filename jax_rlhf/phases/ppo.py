@@ -1,0 +1,180 @@
+"""PPO: the policy learns to answer so that the reward model (or a Python function) scores high, near its start."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_rlhf.data import Datasets, create_datasets, imported, pad_id
+from jax_rlhf.engine import RLHFEngine
+from jax_rlhf.hub import save_pretrained
+from jax_rlhf.parallel import create_mesh, local_rows
+from jax_rlhf.phases.config import RunConfig
+from jax_rlhf.phases.record import Record, printable
+from jax_rlhf.phases.supervised import with_end
+from jax_rlhf.phases.workdir import reward_model, sft_model
+from jax_rlhf.rewards import RewardFunction
+from jax_rlhf.rl import Experience, Prompts
+from jax_rlhf.trainer import PPOTrainer
+from jax_rlhf.training import PPOConfig, PretrainingRows
+
+
+def run(config: RunConfig, workdir: Path) -> dict[str, float]:
+    """The PPO phase: the SFT policy and the reward model → <workdir>/ppo/model and <workdir>/ppo/critic.
+
+    Args:
+      config: the run's settings.
+      workdir: its folder.
+
+    Returns:
+      What it came to, also in <workdir>/ppo/summary.json: the evaluation on held-out prompts before and after.
+
+    Raises:
+      ValueError, FileNotFoundError: a setting, the data or a checkpoint cannot be used.
+      RewardError: a reward source returned something that is no reward.
+    """
+    folder = workdir / "ppo"
+    mesh = create_mesh(config.mesh)
+    actor = dataclasses.replace(config.model, path=sft_model(config, workdir))
+    reward = dataclasses.replace(config.reward, path=reward_model(config, workdir))
+    with Record(folder, config.log) as record:
+        record.say(f"loading {actor.path}" + (f" and {reward.path}" if reward.path else ""))
+        roles = {"model": actor, "reference": config.reference, "critic": config.critic, "reward": reward}
+        engine = RLHFEngine.create(roles, mesh)  # actor, reference, critic, reward
+        settings = _completed(config, engine)
+        trainer = PPOTrainer(engine, settings, reward_functions=_functions(settings.reward_functions))
+        prompts = create_datasets(config.data, engine.tokenizer, "ppo", seed=config.seed)
+        texts = create_datasets(config.data, engine.tokenizer, "sft", seed=config.seed) if settings.ptx_coef else None
+        judges = _functions(settings.eval_functions)
+        record.say(prompts.report)
+        record.say("compiling, and evaluating the SFT policy")
+        first, before = _evaluate(0, trainer, prompts, judges, record)
+
+        with record.saving(lambda: _save(engine, folder)):
+            batches = prompts.batches(0, settings.iterations)
+            for iteration in record.steps(settings.iterations, "iteration"):
+                batch = next(batches)
+                experience = trainer.generate_experience(batch)
+                metrics = trainer.train_rlhf(experience, _pretraining(texts, iteration))
+                record.metrics(iteration + 1, metrics | _shares(metrics), **_shown(metrics))
+                record.samples(_rows(trainer, batch, experience, iteration + 1, "train")[: settings.sample_rows])
+                if (
+                    settings.eval_every
+                    and (iteration + 1) % settings.eval_every == 0
+                    and iteration + 1 < settings.iterations
+                ):
+                    _evaluate(iteration + 1, trainer, prompts, judges, record)
+
+        done = int(trainer.state.iteration)
+        last, after = _evaluate(done, trainer, prompts, judges, record) if not record.interrupted else (first, before)
+        _show_samples(before, after, config.log.table_rows, record)
+        result = {"iterations": done} | {f"{name}_before": value for name, value in first.items()} | last
+        record.summary(result)
+    return result
+
+
+def _completed(config: RunConfig, engine: RLHFEngine) -> PPOConfig:
+    """PPO's settings with what only the run knows: the pad id, and where the schedules end."""
+    settings = config.ppo
+    steps = settings.iterations * settings.ppo_epochs * settings.num_minibatches
+    return dataclasses.replace(
+        settings,
+        pad_id=pad_id(engine.tokenizer, config.data) if settings.pad_id is None else settings.pad_id,
+        actor_optimizer=with_end(settings.actor_optimizer, steps),
+        critic_optimizer=with_end(settings.critic_optimizer, steps),
+    )
+
+
+def _functions(names: Sequence[str]) -> list[RewardFunction]:
+    return [RewardFunction(imported(name, "config.ppo"), name=name.partition(":")[2]) for name in names]
+
+
+def _pretraining(texts: Datasets | None, iteration: int) -> PretrainingRows | None:
+    if texts is None:
+        return None
+    batch = texts.train[iteration]
+    return PretrainingRows(batch.tokens, batch.mask)
+
+
+def _save(engine: RLHFEngine, folder: Path) -> None:
+    save_pretrained(folder / "model", engine.actor)
+    save_pretrained(folder / "critic", engine.critic)
+    if engine.trained.actor_ema is not None:
+        save_pretrained(folder / "model_ema", engine.actor_ema)
+
+
+# ---- what is shown -------------------------------------------------------------------------------------------------
+
+
+def _shown(metrics: dict[str, float]) -> dict[str, float]:
+    names = {"reward": "objective/scores", "kl": "objective/kl", "length": "objective/response_length", "eps": "eps"}
+    return {shown: metrics[name] for shown, name in names.items()}
+
+
+def _shares(metrics: dict[str, float]) -> dict[str, float]:
+    """Shares of an iteration's time, and tokens a second."""
+    parts = {name: metrics[f"time/{name}"] for name in ("generate", "score", "train") if f"time/{name}" in metrics}
+    shares = {f"time/{name}_share": seconds / metrics["time/iteration"] for name, seconds in parts.items()}
+    tokens = metrics["objective/response_length"] * metrics["eps"]  # responses' tokens a second, of an iteration
+    if "generate" in parts:
+        shares["tokens_per_second/generate"] = tokens * metrics["time/iteration"] / parts["generate"]
+    return shares | {"tokens_per_second": tokens}
+
+
+def _rows(trainer: PPOTrainer, prompts: Prompts, experience: Experience, step: int, split: str) -> list[dict[str, Any]]:
+    """This process's responses as texts, with score and KL."""
+    tokenizer, width = trainer.engine.tokenizer, prompts.mask.shape[1]
+    tokens, mask = local_rows(experience.tokens), local_rows(experience.response_mask)
+    kl = np.sum(local_rows(experience.logprobs) - local_rows(experience.ref_logprobs), axis=1)
+    scores = local_rows(experience.scores)
+    return [
+        {
+            "step": step,
+            "split": split,
+            "prompt": tokenizer.decode(tokens[row][:width][prompts.mask[row]], skip_special_tokens=True),
+            "response": tokenizer.decode(tokens[row][width:][mask[row]], skip_special_tokens=True),
+            "score": float(scores[row]),
+            "kl": float(kl[row]),
+            "length": int(mask[row].sum()),
+        }
+        for row in range(len(tokens))
+    ]
+
+
+def _evaluate(
+    step: int, trainer: PPOTrainer, prompts: Datasets, judges: Sequence[RewardFunction], record: Record
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Answers all held-out prompts; (metrics, rows)."""
+    rows: list[dict[str, Any]] = []
+    for batch in prompts.eval:
+        answered = _rows(trainer, batch, trainer.generate_experience(batch), step, "eval")
+        columns = {name: list(values) for name, values in batch.columns.items()}
+        texts = [row["prompt"] for row in answered], [row["response"] for row in answered]
+        for judge in judges:
+            for row, verdict in zip(answered, judge(*texts, columns), strict=True):
+                row[judge.name] = float(verdict)
+        rows += answered
+    rows = rows[: prompts.eval_rows]
+    if not rows:
+        return {}, []
+    words = [word for row in rows for word in row["response"].split()]
+    metrics = {f"eval/{name}": float(np.mean([row[name] for row in rows])) for name in ("score", "kl", "length")}
+    metrics |= {f"eval/{judge.name}": float(np.mean([row[judge.name] for row in rows])) for judge in judges}
+    metrics |= {
+        "eval/distinct_1": len(set(words)) / max(len(words), 1),
+        "eval/distinct_responses": len({row["response"] for row in rows}) / len(rows),
+    }
+    record.metrics(step, metrics)
+    record.samples(rows)
+    numbers = ", ".join(f"{name.removeprefix('eval/')} {value:.3g}" for name, value in metrics.items())
+    record.say(f"iteration {step}, {len(rows)} held-out prompts: {numbers}")
+    return metrics, rows
+
+
+def _show_samples(before: list[dict[str, Any]], after: list[dict[str, Any]], count: int, record: Record) -> None:
+    for one, other in list(zip(before, after, strict=False))[:count]:
+        record.say(f"prompt  {printable(one['prompt'])}")
+        record.say(f"  before {one['score']:+.2f}  {printable(one['response'])}")
+        record.say(f"  after  {other['score']:+.2f}  {printable(other['response'])}")

@@ -1,0 +1,179 @@
+"""The reward model: it learns which of two answers people prefer."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from jax_rlhf.data import Datasets, create_datasets
+from jax_rlhf.engine import load_model
+from jax_rlhf.hub import Pretrained, save_pretrained
+from jax_rlhf.models.split import SplitModel, SplitParams
+from jax_rlhf.parallel import create_mesh, local_rows, put_rows
+from jax_rlhf.phases.config import RunConfig
+from jax_rlhf.phases.record import Record
+from jax_rlhf.phases.supervised import microbatches, total_steps, train, with_end
+from jax_rlhf.phases.workdir import sft_model
+from jax_rlhf.rollout import sample
+from jax_rlhf.training.networks import text_scores
+from jax_rlhf.training.reward import RewardLoss, pair_scores, reward_start
+from jax_rlhf.training.supervised import Supervised, create_state
+
+
+def run(config: RunConfig, workdir: Path) -> dict[str, float]:
+    """The reward phase: config.reward_training.path, or the SFT policy → <workdir>/reward/model.
+
+    Args:
+      config: the run's settings.
+      workdir: its folder.
+
+    Returns:
+      What it came to, also in <workdir>/reward/summary.json: accuracy on held-out pairs, AUC over all of them.
+
+    Raises:
+      ValueError, FileNotFoundError: a setting, the data or the checkpoint cannot be used.
+    """
+    settings, folder = config.reward_training, workdir / "reward"
+    mesh = create_mesh(config.mesh)
+    path = settings.path or sft_model(config, workdir)
+    policy_path = sft_model(config, workdir) if settings.normalize_rows else None
+    with Record(folder, config.log) as record:
+        record.say(f"loading {path}")
+        start = dataclasses.replace(config.model, path=path, revision=settings.revision)
+        pretrained = reward_start(load_model(start, "lm", mesh), settings.num_layers, jax.random.key(config.seed))
+        datasets = create_datasets(config.data, pretrained.tokenizer, "reward", seed=config.seed)
+        record.say(datasets.report)
+        steps = total_steps(settings.steps, settings.epochs, datasets)
+        how = Supervised(
+            network=SplitModel(pretrained.model, settings.trainable_layers),
+            loss=RewardLoss(settings.loss, settings.compare),
+            optimizer=with_end(settings.optimizer, steps),
+            head_learning_rate=settings.head_learning_rate,
+            microbatches=microbatches(datasets.batch_size, settings.microbatch_size, mesh, "reward_training"),
+        )
+        if settings.compare == "all" and how.microbatches > 1:
+            raise ValueError('config.reward_training.compare="all" compares within a whole batch: no microbatch_size.')
+        state, frozen = create_state(how, pretrained, mesh)
+        latest, held_out = [state], {}
+
+        def params() -> SplitParams:
+            return SplitParams(frozen, latest[0].trainable)
+
+        def save(gain: float = 1.0, bias: float = 0.0) -> None:
+            save_pretrained(folder / "model", _normalised(how.network, params(), pretrained, gain, bias))
+
+        def report(step: int, state: object) -> None:
+            del state
+            held_out.update(_held_out(how.network, params(), datasets, mesh))
+            if held_out:
+                record.metrics(step, held_out)
+                record.say(
+                    f"step {step}: held-out pairs {held_out['eval/accuracy']:.1%} right, AUC {held_out['eval/auc']:.3f}"
+                )
+
+        record.say("compiling the first step")
+        with record.saving(save):
+            state = train(
+                how,
+                state,
+                frozen,
+                datasets,
+                steps,
+                record,
+                mesh,
+                eval_every=settings.eval_every,
+                report=report,
+                keep=lambda state: latest.__setitem__(0, state),
+            )
+        report(int(state.step), state)
+        result = {"steps": int(state.step)} | held_out
+        if policy_path is not None and not record.interrupted:
+            record.say(f"scoring {settings.normalize_rows} responses of the SFT policy, to normalise scores")
+            policy = load_model(dataclasses.replace(config.model, path=policy_path), "lm", mesh)
+            scores, rows = _policy_scores(config, policy, how.network, params(), mesh)
+            record.samples(rows)
+            deviation = max(float(np.std(scores)), 1e-6)
+            result |= {"gain": 1 / deviation, "bias": -float(np.mean(scores)) / deviation}
+            save(result["gain"], result["bias"])
+        record.summary(result)
+    return result
+
+
+def _held_out(network: SplitModel, params: SplitParams, datasets: Datasets, mesh: Mesh | None) -> dict[str, float]:
+    """Accuracy on pairs, AUC over all chosen × rejected, and what the scores look like."""
+    if not datasets.eval:
+        return {}
+    pairs = [_pair_scores(network, params, put_rows(batch, mesh)) for batch in datasets.eval]
+    chosen, rejected = (
+        np.concatenate([_everywhere(pair[side]) for pair in pairs])[: datasets.eval_rows] for side in (0, 1)
+    )
+    difference = chosen[:, None] - rejected[None]
+    both = np.concatenate([chosen, rejected])
+    return {
+        "eval/accuracy": float(np.mean(chosen > rejected)),
+        "eval/auc": float(np.mean(difference > 0) + 0.5 * np.mean(difference == 0)),
+        "eval/margin": float(np.mean(chosen - rejected)),
+        "eval/score_mean": float(np.mean(both)),
+        "eval/score_std": float(np.std(both)),
+    }
+
+
+def _policy_scores(
+    config: RunConfig, policy: Pretrained, network: SplitModel, params: SplitParams, mesh: Mesh | None
+) -> tuple[np.ndarray, list[Mapping[str, Any]]]:
+    """The reward model's scores of the SFT policy's responses to the PPO phase's prompts."""
+    prompts = create_datasets(config.data, policy.tokenizer, "ppo", seed=config.seed)
+    scores, rows = [], []
+    for step in range(-(-config.reward_training.normalize_rows // prompts.batch_size)):
+        batch = prompts.train[step]
+        tokens, mask, row_ids = put_rows((batch.tokens, batch.mask, batch.row_ids), mesh)
+        samples = sample(
+            policy.model,
+            policy.params,
+            tokens,
+            mask,
+            jax.random.fold_in(jax.random.key(config.seed), step),
+            max_new_tokens=config.ppo.max_new_tokens,
+            temperature=config.ppo.temperature,
+            eos_id=policy.tokenizer.eos_token_id,
+            row_ids=row_ids,
+        )
+        mask = jnp.concatenate([mask, samples.response_mask], axis=1)
+        batch_scores = _text_scores(network, params, samples.tokens, mask)
+        scores.append(_everywhere(batch_scores))
+        mine = zip(local_rows(samples.tokens), local_rows(mask), local_rows(batch_scores), strict=True)
+        rows += [{"text": policy.tokenizer.decode(row[real]), "score": float(score)} for row, real, score in mine]
+    return np.concatenate(scores), rows
+
+
+_pair_scores = jax.jit(pair_scores, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _text_scores(network: SplitModel, params: SplitParams, tokens: Array, mask: Array) -> Array:
+    return text_scores(network, params, tokens, mask, network.boundary(SplitParams(params.frozen, {}), tokens, mask))
+
+
+def _everywhere(array: Array) -> np.ndarray:
+    """All processes' rows."""
+    from jax.experimental import multihost_utils
+
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def _normalised(
+    network: SplitModel, params: SplitParams, pretrained: Pretrained, gain: float, bias: float
+) -> Pretrained:
+    """score = gain · head + bias: the gain goes into the head, the bias into config.json."""
+    whole = network.join(params)
+    head = jax.tree.map(lambda leaf: leaf * gain, whole["scalar_head"])
+    return dataclasses.replace(pretrained, params=whole | {"scalar_head": head}, reward_bias=bias)

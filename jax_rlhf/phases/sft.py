@@ -1,0 +1,119 @@
+"""Supervised fine-tuning: a language model learns the data's completions."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jax_rlhf.data import Datasets, create_datasets
+from jax_rlhf.engine import load_model
+from jax_rlhf.hub import Pretrained, save_pretrained
+from jax_rlhf.models.split import SplitModel, SplitParams
+from jax_rlhf.parallel import create_mesh
+from jax_rlhf.phases.config import RunConfig
+from jax_rlhf.phases.record import Record
+from jax_rlhf.phases.supervised import evaluated, microbatches, total_steps, train, with_end
+from jax_rlhf.rollout import sample
+from jax_rlhf.training.sft import SFTLoss
+from jax_rlhf.training.supervised import Supervised, create_state
+
+
+def run(config: RunConfig, workdir: Path) -> dict[str, float]:
+    """The SFT phase: config.model → <workdir>/sft/model.
+
+    Args:
+      config: the run's settings.
+      workdir: its folder.
+
+    Returns:
+      What it came to, also in <workdir>/sft/summary.json: held-out loss (nats a token) before and after.
+
+    Raises:
+      ValueError, FileNotFoundError: a setting, the data or the checkpoint cannot be used.
+    """
+    settings, folder = config.sft, workdir / "sft"
+    mesh = create_mesh(config.mesh)
+    with Record(folder, config.log) as record:
+        record.say(f"loading {config.model.path}")
+        pretrained = load_model(config.model, "lm", mesh)
+        datasets = create_datasets(config.data, pretrained.tokenizer, "sft", seed=config.seed)
+        record.say(datasets.report)
+        steps = total_steps(settings.steps, settings.epochs, datasets)
+        how = Supervised(
+            network=SplitModel(pretrained.model, config.model.trainable_layers),
+            loss=SFTLoss(settings.loss_on),
+            optimizer=with_end(settings.optimizer, steps),
+            microbatches=microbatches(datasets.batch_size, settings.microbatch_size, mesh, "sft"),
+        )
+        state, frozen = create_state(how, pretrained, mesh)
+        latest = [state]
+        losses = []
+
+        def trained() -> Pretrained:
+            params = how.network.join(SplitParams(frozen, latest[0].trainable))
+            return dataclasses.replace(pretrained, params=params)
+
+        def report(step: int, state: object) -> None:
+            held_out = evaluated(how, state, frozen, datasets, mesh)
+            if held_out:
+                held_out["perplexity"] = math.exp(min(held_out["loss"], 700.0))
+                losses.append(held_out["loss"])
+                record.metrics(step, {f"eval/{name}": value for name, value in held_out.items()})
+                record.say(
+                    f"step {step}: held-out loss {held_out['loss']:.3f} nats/token, "
+                    f"perplexity {held_out['perplexity']:.1f}"
+                )
+
+        report(0, state)
+        record.say("compiling the first step")
+        with record.saving(lambda: save_pretrained(folder / "model", trained())):
+            state = train(
+                how,
+                state,
+                frozen,
+                datasets,
+                steps,
+                record,
+                mesh,
+                eval_every=settings.eval_every,
+                report=report,
+                keep=lambda state: latest.__setitem__(0, state),
+            )
+        report(int(state.step), state)
+        if settings.sample_rows and datasets.eval:
+            _write_samples(config, trained(), datasets, record)
+        result = {"steps": int(state.step)}
+        if losses:
+            result |= {"eval/loss_before": losses[0], "eval/loss": losses[-1]}
+        record.summary(result)
+    return result
+
+
+def _write_samples(config: RunConfig, pretrained: Pretrained, datasets: Datasets, record: Record) -> None:
+    """The model's answers to held-out prompts (to the first 8 tokens of texts without a prompt)."""
+    batch, tokenizer = datasets.eval[0], pretrained.tokenizer
+    rows = []
+    for tokens, mask, completion in zip(batch.tokens, batch.mask, batch.completion_mask, strict=True):
+        prompt = tokens[mask & ~completion]
+        rows.append(prompt if len(prompt) else tokens[mask][:8])
+    rows = [row for row in rows if len(row)][: config.sft.sample_rows]
+    width = max(map(len, rows))
+    prompts, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
+    for index, row in enumerate(rows):
+        prompts[index, width - len(row) :], mask[index, width - len(row) :] = row, True
+    samples = sample(
+        pretrained.model,
+        pretrained.params,
+        prompts,
+        mask,
+        jax.random.key(config.seed),
+        max_new_tokens=config.sft.sample_tokens,
+        eos_id=tokenizer.eos_token_id,
+    )
+    for row, tokens, real in zip(rows, np.asarray(samples.tokens), np.asarray(samples.response_mask), strict=True):
+        response = tokens[width:][real]
+        record.samples(
+            [{"prompt": tokenizer.decode(row), "response": tokenizer.decode(response, skip_special_tokens=True)}]
+        )

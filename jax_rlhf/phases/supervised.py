@@ -1,0 +1,153 @@
+"""What the SFT and the reward phase have in common: the loop over batches, and evaluation on held-out ones."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jax_rlhf.data import Datasets
+from jax_rlhf.models.decoder import Params
+from jax_rlhf.parallel import put_rows, row_shards
+from jax_rlhf.phases.record import Record
+from jax_rlhf.training import OptimizerConfig
+from jax_rlhf.training.supervised import Supervised, SupervisedState, evaluate, update
+
+
+def total_steps(steps: int | None, epochs: float, datasets: Datasets) -> int:
+    """Optimizer steps of a phase.
+
+    Args:
+      steps: as configured; None = by epochs.
+      epochs: passes over the data.
+      datasets: the data.
+
+    Returns:
+      1 or more.
+    """
+    return max(1, round(epochs * datasets.steps_per_epoch)) if steps is None else steps
+
+
+def with_end(optimizer: OptimizerConfig, steps: int) -> OptimizerConfig:
+    """The optimizer's settings, whose schedule ends with the phase where they do not say when.
+
+    Args:
+      optimizer: as configured.
+      steps: of the phase.
+
+    Returns:
+      The settings.
+    """
+    return optimizer if optimizer.total_steps else dataclasses.replace(optimizer, total_steps=steps)
+
+
+def due(step: int, every: int, total: int) -> bool:
+    """Whether an evaluation comes after this step: every so many, and not after the last, which has its own.
+
+    Args:
+      step: steps done.
+      every: steps between evaluations; 0 = none.
+      total: of the phase.
+
+    Returns:
+      Whether.
+    """
+    return every > 0 and step % every == 0 and step < total
+
+
+def microbatches(batch_size: int, microbatch_size: int | None, mesh: Mesh | None, where: str) -> int:
+    """Into how many parts a batch is cut.
+
+    Args:
+      batch_size: rows of all processes.
+      microbatch_size: rows at once; None = all.
+      mesh: the mesh.
+      where: the phase's section, for messages.
+
+    Returns:
+      1 or more.
+
+    Raises:
+      ValueError: the sizes do not divide; says which would.
+    """
+    shards = row_shards(mesh)
+    if batch_size % shards:
+        raise ValueError(
+            f"a batch of {batch_size} rows cannot be cut over the mesh's {shards} row shards (data × fsdp); "
+            "give a multiple."
+        )
+    micro = batch_size if microbatch_size is None else microbatch_size
+    if batch_size % micro or micro % shards:
+        fits = [n for n in range(shards, batch_size + 1, shards) if batch_size % n == 0]
+        raise ValueError(
+            f"config.{where}.microbatch_size={micro} does not divide a batch of {batch_size} rows, or is no multiple "
+            f"of the mesh's {shards} row shards; sizes that do: {', '.join(map(str, fits))}."
+        )
+    return batch_size // micro
+
+
+def evaluated(
+    how: Supervised, state: SupervisedState, frozen: Params, datasets: Datasets, mesh: Mesh | None
+) -> dict[str, float]:
+    """The loss's means over all held-out rows.
+
+    Args:
+      how: what.
+      state: the parameters.
+      frozen: the frozen ones.
+      datasets: the data.
+      mesh: the mesh.
+
+    Returns:
+      name → mean; empty without held-out rows.
+    """
+    totals: dict[str, float] = {}
+    for batch in datasets.eval:
+        sums = jax.device_get(evaluate(how, state, frozen, put_rows(batch, mesh)))
+        totals = {name: totals.get(name, 0.0) + float(value) for name, value in sums.items()}
+    count = totals.pop("count", 0.0)
+    return {name: total / max(count, 1) for name, total in totals.items()}
+
+
+def train(
+    how: Supervised,
+    state: SupervisedState,
+    frozen: Params,
+    datasets: Datasets,
+    steps: int,
+    record: Record,
+    mesh: Mesh | None,
+    *,
+    eval_every: int,
+    report: Callable[[int, SupervisedState], None],
+    keep: Callable[[SupervisedState], None],
+) -> SupervisedState:
+    """Runs the steps.
+
+    Args:
+      how: what and how.
+      state: the start; donated.
+      frozen: the frozen parameters.
+      datasets: the data.
+      steps: how many.
+      record: writes metrics down.
+      mesh: the mesh.
+      eval_every: steps between calls of `report`; 0 = none between.
+      report: (step, state) evaluates.
+      keep: told the state after each step, since the former one is gone.
+
+    Returns:
+      The state at the end.
+    """
+    shown: dict[str, Any] = {}
+    batches = datasets.batches(0, steps)
+    for step in record.steps(steps):
+        state, metrics = update(how, state, frozen, put_rows(next(batches), mesh))
+        keep(state)
+        numbers = jax.device_get(metrics)
+        shown = {name: numbers[name] for name in ("loss", "accuracy") if name in numbers}
+        record.metrics(step + 1, {f"train/{name}": value for name, value in numbers.items()}, **shown)
+        if due(step + 1, eval_every, steps):
+            report(step + 1, state)
+    return state

@@ -1,0 +1,117 @@
+"""The losses of a reward model, and the cut of a language model that it starts as."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jax_rlhf.data import PairBatch
+from jax_rlhf.hub import Pretrained
+from jax_rlhf.models import Decoder
+from jax_rlhf.models.layers import head_init
+from jax_rlhf.models.split import SplitModel, SplitParams
+from jax_rlhf.rl import bradley_terry_loss, masked_sum, token_ranking_loss
+from jax_rlhf.training.networks import text_scores
+from jax_rlhf.training.supervised import Sums
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardLoss:
+    """How a reward model learns from pairs.
+
+    Attributes:
+      loss: "bradley_terry", on scores at the last tokens; "token": DeepSpeed-Chat's, on all from where the two differ.
+      compare: "pairs": each chosen with its own rejected; "all": each chosen with every rejected of the batch, for data
+        whose pairs are arbitrary, such as texts with labels.
+    """
+
+    loss: Literal["bradley_terry", "token"] = "bradley_terry"
+    compare: Literal["pairs", "all"] = "pairs"
+
+    def __call__(self, network: SplitModel, params: SplitParams, batch: PairBatch) -> Sums:
+        """Sums over a batch.
+
+        Args:
+          network: with a scalar head.
+          params: its parameters.
+          batch: B pairs.
+
+        Returns:
+          "loss" in nats, "accuracy" (chosen above rejected), "margin" (chosen − rejected), "count" of comparisons;
+          float32[] each.
+        """
+        tokens = jnp.concatenate([batch.chosen, batch.rejected])
+        mask = jnp.concatenate([batch.chosen_mask, batch.rejected_mask])
+        boundary = network.boundary(SplitParams(jax.lax.stop_gradient(params.frozen), {}), tokens, mask)
+        real = jnp.any(batch.chosen_mask, axis=1)
+        if self.loss == "token":
+            hidden = network.hidden_states(params, tokens, mask, boundary)
+            values = network.model.apply({"params": network.head_params(params)}, hidden, method="apply_head")
+            loss = token_ranking_loss(
+                *jnp.split(values, 2), batch.chosen, batch.rejected, batch.chosen_mask, batch.rejected_mask
+            )
+            last = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)
+            scores = jnp.take_along_axis(values, last[:, None], axis=1)[:, 0]
+        else:
+            scores = text_scores(network, params, tokens, mask, boundary)
+        chosen, rejected = jnp.split(scores, 2)
+        if self.compare == "all":
+            chosen, rejected = (x.reshape(-1) for x in jnp.broadcast_arrays(chosen[:, None], rejected[None]))
+            real = (real[:, None] & real[None]).reshape(-1)
+        if self.loss == "bradley_terry":
+            margin = batch.margin if self.compare == "pairs" else None
+            loss = bradley_terry_loss(chosen, rejected, margin=margin)
+        sums = {"loss": loss, "accuracy": (chosen > rejected).astype(jnp.float32), "margin": chosen - rejected}
+        return {name: masked_sum(value, real) for name, value in sums.items()} | {
+            "count": jnp.sum(real).astype(jnp.float32)
+        }
+
+
+def pair_scores(network: SplitModel, params: SplitParams, batch: PairBatch) -> tuple[Array, Array]:
+    """The scores of both answers of each pair.
+
+    Args:
+      network: with a scalar head.
+      params: its parameters.
+      batch: B pairs.
+
+    Returns:
+      (chosen, rejected), float32[B] each.
+    """
+    tokens = jnp.concatenate([batch.chosen, batch.rejected])
+    mask = jnp.concatenate([batch.chosen_mask, batch.rejected_mask])
+    boundary = network.boundary(SplitParams(params.frozen, {}), tokens, mask)
+    chosen, rejected = jnp.split(text_scores(network, params, tokens, mask, boundary), 2)
+    return chosen, rejected
+
+
+def reward_start(pretrained: Pretrained, num_layers: int | None, key: Array) -> Pretrained:
+    """The model that a reward model starts as: the lower layers of a language model, and a new scalar head.
+
+    Args:
+      pretrained: a model with either head.
+      num_layers: how many layers to keep, from the bottom; None = all.
+      key: of the head, normal with standard deviation 1/√(width + 1).
+
+    Returns:
+      The model; parameters that stay are shared.
+
+    Raises:
+      ValueError: more layers than there are.
+
+    Source: the head: Stiennon et al. 2020, "Learning to summarize from human feedback", appendix B.1.
+    """
+    config = pretrained.model.config
+    layers = config.num_layers if num_layers is None else num_layers
+    if not 1 <= layers <= config.num_layers:
+        raise ValueError(f"num_layers={num_layers} must lie within 1 and the model's {config.num_layers} layers.")
+    config = config.replace(num_layers=layers, sliding_layers=config.sliding_layers and config.sliding_layers[:layers])
+    params = {name: value for name, value in pretrained.params.items() if name not in ("lm_head", "scalar_head")}
+    if layers < pretrained.model.config.num_layers:
+        params["layers"] = jax.tree.map(lambda leaf: leaf[:layers], params["layers"])
+    width = config.output_size
+    kernel = head_init(width)(key, (width, 1)).astype(jnp.float32)
+    model = Decoder(config, head="scalar", scan_layers=pretrained.model.scan_layers)
+    return Pretrained(model, params | {"scalar_head": {"kernel": kernel}}, pretrained.tokenizer)

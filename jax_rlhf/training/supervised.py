@@ -1,0 +1,176 @@
+"""One optimizer step on a batch, for the SFT and the reward phase: gradients summed over microbatches, then a step.
+
+A loss gives the sum of what it measures over a microbatch's rows, and how many it summed; sums are divided once, by the
+count of the whole batch, so that splitting rows over microbatches or devices does not change the gradient.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jax_rlhf.hub import Pretrained
+from jax_rlhf.models.decoder import Params
+from jax_rlhf.models.split import SplitModel, SplitParams
+from jax_rlhf.parallel import kept_in_place, places_of
+from jax_rlhf.training.optimizer import (
+    OptimizerConfig,
+    apply_gradient,
+    create_optimizer,
+    learning_rate_schedule,
+    moment_places,
+)
+
+Sums = dict[str, Array]
+Loss = Callable[[SplitModel, SplitParams, Any], Sums]
+"""(network, params, batch) → sums over the batch, float32[] each: "loss", "count", and others to report."""
+
+
+@struct.dataclass
+class SupervisedState:
+    """What a phase carries from step to step.
+
+    Attributes:
+      trainable: the parameters that train, float32.
+      optimizer: the optax state.
+      step: int32[], steps done.
+      skipped_updates: int32[], steps left out since something was not finite.
+    """
+
+    trainable: Params
+    optimizer: Any
+    step: Array
+    skipped_updates: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Supervised:
+    """How a phase trains: hashable, a static argument.
+
+    Attributes:
+      network: the model.
+      loss: what to minimise.
+      optimizer: its settings.
+      head_learning_rate: of a scalar head; None = as all else.
+      microbatches: parts of a batch whose activations exist one after the other.
+    """
+
+    network: SplitModel
+    loss: Loss
+    optimizer: OptimizerConfig
+    head_learning_rate: float | None = None
+    microbatches: int = 1
+
+
+def create_state(how: Supervised, pretrained: Pretrained, mesh: Mesh | None = None) -> tuple[SupervisedState, Params]:
+    """Splits a model's parameters, and makes the optimizer's state for those that train.
+
+    Args:
+      how: what and how.
+      pretrained: the model; its frozen parameters are shared, the others copied.
+      mesh: where they are; None = one device.
+
+    Returns:
+      (state, frozen parameters).
+    """
+    params, optimizer = how.network.split(pretrained.params), _optimizer(how)
+
+    def create(trainable: Params) -> SupervisedState:
+        masters = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trainable)
+        return SupervisedState(masters, optimizer.init(masters), jnp.int32(0), jnp.int32(0))
+
+    if mesh is None:
+        return jax.jit(create)(params.trainable), params.frozen
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    places = SupervisedState(
+        trainable=jax.tree.map(lambda leaf: leaf.sharding, params.trainable),
+        optimizer=moment_places(
+            optimizer, jax.eval_shape(create, params.trainable).optimizer, params.trainable, everywhere
+        ),
+        step=everywhere,
+        skipped_updates=everywhere,
+    )
+    return jax.jit(create, out_shardings=places)(params.trainable), params.frozen
+
+
+def update(
+    how: Supervised, state: SupervisedState, frozen: Params, batch: Any
+) -> tuple[SupervisedState, dict[str, Array]]:
+    """One optimizer step; the state is donated.
+
+    Args:
+      how: what and how.
+      state: what changes.
+      frozen: what does not.
+      batch: rows; a multiple of the microbatches.
+
+    Returns:
+      (state, metrics): the loss's means, the gradient's norm, the learning rate.
+    """
+    return _update(how, places_of(state), state, frozen, batch)
+
+
+def evaluate(how: Supervised, state: SupervisedState, frozen: Params, batch: Any) -> Sums:
+    """The loss's sums over a batch.
+
+    Args:
+      how: what.
+      state: the parameters.
+      frozen: the frozen ones.
+      batch: rows.
+
+    Returns:
+      Sums, float32[] each.
+    """
+    return _evaluate(how.network, how.loss, state.trainable, frozen, batch)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _evaluate(network: SplitModel, loss: Loss, trainable: Params, frozen: Params, batch: Any) -> Sums:
+    return loss(network, SplitParams(frozen, trainable), batch)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _update(
+    how: Supervised, places: tuple, state: SupervisedState, frozen: Params, batch: Any
+) -> tuple[SupervisedState, dict[str, Array]]:
+    def gradients(part: Any) -> tuple[Params, Sums]:
+        def total(trainable: Params) -> tuple[Array, Sums]:
+            sums = how.loss(how.network, SplitParams(frozen, trainable), part)
+            return sums["loss"], sums
+
+        (_, sums), gradient = jax.value_and_grad(total, has_aux=True)(state.trainable)
+        return gradient, sums
+
+    if how.microbatches == 1:
+        gradient, sums = gradients(batch)
+    else:
+        parts = jax.tree.map(lambda leaf: leaf.reshape(how.microbatches, -1, *leaf.shape[1:]), batch)
+        shapes = jax.eval_shape(gradients, jax.tree.map(lambda leaf: leaf[0], parts))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        add = lambda total, part: (jax.tree.map(jnp.add, total, gradients(part)), None)  # noqa: E731
+        (gradient, sums), _ = jax.lax.scan(add, zeros, parts)
+    count = jnp.maximum(sums["count"], 1)
+    gradient = jax.tree.map(lambda leaf: leaf / count, gradient)
+    norm = optax.tree.norm(gradient)
+    finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
+    trainable, optimizer = apply_gradient(_optimizer(how), gradient, state.optimizer, state.trainable, finite)
+    metrics = {name: value / count for name, value in sums.items() if name != "count"} | {
+        "count": sums["count"],
+        "grad_norm": norm,
+        "lr": jnp.float32(learning_rate_schedule(how.optimizer)(state.step)),
+        "skipped_updates": (state.skipped_updates + ~finite).astype(jnp.float32),
+    }
+    state = SupervisedState(trainable, optimizer, state.step + 1, state.skipped_updates + ~finite)
+    return kept_in_place(state, places), metrics
+
+
+def _optimizer(how: Supervised) -> optax.GradientTransformation:
+    return create_optimizer(how.optimizer, head_learning_rate=how.head_learning_rate)
