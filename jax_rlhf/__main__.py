@@ -17,9 +17,7 @@ from jax_rlhf.phases.check import check_run
 from jax_rlhf.phases.workdir import open_workdir, status
 from jax_rlhf.rewards import RewardError
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", help_string="The config; --config.a.b=value overrides."
-)
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="The config; --config.a.b=value overrides.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder for models, metrics and samples.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Repeat phases that the workdir has; what they left is deleted.")
 

@@ -136,6 +136,7 @@ class RLHFEngine:
             reference=reference_params,
             reward=reward_params,
             reward_bias=jnp.float32(reward.reward_bias if reward is not None else 0),
+            critic_bias=jnp.float32(critic_start.reward_bias),
         )
         self.mesh = mesh
         self.tokenizer = actor.tokenizer
@@ -194,7 +195,8 @@ class RLHFEngine:
     @property
     def critic(self) -> Pretrained:
         """The critic as it is now."""
-        return self._pretrained(self.networks.critic, self.frozen.critic, self.trained.critic)
+        critic = self._pretrained(self.networks.critic, self.frozen.critic, self.trained.critic)
+        return dataclasses.replace(critic, generation_config=None, reward_bias=float(self.frozen.critic_bias))
 
     def _pretrained(self, network: SplitModel, frozen: Params, trainable: Params) -> Pretrained:
         params = _join(network, SplitParams(frozen, trainable))
@@ -242,7 +244,7 @@ def _score(
 def _values(networks: Networks, trained: Trained, frozen: Frozen, tokens: Array, mask: Array) -> Array:
     bottom = boundaries(networks, frozen, tokens, mask).critic
     critic = SplitParams(frozen.critic, trained.critic)
-    return critic_values(networks.critic, critic, tokens, mask, bottom, start=1)
+    return critic_values(networks.critic, critic, tokens, mask, bottom, start=1, bias=frozen.critic_bias)
 
 
 @functools.partial(jax.jit, static_argnums=0)

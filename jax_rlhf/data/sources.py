@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import importlib
+import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -130,7 +131,7 @@ def _from_hub(path: str, split: str, revision: str | None) -> Iterator[dict]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = file.read_bytes()[: error.start].count(b"\n") + 1
         raise DataError(f"{file}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8.") from error
@@ -167,7 +168,7 @@ def _parquet(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _csv(file: Path) -> Iterator[tuple[int, Any]]:
-    reader = csv.DictReader(_text(file).splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(_text(file), newline=""), strict=True)
     number = 0
     try:
         for number, content in enumerate(reader, 1):

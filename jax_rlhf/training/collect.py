@@ -121,7 +121,8 @@ def score_samples(
     logprobs, _ = policy_logprobs(networks.actor, actor, tokens, mask, bottom.actor, **how)
     ref_logprobs = reference_logprobs(networks, frozen, tokens, mask, bottom.actor, **how)
     critic = SplitParams(frozen.critic, trained.critic)
-    values = critic_values(networks.critic, critic, tokens, mask, bottom.critic, start=start)
+    bias = frozen.critic_bias
+    values = critic_values(networks.critic, critic, tokens, mask, bottom.critic, start=start, bias=bias)
 
     scores = jnp.zeros(len(tokens), jnp.float32) if function_scores is None else function_scores
     if networks.reward is not None:

@@ -59,7 +59,8 @@ class Frozen:
       actor, critic: the frozen bottom layers of the trained models; empty dicts where everything trains.
       reference: the reference; its `frozen` is empty where it is the actor's.
       reward: the reward model; its `frozen` is empty where it is the critic's. None where there is none.
-      reward_bias: float32[], score = head + bias (a gain is folded into the head).
+      reward_bias, critic_bias: float32[], score or value = head + bias: a reward model's gain is folded into its head,
+        its bias is not, and a critic that starts as a reward model starts with its scores.
     """
 
     actor: Params
@@ -67,6 +68,7 @@ class Frozen:
     reference: SplitParams
     reward: SplitParams | None
     reward_bias: Array
+    critic_bias: Array
 
 
 @struct.dataclass
@@ -158,7 +160,14 @@ def reference_logprobs(
 
 
 def critic_values(
-    network: SplitModel, params: SplitParams, tokens: Array, mask: Array, boundary: Array | None, *, start: int
+    network: SplitModel,
+    params: SplitParams,
+    tokens: Array,
+    mask: Array,
+    boundary: Array | None,
+    *,
+    start: int,
+    bias: Array,
 ) -> Array:
     """Values of the states before each response token, and of the state after the last slot.
 
@@ -169,12 +178,13 @@ def critic_values(
       mask: bool[B, T].
       boundary: output of its frozen bottom, or None.
       start: P.
+      bias: float32[], added to the head's values.
 
     Returns:
       float32[B, R + 1], R = T − start, in reward units.
     """
     hidden = network.hidden_states(params, tokens, mask, boundary)[:, start - 1 :]
-    return network.model.apply({"params": network.head_params(params)}, hidden, method="apply_head")
+    return network.model.apply({"params": network.head_params(params)}, hidden, method="apply_head") + bias
 
 
 def reward_scores(

@@ -173,7 +173,7 @@ def _update_minibatch(
             networks, config, trained.actor, frozen.actor, batch, text, state.penalty.value, count, ptx_count
         )
         (_, value_sums), critic = jax.value_and_grad(_critic_loss, argnums=2, has_aux=True)(
-            networks, config, trained.critic, frozen.critic, batch, count
+            networks, config, trained.critic, frozen, batch, count
         )
         return (actor, critic), sums.replace(**value_sums)
 
@@ -293,12 +293,18 @@ def _pretraining_loss(networks: Networks, config: PPOConfig, params: SplitParams
 
 
 def _critic_loss(
-    networks: Networks, config: PPOConfig, critic: Params, frozen: Params, batch: Experience, count: Array
+    networks: Networks, config: PPOConfig, critic: Params, frozen: Frozen, batch: Experience, count: Array
 ) -> tuple[Array, dict[str, Array]]:
     mask, full_mask = batch.response_mask, jnp.concatenate([batch.prompt_mask, batch.response_mask], axis=1)
     start = batch.prompt_mask.shape[1]
     values = critic_values(
-        networks.critic, SplitParams(frozen, critic), batch.tokens, full_mask, batch.critic_boundary, start=start
+        networks.critic,
+        SplitParams(frozen.critic, critic),
+        batch.tokens,
+        full_mask,
+        batch.critic_boundary,
+        start=start,
+        bias=frozen.critic_bias,
     )[:, :-1]
     per_token = clipped_value_loss(values, batch.values, batch.returns, clip_range=config.value_clip_range)
     loss = masked_sum(per_token, mask) / count

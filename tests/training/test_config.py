@@ -35,7 +35,7 @@ def test_a_mapping_overrides_the_defaults():
         ({"kl_kind": "k4"}, "kl_kind='k4'"),
         ({"policy_loss": "ppo"}, "policy_loss='ppo'"),
         ({"eos_ids": 2}, "eos_ids=2"),
-        ({"reward_clip": "5"}, "float or NoneType is expected"),
+        ({"reward_clip": "5"}, "float or None is expected"),
         ({"ppo_epochs": 0}, "ppo_epochs=0 must be 1 or more"),
         ({"gamma": 1.1}, r"gamma=1\.1"),
         ({"ema_decay": 1.0}, "ema_decay"),

@@ -74,8 +74,6 @@ def test_norms_and_biases_do_not_decay():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"schedule": "linear"}, "needs total_steps above warmup_steps=0"),
-        ({"schedule": "cosine", "warmup_steps": 9, "total_steps": 9}, "not 9"),
         ({"schedule": "step"}, "schedule='step'"),
         ({"eps_form": "jax"}, "eps_form='jax'"),
     ],
@@ -83,3 +81,23 @@ def test_norms_and_biases_do_not_decay():
 def test_bad_fields_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"schedule": "linear"}, "needs total_steps above warmup_steps=0"),
+        ({"schedule": "cosine", "warmup_steps": 9, "total_steps": 9}, "not 9"),
+    ],
+)
+def test_a_schedule_that_ends_must_know_where(fields, message):
+    with pytest.raises(ValueError, match=message):
+        create_optimizer(OptimizerConfig(**fields))
+
+
+def test_the_head_has_a_learning_rate_of_its_own():
+    params = {"scalar_head": {"kernel": jnp.ones(3)}, "layers": {"kernel": jnp.ones(3)}}
+    optimizer = create_optimizer(OptimizerConfig(learning_rate=1e-3, max_grad_norm=None), head_learning_rate=1e-2)
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+    np.testing.assert_allclose(updates["scalar_head"]["kernel"], 10 * updates["layers"]["kernel"], rtol=1e-5)
+    np.testing.assert_allclose(updates["layers"]["kernel"], -1e-3, rtol=1e-4)

@@ -1,0 +1,208 @@
+"""From files to batches: splits, filters that count, order, processes."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jax_rlhf.data import DataError, create_datasets
+from jax_rlhf.data.batches import FIRST_EVAL_ROW, packed
+from jax_rlhf.data.tokens import Example
+from tests.data import tiny
+
+SIZES = {"sft_batch_size": 2, "reward_batch_size": 2, "ppo_batch_size": 2, "max_tokens": 8, "max_prompt_tokens": 4}
+
+
+def create(paths, phase, *, tokenizer=None, seed=0, **config):
+    config = {"paths": paths if isinstance(paths, tuple) else (paths,), **SIZES, **config}
+    return create_datasets(config, tokenizer or tiny.tokenizer(), phase, seed=seed)
+
+
+def pairs(count):
+    return [{"prompt": text, "chosen": f"{text} a", "rejected": f"{text} b"} for text in tiny.letters(count)]
+
+
+def texts_of(datasets, steps):
+    """The real tokens of all rows of some batches."""
+    rows = []
+    for step in range(steps):
+        batch = datasets.train[step]
+        rows += [tuple(row[real].tolist()) for row, real in zip(batch.tokens, batch.mask, strict=True)]
+    return rows
+
+
+def test_sft_rows_by_hand(tmp_path):
+    file = tiny.write(
+        tmp_path / "x.jsonl", [{"prompt": "a b", "completion": "c"}, {"prompt": "d", "completion": "e f g h"}]
+    )
+    batch = create(file, "sft", tokenizer=tiny.tokenizer(bos=True), eval_rows=1).train[0]
+    rows = {row[1]: index for index, row in enumerate(batch.tokens.tolist())}
+    short, long = rows[tiny.ids("a")[0]], rows[tiny.ids("d")[0]]
+    assert batch.tokens[short].tolist() == [*tiny.ids("<bos> a b c <eos>"), 0, 0, 0]
+    assert batch.tokens[long].tolist() == [*tiny.ids("<bos> d e f g h <eos>"), 0]
+    assert batch.mask[short].tolist() == [True] * 5 + [False] * 3
+    assert batch.completion_mask[short].tolist() == [False] * 3 + [True] * 2 + [False] * 3
+    assert batch.positions[long].tolist() == [*range(7), 0]
+
+
+def test_reward_pairs_by_hand(tmp_path):
+    rows = [{"prompt": "a", "chosen": "b c", "rejected": "d", "margin": 0.5}] * 2
+    batch = create(tiny.write(tmp_path / "x.jsonl", rows), "reward", deduplicate=False).train[0]
+    assert batch.chosen[0].tolist() == tiny.ids("a b c <eos>")
+    assert batch.rejected[0].tolist() == [*tiny.ids("a d <eos>"), 0]
+    assert batch.rejected_mask[0].tolist() == [True, True, True, False]
+    assert batch.margin.tolist() == [0.5, 0.5]
+
+
+def test_prompts_are_padded_on_the_left_and_bring_their_columns(tmp_path):
+    rows = [{"prompt": "a b c", "answer": 1}, {"prompt": "d", "answer": 2}]
+    batch = create(tiny.write(tmp_path / "x.jsonl", rows), "ppo").train[0]
+    row = batch.columns["answer"].index(2)
+    assert batch.tokens[row].tolist() == [0, 0, 0, *tiny.ids("d")]
+    assert batch.mask[row].tolist() == [False, False, False, True]
+    assert batch.row_ids.tolist() == [0, 1]
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_step(tmp_path):
+    file = tiny.write(tmp_path / "x.jsonl", pairs(40))
+    one, other = create(file, "ppo", eval_rows=1), create(file, "ppo", eval_rows=1)
+    assert texts_of(one, 30) == texts_of(other, 30)
+    streamed = [batch.tokens.tolist() for batch in one.batches(5, 9)]
+    assert streamed == [other.train[step].tokens.tolist() for step in range(5, 9)]
+    assert texts_of(one, 30) != texts_of(create(file, "ppo", eval_rows=1, seed=1), 30)
+
+
+def test_an_epoch_has_every_row_once_and_the_next_is_in_another_order(tmp_path):
+    datasets = create(tiny.write(tmp_path / "x.jsonl", pairs(21)), "ppo", eval_rows=1)
+    assert (datasets.train_rows, datasets.eval_rows, datasets.steps_per_epoch) == (20, 1, 10)
+    rows = texts_of(datasets, 20)
+    assert len(set(rows[:20])) == 20
+    assert set(rows[20:]) == set(rows[:20])
+    assert rows[20:] != rows[:20]
+
+
+def test_data_split_gives_each_phase_its_own_rows(tmp_path):
+    file = tiny.write(tmp_path / "x.jsonl", pairs(100))
+    prompts = {}
+    for phase, share in (("sft", 20), ("reward", 40), ("ppo", 40)):
+        datasets = create(file, phase, data_split="2,4,4", eval_rows=2)
+        assert (datasets.train_rows, datasets.eval_rows) == (share - 2, 2)
+        batches = [datasets.train[step] for step in range(datasets.steps_per_epoch)] + datasets.eval
+        tokens = np.concatenate([batch.chosen if phase == "reward" else batch.tokens for batch in batches])
+        prompts[phase] = {tuple(row[-3:] if phase == "ppo" else row[:3]) for row in tokens.tolist()}
+        assert len(prompts[phase]) == share
+    assert not prompts["sft"] & prompts["reward"]
+    assert not prompts["sft"] & prompts["ppo"]
+    assert not prompts["reward"] & prompts["ppo"]
+
+
+def test_a_mixture_has_its_weights(tmp_path):
+    one = tiny.write(tmp_path / "one.jsonl", [{"prompt": text} for text in tiny.letters(30)])
+    other = tiny.write(tmp_path / "other.jsonl", [{"prompt": f"z {text}"} for text in tiny.letters(90)])
+    datasets = create((one, other), "ppo", weights=(3.0, 1.0))
+    rows = texts_of(datasets, 100)
+    assert sum(len(row) == 3 for row in rows) / len(rows) == pytest.approx(0.75, abs=0.03)
+    by_size = texts_of(create((one, other), "ppo"), 100)
+    assert sum(len(row) == 3 for row in by_size) / len(by_size) == pytest.approx(0.25, abs=0.03)
+
+
+def test_filters_count_what_they_leave_out(tmp_path):
+    rows = [*pairs(30), *pairs(2), {"prompt": "a b c d e f g h", "chosen": "a", "rejected": "b"}]
+    rows += [{"prompt": "z", "chosen": "a", "rejected": "a"}, {"prompt": "y", "chosen": " ", "rejected": "a"}]
+    datasets = create(tiny.write(tmp_path / "x.jsonl", rows), "reward", on_bad_row="drop")
+    for reason in ("2 (a copy", "1 (longer than max_tokens=8)", "1 (chosen and rejected are", "1 (an empty completion"):
+        assert f"left out: {reason}" in datasets.report
+    assert "35 rows read" in datasets.report
+    datasets = create(tiny.write(tmp_path / "x.jsonl", rows), "ppo")
+    assert "1 (a prompt longer than max_prompt_tokens=4)" in datasets.report
+
+
+def test_long_rows_are_cut_where_that_is_wanted(tmp_path):
+    row = {"prompt": "a b c d e f", "completion": "g h i j k l"}
+    file = tiny.write(tmp_path / "x.jsonl", [row] * 2)
+    batch = create(file, "sft", too_long="truncate", deduplicate=False).train[0]
+    assert batch.tokens[0].tolist() == tiny.ids("c d e f g h i j")
+    batch = create(file, "ppo", too_long="truncate", deduplicate=False).train[0]
+    assert batch.tokens[0].tolist() == tiny.ids("c d e f")
+
+
+def test_openings_of_texts(tmp_path):
+    file = tiny.write(tmp_path / "x.jsonl", [{"text": "a b c d"}, {"text": "e f g"}, {"text": "h"}])
+    datasets = create(file, "ppo", prompt_tokens=2)
+    assert sorted(datasets.train[0].tokens.tolist()) == [tiny.ids("a b"), tiny.ids("e f")]
+    assert "1 (shorter than prompt_tokens=2)" in datasets.report
+
+
+def test_held_out_rows_fill_their_last_batch(tmp_path):
+    file, held_out = tiny.write(tmp_path / "x.jsonl", pairs(4)), tiny.write(tmp_path / "y.jsonl", pairs(3))
+    prompts = create(file, "ppo", eval_paths=(held_out,))
+    assert (len(prompts.eval), prompts.eval_rows) == (2, 3)
+    assert prompts.eval[1].row_ids.tolist() == [FIRST_EVAL_ROW + 2, FIRST_EVAL_ROW + 3]
+    for phase, mask in (("sft", "mask"), ("reward", "chosen_mask")):
+        last = create(file, phase, eval_paths=(held_out,)).eval[1]
+        assert getattr(last, mask).any(axis=1).tolist() == [True, False]
+
+
+def test_packed_rows_hold_every_text_once():
+    lengths = np.random.RandomState(0).randint(2, 20, 200)
+    examples = [Example(np.zeros(0, np.int32), (np.full(n, i, np.int32),)) for i, n in enumerate(lengths)]
+    rows = packed(examples, 32)
+    assert sorted(example.completions[0][0] for row in rows for example in row) == [*range(200)]
+    assert max(sum(example.length for example in row) for row in rows) <= 32
+    assert len(rows) <= 1.02 * np.ceil(lengths.sum() / 32)
+
+
+def test_widths_are_few(tmp_path):
+    rows = [
+        {"prompt": " ".join(["a"] * length + [text]), "completion": "b"}
+        for length in range(1, 28)
+        for text in tiny.letters(4)
+    ]
+    datasets = create(tiny.write(tmp_path / "x.jsonl", rows), "sft", max_tokens=40)
+    assert {datasets.train[step].tokens.shape[1] for step in range(50)} <= {10, 20, 40}
+    datasets = create(tiny.write(tmp_path / "x.jsonl", rows), "sft", max_tokens=40, length_buckets=(30, 50))
+    assert {datasets.train[step].tokens.shape[1] for step in range(50)} <= {30, 40}
+
+
+def test_processes_share_a_batch(tmp_path, monkeypatch):
+    file = tiny.write(tmp_path / "x.jsonl", pairs(40))
+    whole = create(file, "ppo", ppo_batch_size=4)
+    parts = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for index in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        parts.append(create(file, "ppo", ppo_batch_size=4).train[3])
+    np.testing.assert_array_equal(np.concatenate([part.tokens for part in parts]), whole.train[3].tokens)
+    np.testing.assert_array_equal(np.concatenate([part.row_ids for part in parts]), [0, 1, 2, 3])
+    with pytest.raises(ValueError, match="a batch of 3 rows cannot be shared by 2 processes"):
+        create(file, "ppo", ppo_batch_size=3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "config", "message"),
+    [
+        ([{"prompt": "a", "chosen": "", "rejected": "b"}], {}, r"line 1: an empty completion.*on_bad_row=drop"),
+        ([{"prompt": "a", "chosen": "b", "rejected": "b"}], {}, "line 1: chosen and rejected are the same"),
+        (pairs(3), {"max_tokens": 4}, r"no row is left for the reward phase.*3 \(longer than max_tokens=4\)"),
+        (pairs(3), {"reward_batch_size": 4}, "3 rows, fewer than a batch of 4.*--config.data.reward_batch_size=3"),
+        (pairs(3), {"data_split": "1,0,1"}, "leaves none of 3 rows to the reward phase"),
+        (pairs(3), {"data_split": "1,2"}, "three numbers for SFT, reward and PPO"),
+        (pairs(3), {"weights": (1.0, 2.0)}, "2 weights are given for 1 paths"),
+        (pairs(3), {"max_tokns": 4}, "config.data.max_tokns: there is no such field; did you mean max_tokens"),
+        (pairs(3), {"paths": ()}, "config.data.paths is empty"),
+        (pairs(3), {"pad_token": "<nil>"}, "pad_token='<nil>' is not in the tokenizer's vocabulary"),
+    ],
+)
+def test_what_cannot_be_used_is_said(rows, config, message, tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises((DataError, ValueError), match=message):
+        create(config.pop("paths", (str(file),)), "reward", **config)
+
+
+def test_a_tokenizer_without_a_pad_token_is_told_what_to_do(tmp_path):
+    file = tiny.write(tmp_path / "x.jsonl", pairs(4))
+    with pytest.raises(DataError, match=r"no pad token: set --config.data.pad_token='<eos>'"):
+        create(file, "ppo", tokenizer=tiny.tokenizer(pad=None))
+    assert create(file, "ppo", tokenizer=tiny.tokenizer(pad=None), pad_token="<eos>").train[0].tokens[0, 0] == tiny.EOS

@@ -1,0 +1,84 @@
+"""Rows come from files, readers and data sets, and a broken one is named by file and line."""
+
+import csv
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from jax_rlhf.data import DataError, imported
+from jax_rlhf.data.sources import read_rows
+
+ROWS = [{"prompt": "a, b", "completion": 'c "d"\ne'}, {"prompt": "f\u2028g", "completion": "h"}]
+
+
+def read(path):
+    return read_rows(str(path), phase="sft", split="train", hub_split="train")
+
+
+def write_as(suffix, folder):
+    file = folder / f"rows{suffix}"
+    if suffix == ".jsonl":
+        file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS), encoding="utf-8")
+    elif suffix == ".json":
+        file.write_text(json.dumps(ROWS))
+    elif suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), file)
+    else:
+        with file.open("w", newline="", encoding="utf-8") as lines:
+            writer = csv.DictWriter(lines, ["prompt", "completion"])
+            writer.writeheader()
+            writer.writerows(ROWS)
+    return file
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
+def test_every_kind_of_file_holds_the_same_rows(suffix, tmp_path):
+    assert [row.content for row in read(write_as(suffix, tmp_path))] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", '{"a": 1}\n\n{"a": \n', "x.jsonl, line 3: not JSON"),
+        ("x.jsonl", '{"a": 1}\n[1]\n', "x.jsonl, line 2: a row must be an object of columns, this is a list"),
+        ("x.jsonl", "\n\n", "not a single row"),
+        ("x.jsonl", "[" * 100_000, "line 1: not JSON"),
+        ("x.json", '{"a": 1}\n{"a": 2}', "call it x.jsonl"),
+        ("x.json", '"text"', "a list of objects is expected"),
+        ("x.csv", "a,b\n1,2\n3\n", "x.csv, row 2: 2 columns are named"),
+        ("x.csv", 'a,b\n"1,2', "not CSV"),
+        ("x.parquet", "PAR1", "not a parquet file"),
+        ("x.txt", "a", "files of .jsonl, .json, .parquet, .csv can be read"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / name)
+
+
+def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'{"a": 1}\n{"a": "\xff"}\n')
+    with pytest.raises(DataError, match="line 2: not UTF-8"):
+        read(tmp_path / "x.jsonl")
+
+
+def test_a_reader_is_told_phase_and_split():
+    rows = read_rows("tests.data.tiny:reader", phase="reward", split="eval", hub_split="")
+    assert rows[0].content == {"text": "a a a r e"}
+    with pytest.raises(DataError, match="an iterable of dicts is expected"):
+        read("tests.data.tiny:no_rows")
+
+
+def test_what_is_not_there_is_said(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="is no file or folder here"):
+        read(tmp_path / "missing.jsonl")
+    with pytest.raises(ValueError, match="cannot be imported"):
+        read("tests.data.tiny:nobody")
+    with pytest.raises(ValueError, match="not a function"):
+        imported("tests.data.tiny:WORDS", "config.x")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="Without a network give a local file"):
+        read("nobody/nothing")

@@ -1,0 +1,198 @@
+"""`python -m jax_rlhf` on a tiny random model and a hundred rows: all three phases, every file that they write."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import transformers
+
+from jax_rlhf import load_pretrained
+from tests.data import tiny as data
+from tests.processes import ROOT
+
+CONFIG = """
+from pathlib import Path
+from tests.phases import tiny
+def get_config():
+    return tiny.config(Path({folder!r}))
+"""
+
+
+def command(folder, *flags, config=None):
+    file = config or folder / "config.py"
+    if config is None:
+        file.write_text(CONFIG.format(folder=str(folder)))
+    return [sys.executable, "-m", "jax_rlhf", f"--config={file}", f"--workdir={folder / 'run'}", *flags]
+
+
+def environment():
+    flags = "--xla_force_host_platform_device_count=1"
+    return os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+
+def run(folder, *flags):
+    """Exit code, stdout, stderr."""
+    done = subprocess.run(
+        command(folder, *flags), cwd=folder, env=environment(), capture_output=True, text=True, timeout=400, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A whole run: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    code, printed, errors = run(folder)
+    assert code == 0, errors[-4000:]
+    return folder / "run", printed
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_every_phase_leaves_model_metrics_samples_and_summary(whole):
+    workdir, printed = whole
+    for phase in ("sft", "reward", "ppo"):
+        folder = workdir / phase
+        assert json.loads((folder / "summary.json").read_text())["finished"]
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+            file.name for file in (folder / "model").iterdir()
+        }
+        assert lines(folder / "metrics.jsonl")
+        assert lines(folder / "samples.jsonl")
+        assert list((folder / "tensorboard").glob("events*"))
+        assert f"model in {folder / 'model'}" in printed
+    assert (workdir / "ppo" / "critic" / "model.safetensors").is_file()
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["ppo"]["eval_functions"] == ["tests.phases.tiny:count_a"]
+    assert config["ppo"]["seed"] == config["seed"] == 0
+
+
+def test_sft_and_reward_model_learn(whole):
+    workdir, _ = whole
+    sft = json.loads((workdir / "sft" / "summary.json").read_text())
+    assert sft["eval/loss_before"] > 3.0  # log 31 = 3.43: random weights know nothing
+    assert sft["eval/loss"] < 2.0
+    reward = json.loads((workdir / "reward" / "summary.json").read_text())
+    assert reward["eval/accuracy"] > 0.95
+    assert reward["eval/auc"] > 0.95
+    assert [line["train/loss"] for line in lines(workdir / "sft" / "metrics.jsonl") if "train/loss" in line][-1] < 2.5
+
+
+def test_ppo_reports_what_its_users_look_for(whole):
+    workdir, printed = whole
+    metrics = lines(workdir / "ppo" / "metrics.jsonl")
+    steps = [line for line in metrics if "objective/kl" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    assert steps[0]["objective/kl"] == 0
+    assert steps[-1]["val/first_ratio_gap"] < 1e-5
+    shares = [steps[-1][f"time/{name}_share"] for name in ("generate", "score", "train")]
+    assert sum(shares) == pytest.approx(1)
+    assert steps[-1]["tokens_per_second/generate"] > steps[-1]["tokens_per_second"] > 0
+    first, last = (line for line in metrics if "eval/count_a" in line)
+    assert (first["step"], first["eval/kl"], last["step"]) == (0, 0, 3)
+    samples = lines(workdir / "ppo" / "samples.jsonl")
+    assert {row["split"] for row in samples} == {"train", "eval"}
+    assert sum(row["split"] == "train" for row in samples) == 12
+    before, after = ([r["prompt"] for r in samples if r["split"] == "eval" and r["step"] == n] for n in (0, 3))
+    assert before == after
+    assert len(before) == 10
+    assert "  before" in printed
+    assert "  after" in printed
+
+
+def test_reward_model_is_normalised_on_samples_of_the_sft_policy(whole):
+    workdir, _ = whole
+    scores = np.array([row["score"] for row in lines(workdir / "reward" / "samples.jsonl")])
+    summary = json.loads((workdir / "reward" / "summary.json").read_text())
+    normalised = summary["gain"] * scores + summary["bias"]
+    assert len(scores) == 16
+    assert np.mean(normalised) == pytest.approx(0, abs=1e-5)
+    assert np.std(normalised) == pytest.approx(1, abs=1e-5)
+    # What was saved gives those scores: gain in the head, bias beside it.
+    pretrained = load_pretrained(workdir / "reward" / "model", head="scalar")
+    text = lines(workdir / "reward" / "samples.jsonl")[0]["text"]
+    tokens = np.array([data.ids(text)])
+    value = pretrained.model.apply({"params": pretrained.params}, tokens)[0, -1] + pretrained.reward_bias
+    assert float(value) == pytest.approx(normalised[0], abs=1e-4)
+
+
+def test_torch_scores_texts_as_we_do(whole):
+    """transformers pools at the last token that is not the pad: exported as one that differs from EOS."""
+    pytest.importorskip("torch")
+    import torch
+
+    workdir, _ = whole
+    folder = workdir / "reward" / "model"
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert theirs.config.pad_token_id != data.EOS
+    batch = tokenizer(["a b c a <eos>", "d b <eos>"], return_tensors="pt", padding=True, padding_side="right")
+    with torch.no_grad():
+        scores = theirs(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, 0]
+    ours = load_pretrained(folder, head="scalar")
+    mask = batch.attention_mask.numpy().astype(bool)
+    values = np.asarray(ours.model.apply({"params": ours.params}, batch.input_ids.numpy(), mask=mask))
+    last = values[[0, 1], mask.sum(axis=1) - 1] + ours.reward_bias
+    np.testing.assert_allclose(scores.numpy() + theirs.config.reward_bias, last, atol=1e-4)
+
+
+def test_the_same_command_again_has_nothing_to_do(whole):
+    workdir, _ = whole
+    code, printed, errors = run(workdir.parent)
+    assert code == 0, errors
+    assert printed.count("finished before") == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.ppo.kl_coef=0.5"], "belongs to a run of another config: config.ppo.kl_coef was 0.05 and is 0.5"),
+        (["--config.ppo.kl_cof=0.5"], "config.ppo.kl_cof: there is no such field; did you mean config.ppo.kl_coef"),
+        (["--config.pppo.kl_coef=0.5"], "did you mean config.ppo.kl_coef"),
+        (["--config.sft.steps=many"], "--config.sft.steps=many: invalid literal for int()"),
+        (["--config.phases=ppo,sft"], "in this order"),
+        (["--config.phases=ppo,rm"], "'rm' is no phase"),
+    ],
+)
+def test_a_wrong_command_stops_at_once(whole, flags, message):
+    workdir, _ = whole
+    code, _, errors = run(workdir.parent, *flags)
+    assert code in (1, 2)
+    assert errors.splitlines()[-1].startswith("error: ")
+    assert message in errors.splitlines()[-1]
+
+
+def test_ctrl_c_saves_what_was_trained(tmp_path):
+    process = subprocess.Popen(
+        command(tmp_path, "--config.phases=sft", "--config.sft.steps=100000"),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "run" / "sft" / "metrics.jsonl"
+    until = time.time() + 200
+    while (
+        time.time() < until
+        and process.poll() is None
+        and (not metrics.exists() or '"step": 3,' not in metrics.read_text())
+    ):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=100)
+    assert process.returncode == 130, errors[-3000:]
+    assert "what was trained is saved" in printed
+    assert not json.loads((tmp_path / "run" / "sft" / "summary.json").read_text())["finished"]
+    load_pretrained(tmp_path / "run" / "sft" / "model")
+    assert all(line["step"] >= 0 for line in lines(metrics))
+    code, _, errors = run(tmp_path, "--config.phases=sft", "--config.sft.steps=100000")
+    assert code == 1
+    assert "did not finish. --overwrite repeats it" in errors
