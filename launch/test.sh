@@ -7,15 +7,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-python=${PYTHON:-python3}
-version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-  echo "launch/test.sh: $python is Python $version; 3.11 or newer is needed (PYTHON=python3.12 bash launch/test.sh)" >&2
-  exit 1
-fi
+# shellcheck source=launch/environment.sh
+source launch/environment.sh
 
-environment=.venv/test-$version
-[ -x "$environment/bin/python" ] || "$python" -m venv "$environment"
+make_environment test
 "$environment/bin/python" -m pip install --quiet -r requirements.txt -r requirements-dev.txt
 "$environment/bin/python" -m pip install --quiet --no-deps -r requirements-quickstart.txt
 

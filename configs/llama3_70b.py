@@ -1,0 +1,25 @@
+"""Llama-3-70B with a reward model cut from Llama-3-8B: SFT, reward model, PPO.
+
+    python -m jax_rlhf --config=configs/llama3_70b.py --workdir=runs/llama3-70b
+
+For a pod slice of 128 TPU v5p chips or 16 machines of 8 GPUs. Not run here: the machine that this was written on has no
+accelerator. What differs from configs/llama3_8b.py is set here.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import llama3_8b
+
+
+def get_config() -> ConfigDict:
+    """The settings."""
+    config = llama3_8b.get_config()
+    config.model.path = "meta-llama/Meta-Llama-3-70B-Instruct"
+    config.reward_training.path = "meta-llama/Meta-Llama-3-8B-Instruct"  # of the same tokenizer
+    config.mesh.tensor = 8
+    config.data.sft_batch_size = 128
+    config.data.ppo_batch_size = 256
+    config.sft.microbatch_size = 32
+    config.sft.optimizer.learning_rate = 5e-6
+    config.ppo.actor_optimizer.learning_rate = 5e-7
+    return config

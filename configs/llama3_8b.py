@@ -1,0 +1,51 @@
+"""Llama-3-8B: SFT, an 8B reward model, PPO.
+
+    python -m jax_rlhf --config=configs/llama3_8b.py --workdir=runs/llama3-8b
+
+For 8 GPUs of 80 GB or 8 TPU v5p chips. Not run here: the machine that this was written on has no accelerator. The data
+set's rows are chats, which the Instruct checkpoint's template turns into texts.
+"""
+
+from ml_collections import ConfigDict
+
+from jax_rlhf.phases import default_config
+
+
+def get_config() -> ConfigDict:
+    """The settings."""
+    config = default_config()
+    config.model.path = "meta-llama/Meta-Llama-3-8B-Instruct"
+    config.data.paths = ("trl-lib/ultrafeedback_binarized",)
+    config.data.pad_token = "<|end_of_text|>"  # Llama 3 has none
+    config.data.data_split = "2,4,4"
+    config.data.max_prompt_tokens = 512
+    config.data.max_tokens = 1024
+    config.data.on_bad_row = "drop"
+    config.data.sft_batch_size = 64
+    config.data.reward_batch_size = 64
+    config.data.ppo_batch_size = 128
+    config.data.packing = True
+
+    config.sft.microbatch_size = 16
+    config.sft.optimizer.learning_rate = 1e-5
+    config.sft.optimizer.schedule = "cosine"
+    config.sft.optimizer.warmup_steps = 20
+
+    config.reward_training.microbatch_size = 16
+    config.reward_training.optimizer.learning_rate = 5e-6
+    config.reward_training.optimizer.schedule = "linear"
+    config.reward_training.optimizer.warmup_steps = 20
+
+    ppo = config.ppo
+    ppo.iterations = 300
+    ppo.max_new_tokens = 512
+    ppo.temperature = 1.0
+    ppo.kl_coef = 0.05
+    ppo.missing_eos_penalty = 1.0
+    ppo.ppo_epochs = 2
+    ppo.num_minibatches = 4
+    ppo.actor_optimizer.learning_rate = 1e-6
+    ppo.actor_optimizer.warmup_steps = 10
+    ppo.critic_optimizer.learning_rate = 5e-6
+    ppo.critic_optimizer.warmup_steps = 10
+    return config
