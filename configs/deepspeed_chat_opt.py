@@ -1,15 +1,16 @@
-"""DeepSpeed-Chat's OPT-1.3B actor and OPT-350M reward model, with its hyper-parameters.
+r"""DeepSpeed-Chat's OPT-1.3B actor and OPT-350M reward model, with its hyper-parameters.
 
     python -m jax_rlhf --config=configs/deepspeed_chat_opt.py --workdir=runs/opt --config.data.paths=Dahoas/rm-static
 
 facebook/opt-1.3b and opt-350m exist as pickled weights only, which are never read here. Convert each once, with torch:
 
-    python -c "import transformers as t; n, d = 'facebook/opt-1.3b', 'opt-1.3b'; \
-        t.AutoModelForCausalLM.from_pretrained(n).save_pretrained(d); t.AutoTokenizer.from_pretrained(n).save_pretrained(d)"
+    python -c "import transformers as t; name, folder = 'facebook/opt-1.3b', 'opt-1.3b'; \
+        t.AutoModelForCausalLM.from_pretrained(name).save_pretrained(folder); \
+        t.AutoTokenizer.from_pretrained(name).save_pretrained(folder)"
 
-and the same for opt-350m. Not run here: it takes accelerators. DeepSpeed-Chat reports SFT perplexity 2.02 after epoch 1,
-reward-model accuracy 0.49 → 0.70, and PPO reward 0.05 → 4.4 over 477 steps. Values are those of its scripts for one node
-of 8 GPUs, run_1.3b.sh, run_350m.sh and run_1.3b.sh of steps 1 to 3; where ours differ, a comment says so.
+and the same for opt-350m. Not run here: it takes accelerators. DeepSpeed-Chat reports SFT perplexity 2.02 after epoch
+1, reward-model accuracy 0.49 → 0.70, and PPO reward 0.05 → 4.4 over 477 steps. Values are those of its scripts for one
+node of 8 GPUs (run_1.3b.sh, run_350m.sh, run_1.3b.sh of steps 1 to 3); where ours differ, a comment says so.
 """
 
 from ml_collections import ConfigDict

@@ -1,0 +1,182 @@
+"""The SFT and the reward phase's step: losses against NumPy, and splitting a batch changes nothing."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from jax_rlhf.data.batches import pair_batch, text_batch
+from jax_rlhf.data.tokens import Example
+from jax_rlhf.models import logical_axes
+from jax_rlhf.models.split import SplitModel
+from jax_rlhf.parallel import put_rows, shardings
+from jax_rlhf.training import OptimizerConfig
+from jax_rlhf.training.reward import RewardLoss, pair_scores, reward_start
+from jax_rlhf.training.sft import SFTLoss
+from jax_rlhf.training.supervised import Supervised, create_state, evaluate, update
+from tests.ppo import tiny
+
+LINEAR = OptimizerConfig(learning_rate=300.0, eps=1e3, max_grad_norm=None, beta1=0.0, beta2=0.0)
+
+
+def examples(count, answers=1, seed=0):
+    random = np.random.RandomState(seed)
+    text = lambda: random.randint(0, tiny.VOCAB, random.randint(1, 6)).astype(np.int32)  # noqa: E731
+    return [Example(text(), tuple(text() for _ in range(answers)), random.rand()) for _ in range(count)]
+
+
+def sft(network_layers=None, loss_on="completion", microbatches=1):
+    policy = tiny.policy()
+    how = Supervised(SplitModel(policy.model, network_layers), SFTLoss(loss_on), LINEAR, None, microbatches)
+    return how, policy
+
+
+def test_sft_loss_is_that_of_each_text_alone():
+    rows = examples(8)
+    for loss_on in ("completion", "all"):
+        how, policy = sft(loss_on=loss_on)
+        total, count = 0.0, 0
+        for example in rows:
+            ids = np.concatenate([example.prompt, *example.completions])
+            logits = np.asarray(policy.model.apply({"params": policy.params}, ids[None])[0], np.float64)
+            logprobs = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+            first = max(1, len(example.prompt) if loss_on == "completion" else 1)
+            total -= sum(logprobs[t - 1, ids[t]] for t in range(first, len(ids)))
+            count += len(ids) - first
+        sums = evaluate(how, *create_state(how, policy), text_batch([[row] for row in rows], 12, 0))
+        assert float(sums["count"]) == count
+        assert float(sums["loss"]) == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+def test_packed_texts_do_not_see_each_other(layers):
+    rows = examples(9)
+    how, policy = sft(layers, "all")
+    state, frozen = create_state(how, policy)
+    apart = evaluate(how, state, frozen, text_batch([[row] for row in rows], 12, 0))
+    together = evaluate(how, state, frozen, text_batch([rows[:4], rows[4:6], rows[6:]], 40, 3))
+    assert float(together["count"]) == float(apart["count"])
+    for name in apart:
+        assert float(together[name]) == pytest.approx(float(apart[name]), rel=1e-5)
+
+
+def compared(one, other):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(one)):
+        twin = other
+        for part in path:
+            twin = twin[part.key]
+        np.testing.assert_allclose(leaf, twin, atol=2e-5, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_microbatches_give_the_same_update(microbatches):
+    batch = text_batch([[row] for row in examples(8)], 12, 0)
+    whole, policy = sft()
+    parts = dataclasses.replace(whole, microbatches=microbatches)
+    start, frozen = create_state(whole, policy)
+    before = jax.tree.map(np.asarray, start.trainable)
+    one, metrics = update(whole, start, frozen, batch)
+    other, _ = update(parts, *create_state(parts, policy), batch)
+    compared(one.trainable, other.trainable)
+    moved = jax.tree.map(lambda a, b: float(np.max(np.abs(a - np.asarray(b)))), before, one.trainable)
+    assert max(jax.tree.leaves(moved)) > 1e-3
+    assert float(metrics["grad_norm"]) > 0
+
+
+def test_a_mesh_gives_the_same_update():
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
+    batch = text_batch([[row] for row in examples(8)], 12, 0)
+    how, policy = sft(1)
+    one, _ = update(how, *create_state(how, policy), batch)
+    places = shardings(logical_axes(policy.model), policy.params, mesh)
+    spread = dataclasses.replace(policy, params=jax.device_put(policy.params, places))
+    state, frozen = create_state(how, spread, mesh)
+    other, _ = update(how, state, frozen, put_rows(batch, mesh))
+    compared(one.trainable, jax.device_get(other.trainable))
+    kernel = other.trainable["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.sharding == spread.params["layers"]["mlp"]["up"]["kernel"].sharding
+    assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+
+
+def test_a_step_that_is_not_finite_is_left_out():
+    how, policy = sft()
+    state, frozen = create_state(how, policy)
+    broken = state.replace(trainable=jax.tree.map(lambda leaf: leaf * np.nan, state.trainable))
+    after, metrics = update(how, broken, frozen, text_batch([[row] for row in examples(4)], 12, 0))
+    assert (int(after.step), float(metrics["skipped_updates"])) == (1, 1.0)
+
+
+# ---- the reward phase ----------------------------------------------------------------------------------------------
+
+
+def scores_by_hand(policy, pairs):
+    """The scalar head's value at the last token of each answer, float64[pairs, 2]."""
+    scores = []
+    for pair in pairs:
+        texts = [np.concatenate([pair.prompt, answer]) for answer in pair.completions]
+        scores.append([float(policy.model.apply({"params": policy.params}, text[None])[0, -1]) for text in texts])
+    return np.array(scores, np.float64)
+
+
+def reward(**loss):
+    start = reward_start(tiny.policy(), None, jax.random.key(3))
+    start = dataclasses.replace(start, params=jax.tree.map(lambda leaf: leaf * 1.5, start.params))
+    return Supervised(SplitModel(start.model), RewardLoss(**loss), LINEAR), start
+
+
+def softplus(x):
+    return np.log1p(np.exp(x))
+
+
+@pytest.mark.parametrize("compare", ["pairs", "all"])
+def test_bradley_terry_by_hand(compare):
+    pairs = examples(5, answers=2)
+    how, start = reward(compare=compare)
+    by_hand = scores_by_hand(start, pairs)
+    if compare == "pairs":
+        difference = by_hand[:, 0] - by_hand[:, 1]
+        wanted = softplus(np.array([pair.margin for pair in pairs]) - difference)
+    else:
+        difference = by_hand[:, :1] - by_hand[:, 1]
+        wanted = softplus(-difference)
+    batch = pair_batch([*pairs, None], 12, 0)  # the last row is no pair
+    sums = evaluate(how, *create_state(how, start), batch)
+    assert float(sums["count"]) == difference.size
+    assert float(sums["loss"]) == pytest.approx(wanted.sum(), rel=1e-4)
+    assert float(sums["accuracy"]) == np.sum(difference > 0)
+    assert float(sums["margin"]) == pytest.approx(difference.sum(), rel=1e-3, abs=1e-4)
+    chosen, rejected = pair_scores(how.network, how.network.split(start.params), batch)
+    np.testing.assert_allclose(np.stack([chosen, rejected], axis=1)[:5], by_hand, atol=1e-5)
+
+
+def test_the_token_loss_averages_from_the_first_difference():
+    prompt, shared = np.array([1, 2], np.int32), np.array([3], np.int32)
+    pair = Example(prompt, (np.append(shared, [4, 5]).astype(np.int32), np.append(shared, [6]).astype(np.int32)))
+    how, start = reward(loss="token")
+    batch = pair_batch([pair], 6, 0)
+    values = [
+        np.asarray(start.model.apply({"params": start.params}, tokens, mask=mask)[0], np.float64)
+        for tokens, mask in ((batch.chosen, batch.chosen_mask), (batch.rejected, batch.rejected_mask))
+    ]
+    wanted = np.mean(softplus(values[1] - values[0])[3:5])
+    assert float(evaluate(how, *create_state(how, start), batch)["loss"]) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_cut_model_is_the_lower_layers():
+    policy = tiny.policy()
+    start = reward_start(policy, 1, jax.random.key(0))
+    assert start.model.config.num_layers == 1
+    batch = pair_batch(examples(3, answers=2), 12, 0)
+    hidden = start.model.apply({"params": start.params}, batch.chosen, mask=batch.chosen_mask, method="hidden_states")
+    bottom = policy.params | {"layers": jax.tree.map(lambda leaf: leaf[:1], policy.params["layers"])}
+    lower = policy.model.apply(
+        {"params": bottom}, batch.chosen, mask=batch.chosen_mask, layers=1, method="lower_layers"
+    )
+    spread = np.sqrt(np.mean(np.square(lower), axis=-1, keepdims=True) + policy.model.config.norm_epsilon)
+    np.testing.assert_allclose(hidden, lower / spread * policy.params["final_norm"]["scale"], rtol=1e-4, atol=1e-5)
+    assert start.params["scalar_head"]["kernel"].shape == (32, 1)
+    assert "lm_head" not in start.params
+    with pytest.raises(ValueError, match="num_layers=3 must lie within 1 and the model's 2 layers"):
+        reward_start(policy, 3, jax.random.key(0))
