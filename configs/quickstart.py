@@ -1,4 +1,4 @@
-"""Quickstart (numbers to come)."""
+"""Quickstart: python -m jax_rlhf --config=configs/quickstart.py (numbers to come)."""
 
 import importlib.metadata
 

@@ -1,5 +1,6 @@
 """RLHF on a mesh, in JAX: supervised fine-tuning, reward model, PPO."""
 
+from jax_rlhf.data import DataConfig, DataError, Datasets, create_datasets
 from jax_rlhf.engine import RLHFEngine
 from jax_rlhf.hub import CheckpointError, Pretrained, load_pretrained, save_pretrained
 from jax_rlhf.rewards import RewardError, RewardFunction
@@ -10,6 +11,9 @@ from jax_rlhf.training import OptimizerConfig, PPOConfig
 
 __all__ = [
     "CheckpointError",
+    "DataConfig",
+    "DataError",
+    "Datasets",
     "Experience",
     "OptimizerConfig",
     "PPOConfig",
@@ -20,6 +24,7 @@ __all__ = [
     "RewardError",
     "RewardFunction",
     "Samples",
+    "create_datasets",
     "load_pretrained",
     "sample",
     "save_pretrained",

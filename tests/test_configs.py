@@ -1,0 +1,57 @@
+"""Every config can be loaded and run, and the commented ones name every field."""
+
+import dataclasses
+import importlib
+import re
+
+import pytest
+
+from jax_rlhf.data import DataConfig
+from jax_rlhf.engine import ModelConfig
+from jax_rlhf.parallel import MeshConfig
+from jax_rlhf.phases import default_config, run_config
+from jax_rlhf.phases.config import LogConfig, RewardTrainingConfig, SFTConfig
+from jax_rlhf.training import OptimizerConfig, PPOConfig
+from tests.processes import ROOT
+
+NAMES = sorted(file.stem for file in (ROOT / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_loads_with_every_field_of_a_known_type(name):
+    module = importlib.import_module(f"configs.{name}")
+    settings = run_config(module.get_config())
+    assert settings.model.path is not None
+    assert f"--config=configs/{name}.py" in module.__doc__
+
+
+def test_defaults_are_ones_that_work():
+    ppo = run_config(default_config()).ppo
+    assert (ppo.temperature, ppo.clip_range, ppo.lam, ppo.gamma, ppo.whiten_advantages) == (1.0, 0.2, 0.95, 1.0, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("sft", (SFTConfig, DataConfig, ModelConfig, MeshConfig, LogConfig, OptimizerConfig)),
+        ("reward", (RewardTrainingConfig,)),
+        ("ppo", (PPOConfig,)),
+    ],
+)
+def test_the_commented_configs_explain_every_field(name, kinds):
+    text = (ROOT / "configs" / f"{name}.py").read_text()
+    others = {"reward_batch_size", "ppo_batch_size"}  # stand in the config of their phase
+    for field in (field.name for kind in kinds for field in dataclasses.fields(kind)):
+        if field in ("optimizer", "actor_optimizer", "critic_optimizer", "seed") or field in others:
+            continue
+        assert any(re.search(rf"\.{field} = ", line) for line in text.splitlines()), f"{name}.py lacks {field}"
+    for line in text.splitlines():
+        setting = line.strip().removeprefix("# ")
+        if re.match(r"\w+(\.\w+)+ = ", setting):  # columns, beta1 and beta2 speak for themselves
+            assert "  #" in setting or re.search(r"_column|beta|optimizer|paths = |ppo\.top_p", setting), line
+
+
+def test_seeds_follow_the_run_s():
+    config = default_config()
+    config.seed = 7
+    assert run_config(config).ppo.seed == 7
