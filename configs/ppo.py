@@ -16,7 +16,7 @@ from jax_rlhf.phases import default_config
 def get_config() -> ConfigDict:
     """The settings."""
     config = default_config()
-    config.phases = ("ppo",)
+    config.phases = ("ppo",)  # of "sft", "reward", "ppo"
     config.model.path = "HuggingFaceTB/SmolLM2-135M"  # whose tokenizer is used
     # config.model.trainable_layers = 10  # of the actor; what is frozen is shared with the reference
     # config.sft_model_path = "runs/sft/sft/model"  # actor and reference start as this; default: <workdir>/sft/model

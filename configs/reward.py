@@ -16,7 +16,7 @@ from jax_rlhf.phases import default_config
 def get_config() -> ConfigDict:
     """The settings."""
     config = default_config()
-    config.phases = ("reward",)
+    config.phases = ("reward",)  # of "sft", "reward", "ppo"
     config.model.path = "HuggingFaceTB/SmolLM2-135M"  # whose tokenizer is used
     # config.sft_model_path = "runs/sft/sft/model"  # default: <workdir>/sft/model
     config.data.paths = ()
@@ -41,6 +41,6 @@ def get_config() -> ConfigDict:
     reward.optimizer.schedule = "linear"
     reward.optimizer.warmup_steps = 10
     # What those responses are: PPO's prompts and lengths.
-    config.ppo.max_new_tokens = 128
-    config.ppo.temperature = 1.0
+    config.ppo.max_new_tokens = 128  # longest
+    config.ppo.temperature = 1.0  # of sampling
     return config

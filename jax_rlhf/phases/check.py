@@ -42,10 +42,10 @@ def check_run(config: RunConfig, workdir: Path, *, overwrite: bool) -> None:
     _check_batches(config, phases)
     for name in (*config.ppo.reward_functions, *config.ppo.eval_functions):
         imported(name, "config.ppo.reward_functions or eval_functions")
-    needed = list(
-        dict.fromkeys([*phases, *(["ppo"] if "reward" in phases and config.reward_training.normalize_rows else [])])
-    )
-    for phase in needed[1:]:  # the first one's own start does it
+    needed = dict.fromkeys(phases)
+    if "reward" in phases and config.reward_training.normalize_rows:
+        needed["ppo"] = None  # its prompts are answered, to normalise scores
+    for phase in list(needed)[1:]:  # the first one's own start does it
         create_datasets(config.data, tokenizer, phase, seed=config.seed)
 
 
