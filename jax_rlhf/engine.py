@@ -261,8 +261,13 @@ def _join(network: SplitModel, params: SplitParams) -> Params:
 
 
 @jax.jit
-def _masters(params: Params) -> Params:
+def _copies(params: Params) -> Params:
     return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
+
+
+def _masters(params: Params) -> Params:
+    # Held to their devices, as an update returns them: else the second iteration would compile everything anew.
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), _copies(params))
 
 
 def load_model(config: ModelConfig, head: Head, mesh: Mesh | None = None) -> Pretrained | None:

@@ -61,8 +61,8 @@ def create_state(config: PPOConfig, trained: Trained, mesh: Mesh | None = None) 
             skipped_updates=jnp.int32(0),
         )
 
-    if mesh is None:
-        return jax.jit(create)(trained)
+    if mesh is None:  # held to their device, as an update leaves it: else the next one would compile anew
+        return jax.device_put(jax.jit(create)(trained), jax.tree.leaves(trained.actor)[0].sharding)
     everywhere = NamedSharding(mesh, PartitionSpec())
     shapes = jax.eval_shape(create, trained)
     places = jax.tree.map(lambda _: everywhere, shapes)

@@ -24,10 +24,17 @@ def compiled(caplog):
 
 
 @pytest.mark.parametrize("source", ["reward model", "function"])
-@pytest.mark.parametrize("devices", [1, 8])
-def test_five_iterations_compile_everything_once(source, devices, caplog):
-    mesh = None if devices == 1 else Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp"))
-    engine = scored_engine(mesh=mesh) if source == "reward model" else RLHFEngine(tiny.policy(), mesh=mesh)
+@pytest.mark.parametrize("where", ["anywhere", "one device", "eight devices"])
+def test_five_iterations_compile_everything_once(source, where, caplog):
+    jax.clear_caches()
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp")) if where == "eight devices" else None
+    policy, reward = tiny.policy(), tiny.policy(5, head="scalar") if source == "reward model" else None
+    if where == "one device":  # as a loaded checkpoint is
+        policy, reward = (
+            model and dataclasses.replace(model, params=jax.device_put(model.params, jax.devices()[0]))
+            for model in (policy, reward)
+        )
+    engine = RLHFEngine(policy, reward=reward, mesh=mesh)
     trainer = tiny.trainer(
         engine,
         reward=None if source == "reward model" else tiny.fractional_reward,
