@@ -11,39 +11,48 @@ def get_config() -> ConfigDict:
     """The quickstart's settings."""
     config = default_config()
     config.model.path = _smollm2()
-    config.model.trainable_layers = 10
-    config.critic.trainable_layers = 4
+    config.model.trainable_layers = 8  # the rest is shared with the reference, and runs once per rollout
+    config.critic.trainable_layers = 4  # all of its layers, but not the embedding
 
     config.data.paths = ("jax_rlhf.examples.movie_reviews:rows",)
     config.data.eval_paths = ("jax_rlhf.examples.movie_reviews:rows",)
-    config.data.eval_rows = 1000
+    config.data.eval_rows = 1000  # all
     config.data.max_tokens = 48
-    config.data.prompt_tokens = 6
+    config.data.prompt_tokens = 6  # a prompt is the opening of a text
     config.data.packing = True
-    config.data.sft_batch_size = 10
+    config.data.sft_batch_size = 10  # rows of 48 tokens, about 18 texts
     config.data.reward_batch_size = 16
     config.data.ppo_batch_size = 64
 
-    config.sft.steps = 75
+    config.sft.steps = 60
     config.sft.loss_on = "all"
     config.sft.sample_rows = 0
-    config.sft.optimizer.learning_rate = 2e-4
+    config.sft.optimizer.learning_rate = 7e-4
+    config.sft.optimizer.schedule = "linear"
+    config.sft.optimizer.warmup_steps = 3
 
     config.reward_training.path = config.model.get_ref("path")
-    config.reward_training.num_layers = 8
-    config.reward_training.compare = "all"
-    config.reward_training.steps = 85
+    config.reward_training.num_layers = 4
+    config.reward_training.compare = "all"  # labels, not pairs: 16 × 16 comparisons a step
+    config.reward_training.steps = 90
     config.reward_training.normalize_rows = 64
-    config.reward_training.optimizer.learning_rate = 1e-4
-    config.reward_training.head_learning_rate = 1e-3
+    config.reward_training.optimizer.learning_rate = 4e-4
+    config.reward_training.optimizer.schedule = "linear"
+    config.reward_training.optimizer.warmup_steps = 4
+    config.reward_training.head_learning_rate = 2e-3
 
-    config.ppo.iterations = 15
-    config.ppo.max_new_tokens = 30
-    config.ppo.kl_coef = 0.1
+    config.ppo.iterations = 11
+    config.ppo.max_new_tokens = 24
+    config.ppo.missing_eos_penalty = 0.25
+    config.ppo.kl_coef = 0.06
     config.ppo.ppo_epochs = 2
     config.ppo.num_minibatches = 4
-    config.ppo.actor_optimizer.learning_rate = 1e-4
+    config.ppo.actor_optimizer.learning_rate = 2.2e-4
+    config.ppo.actor_optimizer.schedule = "linear"
+    config.ppo.actor_optimizer.final_fraction = 0.1
+    config.ppo.actor_optimizer.warmup_steps = 4
     config.ppo.critic_optimizer.learning_rate = 1e-4
+    config.ppo.eval_rows = 192
     config.ppo.eval_functions = ("jax_rlhf.examples.movie_reviews:positive",)
     return config
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_rlhf.data import Datasets, create_datasets, imported, pad_id
+from jax_rlhf.data import DataConfig, Datasets, create_datasets, imported, pad_id
 from jax_rlhf.engine import RLHFEngine
 from jax_rlhf.hub import save_pretrained
 from jax_rlhf.parallel import create_mesh, local_rows
@@ -45,7 +45,7 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
         engine = RLHFEngine.create(roles, mesh)  # actor, reference, critic, reward
         settings = _completed(config, engine)
         trainer = PPOTrainer(engine, settings, reward_functions=_functions(settings.reward_functions))
-        prompts = create_datasets(config.data, engine.tokenizer, "ppo", seed=config.seed)
+        prompts = create_datasets(_prompts(config), engine.tokenizer, "ppo", seed=config.seed)
         texts = create_datasets(config.data, engine.tokenizer, "sft", seed=config.seed) if settings.ptx_coef else None
         judges = _functions(settings.eval_functions)
         record.say(prompts.report)
@@ -85,6 +85,12 @@ def _completed(config: RunConfig, engine: RLHFEngine) -> PPOConfig:
         actor_optimizer=with_end(settings.actor_optimizer, steps),
         critic_optimizer=with_end(settings.critic_optimizer, steps),
     )
+
+
+def _prompts(config: RunConfig) -> DataConfig:
+    """The data's settings, with as many held-out prompts as the phase answers."""
+    rows = config.data.eval_rows if config.ppo.eval_rows is None else config.ppo.eval_rows
+    return dataclasses.replace(config.data, eval_rows=rows)
 
 
 def _functions(names: Sequence[str]) -> list[RewardFunction]:

@@ -59,6 +59,7 @@ class PPOConfig:
     The loop of `python -m jax_rlhf`, which `PPOTrainer` does not read:
       iterations: each samples config.data.ppo_batch_size prompts and updates.
       eval_every: iterations between evaluations on held-out prompts; 0 = only before the first and after the last.
+      eval_rows: held-out prompts to answer, at most; None = config.data.eval_rows.
       reward_functions: "package.module:function" each, f(prompts, responses, **columns) → scores, added to the reward
         model's.
       eval_functions: the same, only reported.
@@ -110,13 +111,14 @@ class PPOConfig:
 
     iterations: int = 100
     eval_every: int = 0
+    eval_rows: int | None = None
     reward_functions: tuple[str, ...] = ()
     eval_functions: tuple[str, ...] = ()
     sample_rows: int = 4
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "ppo_epochs", "num_minibatches", "max_new_tokens", "microbatch_size", "logprob_chunk")
-        _at_least(self, 1, "iterations")
+        _at_least(self, 1, "iterations", "eval_rows")
         _at_least(self, 0, "eval_every", "sample_rows")
         _at_least(self, 0, "clip_range", "clip_range_high", "value_clip_range", "reward_clip", "ptx_coef")
         _at_least(self, 0, "critic_warmup_iterations", "kl_coef")
