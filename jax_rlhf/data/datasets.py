@@ -10,7 +10,6 @@ from typing import Any, Literal
 import grain
 import jax
 import numpy as np
-from absl import logging
 from transformers import PreTrainedTokenizerBase
 
 from jax_rlhf.data.batches import FIRST_EVAL_ROW, packed, pair_batch, prompt_batch, text_batch, width
@@ -98,7 +97,6 @@ def create_datasets(config: Any, tokenizer: PreTrainedTokenizerBase, phase: Phas
         rows = read_rows(path, phase=phase, split="eval", hub_split=config.eval_split, revision=config.revision)
         held_out += _examples(rows, phase, tokenizer, config, dropped)[: config.eval_rows]
     report = f"{phase} data: " + _report(read, sum(map(len, train)), len(held_out), dropped)
-    logging.info("%s", report)
     return _batched(train, held_out, config, phase, pad, seed, report)
 
 

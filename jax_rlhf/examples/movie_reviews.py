@@ -72,7 +72,7 @@ def positive(prompts: list[str], responses: list[str], **columns: Sequence) -> n
 
 @functools.cache
 def _judge() -> Pipeline:
-    reviews = [(text, label) for text, label, source in _table() if source == "imdb"]
+    reviews = [(text, label) for text, label, source in table() if source == "imdb"]
     picked = np.random.default_rng(0).permutation(len(reviews))[:_JUDGE_REVIEWS]
     texts, labels = zip(*(_share("judge") + [reviews[index] for index in picked]), strict=True)
     words = TfidfVectorizer(sublinear_tf=True, min_df=3, max_features=30_000)
@@ -85,7 +85,7 @@ def _share(name: str) -> list[tuple[str, int]]:
     index = list(_SHARES).index(name)
     first, last = (0, *ends)[index], ends[index]
     seen, chosen = set(), []
-    for text, label, source in _table():
+    for text, label, source in table():
         if source == "imdb":
             continue
         key = re.sub(r"\W+", "", text.lower())  # sentences that differ in case and punctuation are one
@@ -97,8 +97,15 @@ def _share(name: str) -> list[tuple[str, int]]:
 
 
 @functools.cache
-def _table() -> list[tuple[str, int, str]]:
-    """(text, label, source) of all rows."""
+def table() -> list[tuple[str, int, str]]:
+    """All rows of the package.
+
+    Returns:
+      (text, label, source) each: label 1 is positive, sources are "imdb" and Rotten Tomatoes' sentences.
+
+    Raises:
+      DataError: the package is not installed.
+    """
     try:
         file = importlib.metadata.distribution(_PACKAGE).locate_file(_FILE)
     except importlib.metadata.PackageNotFoundError as error:

@@ -123,7 +123,7 @@ class Record:
         if self._run is not None:
             self._run.log(numbers, step=step)
         if self._bar is not None and shown:
-            self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
+            self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes samples.
