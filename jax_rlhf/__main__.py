@@ -54,6 +54,8 @@ def _run(config: ConfigDict, workdir: Path, *, overwrite: bool) -> int:
 
     phases = {"sft": sft.run, "reward": reward.run, "ppo": ppo.run}
     settings = run_config(config)
+    if jax.process_index() == 0:
+        print("checking settings, data and checkpoints", flush=True)
     check_run(settings, workdir, overwrite=overwrite)
     if jax.process_index() == 0:
         open_workdir(workdir, config, settings.phases, overwrite=overwrite)

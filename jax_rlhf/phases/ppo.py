@@ -154,7 +154,7 @@ def _evaluate(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Answers all held-out prompts; (metrics, rows)."""
     rows: list[dict[str, Any]] = []
-    for batch in prompts.eval:
+    for batch in record.watched(prompts.eval, "evaluating"):
         answered = _rows(trainer, batch, trainer.generate_experience(batch), step, "eval")
         columns = {name: list(values) for name, values in batch.columns.items()}
         texts = [row["prompt"] for row in answered], [row["response"] for row in answered]
@@ -182,5 +182,5 @@ def _evaluate(
 def _show_samples(before: list[dict[str, Any]], after: list[dict[str, Any]], count: int, record: Record) -> None:
     for one, other in list(zip(before, after, strict=False))[:count]:
         record.say(f"prompt  {printable(one['prompt'])}")
-        record.say(f"  before {one['score']:+.2f}  {printable(one['response'])}")
-        record.say(f"  after  {other['score']:+.2f}  {printable(other['response'])}")
+        record.say(f"  before, score {one['score']:+.2f}: {printable(one['response'])}")
+        record.say(f"  after,  score {other['score']:+.2f}: {printable(other['response'])}")

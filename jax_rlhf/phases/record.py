@@ -94,10 +94,7 @@ class Record:
         Yields:
           The step.
         """
-        seldom = 0.1 if sys.stderr.isatty() else 5.0  # seconds; a log file gets few lines
-        self._bar = tqdm(
-            total=total, desc=self.phase, unit=unit, disable=not self._writes, mininterval=seldom, dynamic_ncols=True
-        )
+        self._bar = self._progress(total, self.phase, unit)
         for step in range(total):
             if self.interrupted:
                 break
@@ -105,6 +102,28 @@ class Record:
             self._bar.update()
         self._bar.close()
         self._bar = None
+
+    def watched(self, batches: Sequence[Any], what: str) -> Iterator[Any]:
+        """The batches, with a progress bar that goes when they end.
+
+        Args:
+          batches: any.
+          what: happens to them.
+
+        Yields:
+          Each batch.
+        """
+        with self._progress(len(batches), f"{self.phase}: {what}", "batch", leave=False) as bar:
+            for batch in batches:
+                yield batch
+                bar.update()
+
+    def _progress(self, total: int, title: str, unit: str, *, leave: bool = True) -> tqdm:
+        seldom = 0.1 if sys.stderr.isatty() else 5.0  # seconds; a log file gets few lines
+        quiet = not self._writes
+        return tqdm(
+            total=total, desc=title, unit=unit, leave=leave, disable=quiet, mininterval=seldom, dynamic_ncols=True
+        )
 
     def metrics(self, step: int, values: Mapping[str, float], **shown: float) -> None:
         """Writes metrics, and shows some of them beside the bar.

@@ -56,7 +56,7 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
             return dataclasses.replace(pretrained, params=params)
 
         def report(step: int, state: object) -> None:
-            held_out = evaluated(how, state, frozen, datasets, mesh)
+            held_out = evaluated(how, state, frozen, datasets, record, mesh)
             if held_out:
                 held_out["perplexity"] = math.exp(min(held_out["loss"], 700.0))
                 losses.append(held_out["loss"])

@@ -88,7 +88,7 @@ def microbatches(batch_size: int, microbatch_size: int | None, mesh: Mesh | None
 
 
 def evaluated(
-    how: Supervised, state: SupervisedState, frozen: Params, datasets: Datasets, mesh: Mesh | None
+    how: Supervised, state: SupervisedState, frozen: Params, datasets: Datasets, record: Record, mesh: Mesh | None
 ) -> dict[str, float]:
     """The loss's means over all held-out rows.
 
@@ -97,13 +97,14 @@ def evaluated(
       state: the parameters.
       frozen: the frozen ones.
       datasets: the data.
+      record: shows how far it is.
       mesh: the mesh.
 
     Returns:
       name → mean; empty without held-out rows.
     """
     totals: dict[str, float] = {}
-    for batch in datasets.eval:
+    for batch in record.watched(datasets.eval, "evaluating"):
         sums = jax.device_get(evaluate(how, state, frozen, put_rows(batch, mesh)))
         totals = {name: totals.get(name, 0.0) + float(value) for name, value in sums.items()}
     count = totals.pop("count", 0.0)
