@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
     data.deduplicate = True  # of rows that are alike, one stays
     # data.pad_token = "<|endoftext|>"  # for a tokenizer without one; any will do
     data.sft_batch_size = 16  # rows a step, of all devices together
-    data.packing = False  # several texts share a row of max_tokens, without seeing each other
+    data.packing = False  # several texts share a row, without seeing each other
     data.length_buckets = ()  # widths that batches are padded to; empty: quarter, half, whole of max_tokens
     data.prefetch = 2  # batches made ahead
 

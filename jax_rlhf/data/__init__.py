@@ -1,10 +1,20 @@
 """Data sets by phase: files, Hugging Face data sets and readers in; batches out."""
 
-from jax_rlhf.data.batches import PairBatch, TextBatch
+from jax_rlhf.data.batches import PackedPairs, PairBatch, TextBatch
 from jax_rlhf.data.config import DataConfig
 from jax_rlhf.data.datasets import Datasets, create_datasets
 from jax_rlhf.data.errors import DataError
 from jax_rlhf.data.sources import imported
 from jax_rlhf.data.tokens import pad_id
 
-__all__ = ["DataConfig", "DataError", "Datasets", "PairBatch", "TextBatch", "create_datasets", "imported", "pad_id"]
+__all__ = [
+    "DataConfig",
+    "DataError",
+    "Datasets",
+    "PackedPairs",
+    "PairBatch",
+    "TextBatch",
+    "create_datasets",
+    "imported",
+    "pad_id",
+]

@@ -1,6 +1,7 @@
 """From examples to batches: padded to one of a few widths, each process with its own rows."""
 
 import bisect
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,6 +48,30 @@ class PairBatch:
     rejected: Array
     chosen_mask: Array
     rejected_mask: Array
+    margin: Array
+
+
+@struct.dataclass
+class PackedPairs:
+    """Pairs for the reward phase, several to a row: prompt + chosen, prompt + rejected, prompt + chosen, …
+
+    Attributes:
+      tokens: int32[B, T].
+      mask: bool[B, T], True = real token.
+      segments: int32[B, T], which of the row's texts a token is of, from 0.
+      positions: int32[B, T], tokens of the same text before it.
+      chosen_last, rejected_last: int32[B, S], where in the row the answers of each pair end.
+      real: bool[B, S], True = there is such a pair.
+      margin: float32[B, S], in reward units.
+    """
+
+    tokens: Array
+    mask: Array
+    segments: Array
+    positions: Array
+    chosen_last: Array
+    rejected_last: Array
+    real: Array
     margin: Array
 
 
@@ -114,6 +139,30 @@ def pair_batch(rows: Sequence[Example | None], columns: int, pad: int) -> PairBa
     return PairBatch(*tokens, *masks, margin)
 
 
+def packed_pairs(rows: Sequence[Sequence[Example]], columns: int, slots: int, pad: int) -> PackedPairs:
+    """Rows of several pairs.
+
+    Args:
+      rows: B rows of pairs; a row may be empty.
+      columns: T.
+      slots: S, the most pairs that a row may have.
+      pad: id at pads.
+
+    Returns:
+      The batch, in NumPy arrays.
+    """
+    texts = [[dataclasses.replace(pair, completions=(c,)) for pair in row for c in pair.completions] for row in rows]
+    laid_out = text_batch(texts, columns, pad)
+    last = np.zeros((len(rows), slots, 2), np.int32)
+    real, margin = np.zeros((len(rows), slots), bool), np.zeros((len(rows), slots), np.float32)
+    for r, row in enumerate(rows):
+        ends = np.cumsum([text.length for text in texts[r]], dtype=np.int32) - 1
+        last[r, : len(row)], real[r, : len(row)] = ends.reshape(-1, 2), True
+        margin[r, : len(row)] = [pair.margin for pair in row]
+    apart = laid_out.segments, laid_out.positions
+    return PackedPairs(laid_out.tokens, laid_out.mask, *apart, last[..., 0], last[..., 1], real, margin)
+
+
 def prompt_batch(rows: Sequence[Example], columns: int, pad: int, first_row: int) -> Prompts:
     """Prompts, padded on the left.
 
@@ -135,7 +184,7 @@ def prompt_batch(rows: Sequence[Example], columns: int, pad: int, first_row: int
 
 
 def packed(examples: Sequence[Example], columns: int) -> list[list[Example]]:
-    """Texts that share rows: best fit, the longest first, so that few rows are needed.
+    """Texts, or pairs of them, that share rows: best fit, the longest first, so that few rows are needed.
 
     Args:
       examples: the texts, none longer than a row.
@@ -146,13 +195,13 @@ def packed(examples: Sequence[Example], columns: int) -> list[list[Example]]:
     """
     rows: list[list[Example]] = []
     spaces: list[tuple[int, int]] = []  # (what is left of a row, the row), ascending
-    for example in sorted(examples, key=lambda example: -example.length):
-        place = bisect.bisect_left(spaces, (example.length, -1))
+    for example in sorted(examples, key=lambda example: -example.total_length):
+        place = bisect.bisect_left(spaces, (example.total_length, -1))
         if place == len(spaces):
             rows.append([])
             space, row = columns, len(rows) - 1
         else:
             space, row = spaces.pop(place)
         rows[row].append(example)
-        bisect.insort(spaces, (space - example.length, row))
+        bisect.insort(spaces, (space - example.total_length, row))
     return rows

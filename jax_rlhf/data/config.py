@@ -35,9 +35,10 @@ class DataConfig:
 
     Batches, over all processes together:
       sft_batch_size: rows a step (packs, with packing).
-      reward_batch_size: pairs a step.
+      reward_batch_size: pairs a step (packs, with packing).
       ppo_batch_size: prompts an iteration.
-      packing: SFT rows share a row of max_tokens, without seeing each other.
+      packing: SFT texts share a row of max_tokens, reward pairs one of 2 · max_tokens, without seeing each other; the
+        reward phase's token loss takes its pairs one by one all the same.
       length_buckets: widths that batches are padded to, in tokens; empty = quarter, half and whole of the longest
         allowed.
       prefetch: batches made ahead of their use.

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from jax_rlhf.data.batches import FIRST_EVAL_ROW, packed, pair_batch, prompt_batch, text_batch, width
+from jax_rlhf.data.batches import FIRST_EVAL_ROW, packed, packed_pairs, pair_batch, prompt_batch, text_batch, width
 from jax_rlhf.data.config import DataConfig, shares
 from jax_rlhf.data.errors import DataError
 from jax_rlhf.data.formats import PHASES, row_texts
@@ -62,7 +62,7 @@ def create_datasets(config: Any, tokenizer: PreTrainedTokenizerBase, phase: Phas
     Args:
       config: a `DataConfig`, or a mapping of its fields.
       tokenizer: the model's.
-      phase: "sft" (batches are `TextBatch`), "reward" (`PairBatch`) or "ppo" (`Prompts`).
+      phase: "sft" (batches are `TextBatch`), "reward" (`PairBatch`; packed `PackedPairs`) or "ppo" (`Prompts`).
       seed: of the split and of the order.
 
     Returns:
@@ -181,9 +181,12 @@ def _batched(
     if phase == "ppo" and config.prompt_tokens is not None:
         longest = config.prompt_tokens
     buckets = _buckets(config, longest)
-    packing = phase == "sft" and config.packing
+    packing = config.packing and phase != "ppo"
+    groups: list = list(held_out)
     if packing:
-        train = [packed(examples, longest) for examples in train]
+        longest *= 2 if phase == "reward" else 1  # a row holds both texts of a pair
+        train, groups = [packed(examples, longest) for examples in train], packed(held_out, longest)
+        slots = max(len(row) for examples in [*train, groups] for row in examples)
     rows = sum(map(len, train))
     if rows < batch_size:
         raise DataError(
@@ -199,6 +202,8 @@ def _batched(
             local = local if packing else [[] if example is None else [example] for example in local]
             columns = longest if packing else _columns(examples, buckets)
             return text_batch(local, columns, pad)
+        if phase == "reward" and packing:
+            return packed_pairs(local, longest, slots, pad)
         if phase == "reward":
             return pair_batch(local, _columns(examples, buckets), pad)
         return prompt_batch(local, _columns(examples, buckets), pad, first_row + mine.start)
@@ -210,7 +215,6 @@ def _batched(
         stream = grain.MapDataset.mix(parts, [weight / sum(weights) for weight in weights])
     batches = stream.batch(batch_size, batch_fn=lambda examples: batch(list(examples), 0))
 
-    groups: list = packed(held_out, longest) if packing else list(held_out)
     filled = [groups[i : i + batch_size] for i in range(0, len(groups), batch_size)]
     if filled:  # a prompt must have a token; a text or a pair may be empty
         filler = held_out[0] if phase == "ppo" else [] if packing else None

@@ -35,6 +35,11 @@ class Example:
         """Tokens of the prompt and the longest completion."""
         return len(self.prompt) + max((len(completion) for completion in self.completions), default=0)
 
+    @property
+    def total_length(self) -> int:
+        """Tokens of all its texts, each with the prompt before it."""
+        return sum(len(self.prompt) + len(completion) for completion in self.completions)
+
 
 def pad_id(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> int:
     """The id that stands at pads.

@@ -46,7 +46,7 @@ def check_run(config: RunConfig, workdir: Path, *, overwrite: bool) -> None:
     if "reward" in phases and config.reward_training.normalize_rows:
         needed["ppo"] = None  # its prompts are answered, to normalise scores
     for phase in list(needed)[1:]:  # the first one's own start does it
-        create_datasets(config.data, tokenizer, phase, seed=config.seed)
+        create_datasets(config.data_of(phase), tokenizer, phase, seed=config.seed)
 
 
 def _check_inputs(config: RunConfig, workdir: Path, phases: list[str]) -> None:

@@ -121,6 +121,21 @@ class RunConfig:
         if not self.phases or sorted(self.phases, key=PHASES.index) != list(self.phases):
             raise ValueError(f"config.phases={self.phases}: one or more of {', '.join(PHASES)} in this order.")
 
+    def data_of(self, phase: str) -> DataConfig:
+        """The data's settings as a phase uses them.
+
+        Args:
+          phase: its name.
+
+        Returns:
+          `data`, but for packing, which the token loss of pairs does not know, and for the held-out prompts of PPO.
+        """
+        if phase == "reward" and self.reward_training.loss == "token":
+            return dataclasses.replace(self.data, packing=False)
+        if phase == "ppo" and self.ppo.eval_rows is not None:
+            return dataclasses.replace(self.data, eval_rows=self.ppo.eval_rows)
+        return self.data
+
 
 def default_config() -> ConfigDict:
     """All fields with their defaults, for a config file's `get_config` to change.

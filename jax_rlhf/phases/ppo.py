@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_rlhf.data import DataConfig, Datasets, create_datasets, imported, pad_id
+from jax_rlhf.data import Datasets, create_datasets, imported, pad_id
 from jax_rlhf.engine import RLHFEngine
 from jax_rlhf.hub import save_pretrained
 from jax_rlhf.parallel import create_mesh, local_rows
@@ -45,8 +45,8 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
         engine = RLHFEngine.create(roles, mesh)  # actor, reference, critic, reward
         settings = _completed(config, engine)
         trainer = PPOTrainer(engine, settings, reward_functions=_functions(settings.reward_functions))
-        prompts = create_datasets(_prompts(config), engine.tokenizer, "ppo", seed=config.seed)
-        texts = create_datasets(config.data, engine.tokenizer, "sft", seed=config.seed) if settings.ptx_coef else None
+        prompts = create_datasets(config.data_of("ppo"), engine.tokenizer, "ppo", seed=config.seed)
+        texts = _texts(config, engine) if settings.ptx_coef else None
         judges = _functions(settings.eval_functions)
         record.say(prompts.report)
         record.say("compiling, and evaluating the SFT policy")
@@ -87,10 +87,9 @@ def _completed(config: RunConfig, engine: RLHFEngine) -> PPOConfig:
     )
 
 
-def _prompts(config: RunConfig) -> DataConfig:
-    """The data's settings, with as many held-out prompts as the phase answers."""
-    rows = config.data.eval_rows if config.ppo.eval_rows is None else config.ppo.eval_rows
-    return dataclasses.replace(config.data, eval_rows=rows)
+def _texts(config: RunConfig, engine: RLHFEngine) -> Datasets:
+    """The SFT data of PPO-ptx, a text a row."""
+    return create_datasets(dataclasses.replace(config.data, packing=False), engine.tokenizer, "sft", seed=config.seed)
 
 
 def _functions(names: Sequence[str]) -> list[RewardFunction]:

@@ -48,7 +48,7 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
         record.say(f"loading {path}")
         start = dataclasses.replace(config.model, path=path, revision=settings.revision)
         pretrained = reward_start(load_model(start, "lm", mesh), settings.num_layers, jax.random.key(config.seed))
-        datasets = create_datasets(config.data, pretrained.tokenizer, "reward", seed=config.seed)
+        datasets = create_datasets(config.data_of("reward"), pretrained.tokenizer, "reward", seed=config.seed)
         record.say(datasets.report)
         steps = total_steps(settings.steps, settings.epochs, datasets)
         how = Supervised(
@@ -111,9 +111,8 @@ def _held_out(network: SplitModel, params: SplitParams, datasets: Datasets, mesh
     if not datasets.eval:
         return {}
     pairs = [_pair_scores(network, params, put_rows(batch, mesh)) for batch in datasets.eval]
-    chosen, rejected = (
-        np.concatenate([_everywhere(pair[side]) for pair in pairs])[: datasets.eval_rows] for side in (0, 1)
-    )
+    chosen, rejected, real = (np.concatenate([_everywhere(pair[part]) for pair in pairs]) for part in range(3))
+    chosen, rejected = chosen[real], rejected[real]
     difference = chosen[:, None] - rejected[None]
     both = np.concatenate([chosen, rejected])
     return {
@@ -129,7 +128,7 @@ def _policy_scores(
     config: RunConfig, policy: Pretrained, network: SplitModel, params: SplitParams, mesh: Mesh | None
 ) -> tuple[np.ndarray, list[Mapping[str, Any]]]:
     """The reward model's scores of the SFT policy's responses to the PPO phase's prompts."""
-    prompts = create_datasets(config.data, policy.tokenizer, "ppo", seed=config.seed)
+    prompts = create_datasets(config.data_of("ppo"), policy.tokenizer, "ppo", seed=config.seed)
     scores, rows = [], []
     for step in range(-(-config.reward_training.normalize_rows // prompts.batch_size)):
         batch = prompts.train[step]

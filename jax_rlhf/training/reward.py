@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jax_rlhf.data import PairBatch
+from jax_rlhf.data import PackedPairs, PairBatch
 from jax_rlhf.hub import Pretrained
 from jax_rlhf.models import Decoder
 from jax_rlhf.models.layers import head_init
@@ -30,38 +30,29 @@ class RewardLoss:
     loss: Literal["bradley_terry", "token"] = "bradley_terry"
     compare: Literal["pairs", "all"] = "pairs"
 
-    def __call__(self, network: SplitModel, params: SplitParams, batch: PairBatch) -> Sums:
+    def __call__(self, network: SplitModel, params: SplitParams, batch: PairBatch | PackedPairs) -> Sums:
         """Sums over a batch.
 
         Args:
           network: with a scalar head.
           params: its parameters.
-          batch: B pairs.
+          batch: B pairs, or rows of packed ones, which the token loss does not take.
 
         Returns:
           "loss" in nats, "accuracy" (chosen above rejected), "margin" (chosen − rejected), "count" of comparisons;
           float32[] each.
         """
-        tokens = jnp.concatenate([batch.chosen, batch.rejected])
-        mask = jnp.concatenate([batch.chosen_mask, batch.rejected_mask])
-        boundary = network.boundary(SplitParams(jax.lax.stop_gradient(params.frozen), {}), tokens, mask)
-        real = jnp.any(batch.chosen_mask, axis=1)
+        params = SplitParams(jax.lax.stop_gradient(params.frozen), params.trainable)
         if self.loss == "token":
-            hidden = network.hidden_states(params, tokens, mask, boundary)
-            values = network.model.apply({"params": network.head_params(params)}, hidden, method="apply_head")
-            loss = token_ranking_loss(
-                *jnp.split(values, 2), batch.chosen, batch.rejected, batch.chosen_mask, batch.rejected_mask
-            )
-            last = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)
-            scores = jnp.take_along_axis(values, last[:, None], axis=1)[:, 0]
+            chosen, rejected, loss = _token_loss(network, params, batch)
+            real = jnp.any(batch.chosen_mask, axis=1)
         else:
-            scores = text_scores(network, params, tokens, mask, boundary)
-        chosen, rejected = jnp.split(scores, 2)
+            chosen, rejected, real = pair_scores(network, params, batch)
         if self.compare == "all":
             chosen, rejected = (x.reshape(-1) for x in jnp.broadcast_arrays(chosen[:, None], rejected[None]))
             real = (real[:, None] & real[None]).reshape(-1)
         if self.loss == "bradley_terry":
-            margin = batch.margin if self.compare == "pairs" else None
+            margin = batch.margin.reshape(-1) if self.compare == "pairs" else None
             loss = bradley_terry_loss(chosen, rejected, margin=margin)
         sums = {"loss": loss, "accuracy": (chosen > rejected).astype(jnp.float32), "margin": chosen - rejected}
         return {name: masked_sum(value, real) for name, value in sums.items()} | {
@@ -69,22 +60,50 @@ class RewardLoss:
         }
 
 
-def pair_scores(network: SplitModel, params: SplitParams, batch: PairBatch) -> tuple[Array, Array]:
+def pair_scores(network: SplitModel, params: SplitParams, batch: PairBatch | PackedPairs) -> tuple[Array, Array, Array]:
     """The scores of both answers of each pair.
 
     Args:
       network: with a scalar head.
       params: its parameters.
-      batch: B pairs.
+      batch: B pairs, or B rows of up to S packed ones.
 
     Returns:
-      (chosen, rejected), float32[B] each.
+      (chosen, rejected, real), float32[N], float32[N] and bool[N]: N is B, or B · S; what is not real is no pair.
     """
-    tokens = jnp.concatenate([batch.chosen, batch.rejected])
-    mask = jnp.concatenate([batch.chosen_mask, batch.rejected_mask])
+    if isinstance(batch, PackedPairs):
+        values = _values(network, params, batch.tokens, batch.mask, positions=batch.positions, segments=batch.segments)
+        chosen, rejected = (
+            jnp.take_along_axis(values, last, axis=1).reshape(-1) for last in (batch.chosen_last, batch.rejected_last)
+        )
+        return chosen, rejected, batch.real.reshape(-1)
+    tokens, mask = _both(batch)
     boundary = network.boundary(SplitParams(params.frozen, {}), tokens, mask)
     chosen, rejected = jnp.split(text_scores(network, params, tokens, mask, boundary), 2)
-    return chosen, rejected
+    return chosen, rejected, jnp.any(batch.chosen_mask, axis=1)
+
+
+def _token_loss(network: SplitModel, params: SplitParams, batch: PairBatch) -> tuple[Array, Array, Array]:
+    """(scores of the chosen, of the rejected, loss), float32[B] each."""
+    tokens, mask = _both(batch)
+    values = _values(network, params, tokens, mask)
+    loss = token_ranking_loss(
+        *jnp.split(values, 2), batch.chosen, batch.rejected, batch.chosen_mask, batch.rejected_mask
+    )
+    last = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)
+    return *jnp.split(jnp.take_along_axis(values, last[:, None], axis=1)[:, 0], 2), loss
+
+
+def _both(batch: PairBatch) -> tuple[Array, Array]:
+    """Tokens and mask of chosen above rejected, [2B, T]."""
+    return jnp.concatenate([batch.chosen, batch.rejected]), jnp.concatenate([batch.chosen_mask, batch.rejected_mask])
+
+
+def _values(network: SplitModel, params: SplitParams, tokens: Array, mask: Array, **apart: Array) -> Array:
+    """The head's value at each token, float32[B, T]."""
+    boundary = network.boundary(SplitParams(params.frozen, {}), tokens, mask, **apart)
+    hidden = network.hidden_states(params, tokens, mask, boundary, **apart)
+    return network.model.apply({"params": network.head_params(params)}, hidden, method="apply_head")
 
 
 def reward_start(pretrained: Pretrained, num_layers: int | None, key: Array) -> Pretrained:

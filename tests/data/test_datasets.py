@@ -153,6 +153,31 @@ def test_packed_rows_hold_every_text_once():
     assert len(rows) <= 1.02 * np.ceil(lengths.sum() / 32)
 
 
+def test_packed_pairs_are_laid_out_one_after_the_other(tmp_path):
+    rows = [pair | {"margin": index} for index, pair in enumerate(pairs(7))]
+    file = tiny.write(tmp_path / "x.jsonl", rows)
+    datasets = create(file, "reward", packing=True, max_tokens=20, eval_paths=(file,))
+    apart = create(file, "reward", reward_batch_size=7).train[0]
+    texts = {
+        float(margin): [tokens[row][mask[row]].tolist() for tokens, mask in sides]
+        for row, margin in enumerate(apart.margin)
+        for sides in [((apart.chosen, apart.chosen_mask), (apart.rejected, apart.rejected_mask))]
+    }
+    for batches in ([datasets.train[step] for step in range(datasets.steps_per_epoch)], datasets.eval):
+        seen = []
+        for batch in batches:
+            assert batch.tokens.shape == (2, 40)
+            for row, slot in zip(*np.nonzero(batch.real), strict=True):
+                for answer, last in enumerate((batch.chosen_last, batch.rejected_last)):
+                    own = batch.segments[row] == batch.segments[row, last[row, slot]]
+                    own = own & batch.mask[row]
+                    assert batch.tokens[row, own].tolist() == texts[float(batch.margin[row, slot])][answer]
+                    assert batch.positions[row, own].tolist() == list(range(own.sum()))
+                    assert np.flatnonzero(own)[-1] == last[row, slot]
+                seen.append(float(batch.margin[row, slot]))
+        assert sorted(seen) == list(range(7))
+
+
 def test_widths_are_few(tmp_path):
     rows = [
         {"prompt": " ".join(["a"] * length + [text]), "completion": "b"}

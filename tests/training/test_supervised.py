@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from jax_rlhf.data.batches import pair_batch, text_batch
+from jax_rlhf.data.batches import packed_pairs, pair_batch, text_batch
 from jax_rlhf.data.tokens import Example
 from jax_rlhf.models import logical_axes
 from jax_rlhf.models.split import SplitModel
@@ -147,8 +147,25 @@ def test_bradley_terry_by_hand(compare):
     assert float(sums["loss"]) == pytest.approx(wanted.sum(), rel=1e-4)
     assert float(sums["accuracy"]) == np.sum(difference > 0)
     assert float(sums["margin"]) == pytest.approx(difference.sum(), rel=1e-3, abs=1e-4)
-    chosen, rejected = pair_scores(how.network, how.network.split(start.params), batch)
+    chosen, rejected, real = pair_scores(how.network, how.network.split(start.params), batch)
+    assert real.tolist() == [True] * 5 + [False]
     np.testing.assert_allclose(np.stack([chosen, rejected], axis=1)[:5], by_hand, atol=1e-5)
+
+
+@pytest.mark.parametrize("compare", ["pairs", "all"])
+@pytest.mark.parametrize("layers", [None, 1])
+def test_packed_pairs_do_not_see_each_other(compare, layers):
+    pairs = examples(5, answers=2)
+    how, start = reward(compare=compare)
+    how = dataclasses.replace(how, network=SplitModel(start.model, layers))
+    apart, _ = update(how, *create_state(how, start), pair_batch(pairs, 12, 0))
+    batch = packed_pairs([pairs[:3], [], pairs[3:]], 70, 3, 9)
+    together, metrics = update(how, *create_state(how, start), batch)
+    assert float(metrics["count"]) == (5 if compare == "pairs" else 25)
+    compared(apart.trainable, together.trainable)
+    chosen, rejected, real = pair_scores(how.network, how.network.split(start.params), batch)
+    by_hand = scores_by_hand(start, pairs)
+    np.testing.assert_allclose(np.stack([chosen, rejected], axis=1)[np.asarray(real)], by_hand, atol=1e-5)
 
 
 def test_the_token_loss_averages_from_the_first_difference():
