@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.data.prompt_tokens = 6  # a prompt is the opening of a text
     config.data.packing = True
     config.data.sft_batch_size = 10  # rows of 48 tokens, about 18 texts
-    config.data.reward_batch_size = 16
+    config.data.reward_batch_size = 10  # rows of 2 × 48 tokens, about 18 pairs
     config.data.ppo_batch_size = 64
 
     config.sft.steps = 60
@@ -33,8 +33,8 @@ def get_config() -> ConfigDict:
 
     config.reward_training.path = config.model.get_ref("path")
     config.reward_training.num_layers = 4
-    config.reward_training.compare = "all"  # labels, not pairs: 16 × 16 comparisons a step
-    config.reward_training.steps = 88
+    config.reward_training.compare = "all"  # labels, not pairs: 18 × 18 comparisons a step
+    config.reward_training.steps = 110
     config.reward_training.normalize_rows = 64
     config.reward_training.optimizer.learning_rate = 4e-4
     config.reward_training.optimizer.schedule = "linear"
@@ -44,14 +44,15 @@ def get_config() -> ConfigDict:
     config.ppo.iterations = 10
     config.ppo.max_new_tokens = 24
     config.ppo.missing_eos_penalty = 0.25
-    config.ppo.kl_coef = 0.055
+    config.ppo.kl_coef = 0.06
+    config.ppo.lam = 1.0  # a critic this young misleads more than the whole return varies
     config.ppo.ppo_epochs = 2
     config.ppo.num_minibatches = 4
-    config.ppo.actor_optimizer.learning_rate = 2.5e-4
+    config.ppo.actor_optimizer.learning_rate = 3e-4
     config.ppo.actor_optimizer.schedule = "linear"
-    config.ppo.actor_optimizer.final_fraction = 0.1
-    config.ppo.actor_optimizer.warmup_steps = 4
-    config.ppo.critic_optimizer.learning_rate = 1e-4
+    config.ppo.actor_optimizer.final_fraction = 0.3
+    config.ppo.actor_optimizer.warmup_steps = 12  # while the critic learns most
+    config.ppo.critic_optimizer.learning_rate = 4e-4
     config.ppo.eval_rows = 192
     config.ppo.eval_functions = ("jax_rlhf.examples.movie_reviews:positive",)
     return config
