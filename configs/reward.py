@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.data.paths = ()
     config.data.reward_batch_size = 16  # pairs a step, of all devices together
     config.data.max_tokens = 512  # longest prompt + answer
+    config.data.packing = False  # several pairs share a row of 2 · max_tokens, without seeing each other
 
     reward = config.reward_training
     # reward.path = "HuggingFaceTB/SmolLM2-135M"  # starts as this; default: the SFT policy
