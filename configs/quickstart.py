@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     config.reward_training.num_layers = 4
     config.reward_training.compare = "all"  # labels, not pairs: 18 × 18 comparisons a step
     config.reward_training.steps = 110
-    config.reward_training.normalize_rows = 64
+    config.reward_training.normalize_rows = 128
     config.reward_training.optimizer.learning_rate = 4e-4
     config.reward_training.optimizer.schedule = "linear"
     config.reward_training.optimizer.warmup_steps = 4

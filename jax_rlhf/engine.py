@@ -137,6 +137,7 @@ class RLHFEngine:
             reward=reward_params,
             reward_bias=jnp.float32(reward.reward_bias if reward is not None else 0),
             critic_bias=jnp.float32(critic_start.reward_bias),
+            missing_eos_bias=jnp.float32(reward.missing_eos_bias if reward is not None else 0),
         )
         self.mesh = mesh
         self.tokenizer = actor.tokenizer

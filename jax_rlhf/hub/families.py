@@ -220,7 +220,11 @@ def config_to_hub(model: Decoder, dtype: str) -> PretrainedConfig:
     if model.head == "scalar":
         config.num_labels = 1
     config.dtype = dtype
-    for stale in ("auto_map", "reward_bias"):  # code files of the old folder; another model's bias
+    for stale in (
+        "auto_map",
+        "reward_bias",
+        "reward_missing_eos_bias",
+    ):  # code files of the old folder; another model's biases
         if hasattr(config, stale):
             delattr(config, stale)
     return config

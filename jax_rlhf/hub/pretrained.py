@@ -53,6 +53,8 @@ class Pretrained:
       tokenizer: transformers' tokenizer, or None where the checkpoint had none.
       generation_config: what generation_config.json said, or None.
       reward_bias: of a reward model, whose score is the scalar head's value + this; `reward_bias` in config.json.
+      missing_eos_bias: of a reward model, subtracted from the scores of texts that do not end in EOS;
+        `reward_missing_eos_bias` in config.json.
     """
 
     model: Decoder
@@ -60,6 +62,7 @@ class Pretrained:
     tokenizer: PreTrainedTokenizerBase | None = None
     generation_config: dict[str, Any] | None = None
     reward_bias: float = 0.0
+    missing_eos_bias: float = 0.0
 
 
 def load_pretrained(
@@ -127,8 +130,9 @@ def load_pretrained(
             len(tokenizer),
             config.vocab_size,
         )
-    bias = _reward_bias(place, config_dict) if head == "scalar" and not new_head else 0.0
-    return Pretrained(model, unflatten_dict(params), tokenizer, generation_config, bias)
+    names = ("reward_bias", "reward_missing_eos_bias") if head == "scalar" and not new_head else ()
+    biases = [_number(place, config_dict, name) for name in names]
+    return Pretrained(model, unflatten_dict(params), tokenizer, generation_config, *biases)
 
 
 def describe_pretrained(
@@ -296,11 +300,11 @@ def _load_tokenizer(place: Path, source: TensorSource) -> PreTrainedTokenizerBas
     return load_tokenizer(place)
 
 
-def _reward_bias(place: Path, config: dict[str, Any]) -> float:
-    bias = config.get("reward_bias", 0.0)
-    if isinstance(bias, bool) or not isinstance(bias, int | float) or not math.isfinite(bias):
-        raise CheckpointError(f"{place / 'config.json'}: reward_bias={bias!r}; a finite number is expected.")
-    return float(bias)
+def _number(place: Path, config: dict[str, Any], name: str) -> float:
+    number = config.get(name, 0.0)
+    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        raise CheckpointError(f"{place / 'config.json'}: {name}={number!r}; a finite number is expected.")
+    return float(number)
 
 
 def _with_pooling_pad(pretrained: Pretrained, config: PretrainedConfig) -> Pretrained:
@@ -308,7 +312,7 @@ def _with_pooling_pad(pretrained: Pretrained, config: PretrainedConfig) -> Pretr
 
     So the pad must not be EOS, which ends a text.
     """
-    config.reward_bias = pretrained.reward_bias
+    config.reward_bias, config.reward_missing_eos_bias = pretrained.reward_bias, pretrained.missing_eos_bias
     tokenizer, stored = pretrained.tokenizer, config.eos_token_id
     ends = set(stored if isinstance(stored, list) else [stored])
     choices = [config.pad_token_id]

@@ -66,8 +66,8 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
         def params() -> SplitParams:
             return SplitParams(frozen, latest[0].trainable)
 
-        def save(gain: float = 1.0, bias: float = 0.0) -> None:
-            save_pretrained(folder / "model", _normalised(how.network, params(), pretrained, gain, bias))
+        def save(**calibration: float) -> None:
+            save_pretrained(folder / "model", _calibrated(how.network, params(), pretrained, **calibration))
 
         def report(step: int, state: object) -> None:
             del state
@@ -97,11 +97,11 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
         if policy_path is not None and not record.interrupted:
             record.say(f"scoring {settings.normalize_rows} responses of the SFT policy, to normalise scores")
             policy = load_model(dataclasses.replace(config.model, path=policy_path), "lm", mesh)
-            scores, rows = _policy_scores(config, policy, how.network, params(), mesh)
+            scores, ended, rows = _policy_scores(config, policy, how.network, params(), mesh)
             record.samples(rows)
-            deviation = max(float(np.std(scores)), 1e-6)
-            result |= {"gain": 1 / deviation, "bias": -float(np.mean(scores)) / deviation}
-            save(result["gain"], result["bias"])
+            found = calibration(scores, ended)
+            result |= found
+            save(**found)
         record.summary(result)
     return result
 
@@ -126,10 +126,10 @@ def _held_out(network: SplitModel, params: SplitParams, datasets: Datasets, mesh
 
 def _policy_scores(
     config: RunConfig, policy: Pretrained, network: SplitModel, params: SplitParams, mesh: Mesh | None
-) -> tuple[np.ndarray, list[Mapping[str, Any]]]:
-    """The reward model's scores of the SFT policy's responses to the PPO phase's prompts."""
+) -> tuple[np.ndarray, np.ndarray, list[Mapping[str, Any]]]:
+    """The reward model's scores of the SFT policy's responses to the PPO phase's prompts, and which of them ended."""
     prompts = create_datasets(config.data_of("ppo"), policy.tokenizer, "ppo", seed=config.seed)
-    scores, rows = [], []
+    scores, ended, rows = [], [], []
     for step in range(-(-config.reward_training.normalize_rows // prompts.batch_size)):
         batch = prompts.train[step]
         tokens, mask, row_ids = put_rows((batch.tokens, batch.mask, batch.row_ids), mesh)
@@ -144,12 +144,35 @@ def _policy_scores(
             eos_id=policy.tokenizer.eos_token_id,
             row_ids=row_ids,
         )
+        ends = samples.response_mask & (samples.tokens[:, mask.shape[1] :] == policy.tokenizer.eos_token_id)
         mask = jnp.concatenate([mask, samples.response_mask], axis=1)
-        batch_scores = _text_scores(network, params, samples.tokens, mask)
-        scores.append(_everywhere(batch_scores))
-        mine = zip(local_rows(samples.tokens), local_rows(mask), local_rows(batch_scores), strict=True)
-        rows += [{"text": policy.tokenizer.decode(row[real]), "score": float(score)} for row, real, score in mine]
-    return np.concatenate(scores), rows
+        batch = samples.tokens, mask, _text_scores(network, params, samples.tokens, mask), jnp.any(ends, axis=1)
+        scores.append(_everywhere(batch[2]))
+        ended.append(_everywhere(batch[3]))
+        for row, real, score, end in zip(*map(local_rows, batch), strict=True):
+            rows.append({"text": policy.tokenizer.decode(row[real]), "score": float(score), "ended": bool(end)})
+    return np.concatenate(scores), np.concatenate(ended), rows
+
+
+def calibration(scores: np.ndarray, ended: np.ndarray) -> dict[str, float]:
+    """What brings the scores of SFT responses to mean 0 and deviation 1, without a bonus for not ending.
+
+    A reward model that was trained on whole answers has no ground for what it says of those that were cut at
+    max_new_tokens. Where it says more, on average, PPO would learn never to end; where it says less, that stands.
+
+    Args:
+      scores: float[N], the head's.
+      ended: bool[N], whether with EOS.
+
+    Returns:
+      "gain", "bias" and "missing_eos_bias": score = gain · head + bias − missing_eos_bias · [not ended]. The last is 0
+      where fewer than 8 responses ended, or did not.
+    """
+    few = min(np.sum(ended), np.sum(~ended)) < 8
+    gap = 0.0 if few else max(0.0, float(np.mean(scores[~ended]) - np.mean(scores[ended])))
+    scores = scores - gap * ~ended
+    gain = 1 / max(float(np.std(scores)), 1e-6)
+    return {"gain": gain, "bias": -float(np.mean(scores)) * gain, "missing_eos_bias": gap * gain}
 
 
 _pair_scores = jax.jit(pair_scores, static_argnums=0)
@@ -169,10 +192,16 @@ def _everywhere(array: Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-def _normalised(
-    network: SplitModel, params: SplitParams, pretrained: Pretrained, gain: float, bias: float
+def _calibrated(
+    network: SplitModel,
+    params: SplitParams,
+    pretrained: Pretrained,
+    gain: float = 1.0,
+    bias: float = 0.0,
+    missing_eos_bias: float = 0.0,
 ) -> Pretrained:
-    """score = gain · head + bias: the gain goes into the head, the bias into config.json."""
+    """score = gain · head + bias: the gain goes into the head, biases into config.json."""
     whole = network.join(params)
     head = jax.tree.map(lambda leaf: leaf * gain, whole["scalar_head"])
-    return dataclasses.replace(pretrained, params=whole | {"scalar_head": head}, reward_bias=bias)
+    biases = {"reward_bias": bias, "missing_eos_bias": missing_eos_bias}
+    return dataclasses.replace(pretrained, params=whole | {"scalar_head": head}, **biases)

@@ -124,10 +124,11 @@ def score_samples(
     bias = frozen.critic_bias
     values = critic_values(networks.critic, critic, tokens, mask, bottom.critic, start=start, bias=bias)
 
+    ended = jnp.any(response_mask & jnp.isin(tokens[:, start:], jnp.asarray(config.eos_ids or (), jnp.int32)), axis=1)
     scores = jnp.zeros(len(tokens), jnp.float32) if function_scores is None else function_scores
     if networks.reward is not None:
         scores = scores + reward_scores(networks, frozen, tokens, mask, bottom.critic)
-    ended = jnp.any(response_mask & jnp.isin(tokens[:, start:], jnp.asarray(config.eos_ids or (), jnp.int32)), axis=1)
+        scores = scores - frozen.missing_eos_bias * ~ended
     experience = Experience(
         tokens=tokens,
         prompt_mask=prompt_mask,

@@ -61,6 +61,7 @@ class Frozen:
       reward: the reward model; its `frozen` is empty where it is the critic's. None where there is none.
       reward_bias, critic_bias: float32[], score or value = head + bias: a reward model's gain is folded into its head,
         its bias is not, and a critic that starts as a reward model starts with its scores.
+      missing_eos_bias: float32[], subtracted from scores of responses without EOS.
     """
 
     actor: Params
@@ -69,6 +70,7 @@ class Frozen:
     reward: SplitParams | None
     reward_bias: Array
     critic_bias: Array
+    missing_eos_bias: Array
 
 
 @struct.dataclass

@@ -111,8 +111,10 @@ def test_reward_model_is_normalised_on_samples_of_the_sft_policy(whole):
     workdir, _ = whole
     scores = np.array([row["score"] for row in lines(workdir / "reward" / "samples.jsonl")])
     summary = json.loads((workdir / "reward" / "summary.json").read_text())
-    normalised = summary["gain"] * scores + summary["bias"]
+    cut = ~np.array([row["ended"] for row in lines(workdir / "reward" / "samples.jsonl")])
+    assert cut.tolist() == ["<eos>" not in row["text"] for row in lines(workdir / "reward" / "samples.jsonl")]
     assert len(scores) == 16
+    normalised = summary["gain"] * scores + summary["bias"] - summary["missing_eos_bias"] * cut
     assert np.mean(normalised) == pytest.approx(0, abs=1e-5)
     assert np.std(normalised) == pytest.approx(1, abs=1e-5)
     # What was saved gives those scores: gain in the head, bias beside it.
@@ -120,7 +122,7 @@ def test_reward_model_is_normalised_on_samples_of_the_sft_policy(whole):
     text = lines(workdir / "reward" / "samples.jsonl")[0]["text"]
     tokens = np.array([data.ids(text)])
     value = pretrained.model.apply({"params": pretrained.params}, tokens)[0, -1] + pretrained.reward_bias
-    assert float(value) == pytest.approx(normalised[0], abs=1e-4)
+    assert float(value) - pretrained.missing_eos_bias * cut[0] == pytest.approx(normalised[0], abs=1e-4)
 
 
 def test_torch_scores_texts_as_we_do(whole):
