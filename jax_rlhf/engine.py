@@ -218,7 +218,7 @@ class RLHFEngine:
         return _values(self.networks, self.trained, self.frozen, tokens, mask)
 
     def reward(self, tokens: Array, mask: Array) -> Array:
-        """The reward model's score of each text, float32[B]."""
+        """The reward model's score of each text, float32[B]; whether it ends in EOS is not looked at."""
         if self.networks.reward is None:
             raise ValueError("the engine has no reward model; give config.reward.path.")
         return _reward(self.networks, self.frozen, tokens, mask)

@@ -1,5 +1,6 @@
 """Loading and saving: heads, dtypes, meshes, file forms, and every kind of broken checkpoint."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -57,6 +58,18 @@ def test_scalar_head_of_a_causal_model_keeps_its_trunk(llama):
     lm, scalar = load_pretrained(llama), load_pretrained(llama, head="scalar")
     assert same_params(lm.params["layers"], scalar.params["layers"])
     assert "lm_head" not in scalar.params
+
+
+def test_a_reward_models_biases_come_back(llama, tmp_path):
+    scalar = dataclasses.replace(load_pretrained(llama, head="scalar"), reward_bias=0.5, missing_eos_bias=0.25)
+    save_pretrained(tmp_path / "reward", scalar)
+    again = load_pretrained(tmp_path / "reward", head="scalar")
+    assert (again.reward_bias, again.missing_eos_bias) == (0.5, 0.25)
+    save_pretrained(tmp_path / "policy", load_pretrained(llama))
+    assert "reward_missing_eos_bias" not in json.loads((tmp_path / "policy" / "config.json").read_text())
+    set_config(tmp_path / "reward", reward_missing_eos_bias="much")
+    with pytest.raises(CheckpointError, match="reward_missing_eos_bias='much'; a finite number is expected"):
+        load_pretrained(tmp_path / "reward", head="scalar")
 
 
 def test_classifier_with_several_labels_is_refused(tmp_path):

@@ -108,16 +108,18 @@ def test_the_score_lies_on_the_last_real_token():
 
 
 def test_a_reward_model_scores_the_very_ids_that_were_sampled():
-    """Its score is its head at the last real token of each row; functions are added to it."""
-    reward = tiny.policy(5, head="scalar", num_layers=1)
+    """Its score is its head at the last real token of each row, less its bonus for not ending; functions are added."""
+    reward = dataclasses.replace(tiny.policy(5, head="scalar", num_layers=1), missing_eos_bias=0.7)
     engine = RLHFEngine(tiny.policy(), critic=tiny.policy(6, head="scalar"), reward=reward)
     made = tiny.trainer(engine, reward=None).generate_experience(tiny.ragged_prompts(16))
     mask = np.concatenate([made.prompt_mask, made.response_mask], axis=1)
     values = np.asarray(jax.jit(reward.model.apply)({"params": reward.params}, made.tokens, mask=mask))
     last = np.array([np.flatnonzero(row)[-1] for row in mask])
-    np.testing.assert_allclose(made.scores, values[np.arange(16), last], atol=1e-5)
-    np.testing.assert_allclose(engine.reward(made.tokens, mask), made.scores, atol=1e-5)
-    assert np.std(made.scores) > 0.01
+    ended = np.asarray(made.tokens)[np.arange(16), last] == tiny.EOS
+    assert 0 < np.sum(ended) < 16
+    np.testing.assert_allclose(made.scores, values[np.arange(16), last] - 0.7 * ~ended, atol=1e-5)
+    np.testing.assert_allclose(engine.reward(made.tokens, mask), values[np.arange(16), last], atol=1e-5)
+    assert np.std(values[np.arange(16), last]) > 0.01
     both = tiny.trainer(engine, reward=tiny.fractional_reward).generate_experience(tiny.ragged_prompts(16))
     np.testing.assert_array_equal(both.tokens, made.tokens)
     texts = [
