@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
     # config.reward.path = "runs/reward/reward/model"  # default: <workdir>/reward/model, or functions alone
     # config.critic.path = …  # default: the reward model
     # config.critic.trainable_layers = 4  # what is frozen is shared with the reward model
+    # config.critic.zero_head = True  # values start at 0, not with what the reward model says of unfinished responses
     # config.reference.path = …  # default: the SFT policy
 
     config.data.paths = ()

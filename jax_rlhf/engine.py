@@ -3,6 +3,7 @@
     actor       trains                     starts from config.model
     reference   frozen                     the actor's weights at the start (no second load), or config.reference
     critic      trains                     config.critic, or the reward model, or the actor's trunk with a zero head
+                                           (with config.critic.zero_head, any of them with a zero head)
     reward      frozen                     config.reward, or none where Python functions score
 
 With `trainable_layers=k` the layers below the top k are frozen, held once, and shared: by actor and reference, by
@@ -60,6 +61,23 @@ class ModelConfig:
     remat: RematPolicy | None = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CriticConfig(ModelConfig):
+    """The critic.
+
+    Attributes:
+      zero_head: its values start at 0, and only its trunk is what `path` (or the reward model) says. A reward model
+        learned from whole answers; what its head says of unfinished ones can be a worse baseline than none.
+
+    Source of the zero head: Ziegler et al. 2019, "Fine-tuning language models from human preferences", their code.
+    """
+
+    zero_head: bool = False
+
+
+_KINDS = {"model": ModelConfig, "reference": ModelConfig, "critic": CriticConfig, "reward": ModelConfig}
+
+
 class RLHFEngine:
     """Actor, reference, critic and reward model on one mesh.
 
@@ -80,6 +98,7 @@ class RLHFEngine:
         reward: Pretrained | None = None,
         trainable_layers: int | None = None,
         critic_trainable_layers: int | None = None,
+        critic_zero_head: bool = False,
         mesh: Mesh | None = None,
     ) -> None:
         """Builds the engine from parameters in memory; arguments are copied where they train, else shared.
@@ -90,6 +109,7 @@ class RLHFEngine:
           critic: with a scalar head; None = the reward model's weights, or the actor's trunk with a zero head.
           reward: with a scalar head; None = no reward model.
           trainable_layers, critic_trainable_layers: from the top; None = all parameters.
+          critic_zero_head: the critic's head starts at zero, whatever it starts as.
           mesh: the mesh; None = one device.
 
         Raises:
@@ -128,15 +148,22 @@ class RLHFEngine:
             critic_shares=critic_shares,
             reward_shares=reward_shares,
         )
+        # The critic values unfinished responses, so it starts without the bonus that the reward model gives for those.
+        critic_trainable, critic_bias = (
+            critic_params.trainable,
+            critic_start.reward_bias - critic_start.missing_eos_bias,
+        )
+        if critic_zero_head:
+            critic_trainable, critic_bias = _with_zero_head(critic_trainable), 0.0
         # The parts that train are copies in float32: their buffers are donated to every update.
-        self.trained = Trained(_masters(actor_params.trainable), _masters(critic_params.trainable), None)
+        self.trained = Trained(_masters(actor_params.trainable), _masters(critic_trainable), None)
         self.frozen = Frozen(
             actor=actor_params.frozen,
             critic=critic_params.frozen,
             reference=reference_params,
             reward=reward_params,
             reward_bias=jnp.float32(reward.reward_bias if reward is not None else 0),
-            critic_bias=jnp.float32(critic_start.reward_bias),
+            critic_bias=jnp.float32(critic_bias),
             missing_eos_bias=jnp.float32(reward.missing_eos_bias if reward is not None else 0),
         )
         self.mesh = mesh
@@ -149,7 +176,7 @@ class RLHFEngine:
 
         Args:
           config: a mapping with `model` and, where wanted, `reference`, `critic`, `reward`, each with `ModelConfig`'s
-            fields; other entries (`ppo`, …) are not looked at.
+            fields (`critic` with `CriticConfig`'s); other entries (`ppo`, …) are not looked at.
           mesh: the mesh; None = one device.
 
         Returns:
@@ -159,10 +186,7 @@ class RLHFEngine:
           ValueError: an unknown field or a wrong value; says which.
           FileNotFoundError, CheckpointError: a checkpoint cannot be used.
         """
-        roles = {
-            role: from_mapping(ModelConfig, config.get(role) or {}, f"config.{role}")
-            for role in ("model", "reference", "critic", "reward")
-        }
+        roles = {role: from_mapping(kind, config.get(role) or {}, f"config.{role}") for role, kind in _KINDS.items()}
         if roles["model"].path is None:
             raise ValueError("config.model.path is not set; it names the actor's checkpoint.")
         if roles["reference"].trainable_layers or roles["reward"].trainable_layers:
@@ -178,6 +202,7 @@ class RLHFEngine:
             reward=load(roles["reward"], "scalar"),
             trainable_layers=roles["model"].trainable_layers,
             critic_trainable_layers=roles["critic"].trainable_layers,
+            critic_zero_head=roles["critic"].zero_head,
             mesh=mesh,
         )
 
@@ -309,6 +334,10 @@ def _zero_head(actor: Pretrained) -> Pretrained:
     head = {"kernel": jnp.zeros((model.config.output_size, 1), jnp.float32)}
     trunk = {name: value for name, value in actor.params.items() if name != "lm_head"}
     return Pretrained(model, trunk | {"scalar_head": head}, actor.tokenizer)
+
+
+def _with_zero_head(params: Params) -> Params:
+    return params | {"scalar_head": jax.tree.map(jnp.zeros_like, params["scalar_head"])}
 
 
 def _check_heads(actor: Pretrained, *others: Pretrained | None) -> None:

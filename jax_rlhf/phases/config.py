@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from jax_rlhf.data import DataConfig
 from jax_rlhf.data.formats import PHASES
-from jax_rlhf.engine import ModelConfig
+from jax_rlhf.engine import CriticConfig, ModelConfig
 from jax_rlhf.parallel import MeshConfig
 from jax_rlhf.settings import from_mapping, near_misses, to_config_dict
 from jax_rlhf.training import OptimizerConfig, PPOConfig
@@ -95,7 +95,7 @@ class RunConfig:
       mesh: how many devices lie along each axis.
       model: the policy. `path` is the checkpoint that the SFT phase starts from.
       sft_model_path: the SFT policy, which the reward and PPO phases start from; None = <workdir>/sft/model.
-      reference, critic: of PPO; None = the SFT policy, and the reward model.
+      reference, critic: of PPO; `path` None = the SFT policy, and the reward model.
       reward: the reward model of PPO; `path` None = <workdir>/reward/model.
       data, sft, reward_training, ppo, log: see there.
     """
@@ -106,7 +106,7 @@ class RunConfig:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     sft_model_path: str | None = None
     reference: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    critic: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    critic: CriticConfig = dataclasses.field(default_factory=CriticConfig)
     reward: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     sft: SFTConfig = dataclasses.field(default_factory=SFTConfig)

@@ -60,7 +60,7 @@ class Frozen:
       reference: the reference; its `frozen` is empty where it is the actor's.
       reward: the reward model; its `frozen` is empty where it is the critic's. None where there is none.
       reward_bias, critic_bias: float32[], score or value = head + bias: a reward model's gain is folded into its head,
-        its bias is not, and a critic that starts as a reward model starts with its scores.
+        its bias is not. A critic that starts as a reward model starts with its scores of unfinished texts.
       missing_eos_bias: float32[], subtracted from scores of responses without EOS.
     """
 

@@ -76,6 +76,22 @@ def test_reference_and_critic_of_their_own():
 
 
 @pytest.mark.parametrize("trainable_layers", [None, 1])
+def test_a_critic_starts_as_the_reward_model_or_with_a_zero_head(trainable_layers):
+    reward = dataclasses.replace(tiny.policy(5, head="scalar"), reward_bias=0.3, missing_eos_bias=0.7)
+    tokens, mask = batch()
+    starts = [
+        RLHFEngine(tiny.policy(), reward=reward, critic_trainable_layers=trainable_layers, critic_zero_head=zero_head)
+        for zero_head in (False, True)
+    ]
+    scores = jax.jit(reward.model.apply)({"params": reward.params}, tokens, mask=mask)
+    values = np.asarray(starts[0].values(tokens, mask))
+    np.testing.assert_allclose(values[mask], np.asarray(scores)[mask] + 0.3 - 0.7, atol=1e-5)  # of unfinished texts
+    np.testing.assert_array_equal(starts[1].values(tokens, mask), 0)
+    np.testing.assert_allclose(starts[0].reward(tokens, mask), starts[1].reward(tokens, mask), atol=1e-6)
+    np.testing.assert_allclose(starts[1].reward(tokens, mask), scores[:, -1] + 0.3, atol=1e-5)
+
+
+@pytest.mark.parametrize("trainable_layers", [None, 1])
 def test_sampling_is_what_the_sampler_does(trainable_layers):
     start = tiny.policy()
     engine = RLHFEngine(start, trainable_layers=trainable_layers)
