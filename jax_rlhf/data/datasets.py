@@ -16,7 +16,7 @@ from jax_rlhf.data.batches import FIRST_EVAL_ROW, packed, packed_pairs, pair_bat
 from jax_rlhf.data.config import DataConfig, shares
 from jax_rlhf.data.errors import DataError
 from jax_rlhf.data.formats import PHASES, row_texts
-from jax_rlhf.data.sources import Row, read_rows
+from jax_rlhf.data.sources import Row, is_reader, read_rows
 from jax_rlhf.data.tokens import Example, pad_id, tokenized
 from jax_rlhf.settings import from_mapping
 
@@ -84,25 +84,32 @@ def create_datasets(config: Any, tokenizer: PreTrainedTokenizerBase, phase: Phas
     for path in config.paths:
         rows = read_rows(path, phase=phase, split="train", hub_split=config.split, revision=config.revision)
         read += len(rows)
-        rows = _share(_distinct(rows, config, dropped), phase, config, seed)
+        rows = _share(_distinct(rows, config, dropped), phase, config, seed, dropped)
         examples = _examples(rows, phase, tokenizer, config, dropped)
         examples = [examples[index] for index in _order(len(examples), seed)]
-        if not config.eval_paths:
-            count = min(config.eval_rows, len(examples) // 10)
-            examples, held_out = examples[count:], held_out + examples[:count]
-        if not examples:
-            raise DataError(f"{path}: no row is left for the {phase} phase. {_report(len(rows), 0, 0, dropped)}")
-        train.append(examples)
-    for path in config.eval_paths:
+        count = 0 if config.eval_paths or is_reader(path) else min(config.eval_rows, len(examples) // 10)
+        train.append(examples[count:])
+        held_out += examples[:count]
+    for path in config.eval_paths or filter(is_reader, config.paths):
         rows = read_rows(path, phase=phase, split="eval", hub_split=config.eval_split, revision=config.revision)
-        held_out += _examples(rows, phase, tokenizer, config, dropped)[: config.eval_rows]
+        read += len(rows)
+        examples = _examples(rows, phase, tokenizer, config, dropped)
+        dropped[f"more to hold out than eval_rows={config.eval_rows}"] += max(0, len(examples) - config.eval_rows)
+        held_out += examples[: config.eval_rows]
+    if config.deduplicate:
+        train = [_without(held_out, examples, dropped) for examples in train]
+    for path, examples in zip(config.paths, train, strict=True):
+        if not examples:
+            raise DataError(f"{path}: no row is left for the {phase} phase. {_report(read, 0, len(held_out), dropped)}")
     report = f"{phase} data: " + _report(read, sum(map(len, train)), len(held_out), dropped)
     return _batched(train, held_out, config, phase, pad, seed, report)
 
 
 def _report(read: int, used: int, held_out: int, dropped: collections.Counter) -> str:
     parts = [f"{read:,} rows read, {used:,} to train on, {held_out:,} held out"]
-    return "; ".join(parts + [f"left out: {count:,} ({reason})" for reason, count in dropped.most_common()]) + "."
+    return (
+        "; ".join(parts + [f"left out: {count:,} ({reason})" for reason, count in dropped.most_common() if count]) + "."
+    )
 
 
 def _digest(content: Any) -> bytes:
@@ -121,7 +128,7 @@ def _distinct(rows: list[Row], config: DataConfig, dropped: collections.Counter)
     return list(first.values())
 
 
-def _share(rows: list[Row], phase: Phase, config: DataConfig, seed: int) -> list[Row]:
+def _share(rows: list[Row], phase: Phase, config: DataConfig, seed: int, dropped: collections.Counter) -> list[Row]:
     """The phase's rows, drawn by the seed, in the order in which they were read."""
     split = shares(config.data_split)
     if split is None:
@@ -134,6 +141,7 @@ def _share(rows: list[Row], phase: Phase, config: DataConfig, seed: int) -> list
             f"data_split={config.data_split!r} leaves none of {len(rows)} rows to the {phase} phase; give it a "
             'larger share, or all phases all rows: --config.data.data_split=""'
         )
+    dropped["other phases' shares"] += len(rows) - len(chosen)
     return [rows[index] for index in chosen]
 
 
@@ -152,16 +160,25 @@ def _examples(
     examples = tokenized(rows, texts, tokenizer, config, dropped)
     if not config.deduplicate:
         return examples
-    seen: set[bytes] = set()
-    distinct = []
+    distinct: dict[tuple[bytes, ...], Example] = {}
     for example in examples:  # prompts that several pairs share, openings that are alike
-        key = b"|".join(part.tobytes() for part in (example.prompt, *example.completions))
-        if key in seen:
-            dropped["the same prompt (and completion) as another row"] += 1
-            continue
-        seen.add(key)
-        distinct.append(example)
-    return distinct
+        distinct.setdefault(_tokens_of(example), example)
+    if len(distinct) < len(examples):
+        dropped["the same prompt (and completion) as another row"] += len(examples) - len(distinct)
+    return list(distinct.values())
+
+
+def _without(held_out: list[Example], examples: list[Example], dropped: collections.Counter) -> list[Example]:
+    """Those examples that are not held out too: what is trained on says nothing of what was learned."""
+    known = set(map(_tokens_of, held_out))
+    kept = [example for example in examples if _tokens_of(example) not in known]
+    if len(kept) < len(examples):
+        dropped["held out as well; --config.data.deduplicate=false keeps them"] += len(examples) - len(kept)
+    return kept
+
+
+def _tokens_of(example: Example) -> tuple[bytes, ...]:
+    return tuple(part.tobytes() for part in (example.prompt, *example.completions))
 
 
 # ---- batches -------------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def read_rows(path: str, *, phase: str, split: str, hub_split: str, revision: st
       DataError: it cannot be read; says where.
     """
     file = Path(path).expanduser()
-    if _READER.fullmatch(path) and not file.exists():
+    if is_reader(path):
         numbered: Iterable = enumerate(_from_reader(path, phase, split), 1)
     elif file.is_file():
         if file.suffix.lower() not in SUFFIXES:
@@ -84,6 +84,18 @@ def read_rows(path: str, *, phase: str, split: str, hub_split: str, revision: st
     if not rows:
         raise DataError(f"{path}: there is not a single row.")
     return rows
+
+
+def is_reader(path: str) -> bool:
+    """Whether a path names a Python function.
+
+    Args:
+      path: as in `read_rows`.
+
+    Returns:
+      Whether.
+    """
+    return _READER.fullmatch(path) is not None and not Path(path).expanduser().exists()
 
 
 def imported(name: str, what: str) -> Callable:

@@ -1,6 +1,7 @@
 """From files to batches: splits, filters that count, order, processes."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -118,6 +119,38 @@ def test_filters_count_what_they_leave_out(tmp_path):
     assert "1 (a prompt longer than max_prompt_tokens=4)" in datasets.report
 
 
+def test_what_is_held_out_is_not_trained_on(tmp_path):
+    file, held_out = tiny.write(tmp_path / "x.jsonl", pairs(20)), tiny.write(tmp_path / "y.jsonl", pairs(6)[3:])
+    datasets = create(file, "ppo", eval_paths=(held_out,))
+    assert (datasets.train_rows, datasets.eval_rows) == (17, 3)
+    held = {tuple(row) for batch in datasets.eval for row in batch.tokens.tolist()}
+    assert not held & {tuple(row) for step in range(30) for row in datasets.train[step].tokens.tolist()}
+    assert "left out: 3 (held out as well" in datasets.report
+    assert create(file, "ppo", eval_paths=(held_out,), deduplicate=False).train_rows == 20
+    with pytest.raises(DataError, match=r"no row is left.* 20 \(held out as well; --config.data.deduplicate=false"):
+        create(file, "ppo", eval_paths=(file,))
+
+
+def test_a_reader_gives_its_own_held_out_rows():
+    datasets = create("tests.data.tiny:reader", "sft", eval_rows=7)
+    assert (datasets.train_rows, datasets.eval_rows) == (20, 7)
+    rows = [row[mask] for batch in datasets.eval for row, mask in zip(batch.tokens, batch.mask, strict=True)]
+    assert {row[-2] for row in rows if len(row)} == set(
+        tiny.ids("e")
+    )  # for "eval"; those of training end with the t of "train"
+
+
+@pytest.mark.parametrize("phase", ["sft", "reward", "ppo"])
+def test_the_report_accounts_for_every_row(phase, tmp_path):
+    rows = [*pairs(60), *pairs(5), {"prompt": "a b c d e f g h", "chosen": "a", "rejected": "b"}]
+    rows += [{"prompt": "z", "chosen": "a", "rejected": "a"}, {"prompt": "y", "chosen": " ", "rejected": "a"}]
+    file, held_out = tiny.write(tmp_path / "x.jsonl", rows), tiny.write(tmp_path / "y.jsonl", pairs(12)[8:])
+    for config in ({}, {"data_split": "1,2,3"}, {"eval_paths": (held_out,), "eval_rows": 3}):
+        report = create(file, phase, on_bad_row="drop", **config).report
+        read, *parts = (int(number.replace(",", "")) for number in re.findall(r"(?<![=\d])\d[\d,]*(?= [a-z(])", report))
+        assert read == sum(parts), report
+
+
 def test_long_rows_are_cut_where_that_is_wanted(tmp_path):
     row = {"prompt": "a b c d e f", "completion": "g h i j k l"}
     file = tiny.write(tmp_path / "x.jsonl", [row] * 2)
@@ -135,7 +168,7 @@ def test_openings_of_texts(tmp_path):
 
 
 def test_held_out_rows_fill_their_last_batch(tmp_path):
-    file, held_out = tiny.write(tmp_path / "x.jsonl", pairs(4)), tiny.write(tmp_path / "y.jsonl", pairs(3))
+    file, held_out = tiny.write(tmp_path / "x.jsonl", pairs(7)[3:]), tiny.write(tmp_path / "y.jsonl", pairs(3))
     prompts = create(file, "ppo", eval_paths=(held_out,))
     assert (len(prompts.eval), prompts.eval_rows) == (2, 3)
     assert prompts.eval[1].row_ids.tolist() == [FIRST_EVAL_ROW + 2, FIRST_EVAL_ROW + 3]
@@ -156,7 +189,7 @@ def test_packed_rows_hold_every_text_once():
 def test_packed_pairs_are_laid_out_one_after_the_other(tmp_path):
     rows = [pair | {"margin": index} for index, pair in enumerate(pairs(7))]
     file = tiny.write(tmp_path / "x.jsonl", rows)
-    datasets = create(file, "reward", packing=True, max_tokens=20, eval_paths=(file,))
+    datasets = create(file, "reward", packing=True, max_tokens=20, eval_paths=(file,), deduplicate=False)
     apart = create(file, "reward", reward_batch_size=7).train[0]
     texts = {
         float(margin): [tokens[row][mask[row]].tolist() for tokens, mask in sides]
