@@ -1,6 +1,6 @@
 """Data sets by phase: files, Hugging Face data sets and readers in; batches out."""
 
-from jax_rlhf.data.batches import PackedPairs, PairBatch, TextBatch
+from jax_rlhf.data.batches import PackedPairs, PairBatch, TextBatch, real_tokens
 from jax_rlhf.data.config import DataConfig
 from jax_rlhf.data.datasets import Datasets, create_datasets
 from jax_rlhf.data.errors import DataError
@@ -17,4 +17,5 @@ __all__ = [
     "create_datasets",
     "imported",
     "pad_id",
+    "real_tokens",
 ]

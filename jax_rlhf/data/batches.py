@@ -4,6 +4,7 @@ import bisect
 import dataclasses
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
@@ -73,6 +74,19 @@ class PackedPairs:
     rejected_last: Array
     real: Array
     margin: Array
+
+
+def real_tokens(batch: TextBatch | PairBatch | PackedPairs) -> Array:
+    """How many tokens a batch has, pads left out.
+
+    Args:
+      batch: of either phase.
+
+    Returns:
+      int32[].
+    """
+    masks = (batch.chosen_mask, batch.rejected_mask) if isinstance(batch, PairBatch) else (batch.mask,)
+    return sum(jnp.sum(mask) for mask in masks)
 
 
 def width(longest: int, buckets: Sequence[int]) -> int:

@@ -114,8 +114,8 @@ def _save(engine: RLHFEngine, folder: Path) -> None:
 
 
 def _shown(metrics: dict[str, float]) -> dict[str, float]:
-    names = {"reward": "objective/scores", "kl": "objective/kl", "length": "objective/response_length", "eps": "eps"}
-    return {shown: metrics[name] for shown, name in names.items()}
+    names = {"reward": "objective/scores", "kl": "objective/kl", "length": "objective/response_length"}
+    return {shown: metrics[name] for shown, name in names.items()} | {"samples/s": metrics["eps"]}
 
 
 def _shares(metrics: dict[str, float]) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """What the SFT and the reward phase have in common: the loop over batches, and evaluation on held-out ones."""
 
 import dataclasses
+import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -141,13 +141,15 @@ def train(
     Returns:
       The state at the end.
     """
-    shown: dict[str, Any] = {}
     batches = datasets.batches(0, steps)
     for step in record.steps(steps):
+        started = time.perf_counter()
         state, metrics = update(how, state, frozen, put_rows(next(batches), mesh))
         keep(state)
         numbers = jax.device_get(metrics)
+        numbers["tokens_per_second"] = numbers["tokens"] / (time.perf_counter() - started)
         shown = {name: numbers[name] for name in ("loss", "accuracy") if name in numbers}
+        shown["tokens/s"] = numbers["tokens_per_second"]
         record.metrics(step + 1, {f"train/{name}": value for name, value in numbers.items()}, **shown)
         if due(step + 1, eval_every, steps):
             report(step + 1, state)

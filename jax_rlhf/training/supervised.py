@@ -16,6 +16,7 @@ from flax import struct
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jax_rlhf.data import real_tokens
 from jax_rlhf.hub import Pretrained
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.models.split import SplitModel, SplitParams
@@ -112,7 +113,7 @@ def update(
       batch: rows; a multiple of the microbatches.
 
     Returns:
-      (state, metrics): the loss's means, the gradient's norm, the learning rate.
+      (state, metrics): the loss's means, the gradient's norm, the learning rate, the batch's tokens.
     """
     return _update(how, places_of(state), state, frozen, batch)
 
@@ -164,6 +165,7 @@ def _update(
     trainable, optimizer = apply_gradient(_optimizer(how), gradient, state.optimizer, state.trainable, finite)
     metrics = {name: value / count for name, value in sums.items() if name != "count"} | {
         "count": sums["count"],
+        "tokens": real_tokens(batch),
         "grad_norm": norm,
         "lr": jnp.float32(learning_rate_schedule(how.optimizer)(state.step)),
         "skipped_updates": (state.skipped_updates + ~finite).astype(jnp.float32),

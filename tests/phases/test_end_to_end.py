@@ -79,6 +79,9 @@ def test_sft_and_reward_model_learn(whole):
     sft = json.loads((workdir / "sft" / "summary.json").read_text())
     assert sft["eval/loss_before"] > 3.0  # log 31 = 3.43: random weights know nothing
     assert sft["eval/loss"] < 2.0
+    for line in lines(workdir / "sft" / "metrics.jsonl") + lines(workdir / "reward" / "metrics.jsonl"):
+        assert line.get("train/tokens_per_second", 1) > 0
+        assert line.get("train/tokens", 8) >= 8  # a batch has 8 rows
     reward = json.loads((workdir / "reward" / "summary.json").read_text())
     assert reward["eval/accuracy"] > 0.95
     assert reward["eval/auc"] > 0.95
