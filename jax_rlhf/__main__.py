@@ -83,7 +83,10 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
       What is left of it. Exits with code 2 where it cannot be used.
     """
     try:
-        return flags.FLAGS(list(arguments))
+        rest = flags.FLAGS(list(arguments))
+        if flags.FLAGS["verbosity"].using_default_value:
+            flags.FLAGS.verbosity = logging.WARNING  # absl would choose INFO, in which JAX reports each missing device
+        return rest
     except (AttributeError, KeyError) as error:
         message = _unknown_field(arguments) or str(error)
     except (flags.Error, FileNotFoundError, ImportError, SyntaxError, TypeError, ValueError) as error:
