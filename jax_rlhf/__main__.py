@@ -65,8 +65,6 @@ def _run(config: ConfigDict, workdir: Path, *, overwrite: bool) -> int:
             print(f"{phase}: finished before, in {workdir / phase}; --overwrite repeats it.")
             continue
         results[phase] = phases[phase](settings, workdir)
-        if status(workdir, phase) == "interrupted":
-            return INTERRUPTED
     for phase, result in results.items():
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
         print(f"{phase}: {numbers}; model in {workdir / phase / 'model'}")

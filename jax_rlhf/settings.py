@@ -56,8 +56,8 @@ def near_misses(name: str, known: Iterable[str]) -> str:
 
 def _checked(hint: Any, value: Any, where: str) -> Any:
     options = _options(hint)
-    if type(None) in options and (value is None or (value == "None" and int not in options)):
-        return None  # a flag can only say "None"
+    if type(None) in options and value in (None, "None"):  # the latter from a flag that is a text
+        return None
     for option in options:
         origin = typing.get_origin(option)
         if origin is Literal and value in typing.get_args(option):
@@ -117,8 +117,11 @@ def to_config_dict(settings: Any) -> ConfigDict:
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
             value = to_config_dict(value)
+        options = _options(hints[field.name])
+        if type(None) in options and not {int, float}.isdisjoint(options):
+            value = config_dict.FieldReference(value, field_type=object)  # a flag can say None; `from_mapping` checks
         elif value is None:
-            option = next(option for option in _options(hints[field.name]) if option is not type(None))
+            option = next(option for option in options if option is not type(None))
             kind = {Literal: str, tuple: tuple}.get(typing.get_origin(option), option)
             value = config_dict.placeholder(kind)
         result[field.name] = value

@@ -54,3 +54,14 @@ def test_seeds_follow_the_run_s():
     config = default_config()
     config.seed = 7
     assert run_config(config).ppo.seed == 7
+    config.ppo.seed = 8
+    assert run_config(config).seed == 7
+
+
+def test_the_quickstart_takes_another_model_and_another_start_of_the_reward_model():
+    config = importlib.import_module("configs.quickstart").get_config()
+    config.model.path = "x"
+    assert run_config(config).reward_training.path == "x"
+    config.reward_training.path = None
+    assert run_config(config).model.path == "x"
+    assert run_config(config).reward_training.path is None

@@ -22,11 +22,13 @@ from jax_rlhf.phases.config import LogConfig
 class Record:
     """Writes down a phase; a context manager. Only process 0 writes.
 
-    While it is open, the first Ctrl-C lets the step at hand finish and ends the loop; the second stops at once.
+    While it is open, the first Ctrl-C lets the step at hand finish, ends the loop, and is raised as KeyboardInterrupt
+    once all is saved; the second stops at once.
 
     Attributes:
       folder: <workdir>/<phase>.
       interrupted: Ctrl-C was pressed.
+      cut_short: a part of the phase was left out for that.
     """
 
     def __init__(self, folder: Path, config: LogConfig) -> None:
@@ -40,7 +42,7 @@ class Record:
           ValueError: Weights & Biases is wanted, and not installed.
           OSError: the folder cannot be written.
         """
-        self.folder, self.phase, self.interrupted = folder, folder.name, False
+        self.folder, self.phase, self.interrupted, self.cut_short = folder, folder.name, False, False
         self._config, self._started, self._writes = config, time.perf_counter(), jax.process_index() == 0
         self._wandb = _import_wandb() if config.wandb_project else None
         self._bar: tqdm | None = None
@@ -76,6 +78,8 @@ class Record:
             self._board.close()
         if self._run is not None:
             self._run.finish(exit_code=int(error is not None))
+        if self.interrupted and error is None:
+            raise KeyboardInterrupt
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         del number, frame
@@ -83,6 +87,15 @@ class Record:
             raise KeyboardInterrupt
         self.interrupted = True
         self.say("Ctrl-C: this step is finished and what was trained is saved; Ctrl-C once more stops at once.")
+
+    def goes_on(self) -> bool:
+        """Whether the next part of the phase should begin.
+
+        Returns:
+          False after Ctrl-C; the phase then counts as unfinished.
+        """
+        self.cut_short |= self.interrupted
+        return not self.cut_short
 
     def steps(self, total: int, unit: str = "step") -> Iterator[int]:
         """0 … total − 1 with a progress bar, until Ctrl-C.
@@ -96,7 +109,7 @@ class Record:
         """
         self._bar = self._progress(total, self.phase, unit)
         for step in range(total):
-            if self.interrupted:
+            if not self.goes_on():
                 break
             yield step
             self._bar.update()
@@ -142,7 +155,7 @@ class Record:
         if self._run is not None:
             self._run.log(numbers, step=step)
         if self._bar is not None and shown:
-            self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
+            self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes samples.
@@ -192,7 +205,7 @@ class Record:
           values: what to tell of it.
         """
         if self._writes:
-            content = {"finished": not self.interrupted, "seconds": round(time.perf_counter() - self._started, 1)}
+            content = {"finished": not self.cut_short, "seconds": round(time.perf_counter() - self._started, 1)}
             content |= {k: _json_number(v) if isinstance(v, float) else v for k, v in values.items()}
             (self.folder / "summary.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
