@@ -18,6 +18,7 @@ from absl import logging
 from jax import Array
 
 from jax_rlhf.engine import RLHFEngine
+from jax_rlhf.hub import end_ids
 from jax_rlhf.parallel import kept_in_place, local_rows, places_of, put_rows, row_shards
 from jax_rlhf.rewards import RewardError, RewardFunction, score_texts
 from jax_rlhf.rl import Experience, Prompts
@@ -241,16 +242,13 @@ def microbatch_rows(rows: int, tokens_per_row: int, shards: int) -> int:
 
 def _completed(config: PPOConfig, engine: RLHFEngine) -> PPOConfig:
     """The config with the ids that the tokenizer or the checkpoint know."""
-    tokenizer, generation = engine.tokenizer, engine.generation_config or {}
     eos_ids, pad_id = config.eos_ids, config.pad_id
     if eos_ids is None:
-        stored = generation.get("eos_token_id")
-        stored = getattr(tokenizer, "eos_token_id", None) if stored is None else stored
-        eos_ids = () if stored is None else tuple(stored) if isinstance(stored, list) else (stored,)
+        eos_ids = end_ids(engine.tokenizer, engine.generation_config)
         if not eos_ids:
             logging.warning("no EOS id is known: every response fills max_new_tokens. Set config.ppo.eos_ids.")
     if pad_id is None:
-        pad_id = getattr(tokenizer, "pad_token_id", None)
+        pad_id = getattr(engine.tokenizer, "pad_token_id", None)
         pad_id = (eos_ids[0] if eos_ids else 0) if pad_id is None else pad_id
     return dataclasses.replace(config, eos_ids=eos_ids, pad_id=pad_id)
 

@@ -18,6 +18,7 @@ from jax_rlhf.data.errors import DataError
 from jax_rlhf.data.formats import PHASES, row_texts
 from jax_rlhf.data.sources import Row, is_reader, read_rows
 from jax_rlhf.data.tokens import Example, pad_id, tokenized
+from jax_rlhf.hub import end_ids
 from jax_rlhf.settings import from_mapping
 
 Phase = Literal["sft", "reward", "ppo"]
@@ -56,7 +57,14 @@ class Datasets:
         return iter(self.train[start:stop].to_iter_dataset(options))
 
 
-def create_datasets(config: Any, tokenizer: PreTrainedTokenizerBase, phase: Phase, *, seed: int) -> Datasets:
+def create_datasets(
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    phase: Phase,
+    *,
+    seed: int,
+    eos_ids: Sequence[int] | None = None,
+) -> Datasets:
     """Reads, splits, filters, tokenizes and batches the data of one phase.
 
     Args:
@@ -64,6 +72,7 @@ def create_datasets(config: Any, tokenizer: PreTrainedTokenizerBase, phase: Phas
       tokenizer: the model's.
       phase: "sft" (batches are `TextBatch`), "reward" (`PairBatch`; packed `PackedPairs`) or "ppo" (`Prompts`).
       seed: of the split and of the order.
+      eos_ids: tokens that end an answer; None = the tokenizer's EOS.
 
     Returns:
       The data sets; batches hold this process's rows of the global batch.
@@ -78,22 +87,21 @@ def create_datasets(config: Any, tokenizer: PreTrainedTokenizerBase, phase: Phas
         raise ValueError(f"phase={phase!r}; {', '.join(PHASES)} are the phases there are.")
     if not config.paths:
         raise DataError("config.data.paths is empty; it names the data: --config.data.paths=preferences.jsonl")
-    pad = pad_id(tokenizer, config)
+    pad, eos_ids = pad_id(tokenizer, config), end_ids(tokenizer) if eos_ids is None else eos_ids
     dropped: collections.Counter = collections.Counter()
     read, train, held_out = 0, [], []
     for path in config.paths:
         rows = read_rows(path, phase=phase, split="train", hub_split=config.split, revision=config.revision)
         read += len(rows)
         rows = _share(_distinct(rows, config, dropped), phase, config, seed, dropped)
-        examples = _examples(rows, phase, tokenizer, config, dropped)
-        examples = [examples[index] for index in _order(len(examples), seed)]
+        examples = _shuffled(_examples(rows, phase, tokenizer, config, dropped, eos_ids), seed)
         count = 0 if config.eval_paths or is_reader(path) else min(config.eval_rows, len(examples) // 10)
         train.append(examples[count:])
         held_out += examples[:count]
     for path in config.eval_paths or filter(is_reader, config.paths):
         rows = read_rows(path, phase=phase, split="eval", hub_split=config.eval_split, revision=config.revision)
         read += len(rows)
-        examples = _examples(rows, phase, tokenizer, config, dropped)
+        examples = _shuffled(_examples(rows, phase, tokenizer, config, dropped, eos_ids), seed)
         dropped[f"more to hold out than eval_rows={config.eval_rows}"] += max(0, len(examples) - config.eval_rows)
         held_out += examples[: config.eval_rows]
     if config.deduplicate:
@@ -149,15 +157,20 @@ def _order(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(count)
 
 
+def _shuffled(examples: list[Example], seed: int) -> list[Example]:
+    return [examples[index] for index in _order(len(examples), seed)]
+
+
 def _examples(
     rows: list[Row],
     phase: Phase,
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
     dropped: collections.Counter,
+    eos_ids: Sequence[int],
 ) -> list[Example]:
     texts = [row_texts(row, phase, config, tokenizer) for row in rows]
-    examples = tokenized(rows, texts, tokenizer, config, dropped)
+    examples = tokenized(rows, texts, tokenizer, config, dropped, eos_ids)
     if not config.deduplicate:
         return examples
     distinct: dict[tuple[bytes, ...], Example] = {}

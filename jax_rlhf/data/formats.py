@@ -10,7 +10,8 @@
 | chosen, rejected                 | the same: the prompt is what both begin with                       |
 
 Each of prompt, completion, chosen, rejected is a text, or a list of chat messages {"role", "content"}, which the
-tokenizer's chat template turns into one.
+tokenizer's chat template turns into one. A prompt that is a text beside answers that are chats is what the user says,
+unless the chats begin alike: then that is the prompt.
 """
 
 import dataclasses
@@ -97,10 +98,16 @@ def _is_number(value: float | str) -> bool:
 def _parts(found: dict[str, Any], phase: str, row: Row) -> tuple[Any, tuple]:
     """(prompt, completions), prompt None where the phase cannot use such a row."""
     pair = "chosen" in found and "rejected" in found
+    answers = [found[kind] for kind in ("completion", "chosen", "rejected") if kind in found]
+    for answer in answers:
+        _check_part(answer, row)
+    if isinstance(found.get("prompt"), str) and any(isinstance(answer, list) for answer in answers):
+        # A text beside chats: the chats begin with it, or else it is what the user says.
+        found = found | {"prompt": [{"role": "user", "content": found["prompt"]}]}
+        if pair and isinstance(found["chosen"], list) and _shared_beginning(found["chosen"], found["rejected"]):
+            del found["prompt"]
     if pair and "prompt" not in found:
         chosen, rejected = found["chosen"], found["rejected"]
-        _check_part(chosen, row)
-        _check_part(rejected, row)
         shared = _shared_beginning(chosen, rejected)
         found = found | {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
     prompt = found.get("prompt")
@@ -133,6 +140,8 @@ def _shared_beginning(chosen: Any, rejected: Any) -> int:
         if one != other:
             break
         shared += 1
+    if isinstance(chosen, list):  # an answer is at least one message
+        return max(0, min(shared, len(chosen) - 1, len(rejected) - 1))
     if isinstance(chosen, str):  # "… so good" / "… so grim": the prompt ends before the word in which they differ
         while shared > 0 and not chosen[shared - 1].isspace():
             shared -= 1
@@ -173,9 +182,11 @@ def _templated(prompt: Any, completions: tuple, row: Row, tokenizer: PreTrainedT
     except Exception as error:  # the template is the checkpoint's; jinja and it raise what they like
         raise DataError(f"{row.where}: the chat template fails: {type(error).__name__}: {error}") from error
     begin = _common_prefix([asked, *whole]) if prompt else ""
-    if not begin.startswith(told):
+    # What the template ends a conversation with, where no answer is asked for, is no part of the prompt.
+    if prompt and not begin.startswith(_common_prefix([told, asked])):
         raise DataError(f"{row.where}: once there is an answer, the chat template writes the prompt in another way.")
-    return begin, tuple(text[len(begin) :] if answer else "" for text, answer in zip(whole, answers, strict=True))
+    says = [any(message["content"].strip() for message in answer) for answer in answers]
+    return begin, tuple(text[len(begin) :] if said else "" for text, said in zip(whole, says, strict=True))
 
 
 def _common_prefix(texts: list[str]) -> str:

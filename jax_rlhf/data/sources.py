@@ -125,10 +125,9 @@ def imported(name: str, what: str) -> Callable:
 
 def _from_reader(path: str, phase: str, split: str) -> list:
     rows = imported(path, "config.data.paths")(phase=phase, split=split)
-    try:
-        return list(rows)
-    except TypeError as error:
-        raise DataError(f"reader {path} returned a {type(rows).__name__}; an iterable of dicts is expected.") from error
+    if not isinstance(rows, Iterable):
+        raise DataError(f"reader {path} returned a {type(rows).__name__}; an iterable of dicts is expected.")
+    return list(rows)
 
 
 def _from_hub(path: str, split: str, revision: str | None) -> Iterator[dict]:

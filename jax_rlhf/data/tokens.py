@@ -72,11 +72,13 @@ def tokenized(
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
     dropped: collections.Counter,
+    eos_ids: Sequence[int],
 ) -> list[Example]:
     """Tokenizes rows, and drops or cuts what is too long.
 
-    A prompt gets the tokenizer's BOS where the tokenizer would put one; a completion ends with EOS. The two are
-    tokenized apart, as in PPO, where the completion is sampled after the prompt's tokens.
+    A prompt gets the tokenizer's BOS where the tokenizer would put one; a completion ends with EOS, or with what else
+    ends an answer. Its tokens are those that follow the prompt's when both are tokenized together; where the two
+    would merge, they are tokenized apart, as in PPO, where a completion is sampled after the prompt's tokens.
 
     Args:
       rows: where the texts are from.
@@ -84,6 +86,8 @@ def tokenized(
       tokenizer: the tokenizer.
       config: limits.
       dropped: reason → rows, added to.
+      eos_ids: tokens that end an answer; where none is there, the tokenizer's EOS is added (if it is one of them, or
+        else the first).
 
     Returns:
       The examples that stay.
@@ -95,13 +99,14 @@ def tokenized(
     rows, texts = [rows[i] for i in kept], [texts[i] for i in kept]
     prompts = _ids([text.prompt for text in texts], tokenizer)
     count = len(texts[0].completions) if texts else 0
-    completions = [_ids([text.completions[i] for text in texts], tokenizer) for i in range(count)]
+    completions = [_completions(texts, prompts, i, tokenizer) for i in range(count)]
     bos = _bos(tokenizer)
+    added = [tokenizer.eos_token_id] if tokenizer.eos_token_id in eos_ids else list(eos_ids[:1])
     examples = []
     for index, text in enumerate(texts):
         prompt = prompts[index] if text.templated else bos + prompts[index]
-        answers = [_ended(answer[index], tokenizer.eos_token_id) for answer in completions]
-        example = _fitted(prompt, answers, config, dropped)
+        answers = [_ended(answer[index], eos_ids, added) for answer in completions]
+        example = _fitted(prompt, answers, config, dropped, bos)
         if example is not None:
             examples.append(dataclasses.replace(example, margin=text.margin, columns=text.columns))
     return examples
@@ -127,25 +132,36 @@ def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
+def _completions(
+    texts: Sequence[Texts], prompts: list[list[int]], index: int, tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """The ids of each row's completion: a sentencepiece tokenizer would begin one that stands alone with a space."""
+    apart = _ids([text.completions[index] for text in texts], tokenizer)
+    together = _ids([text.prompt + text.completions[index] for text in texts], tokenizer)
+    return [
+        whole[len(prompt) :] if whole[: len(prompt)] == prompt else alone
+        for whole, prompt, alone in zip(together, prompts, apart, strict=True)
+    ]
+
+
 def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     first = tokenizer("a")["input_ids"][:1]
     return first if first and first[0] == tokenizer.bos_token_id else []
 
 
-def _ended(completion: list[int], eos: int | None) -> list[int]:
-    """Ends with EOS: what a chat template writes after the last one (a line break) is cut, one that lacks is added."""
-    if eos is None:
-        return completion
-    tail = completion[-3:]
-    if eos in tail:
-        return completion[: len(completion) - tail[::-1].index(eos)]
-    return [*completion, eos]
+def _ended(completion: list[int], eos_ids: Sequence[int], added: list[int]) -> list[int]:
+    """Ends where sampling would: what a chat template writes after that (a line break) is cut, a lack made up."""
+    for place in range(max(0, len(completion) - 3), len(completion)):
+        if completion[place] in eos_ids:
+            return completion[: place + 1]
+    return completion + added
 
 
 def _fitted(
-    prompt: list[int], answers: list[list[int]], config: DataConfig, dropped: collections.Counter
+    prompt: list[int], answers: list[list[int]], config: DataConfig, dropped: collections.Counter, bos: list[int]
 ) -> Example | None:
     cut = config.too_long == "truncate"
+    begin = bos if bos and prompt[:1] == bos else []  # stays when the prompt is cut
     if not answers:  # PPO
         if config.prompt_tokens is not None:
             if len(prompt) < config.prompt_tokens:
@@ -158,12 +174,12 @@ def _fitted(
         if len(prompt) > config.max_prompt_tokens and not cut:
             dropped[f"a prompt longer than max_prompt_tokens={config.max_prompt_tokens}"] += 1
             return None
-        return Example(_array(prompt[-config.max_prompt_tokens :]), ())
+        return Example(_array(_last(prompt, config.max_prompt_tokens, begin)), ())
     if len(prompt) + max(map(len, answers)) > config.max_tokens:
         if not cut:
             dropped[f"longer than max_tokens={config.max_tokens}"] += 1
             return None
-        prompt = prompt[-min(config.max_prompt_tokens, config.max_tokens - 1) :]
+        prompt = _last(prompt, min(config.max_prompt_tokens, config.max_tokens - 1), begin)
         answers = [answer[: config.max_tokens - len(prompt)] for answer in answers]
         if len(answers) == 2 and answers[0] == answers[1]:
             dropped["chosen and rejected are the same after cutting"] += 1
@@ -172,6 +188,14 @@ def _fitted(
         dropped["a single token, before which nothing stands"] += 1
         return None
     return Example(_array(prompt), tuple(_array(answer) for answer in answers))
+
+
+def _last(prompt: list[int], count: int, begin: list[int]) -> list[int]:
+    """At most so many tokens: what the prompt begins with, and the end of the rest."""
+    if len(prompt) <= count:
+        return prompt
+    rest = count - len(begin)
+    return [*begin, *prompt[len(prompt) - rest :]] if rest > 0 else prompt[len(prompt) - count :]
 
 
 def _array(ids: list[int]) -> np.ndarray:

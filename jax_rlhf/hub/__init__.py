@@ -2,13 +2,16 @@
 
 from jax_rlhf.hub.errors import CheckpointError
 from jax_rlhf.hub.families import config_from_hub
-from jax_rlhf.hub.pretrained import Pretrained, describe_pretrained, load_pretrained, save_pretrained
+from jax_rlhf.hub.pretrained import Description, Pretrained, describe_pretrained, load_pretrained, save_pretrained
+from jax_rlhf.hub.tokenizer import end_ids
 
 __all__ = [
     "CheckpointError",
+    "Description",
     "Pretrained",
     "config_from_hub",
     "describe_pretrained",
+    "end_ids",
     "load_pretrained",
     "save_pretrained",
 ]

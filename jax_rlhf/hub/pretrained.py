@@ -6,7 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,20 @@ class Pretrained:
     generation_config: dict[str, Any] | None = None
     reward_bias: float = 0.0
     missing_eos_bias: float = 0.0
+
+
+class Description(NamedTuple):
+    """What a checkpoint says of itself.
+
+    Attributes:
+      config: the decoder's.
+      tokenizer: None where the checkpoint has none.
+      generation_config: what generation_config.json says, or None.
+    """
+
+    config: DecoderConfig
+    tokenizer: PreTrainedTokenizerBase | None
+    generation_config: dict[str, Any] | None
 
 
 def load_pretrained(
@@ -135,24 +149,23 @@ def load_pretrained(
     return Pretrained(model, unflatten_dict(params), tokenizer, generation_config, *biases)
 
 
-def describe_pretrained(
-    path_or_hub_id: str | Path, *, revision: str | None = None
-) -> tuple[DecoderConfig, PreTrainedTokenizerBase | None]:
-    """What a checkpoint says of itself, without its weights: to check settings before anything runs.
+def describe_pretrained(path_or_hub_id: str | Path, *, revision: str | None = None) -> Description:
+    """Reads a checkpoint without its weights: to check settings before anything runs.
 
     Args:
       path_or_hub_id: as for `load_pretrained`.
       revision: of the hub id.
 
     Returns:
-      (config, tokenizer), the tokenizer None where the checkpoint has none.
+      What it says of itself.
 
     Raises:
       FileNotFoundError, CheckpointError: as for `load_pretrained`.
     """
     place = _resolve(path_or_hub_id, revision)
-    source, config_dict, _ = _open(place, str(path_or_hub_id))
-    return _in_file(place, config_from_hub, config_dict), _load_tokenizer(place, source)
+    source, config_dict, generation_config = _open(place, str(path_or_hub_id))
+    config = _in_file(place, config_from_hub, config_dict)
+    return Description(config, _load_tokenizer(place, source), generation_config)
 
 
 def save_pretrained(directory: str | Path, pretrained: Pretrained, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:

@@ -38,6 +38,24 @@ _GPT2 = (None, "default", "gpt-2", "olmo", "phi-2", "mpt", "jais", "trillion")
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # llama.cpp's token types
 
 
+def end_ids(
+    tokenizer: PreTrainedTokenizerBase | None, generation_config: Mapping[str, Any] | None = None
+) -> tuple[int, ...]:
+    """The tokens that end an answer: EOS, and an instruction-tuned model's end of turn where that is another one.
+
+    Args:
+      tokenizer: knows one, or None.
+      generation_config: of the checkpoint: its `eos_token_id` is one or several.
+
+    Returns:
+      Ids, the checkpoint's first; () where none is known.
+    """
+    stored = (generation_config or {}).get("eos_token_id")
+    stored = stored if isinstance(stored, list) else [stored]
+    ids = (*stored, getattr(tokenizer, "eos_token_id", None))
+    return tuple(dict.fromkeys(index for index in ids if index is not None))
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a checkpoint folder.
 

@@ -16,7 +16,7 @@ class PPOConfig:
       temperature: τ of sampling and of every log-prob.
       top_k, top_p: filters of the sampler, off by default: log-probs are of the unfiltered softmax, so that with them
         PPO's ratios are of a distribution that was not sampled from; `val/kept_mass` says how far off.
-      eos_ids: end a response; None = the tokenizer's (or the checkpoint's generation_config's).
+      eos_ids: end a response; None = the tokenizer's and those of the checkpoint's generation_config.
       pad_id: stands after the end; None = the tokenizer's pad, or else 0.
       seed: of everything random.
 

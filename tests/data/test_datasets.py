@@ -1,15 +1,20 @@
 """From files to batches: splits, filters that count, order, processes."""
 
+import collections
 import json
 import re
 
 import jax
 import numpy as np
 import pytest
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from jax_rlhf.data import DataError, create_datasets
+from jax_rlhf.data import DataConfig, DataError, create_datasets
 from jax_rlhf.data.batches import FIRST_EVAL_ROW, packed
-from jax_rlhf.data.tokens import Example
+from jax_rlhf.data.formats import Texts
+from jax_rlhf.data.sources import Row
+from jax_rlhf.data.tokens import Example, tokenized
 from tests.data import tiny
 
 SIZES = {"sft_batch_size": 2, "reward_batch_size": 2, "ppo_batch_size": 2, "max_tokens": 8, "max_prompt_tokens": 4}
@@ -158,6 +163,51 @@ def test_long_rows_are_cut_where_that_is_wanted(tmp_path):
     assert batch.tokens[0].tolist() == tiny.ids("c d e f g h i j")
     batch = create(file, "ppo", too_long="truncate", deduplicate=False).train[0]
     assert batch.tokens[0].tolist() == tiny.ids("c d e f")
+
+
+def test_a_prompt_that_is_cut_keeps_its_bos(tmp_path):
+    file = tiny.write(tmp_path / "x.jsonl", [{"prompt": "a b c d e f", "completion": "g h"}] * 2)
+    how = {"tokenizer": tiny.tokenizer(bos=True), "too_long": "truncate", "deduplicate": False}
+    assert create(file, "ppo", **how).train[0].tokens[0].tolist() == tiny.ids("<bos> d e f")
+    assert create(file, "sft", **how).train[0].tokens[0].tolist()[:7] == tiny.ids("<bos> d e f g h <eos>")
+
+
+def test_a_completion_is_what_follows_the_prompt():
+    """A sentencepiece tokenizer puts a space before each text: apart, each completion would begin with one."""
+    vocabulary = {"<eos>": 0, "▁a": 1, "▁b": 2, "▁": 3, "▁c": 4}
+    bare = Tokenizer(models.BPE(vocabulary, [], unk_token="<eos>", ignore_merges=True))
+    bare.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bare.pre_tokenizer = pre_tokenizers.Split(Regex("▁[^▁]*"), "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<eos>", pad_token="<eos>")
+    assert tokenizer(" b", add_special_tokens=False).input_ids == [3, 2]
+    texts = [Texts("a", (" b",), False, 0.0, {})]
+    (example,) = tokenized([Row({}, "x", 1)], texts, tokenizer, DataConfig(), collections.Counter(), (0,))
+    assert (example.prompt.tolist(), example.completions[0].tolist()) == ([1], [2, 0])
+
+
+@pytest.mark.parametrize(
+    ("completion", "eos_ids", "wanted"),
+    [
+        ("b", None, "b <eos>"),
+        ("b <user> c", (4, 3), "b <user>"),  # what the template writes after the end of the turn is cut
+        ("b <eos> <user>", (3, 1), "b <eos>"),
+        ("b", (3, 1), "b <eos>"),
+        ("b", (3,), "b <user>"),
+    ],
+)
+def test_a_completion_ends_as_answers_do(tmp_path, completion, eos_ids, wanted):
+    file = tiny.write(tmp_path / "x.jsonl", [{"prompt": "a", "completion": completion}] * 2)
+    config = {"paths": (file,), **SIZES, "deduplicate": False}
+    batch = create_datasets(config, tiny.tokenizer(), "sft", seed=0, eos_ids=eos_ids).train[0]
+    assert batch.tokens[0, batch.mask[0]].tolist() == tiny.ids(f"a {wanted}")
+
+
+def test_held_out_rows_are_drawn_not_the_first(tmp_path):
+    file, held_out = tiny.write(tmp_path / "x.jsonl", pairs(4)), tiny.write(tmp_path / "y.jsonl", pairs(60)[4:])
+    first, other = (create(file, "ppo", eval_paths=(held_out,), eval_rows=8, seed=seed) for seed in (0, 1))
+    rows = [{tuple(row) for batch in datasets.eval for row in batch.tokens.tolist()} for datasets in (first, other)]
+    assert len(rows[0]) == len(rows[1]) == 8
+    assert rows[0] != rows[1]
 
 
 def test_openings_of_texts(tmp_path):

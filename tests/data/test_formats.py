@@ -67,6 +67,42 @@ def test_chats_go_through_the_template(content, phase, prompt, completions):
     assert (read.prompt, read.completions, read.templated) == (prompt, completions, True)
 
 
+WHOLE = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}
+ANSWERS = {"chosen": [assistant("b")], "rejected": [assistant("c")]}
+
+
+@pytest.mark.parametrize("answers", [WHOLE, ANSWERS])
+@pytest.mark.parametrize(
+    ("phase", "completions"), [("sft", ("b <eos> ",)), ("reward", ("b <eos> ", "c <eos> ")), ("ppo", ())]
+)
+def test_a_prompt_that_is_a_text_beside_chats(answers, phase, completions):
+    read = texts({"prompt": "a"} | answers, phase)
+    assert (read.prompt, read.completions) == ("<user> a <eos> <assistant> ", completions)
+    assert read.templated
+
+
+def test_chats_that_are_the_same_have_no_answer_less():
+    read = texts({"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("b")]}, "reward")
+    assert read.completions == ("b <eos> ", "b <eos> ")
+
+
+def test_an_empty_answer_of_a_chat_is_empty():
+    read = texts({"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant(" ")]}, "reward")
+    assert read.completions == ("b <eos> ", "")
+
+
+def test_what_a_template_ends_a_conversation_with_is_no_part_of_the_prompt():
+    template = tiny.TEMPLATE.replace("{% endif %}", "{% else %}{{ '<bos>' }}{% endif %}")  # Phi-3's ends so
+    read = texts({"messages": [user("a"), assistant("b")]}, "sft", tiny.tokenizer(template=template))
+    assert (read.prompt, read.completions) == ("<user> a <eos> <assistant> ", ("b <eos> <bos>",))
+
+
+def test_a_template_that_changes_the_prompt_once_there_is_an_answer():
+    template = "{% for m in messages %}{{ m.content if loop.last or messages|length == 1 else 'x' }} {% endfor %}"
+    with pytest.raises(DataError, match="the chat template writes the prompt in another way"):
+        texts({"messages": [user("a"), assistant("b")]}, "sft", tiny.tokenizer(template=template))
+
+
 def test_other_columns_come_along_and_margins_are_numbers():
     read = texts(PAIR | {"margin": 2, "source": "x"}, "reward")
     assert (read.margin, read.columns) == (2.0, {"source": "x"})

@@ -65,6 +65,11 @@ def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path):
         read(tmp_path / "x.jsonl")
 
 
+def test_a_reader_s_own_error_is_seen():
+    with pytest.raises(TypeError, match=r"has no len\(\)"):
+        read_rows("tests.data.tiny:broken", phase="sft", split="train", hub_split="")
+
+
 def test_a_reader_is_told_phase_and_split():
     rows = read_rows("tests.data.tiny:reader", phase="reward", split="eval", hub_split="")
     assert rows[0].content == {"text": "a a a r e"}

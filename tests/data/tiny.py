@@ -42,6 +42,12 @@ def reader(*, phase, split):
     return [{"text": f"{text} {phase[0]} {split[0]}"} for text in letters(20)]
 
 
+def broken(*, phase, split):
+    del phase, split
+    yield {"text": "a"}
+    yield len(7)
+
+
 def no_rows(*, phase, split):
     del phase, split
     return 7
