@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
     ppo.temperature = 1.0  # of sampling and of every log-prob
     ppo.top_k = 0  # leave top-k and top-p off in PPO: they sample from another distribution than log-probs are of
     ppo.top_p = 1.0
-    # ppo.eos_ids = (2,)  # end a response; default: the tokenizer's or the checkpoint's
+    # ppo.eos_ids = (2,)  # end a response; default: the tokenizer's and the checkpoint's
     # ppo.pad_id = 0  # stands after the end; default: the tokenizer's
 
     # Rewards.

@@ -3,12 +3,15 @@
 from pathlib import Path
 
 from jax_rlhf.data import DataError, create_datasets, imported
+from jax_rlhf.data.formats import PHASES
 from jax_rlhf.hub import describe_pretrained
 from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.parallel import create_mesh, row_shards
 from jax_rlhf.phases.config import RunConfig
-from jax_rlhf.phases.supervised import microbatches
+from jax_rlhf.phases.ppo import ppo_microbatch
+from jax_rlhf.phases.supervised import microbatches, with_end
 from jax_rlhf.phases.workdir import WorkdirError, reward_model, sft_model, status
+from jax_rlhf.training.optimizer import learning_rate_schedule
 
 
 def check_run(config: RunConfig, workdir: Path, *, overwrite: bool) -> None:
@@ -26,27 +29,64 @@ def check_run(config: RunConfig, workdir: Path, *, overwrite: bool) -> None:
     for phase in phases:
         if not overwrite and status(workdir, phase) == "interrupted":
             raise WorkdirError(
-                f"{workdir / phase} holds a {phase} phase that did not finish. --overwrite repeats it from its start; "
+                f"{workdir / phase} holds a {phase} phase that did not finish. --overwrite "
+                f"--config.phases={','.join(config.phases[config.phases.index(phase) :])} repeats it from its start; "
                 "another --workdir leaves it as it is."
             )
     if not phases:
         return
+    if overwrite:
+        _check_overwrite(config, workdir)
     if config.model.path is None:
         raise ValueError("config.model.path is not set; it names the checkpoint: --config.model.path=FOLDER_OR_HUB_ID")
     _check_inputs(config, workdir, phases)
-    decoder, tokenizer = describe_pretrained(config.model.path, revision=config.model.revision)
-    if tokenizer is None:
+    policy = describe_pretrained(config.model.path, revision=config.model.revision)
+    if policy.tokenizer is None:
         raise DataError(f"{config.model.path} came without a tokenizer; put its files into the same folder.")
-    _check_layers(config, decoder)
-    _check_vocabularies(config, tokenizer)
+    _check_layers(config, policy.config, phases)
+    _check_vocabularies(config, policy.tokenizer)
     _check_batches(config, phases)
+    _check_schedules(config, phases)
     for name in (*config.ppo.reward_functions, *config.ppo.eval_functions):
         imported(name, "config.ppo.reward_functions or eval_functions")
     needed = dict.fromkeys(phases)
     if "reward" in phases and config.reward_training.normalize_rows:
         needed["ppo"] = None  # its prompts are answered, to normalise scores
     for phase in list(needed)[1:]:  # the first one's own start does it
-        create_datasets(config.data_of(phase), tokenizer, phase, seed=config.seed)
+        data = config.data_of(phase)
+        create_datasets(data, policy.tokenizer, phase, seed=config.seed, eos_ids=config.ends(policy))
+
+
+def _check_overwrite(config: RunConfig, workdir: Path) -> None:
+    """What is deleted is neither this run's input, nor what a phase that stays was made from."""
+    inputs = [("model.path", config.model.path), *((name, path) for name, path, _ in _checkpoints(config))]
+    inputs += [("data.paths or eval_paths", path) for path in (*config.data.paths, *config.data.eval_paths)]
+    for phase in config.phases:
+        folder = (workdir / phase).resolve()
+        for field, path in inputs:
+            if path is not None and Path(path).expanduser().resolve().is_relative_to(folder):
+                raise WorkdirError(
+                    f"config.{field}={path} lies in {folder}, which --overwrite deletes; take another --workdir."
+                )
+    later = PHASES[PHASES.index(config.phases[0]) :]
+    made = [phase for phase in later if phase not in config.phases and status(workdir, phase) != "new"]
+    if made:
+        again = ",".join(phase for phase in later if phase in made or phase in config.phases)
+        raise WorkdirError(
+            f"{workdir / made[0]} was made from what --overwrite deletes. --config.phases={again} repeats it too; "
+            "another --workdir leaves both as they are."
+        )
+
+
+def _checkpoints(config: RunConfig) -> list[tuple[str, str | None, str | None]]:
+    """Models beside config.model: (field, path or hub id, revision)."""
+    return [
+        ("reward.path", config.reward.path, config.reward.revision),
+        ("critic.path", config.critic.path, config.critic.revision),
+        ("reference.path", config.reference.path, config.reference.revision),
+        ("reward_training.path", config.reward_training.path, config.reward_training.revision),
+        ("sft_model_path", config.sft_model_path, config.model.revision),
+    ]
 
 
 def _check_inputs(config: RunConfig, workdir: Path, phases: list[str]) -> None:
@@ -60,12 +100,19 @@ def _check_inputs(config: RunConfig, workdir: Path, phases: list[str]) -> None:
             describe_pretrained(path, revision=config.reward.revision)
 
 
-def _check_layers(config: RunConfig, decoder: DecoderConfig) -> None:
-    kept = config.reward_training.num_layers
+def _check_layers(config: RunConfig, policy: DecoderConfig, phases: list[str]) -> None:
+    training = config.reward_training
+    start = policy if training.path is None else describe_pretrained(training.path, revision=training.revision).config
+    kept = training.num_layers or start.num_layers
+    critic = kept if "reward" in phases else policy.num_layers
+    for model in (config.reward, config.critic):
+        if model.path is not None:
+            critic = describe_pretrained(model.path, revision=model.revision).config.num_layers
     for field, value, layers in (
-        ("model.trainable_layers", config.model.trainable_layers, decoder.num_layers),
-        ("reward_training.num_layers", kept, decoder.num_layers),
-        ("reward_training.trainable_layers", config.reward_training.trainable_layers, kept or decoder.num_layers),
+        ("model.trainable_layers", config.model.trainable_layers, policy.num_layers),
+        ("reward_training.num_layers", training.num_layers, start.num_layers),
+        ("reward_training.trainable_layers", training.trainable_layers, kept),
+        ("critic.trainable_layers", config.critic.trainable_layers if "ppo" in phases else None, critic),
     ):
         if value is not None and not 1 <= value <= layers:
             raise ValueError(f"config.{field}={value} must lie within 1 and the model's {layers} layers.")
@@ -73,17 +120,10 @@ def _check_layers(config: RunConfig, decoder: DecoderConfig) -> None:
 
 def _check_vocabularies(config: RunConfig, tokenizer: object) -> None:
     """Token ids go from the policy to the reward model and the critic: they must mean the same there."""
-    paths = {
-        "reward.path": config.reward.path,
-        "critic.path": config.critic.path,
-        "reference.path": config.reference.path,
-        "reward_training.path": config.reward_training.path,
-        "sft_model_path": config.sft_model_path,
-    }
-    for field, path in paths.items():
+    for field, path, revision in _checkpoints(config):
         if path is None or path == config.model.path:
             continue
-        decoder, other = describe_pretrained(path)
+        decoder, other, _ = describe_pretrained(path, revision=revision)
         if decoder.vocab_size < len(tokenizer) or (other is not None and other.get_vocab() != tokenizer.get_vocab()):
             raise ValueError(
                 f"config.{field}={path} has another vocabulary than config.model.path={config.model.path}: token ids "
@@ -110,3 +150,21 @@ def _check_batches(config: RunConfig, phases: list[str]) -> None:
                 f"config.data.ppo_batch_size={config.data.ppo_batch_size} is no multiple of config.ppo.num_minibatches="
                 f"{count} × the mesh's {shards} row shards; take {count * shards} or a multiple of it."
             )
+        ppo_microbatch(config, mesh)
+
+
+def _check_schedules(config: RunConfig, phases: list[str]) -> None:
+    """Schedules end after their warm-up (where the number of steps is known before the data is)."""
+    ppo, sft, reward = config.ppo, config.sft, config.reward_training
+    updates = ppo.iterations * ppo.ppo_epochs * ppo.num_minibatches
+    for phase, field, steps, optimizer in (
+        ("sft", "sft.optimizer", sft.steps, sft.optimizer),
+        ("reward", "reward_training.optimizer", reward.steps, reward.optimizer),
+        ("ppo", "ppo.actor_optimizer", updates, ppo.actor_optimizer),
+        ("ppo", "ppo.critic_optimizer", updates, ppo.critic_optimizer),
+    ):
+        if phase in phases and steps is not None:
+            try:
+                learning_rate_schedule(with_end(optimizer, steps))
+            except ValueError as error:
+                raise ValueError(f"config.{field}: {error}") from error

@@ -7,7 +7,8 @@ from ml_collections import ConfigDict
 
 from jax_rlhf.data import DataConfig
 from jax_rlhf.data.formats import PHASES
-from jax_rlhf.engine import CriticConfig, ModelConfig
+from jax_rlhf.engine import CriticConfig, ModelConfig, RLHFEngine
+from jax_rlhf.hub import Description, Pretrained, end_ids
 from jax_rlhf.parallel import MeshConfig
 from jax_rlhf.settings import from_mapping, near_misses, to_config_dict
 from jax_rlhf.training import OptimizerConfig, PPOConfig
@@ -69,6 +70,13 @@ class RewardTrainingConfig:
     normalize_rows: int = 256
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
 
+    def __post_init__(self) -> None:
+        if self.loss == "token" and self.compare == "all":
+            raise ValueError(
+                'config.reward_training: loss="token" compares the two answers of a pair, token by token; '
+                'compare="all" is for loss="bradley_terry".'
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
@@ -121,6 +129,18 @@ class RunConfig:
         if not self.phases or sorted(self.phases, key=PHASES.index) != list(self.phases):
             raise ValueError(f"config.phases={self.phases}: one or more of {', '.join(PHASES)} in this order.")
 
+    def ends(self, policy: Description | Pretrained | RLHFEngine) -> tuple[int, ...]:
+        """The tokens that end the policy's answers, in all phases.
+
+        Args:
+          policy: the policy, what its checkpoint says, or the engine that has it.
+
+        Returns:
+          Ids; `ppo.eos_ids` where they are given.
+        """
+        known = end_ids(policy.tokenizer, policy.generation_config)
+        return known if self.ppo.eos_ids is None else self.ppo.eos_ids
+
     def data_of(self, phase: str) -> DataConfig:
         """The data's settings as a phase uses them.
 
@@ -144,7 +164,7 @@ def default_config() -> ConfigDict:
       A ConfigDict; `ppo.seed` follows `seed`.
     """
     config = to_config_dict(RunConfig(ppo=PPOConfig(time_phases=True)))
-    config.ppo.seed = config.get_ref("seed")
+    config.ppo.seed = config.get_oneway_ref("seed")
     return config
 
 

@@ -6,18 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from jax_rlhf.data import Datasets, create_datasets, imported, pad_id
 from jax_rlhf.engine import RLHFEngine
 from jax_rlhf.hub import save_pretrained
-from jax_rlhf.parallel import create_mesh, local_rows
+from jax_rlhf.parallel import create_mesh, local_rows, row_shards
 from jax_rlhf.phases.config import RunConfig
 from jax_rlhf.phases.record import Record, printable
-from jax_rlhf.phases.supervised import with_end
+from jax_rlhf.phases.supervised import microbatches, with_end
 from jax_rlhf.phases.workdir import reward_model, sft_model
 from jax_rlhf.rewards import RewardFunction
 from jax_rlhf.rl import Experience, Prompts
-from jax_rlhf.trainer import PPOTrainer
+from jax_rlhf.trainer import PPOTrainer, microbatch_rows
 from jax_rlhf.training import PPOConfig, PretrainingRows
 
 
@@ -68,7 +69,7 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
                     _evaluate(iteration + 1, trainer, prompts, judges, record)
 
         done = int(trainer.state.iteration)
-        last, after = _evaluate(done, trainer, prompts, judges, record) if not record.interrupted else (first, before)
+        last, after = _evaluate(done, trainer, prompts, judges, record) if record.goes_on() else ({}, [])
         _show_samples(before, after, config.log.table_rows, record)
         result = {"iterations": done} | {f"{name}_before": value for name, value in first.items()} | last
         record.summary(result)
@@ -81,15 +82,48 @@ def _completed(config: RunConfig, engine: RLHFEngine) -> PPOConfig:
     steps = settings.iterations * settings.ppo_epochs * settings.num_minibatches
     return dataclasses.replace(
         settings,
+        microbatch_size=ppo_microbatch(config, engine.mesh),
         pad_id=pad_id(engine.tokenizer, config.data) if settings.pad_id is None else settings.pad_id,
         actor_optimizer=with_end(settings.actor_optimizer, steps),
         critic_optimizer=with_end(settings.critic_optimizer, steps),
     )
 
 
+def ppo_microbatch(config: RunConfig, mesh: Mesh | None) -> int | None:
+    """Rows whose activations exist at once, the same in every iteration where texts are learned beside (PPO-ptx).
+
+    Args:
+      config: the run's settings.
+      mesh: the mesh.
+
+    Returns:
+      As configured; with `ptx_coef`, where None is, what suits the longest prompts.
+
+    Raises:
+      ValueError: the sizes do not divide, or the SFT batch cannot be spread over the microbatches; says which would.
+    """
+    settings, data = config.ppo, config.data
+    rows = data.ppo_batch_size // settings.num_minibatches
+    micro = settings.microbatch_size
+    if micro is not None:
+        microbatches(rows, micro, mesh, "ppo")
+    if not settings.ptx_coef:
+        return micro
+    width = data.max_prompt_tokens if data.prompt_tokens is None else data.prompt_tokens
+    micro = micro or microbatch_rows(rows, width + settings.max_new_tokens, row_shards(mesh))
+    groups = data.ppo_batch_size // micro
+    if data.sft_batch_size % groups:
+        raise ValueError(
+            f"config.data.sft_batch_size={data.sft_batch_size} texts (ptx_coef > 0) cannot be spread over the {groups} "
+            f"microbatches of an iteration; take {groups} or a multiple of it, or a larger config.ppo.microbatch_size."
+        )
+    return micro
+
+
 def _texts(config: RunConfig, engine: RLHFEngine) -> Datasets:
     """The SFT data of PPO-ptx, a text a row."""
-    return create_datasets(dataclasses.replace(config.data, packing=False), engine.tokenizer, "sft", seed=config.seed)
+    data = dataclasses.replace(config.data, packing=False)
+    return create_datasets(data, engine.tokenizer, "sft", seed=config.seed, eos_ids=config.ends(engine))
 
 
 def _functions(names: Sequence[str]) -> list[RewardFunction]:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jax_rlhf.data import Datasets, create_datasets
 from jax_rlhf.engine import load_model
-from jax_rlhf.hub import Pretrained, save_pretrained
+from jax_rlhf.hub import Pretrained, describe_pretrained, save_pretrained
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.parallel import create_mesh, local_rows, put_rows
 from jax_rlhf.phases.config import RunConfig
@@ -48,7 +48,11 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
         record.say(f"loading {path}")
         start = dataclasses.replace(config.model, path=path, revision=settings.revision)
         pretrained = reward_start(load_model(start, "lm", mesh), settings.num_layers, jax.random.key(config.seed))
-        datasets = create_datasets(config.data_of("reward"), pretrained.tokenizer, "reward", seed=config.seed)
+        # What it will score is written with the policy's chat template, and ends as the policy's answers do.
+        policy = describe_pretrained(config.model.path, revision=config.model.revision)
+        pretrained = dataclasses.replace(pretrained, tokenizer=policy.tokenizer)
+        data, ends = config.data_of("reward"), config.ends(policy)
+        datasets = create_datasets(data, policy.tokenizer, "reward", seed=config.seed, eos_ids=ends)
         record.say(datasets.report)
         steps = total_steps(settings.steps, settings.epochs, datasets)
         how = Supervised(
@@ -94,10 +98,10 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
             )
         report(int(state.step), state)
         result = {"steps": int(state.step)} | held_out
-        if policy_path is not None and not record.interrupted:
+        if policy_path is not None and record.goes_on():
             record.say(f"scoring {settings.normalize_rows} responses of the SFT policy, to normalise scores")
             policy = load_model(dataclasses.replace(config.model, path=policy_path), "lm", mesh)
-            scores, ended, rows = _policy_scores(config, policy, how.network, params(), mesh)
+            scores, ended, rows = _policy_scores(config, policy, ends, how.network, params(), mesh)
             record.samples(rows)
             found = calibration(scores, ended)
             result |= found
@@ -125,10 +129,16 @@ def _held_out(network: SplitModel, params: SplitParams, datasets: Datasets, mesh
 
 
 def _policy_scores(
-    config: RunConfig, policy: Pretrained, network: SplitModel, params: SplitParams, mesh: Mesh | None
+    config: RunConfig,
+    policy: Pretrained,
+    ends: tuple[int, ...],
+    network: SplitModel,
+    params: SplitParams,
+    mesh: Mesh | None,
 ) -> tuple[np.ndarray, np.ndarray, list[Mapping[str, Any]]]:
     """The reward model's scores of the SFT policy's responses to the PPO phase's prompts, and which of them ended."""
     prompts = create_datasets(config.data_of("ppo"), policy.tokenizer, "ppo", seed=config.seed)
+    ppo = config.ppo
     scores, ended, rows = [], [], []
     for step in range(-(-config.reward_training.normalize_rows // prompts.batch_size)):
         batch = prompts.train[step]
@@ -139,14 +149,17 @@ def _policy_scores(
             tokens,
             mask,
             jax.random.fold_in(jax.random.key(config.seed), step),
-            max_new_tokens=config.ppo.max_new_tokens,
-            temperature=config.ppo.temperature,
-            eos_id=policy.tokenizer.eos_token_id,
+            max_new_tokens=ppo.max_new_tokens,
+            min_new_tokens=ppo.min_new_tokens,
+            temperature=ppo.temperature,
+            top_k=ppo.top_k,
+            top_p=ppo.top_p,
+            eos_id=ends,
             row_ids=row_ids,
         )
-        ends = samples.response_mask & (samples.tokens[:, mask.shape[1] :] == policy.tokenizer.eos_token_id)
+        last = samples.response_mask & jnp.isin(samples.tokens[:, mask.shape[1] :], jnp.asarray(ends, jnp.int32))
         mask = jnp.concatenate([mask, samples.response_mask], axis=1)
-        batch = samples.tokens, mask, _text_scores(network, params, samples.tokens, mask), jnp.any(ends, axis=1)
+        batch = samples.tokens, mask, _text_scores(network, params, samples.tokens, mask), jnp.any(last, axis=1)
         scores.append(_everywhere(batch[2]))
         ended.append(_everywhere(batch[3]))
         for row, real, score, end in zip(*map(local_rows, batch), strict=True):

@@ -38,7 +38,8 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
     with Record(folder, config.log) as record:
         record.say(f"loading {config.model.path}")
         pretrained = load_model(config.model, "lm", mesh)
-        datasets = create_datasets(config.data, pretrained.tokenizer, "sft", seed=config.seed)
+        ends = config.ends(pretrained)
+        datasets = create_datasets(config.data, pretrained.tokenizer, "sft", seed=config.seed, eos_ids=ends)
         record.say(datasets.report)
         steps = total_steps(settings.steps, settings.epochs, datasets)
         how = Supervised(
@@ -82,7 +83,7 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
                 keep=lambda state: latest.__setitem__(0, state),
             )
         report(int(state.step), state)
-        if settings.sample_rows and datasets.eval:
+        if settings.sample_rows and datasets.eval and record.goes_on():
             _write_samples(config, trained(), datasets, record)
         result = {"steps": int(state.step)}
         if losses:
@@ -110,7 +111,7 @@ def _write_samples(config: RunConfig, pretrained: Pretrained, datasets: Datasets
         mask,
         jax.random.key(config.seed),
         max_new_tokens=config.sft.sample_tokens,
-        eos_id=tokenizer.eos_token_id,
+        eos_id=config.ends(pretrained),
     )
     for row, tokens, real in zip(rows, np.asarray(samples.tokens), np.asarray(samples.response_mask), strict=True):
         response = tokens[width:][real]

@@ -1,6 +1,7 @@
 """What would fail later is said at the start, with how to mend it."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,10 @@ def set_field(config, path, value):
         ({"model.trainable_layers": 9}, "config.model.trainable_layers=9 must lie within 1 and the model's 3 layers"),
         ({"reward_training.num_layers": 5}, "config.reward_training.num_layers=5 must lie"),
         ({"reward_training.trainable_layers": 3}, "must lie within 1 and the model's 2 layers"),
+        ({"critic.trainable_layers": 3}, "config.critic.trainable_layers=3 must lie within 1 and the model's 2 layers"),
+        ({"ppo.microbatch_size": 5}, r"config.ppo.microbatch_size=5 does not divide a batch of 8 rows"),
+        ({"reward_training.loss": "token", "reward_training.compare": "all"}, 'compare="all" is for loss="bradley'),
+        ({"ppo.actor_optimizer.schedule": "linear", "ppo.actor_optimizer.warmup_steps": 12}, "config.ppo.actor_optim"),
         ({"phases": ("ppo",)}, "sft/model is missing: run the sft phase first.*--config.sft_model_path"),
         ({"phases": ("sft", "ppo")}, "reward/model is missing: run the reward phase first"),
         ({"sft.microbatch_size": 5}, r"config.sft.microbatch_size=5 does not divide a batch of 16 rows.*8, 16"),
@@ -60,6 +65,43 @@ def test_what_cannot_work_is_said_at_the_start(config, tmp_path, changes, messag
         set_field(config, path, value)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         check(config, tmp_path)
+
+
+def test_texts_learned_beside_ppo_must_fit_its_microbatches(config, tmp_path):
+    config.phases, config.sft_model_path, config.reward.path = ("ppo",), config.model.path, config.model.path
+    config.ppo.ptx_coef, config.data.sft_batch_size = 1.0, 15
+    with pytest.raises(ValueError, match=r"sft_batch_size=15 texts .* cannot be spread over the 2 microbatches"):
+        check(config, tmp_path)
+
+
+def test_what_overwriting_would_delete_is_no_input(config, tmp_path):
+    workdir = tmp_path / "run"
+    config.sft_model_path, config.phases = str(workdir / "sft" / "model"), ("sft",)
+    with pytest.raises(ValueError, match=r"config.sft_model_path=.* lies in .*run/sft, which --overwrite deletes"):
+        check_run(run_config(config), workdir, overwrite=True)
+    config.sft_model_path = None
+    check_run(run_config(config), workdir, overwrite=True)
+    (workdir / "reward" / "model").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"run/reward was made from what .* --config.phases=sft,reward repeats it too"):
+        check_run(run_config(config), workdir, overwrite=True)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_ctrl_c_after_the_last_part_leaves_a_finished_phase(step, tmp_path):
+    """Pressed in a step, it cuts the phase short; pressed when nothing is left to begin, the phase is finished."""
+
+    def press():
+        with Record(tmp_path / "sft", LogConfig()) as record:
+            for index in record.steps(2):
+                if index == step:
+                    signal.raise_signal(signal.SIGINT)
+            if record.goes_on() and step == 2:
+                signal.raise_signal(signal.SIGINT)
+            record.summary({})
+
+    with pytest.raises(KeyboardInterrupt):
+        press()
+    assert status(tmp_path, "sft") == ("finished" if step == 2 else "interrupted")
 
 
 def test_a_reward_model_of_another_vocabulary(config, tmp_path):

@@ -161,7 +161,10 @@ def test_the_same_command_again_has_nothing_to_do(whole):
         (["--config.ppo.kl_coef=0.5"], "belongs to a run of another config: config.ppo.kl_coef was 0.05 and is 0.5"),
         (["--config.ppo.kl_cof=0.5"], "config.ppo.kl_cof: there is no such field; did you mean config.ppo.kl_coef"),
         (["--config.pppo.kl_coef=0.5"], "did you mean config.ppo.kl_coef"),
-        (["--config.sft.steps=many"], "--config.sft.steps=many: invalid literal for int()"),
+        (["--config.sft.steps=many"], "config.sft.steps='many': int or None is expected"),
+        (["--config.ppo.iterations=many"], "--config.ppo.iterations=many: invalid literal for int()"),
+        (["--config.reward_training.num_layers=None"], "config.reward_training.num_layers was 2 and is None"),
+        (["--config.phases=sft", "--overwrite"], "was made from what --overwrite deletes"),
         (["--config.phases=ppo,sft"], "in this order"),
         (["--config.phases=ppo,rm"], "'rm' is no phase"),
     ],
@@ -200,4 +203,4 @@ def test_ctrl_c_saves_what_was_trained(tmp_path):
     assert all(line["step"] >= 0 for line in lines(metrics))
     code, _, errors = run(tmp_path, "--config.phases=sft", "--config.sft.steps=100000")
     assert code == 1
-    assert "did not finish. --overwrite repeats it" in errors
+    assert "did not finish. --overwrite --config.phases=sft repeats it" in errors
