@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -55,6 +56,33 @@ def test_the_training_loop_trains_and_saves(tmp_path):
     assert float(lines[0].split()[3]) == 0  # no KL before the first update
     assert float(lines[-1].split()[3]) != 0
     assert (tmp_path / "runs" / "loop" / "model" / "model.safetensors").is_file()
+
+
+def test_the_command_for_own_data_runs_all_phases(tmp_path):
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    (block,) = (block for block in blocks if "preferences.jsonl" in block)
+    command = shlex.split(block[block.index("python -m jax_rlhf") :])
+    places = {
+        "runs/own": str(tmp_path / "own"),
+        "HuggingFaceTB/SmolLM2-360M-Instruct": tiny.checkpoint(tmp_path / "model"),
+        "preferences.jsonl": tiny.preferences(tmp_path / "preferences.jsonl"),
+    }
+    for name, place in places.items():
+        assert sum(name in word for word in command) == 1
+        command = [word.replace(name, place) for word in command]
+    small = "data.max_tokens=16", "data.ppo_batch_size=16", "ppo.max_new_tokens=6", "ppo.iterations=1"
+    run = subprocess.run(
+        [sys.executable, *command[1:], *(f"--config.{setting}" for setting in small)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    for phase in ("sft", "reward", "ppo"):
+        assert f"{phase} data: 100 rows read" in run.stdout
+        assert (tmp_path / "own" / phase / "model" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow
