@@ -1,5 +1,6 @@
 """What can be known to fail before anything runs: settings, data, checkpoints and the workdir of every phase."""
 
+import dataclasses
 from pathlib import Path
 
 from jax_rlhf.data import DataError, create_datasets, imported
@@ -43,7 +44,7 @@ def check_run(config: RunConfig, workdir: Path, *, overwrite: bool) -> None:
     policy = describe_pretrained(config.model.path, revision=config.model.revision)
     if policy.tokenizer is None:
         raise DataError(f"{config.model.path} came without a tokenizer; put its files into the same folder.")
-    _check_layers(config, policy.config, phases)
+    _check_layers(config, policy.config, phases, workdir)
     _check_vocabularies(config, policy.tokenizer)
     _check_batches(config, phases)
     _check_schedules(config, phases)
@@ -100,20 +101,25 @@ def _check_inputs(config: RunConfig, workdir: Path, phases: list[str]) -> None:
             describe_pretrained(path, revision=config.reward.revision)
 
 
-def _check_layers(config: RunConfig, policy: DecoderConfig, phases: list[str]) -> None:
+def _check_layers(config: RunConfig, policy: DecoderConfig, phases: list[str], workdir: Path) -> None:
     training = config.reward_training
     start = policy if training.path is None else describe_pretrained(training.path, revision=training.revision).config
     kept = training.num_layers or start.num_layers
-    critic = kept if "reward" in phases else policy.num_layers
-    for model in (config.reward, config.critic):
-        if model.path is not None:
-            critic = describe_pretrained(model.path, revision=model.revision).config.num_layers
-    for field, value, layers in (
+    checked = [
         ("model.trainable_layers", config.model.trainable_layers, policy.num_layers),
         ("reward_training.num_layers", training.num_layers, start.num_layers),
         ("reward_training.trainable_layers", training.trainable_layers, kept),
-        ("critic.trainable_layers", config.critic.trainable_layers if "ppo" in phases else None, critic),
-    ):
+    ]
+    if "ppo" in phases:
+        reward = config.reward
+        if reward.path is None and "reward" not in phases:
+            reward = dataclasses.replace(reward, path=reward_model(config, workdir))
+        begins = next((model for model in (config.critic, reward) if model.path is not None), None)
+        layers = kept if "reward" in phases else policy.num_layers  # without a reward model it is the actor's trunk
+        if begins is not None:
+            layers = describe_pretrained(begins.path, revision=begins.revision).config.num_layers
+        checked.append(("critic.trainable_layers", config.critic.trainable_layers, layers))
+    for field, value, layers in checked:
         if value is not None and not 1 <= value <= layers:
             raise ValueError(f"config.{field}={value} must lie within 1 and the model's {layers} layers.")
 
