@@ -41,15 +41,15 @@ def get_config() -> ConfigDict:
     config.reward_training.optimizer.warmup_steps = 4
     config.reward_training.head_learning_rate = 2e-3
 
-    config.ppo.iterations = 12
+    config.ppo.iterations = 10
     config.ppo.max_new_tokens = 24
-    config.ppo.missing_eos_penalty = 0.05
+    config.ppo.temperature = 0.7  # at 1.0 a model this small writes so much noise that PPO learns at half the pace
     config.ppo.kl_coef = 0.1
-    config.ppo.entropy_coef = 0.012  # keeps its vocabulary: without it, distinct-1 falls to 0.7 of the SFT policy's
+    config.ppo.entropy_coef = 0.02  # keeps its vocabulary
     config.ppo.ppo_epochs = 2
     config.ppo.num_minibatches = 4
     config.ppo.value_clip_range = 10.0  # off: a critic this young has far to go
-    config.ppo.actor_optimizer.learning_rate = 2.75e-4
+    config.ppo.actor_optimizer.learning_rate = 2.5e-4
     config.ppo.actor_optimizer.schedule = "linear"
     config.ppo.actor_optimizer.final_fraction = 0.5
     config.ppo.actor_optimizer.warmup_steps = 8  # an iteration, while the critic learns most

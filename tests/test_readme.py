@@ -61,7 +61,7 @@ def test_the_training_loop_trains_and_saves(tmp_path):
 def test_the_command_for_own_data_runs_all_phases(tmp_path):
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     (block,) = (block for block in blocks if "preferences.jsonl" in block)
-    command = shlex.split(block[block.index("python -m jax_rlhf") :])
+    command = shlex.split(block[block.index("python -m jax_rlhf") :].replace("\\\n", " "))
     places = {
         "runs/own": str(tmp_path / "own"),
         "HuggingFaceTB/SmolLM2-360M-Instruct": tiny.checkpoint(tmp_path / "model"),
