@@ -4,8 +4,7 @@
 
 or, with the packages of requirements-quickstart.txt, python -m jax_rlhf --config=configs/quickstart.py
 --workdir=runs/quickstart. Data: film-review sentences with human sentiment labels (jax_rlhf/examples/movie_reviews.py).
-With --config.model.path and --config.data.paths it takes other causal models (of 8 layers or more) and other data of texts
-as short.
+With --config.model.path and --config.data.paths it takes other models of 8 layers or more, and other short texts.
 
 What to expect: 8 min 11 s on 2 cores of an AMD EPYC (Zen 4), 3.7 GB of memory; measured on 2026-11-24, seeds 0 and 1:
 
