@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
 
     config.ppo.iterations = 10
     config.ppo.max_new_tokens = 24
-    config.ppo.temperature = 0.7  # at 1.0 a model this small writes so much noise that PPO learns at half the pace
+    config.ppo.temperature = 0.7  # at 1.0 a model this small writes more noise, and 12 iterations gained 0.23 on seed 1
     config.ppo.kl_coef = 0.1
     config.ppo.entropy_coef = 0.02  # keeps its vocabulary
     config.ppo.ppo_epochs = 2

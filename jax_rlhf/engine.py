@@ -149,10 +149,8 @@ class RLHFEngine:
             reward_shares=reward_shares,
         )
         # The critic values unfinished responses, so it starts without the bonus that the reward model gives for those.
-        critic_trainable, critic_bias = (
-            critic_params.trainable,
-            critic_start.reward_bias - critic_start.missing_eos_bias,
-        )
+        critic_trainable = critic_params.trainable
+        critic_bias = critic_start.reward_bias - critic_start.missing_eos_bias
         if critic_zero_head:
             critic_trainable, critic_bias = _with_zero_head(critic_trainable), 0.0
         # The parts that train are copies in float32: their buffers are donated to every update.
