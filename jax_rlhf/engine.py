@@ -117,49 +117,22 @@ class RLHFEngine:
         """
         _check_heads(actor, reference, critic, reward)
         _check_tokenizers(actor, reference, critic, reward)
-        place = functools.partial(_placed, mesh=mesh)
-        actor_model = SplitModel(actor.model, trainable_layers)
-        actor_params = actor_model.split(place(actor))
-        critic_start = critic or reward or _zero_head(actor)
-        critic_model = SplitModel(critic_start.model, critic_trainable_layers)
-        critic_params = critic_model.split(place(critic_start))
-        critic_shares = critic is None and reward is None and critic_model.first_layer == actor_model.first_layer
-        critic_shares = critic_shares and trainable_layers is not None and critic_trainable_layers is not None
-        if critic_shares:
-            critic_params = critic_params.replace(frozen=actor_params.frozen)
-
-        reference_model, reference_params = actor_model, SplitParams({}, actor_params.trainable)
-        if reference is not None:
-            reference_model = SplitModel(reference.model)
-            reference_params = SplitParams({}, place(reference))
-        reward_model, reward_params = None, None
-        reward_shares = reward is not None and critic is None
-        if reward_shares:
-            reward_model, reward_params = critic_model, SplitParams({}, critic_params.trainable)
-        elif reward is not None:
-            reward_model, reward_params = SplitModel(reward.model), SplitParams({}, place(reward))
-
-        self.networks = Networks(
-            actor=actor_model,
-            reference=reference_model,
-            critic=critic_model,
-            reward=reward_model,
-            reference_shares=reference is None,
-            critic_shares=critic_shares,
-            reward_shares=reward_shares,
+        self.networks, parts = _split_models(
+            actor, reference, critic, reward, trainable_layers, critic_trainable_layers, mesh
         )
         # The critic values unfinished responses, so it starts without the bonus that the reward model gives for those.
-        critic_trainable = critic_params.trainable
-        critic_bias = critic_start.reward_bias - critic_start.missing_eos_bias
+        critic_start = critic or reward
+        critic_bias = critic_start.reward_bias - critic_start.missing_eos_bias if critic_start is not None else 0.0
+        critic_trainable = parts["critic"].trainable
         if critic_zero_head:
             critic_trainable, critic_bias = _with_zero_head(critic_trainable), 0.0
         # The parts that train are copies in float32: their buffers are donated to every update.
-        self.trained = Trained(_masters(actor_params.trainable), _masters(critic_trainable), None)
+        self.trained = Trained(_masters(parts["actor"].trainable), _masters(critic_trainable), None)
         self.frozen = Frozen(
-            actor=actor_params.frozen,
-            critic=critic_params.frozen,
-            reference=reference_params,
-            reward=reward_params,
+            actor=parts["actor"].frozen,
+            critic=parts["critic"].frozen,
+            reference=parts["reference"],
+            reward=parts["reward"],
             reward_bias=jnp.float32(reward.reward_bias if reward is not None else 0),
             critic_bias=jnp.float32(critic_bias),
             missing_eos_bias=jnp.float32(reward.missing_eos_bias if reward is not None else 0),
@@ -318,6 +291,42 @@ def load_model(config: ModelConfig, head: Head, mesh: Mesh | None = None) -> Pre
     }
     model = pretrained.model.clone(config=pretrained.model.config.replace(**changes))
     return dataclasses.replace(pretrained, model=model)
+
+
+def _split_models(
+    actor: Pretrained,
+    reference: Pretrained | None,
+    critic: Pretrained | None,
+    reward: Pretrained | None,
+    trainable_layers: int | None,
+    critic_trainable_layers: int | None,
+    mesh: Mesh | None,
+) -> tuple[Networks, dict[str, SplitParams | None]]:
+    """The four models in a frozen and a trained part each, by role; what two of them have in common is held once."""
+    place = functools.partial(_placed, mesh=mesh)
+    models, parts = {"actor": SplitModel(actor.model, trainable_layers)}, {}
+    parts["actor"] = models["actor"].split(place(actor))
+    critic_start = critic or reward or _zero_head(actor)
+    models["critic"] = SplitModel(critic_start.model, critic_trainable_layers)
+    parts["critic"] = models["critic"].split(place(critic_start))
+    critic_shares = critic is None and reward is None and models["critic"].first_layer == models["actor"].first_layer
+    critic_shares = critic_shares and trainable_layers is not None and critic_trainable_layers is not None
+    if critic_shares:
+        parts["critic"] = parts["critic"].replace(frozen=parts["actor"].frozen)
+
+    models["reference"], parts["reference"] = models["actor"], SplitParams({}, parts["actor"].trainable)
+    if reference is not None:
+        models["reference"], parts["reference"] = SplitModel(reference.model), SplitParams({}, place(reference))
+    models["reward"], parts["reward"] = None, None
+    reward_shares = reward is not None and critic is None
+    if reward_shares:
+        models["reward"], parts["reward"] = models["critic"], SplitParams({}, parts["critic"].trainable)
+    elif reward is not None:
+        models["reward"], parts["reward"] = SplitModel(reward.model), SplitParams({}, place(reward))
+    networks = Networks(
+        **models, reference_shares=reference is None, critic_shares=critic_shares, reward_shares=reward_shares
+    )
+    return networks, parts
 
 
 def _placed(pretrained: Pretrained, mesh: Mesh | None) -> Params:

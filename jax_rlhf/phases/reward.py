@@ -17,7 +17,7 @@ from jax_rlhf.engine import load_model
 from jax_rlhf.hub import Pretrained, describe_pretrained, save_pretrained
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.parallel import create_mesh, local_rows, put_rows
-from jax_rlhf.phases.config import RunConfig
+from jax_rlhf.phases.config import RewardTrainingConfig, RunConfig
 from jax_rlhf.phases.record import Record
 from jax_rlhf.phases.supervised import microbatches, total_steps, train, with_end
 from jax_rlhf.phases.workdir import sft_model
@@ -46,8 +46,7 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
     policy_path = sft_model(config, workdir) if settings.normalize_rows else None
     with Record(folder, config.log) as record:
         record.say(f"loading {path}")
-        start = dataclasses.replace(config.model, path=path, revision=settings.revision)
-        pretrained = reward_start(load_model(start, "lm", mesh), settings.num_layers, jax.random.key(config.seed))
+        pretrained = _start(config, path, mesh)
         # What it will score is written with the policy's chat template, and ends as the policy's answers do.
         policy = describe_pretrained(config.model.path, revision=config.model.revision)
         pretrained = dataclasses.replace(pretrained, tokenizer=policy.tokenizer)
@@ -55,15 +54,7 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
         datasets = create_datasets(data, policy.tokenizer, "reward", seed=config.seed, eos_ids=ends)
         record.say(datasets.report)
         steps = total_steps(settings.steps, settings.epochs, datasets)
-        how = Supervised(
-            network=SplitModel(pretrained.model, settings.trainable_layers),
-            loss=RewardLoss(settings.loss, settings.compare),
-            optimizer=with_end(settings.optimizer, steps),
-            head_learning_rate=settings.head_learning_rate,
-            microbatches=microbatches(datasets.batch_size, settings.microbatch_size, mesh, "reward_training"),
-        )
-        if settings.compare == "all" and how.microbatches > 1:
-            raise ValueError('config.reward_training.compare="all" compares within a whole batch: no microbatch_size.')
+        how = _how(settings, pretrained, datasets, steps, mesh)
         state, frozen = create_state(how, pretrained, mesh)
         latest, held_out = [state], {}
 
@@ -108,6 +99,29 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
             save(**found)
         record.summary(result)
     return result
+
+
+def _start(config: RunConfig, path: str, mesh: Mesh | None) -> Pretrained:
+    """The model that becomes a reward model, with a random head."""
+    settings = config.reward_training
+    start = dataclasses.replace(config.model, path=path, revision=settings.revision)
+    return reward_start(load_model(start, "lm", mesh), settings.num_layers, jax.random.key(config.seed))
+
+
+def _how(
+    settings: RewardTrainingConfig, pretrained: Pretrained, datasets: Datasets, steps: int, mesh: Mesh | None
+) -> Supervised:
+    """The update as the settings want it."""
+    how = Supervised(
+        network=SplitModel(pretrained.model, settings.trainable_layers),
+        loss=RewardLoss(settings.loss, settings.compare),
+        optimizer=with_end(settings.optimizer, steps),
+        head_learning_rate=settings.head_learning_rate,
+        microbatches=microbatches(datasets.batch_size, settings.microbatch_size, mesh, "reward_training"),
+    )
+    if settings.compare == "all" and how.microbatches > 1:
+        raise ValueError('config.reward_training.compare="all" compares within a whole batch: no microbatch_size.')
+    return how
 
 
 def _held_out(network: SplitModel, params: SplitParams, datasets: Datasets, mesh: Mesh | None) -> dict[str, float]:
