@@ -76,6 +76,7 @@ def get_config() -> ConfigDict:
     ppo.penalty_target = 0.01  # nats a token it adapts to
     ppo.value_clip_range = 0.2  # ε of the value loss, in reward units
     ppo.entropy_coef = 0.0  # bonus a nat of entropy
+    # ppo.entropy_target = 2.0  # nats a token, above which there is no bonus
     ppo.ptx_coef = 0.0  # weight of the SFT data's loss (PPO-ptx), a nat a token
     ppo.critic_warmup_iterations = 0  # in which only the critic learns
     # ppo.target_kl = 0.1  # nats a token; ends an iteration's updates

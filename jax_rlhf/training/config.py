@@ -46,6 +46,8 @@ class PPOConfig:
       penalty_coef, penalty_target: PPO-penalty's first β, and the nats a token that it adapts to.
       value_clip_range: ε of the value loss, in reward units.
       entropy_coef: entropy bonus, per nat.
+      entropy_target: nats a token; where the last minibatch had more entropy, there is no bonus, so that it holds the
+        entropy up and does not drive it on; None = always a bonus.
       ptx_coef: weight of the pretraining loss (mean nats a token) where `train_rlhf` is given pretraining rows.
       critic_warmup_iterations: iterations in which only the critic learns.
       target_kl: the rest of an iteration's updates is left out once the approximate KL of a minibatch exceeds this, in
@@ -100,6 +102,7 @@ class PPOConfig:
     penalty_target: float = 0.01
     value_clip_range: float = 0.2
     entropy_coef: float = 0.0
+    entropy_target: float | None = None
     ptx_coef: float = 0.0
     critic_warmup_iterations: int = 0
     target_kl: float | None = None
@@ -125,7 +128,7 @@ class PPOConfig:
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie within 0 and 1.")
-        for name in ("kl_target", "kl_horizon", "target_kl", "penalty_coef", "penalty_target"):
+        for name in ("kl_target", "kl_horizon", "target_kl", "penalty_coef", "penalty_target", "entropy_target"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:

@@ -24,6 +24,7 @@ class PPOState:
       penalty: the controller of PPO-penalty's β.
       iteration: int32[], iterations done.
       skipped_updates: int32[], optimizer steps left out since something was not finite.
+      entropy: float32[], of the actor on the last minibatch, in nats a token; 0 before the first.
     """
 
     actor_optimizer: Any
@@ -32,6 +33,7 @@ class PPOState:
     penalty: AdaptivePenalty
     iteration: Array
     skipped_updates: Array
+    entropy: Array
 
 
 def create_state(config: PPOConfig, trained: Trained, mesh: Mesh | None = None) -> PPOState:
@@ -59,6 +61,7 @@ def create_state(config: PPOConfig, trained: Trained, mesh: Mesh | None = None) 
             penalty=AdaptivePenalty(jnp.float32(config.penalty_coef), jnp.float32(config.penalty_target)),
             iteration=jnp.int32(0),
             skipped_updates=jnp.int32(0),
+            entropy=jnp.float32(0),
         )
 
     if mesh is None:  # held to their device, as an update leaves it: else the next one would compile anew

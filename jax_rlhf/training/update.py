@@ -166,11 +166,21 @@ def _update_minibatch(
     """One optimizer step of actor and critic, rows int[microbatches, rows each]."""
     count = jnp.maximum(jnp.sum(experience.response_mask[rows]), 1).astype(jnp.float32)
     ptx_count = jnp.float32(1) if pretraining is None else jnp.maximum(jnp.sum(_predicted(pretraining.mask)), 1)
+    entropy_coef = _entropy_coef(config, state.entropy)
 
     def gradients(inputs: tuple) -> tuple[tuple[Params, Params], _Sums]:
         batch, text = jax.tree.map(lambda leaf: leaf[inputs[0]], experience), inputs[1]
         (_, sums), actor = jax.value_and_grad(_actor_loss, argnums=2, has_aux=True)(
-            networks, config, trained.actor, frozen.actor, batch, text, state.penalty.value, count, ptx_count
+            networks,
+            config,
+            trained.actor,
+            frozen.actor,
+            batch,
+            text,
+            state.penalty.value,
+            entropy_coef,
+            count,
+            ptx_count,
         )
         (_, value_sums), critic = jax.value_and_grad(_critic_loss, argnums=2, has_aux=True)(
             networks, config, trained.critic, frozen, batch, count
@@ -205,9 +215,20 @@ def _update_minibatch(
         actor_optimizer=actor_optimizer,
         critic_optimizer=critic_optimizer,
         skipped_updates=state.skipped_updates + ~finite,
+        entropy=jnp.where(jnp.isfinite(sums.entropy), sums.entropy, state.entropy),
     )
     norms = {"actor": actor_norm, "critic": critic_norm, "taken": take}
     return trained.replace(actor=actor, critic=critic), state, sums, norms
+
+
+def _entropy_coef(config: PPOConfig, entropy: Array) -> Array | float:
+    """The bonus's coefficient, 0 where the last minibatch had more entropy than is wanted.
+
+    Source: He et al. 2025, "Skywork Open Reasoner 1", section 4.
+    """
+    if config.entropy_target is None:
+        return config.entropy_coef
+    return jnp.where(entropy < config.entropy_target, config.entropy_coef, 0.0)
 
 
 def _actor_loss(
@@ -218,6 +239,7 @@ def _actor_loss(
     batch: Experience,
     text: PretrainingRows | None,
     penalty: Array,
+    entropy_coef: Array | float,
     count: Array,
     ptx_count: Array,
 ) -> tuple[Array, _Sums]:
@@ -236,7 +258,7 @@ def _actor_loss(
         )
     policy_loss = masked_sum(per_token, mask) / count
     mean_entropy = masked_sum(entropy, mask) / count
-    loss = policy_loss - config.entropy_coef * mean_entropy if config.entropy_coef else policy_loss
+    loss = policy_loss - entropy_coef * mean_entropy if config.entropy_coef else policy_loss
     ptx_loss = jnp.float32(0)
     if text is not None:
         ptx_loss = _pretraining_loss(networks, config, params, text) / ptx_count

@@ -276,6 +276,23 @@ def test_moving_average_and_critic_warm_up():
         _ = tiny.trainer().engine.actor_ema
 
 
+def test_the_entropy_bonus_is_left_out_above_its_target():
+    made, bonus = on_device(experience()), {"entropy_coef": 0.5}
+    none, metrics = moved(tiny.trainer(), made)
+    always, _ = moved(tiny.trainer(**bonus), made)
+    assert distance(always[0], none[0]) > 0.05
+    assert_close(always[1], none[1])  # the critic has none
+    target = 0.9 * metrics["policy/entropy_avg"]
+    trainer = tiny.trainer(entropy_target=target, **bonus)
+    first, _ = moved(trainer, made)  # nothing is known before the first minibatch
+    assert_close(first, always)
+    assert float(trainer.state.entropy) == metrics["policy/entropy_avg"]
+    for last, expected in ((1.01 * target, none), (0.99 * target, always)):
+        trainer = tiny.trainer(entropy_target=target, **bonus)
+        trainer.state = trainer.state.replace(entropy=jnp.float32(last))
+        assert_close(moved(trainer, made)[0], expected)
+
+
 def test_updates_stop_past_the_kl_target():
     steps = {"ppo_epochs": 4, "num_minibatches": 4}
     trainer = tiny.trainer(target_kl=1e-7, **steps)
