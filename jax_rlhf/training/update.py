@@ -224,7 +224,7 @@ def _update_minibatch(
 def _entropy_coef(config: PPOConfig, entropy: Array) -> Array | float:
     """The bonus's coefficient, 0 where the last minibatch had more entropy than is wanted.
 
-    Source: He et al. 2025, "Skywork Open Reasoner 1", section 4.
+    Source: He et al. 2025, "Skywork Open Reasoner 1 Technical Report" (adaptive entropy control).
     """
     if config.entropy_target is None:
         return config.entropy_coef
