@@ -131,6 +131,8 @@ class PPOConfig:
         for name in ("kl_target", "kl_horizon", "target_kl", "penalty_coef", "penalty_target", "entropy_target"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+        if self.entropy_target is not None and not self.entropy_coef:
+            raise ValueError(f"entropy_target={self.entropy_target} steers the bonus: set entropy_coef above 0.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must lie in [0, 1).")
         if self.dual_clip is not None and self.dual_clip <= 1:

@@ -40,6 +40,7 @@ def test_a_mapping_overrides_the_defaults():
         ({"gamma": 1.1}, r"gamma=1\.1"),
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"kl_target": 0.0}, "kl_target"),
+        ({"entropy_target": 2.0}, "set entropy_coef"),
         ({"dual_clip": 1.0}, "dual_clip"),
         ({"clip_range": -0.1}, "clip_range"),
         ({"value_clip_range": -0.1}, "value_clip_range"),
