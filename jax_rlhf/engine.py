@@ -1,10 +1,4 @@
-"""The four models of PPO on one mesh, and the jitted functions over them.
-
-    actor       trains                     starts from config.model
-    reference   frozen                     the actor's weights at the start (no second load), or config.reference
-    critic      trains                     config.critic, or the reward model, or the actor's trunk with a zero head
-                                           (with config.critic.zero_head, any of them with a zero head)
-    reward      frozen                     config.reward, or none where Python functions score
+"""The four models of PPO on one mesh, and the jitted functions over them; `training/roles.py` says who starts as what.
 
 With `trainable_layers=k` the layers below the top k are frozen, held once, and shared: by actor and reference, by
 critic and reward model where the one started as the other, by actor and critic where the critic started as the actor.
@@ -20,11 +14,10 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jax_rlhf.hub import Pretrained, load_pretrained
-from jax_rlhf.models import Decoder, logical_axes
-from jax_rlhf.models.config import RematPolicy
+from jax_rlhf.models.config import DecoderConfig, RematPolicy
 from jax_rlhf.models.decoder import Head, Params
 from jax_rlhf.models.split import SplitModel, SplitParams
-from jax_rlhf.parallel import shardings
+from jax_rlhf.parallel import Layout, as_layout
 from jax_rlhf.rollout import Samples, Sampling
 from jax_rlhf.settings import from_mapping
 from jax_rlhf.training.collect import sample_responses
@@ -38,6 +31,7 @@ from jax_rlhf.training.networks import (
     reference_logprobs,
     reward_scores,
 )
+from jax_rlhf.training.roles import Start, assign_parameters, check_start, networks_of, trained_places
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +80,7 @@ class RLHFEngine:
       trained: parameters that PPO updates; the trainer replaces it after every update.
       frozen: parameters that it does not.
       tokenizer: the actor's, or None.
-      mesh: the mesh; None = one device.
+      layout: the mesh, and what lies where on it; None = one device.
     """
 
     def __init__(
@@ -99,7 +93,7 @@ class RLHFEngine:
         trainable_layers: int | None = None,
         critic_trainable_layers: int | None = None,
         critic_zero_head: bool = False,
-        mesh: Mesh | None = None,
+        mesh: Mesh | Layout | None = None,
     ) -> None:
         """Builds the engine from parameters in memory; arguments are copied where they train, else shared.
 
@@ -115,34 +109,22 @@ class RLHFEngine:
         Raises:
           ValueError: a wrong head, layers out of range, another tokenizer, or a size that the mesh does not divide.
         """
-        _check_heads(actor, reference, critic, reward)
-        _check_tokenizers(actor, reference, critic, reward)
-        self.networks, parts = _split_models(
-            actor, reference, critic, reward, trainable_layers, critic_trainable_layers, mesh
-        )
-        # The critic values unfinished responses, so it starts without the bonus that the reward model gives for those.
-        critic_start = critic or reward
-        critic_bias = critic_start.reward_bias - critic_start.missing_eos_bias if critic_start is not None else 0.0
-        critic_trainable = parts["critic"].trainable
-        if critic_zero_head:
-            critic_trainable, critic_bias = _with_zero_head(critic_trainable), 0.0
-        # The parts that train are copies in float32: their buffers are donated to every update.
-        self.trained = Trained(_masters(parts["actor"].trainable), _masters(critic_trainable), None)
-        self.frozen = Frozen(
-            actor=parts["actor"].frozen,
-            critic=parts["critic"].frozen,
-            reference=parts["reference"],
-            reward=parts["reward"],
-            reward_bias=jnp.float32(reward.reward_bias if reward is not None else 0),
-            critic_bias=jnp.float32(critic_bias),
-            missing_eos_bias=jnp.float32(reward.missing_eos_bias if reward is not None else 0),
-        )
-        self.mesh = mesh
+        self.layout = as_layout(mesh)
+        start = Start(actor, reference, critic, reward, trainable_layers, critic_trainable_layers, critic_zero_head)
+        check_start(start)
+        self.networks = networks_of(start, self.layout)
+        self.trained, self.frozen = assign_parameters(self.networks, start)
+        if self.layout is not None:
+            # Held to their devices, as an update returns them: else the second iteration would compile everything anew.
+            places = trained_places(self.networks, self.layout)
+            self.trained = jax.device_put(self.trained, places)
+        else:
+            self.trained = jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), self.trained)
         self.tokenizer = actor.tokenizer
         self.generation_config = actor.generation_config
 
     @classmethod
-    def create(cls, config: Any, mesh: Mesh | None = None) -> "RLHFEngine":
+    def create(cls, config: Any, mesh: Mesh | Layout | None = None) -> "RLHFEngine":
         """Loads the models that a config names.
 
         Args:
@@ -257,17 +239,7 @@ def _join(network: SplitModel, params: SplitParams) -> Params:
     return jax.tree.map(jnp.copy, network.join(params))  # not the buffers that the next update is given
 
 
-@jax.jit
-def _copies(params: Params) -> Params:
-    return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
-
-
-def _masters(params: Params) -> Params:
-    # Held to their devices, as an update returns them: else the second iteration would compile everything anew.
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), _copies(params))
-
-
-def load_model(config: ModelConfig, head: Head, mesh: Mesh | None = None) -> Pretrained | None:
+def load_model(config: ModelConfig, head: Head, mesh: Mesh | Layout | None = None) -> Pretrained | None:
     """Loads a model to run as a config says.
 
     Args:
@@ -283,88 +255,21 @@ def load_model(config: ModelConfig, head: Head, mesh: Mesh | None = None) -> Pre
     """
     if config.path is None:
         return None
-    on_cpu = jax.default_backend() == "cpu"
     pretrained = load_pretrained(config.path, head=head, mesh=mesh, revision=config.revision)
-    changes = {
-        "dtype": config.dtype or ("float32" if on_cpu else "bfloat16"),
-        "remat": config.remat or ("dots" if on_cpu else "full"),
-    }
-    model = pretrained.model.clone(config=pretrained.model.config.replace(**changes))
+    model = pretrained.model.clone(config=running(pretrained.model.config, config))
     return dataclasses.replace(pretrained, model=model)
 
 
-def _split_models(
-    actor: Pretrained,
-    reference: Pretrained | None,
-    critic: Pretrained | None,
-    reward: Pretrained | None,
-    trainable_layers: int | None,
-    critic_trainable_layers: int | None,
-    mesh: Mesh | None,
-) -> tuple[Networks, dict[str, SplitParams | None]]:
-    """The four models in a frozen and a trained part each, by role; what two of them have in common is held once."""
-    place = functools.partial(_placed, mesh=mesh)
-    models, parts = {"actor": SplitModel(actor.model, trainable_layers)}, {}
-    parts["actor"] = models["actor"].split(place(actor))
-    critic_start = critic or reward or _zero_head(actor)
-    models["critic"] = SplitModel(critic_start.model, critic_trainable_layers)
-    parts["critic"] = models["critic"].split(place(critic_start))
-    critic_shares = critic is None and reward is None and models["critic"].first_layer == models["actor"].first_layer
-    critic_shares = critic_shares and trainable_layers is not None and critic_trainable_layers is not None
-    if critic_shares:
-        parts["critic"] = parts["critic"].replace(frozen=parts["actor"].frozen)
+def running(decoder: DecoderConfig, config: ModelConfig) -> DecoderConfig:
+    """How a model runs on its devices.
 
-    models["reference"], parts["reference"] = models["actor"], SplitParams({}, parts["actor"].trainable)
-    if reference is not None:
-        models["reference"], parts["reference"] = SplitModel(reference.model), SplitParams({}, place(reference))
-    models["reward"], parts["reward"] = None, None
-    reward_shares = reward is not None and critic is None
-    if reward_shares:
-        models["reward"], parts["reward"] = models["critic"], SplitParams({}, parts["critic"].trainable)
-    elif reward is not None:
-        models["reward"], parts["reward"] = SplitModel(reward.model), SplitParams({}, place(reward))
-    networks = Networks(
-        **models, reference_shares=reference is None, critic_shares=critic_shares, reward_shares=reward_shares
-    )
-    return networks, parts
+    Args:
+      decoder: as loaded.
+      config: what is wanted; None = what suits the devices.
 
-
-def _placed(pretrained: Pretrained, mesh: Mesh | None) -> Params:
-    if mesh is None:
-        return pretrained.params
-    return jax.device_put(pretrained.params, shardings(logical_axes(pretrained.model), pretrained.params, mesh))
-
-
-def _zero_head(actor: Pretrained) -> Pretrained:
-    """The actor's trunk with a scalar head of zeros."""
-    model = Decoder(actor.model.config, head="scalar", scan_layers=actor.model.scan_layers)
-    head = {"kernel": jnp.zeros((model.config.output_size, 1), jnp.float32)}
-    trunk = {name: value for name, value in actor.params.items() if name != "lm_head"}
-    return Pretrained(model, trunk | {"scalar_head": head}, actor.tokenizer)
-
-
-def _with_zero_head(params: Params) -> Params:
-    return params | {"scalar_head": jax.tree.map(jnp.zeros_like, params["scalar_head"])}
-
-
-def _check_heads(actor: Pretrained, *others: Pretrained | None) -> None:
-    for role, wanted, given in zip(
-        ("actor", "reference", "critic", "reward"), ("lm", "lm", "scalar", "scalar"), (actor, *others), strict=True
-    ):
-        if given is not None and given.model.head != wanted:
-            raise ValueError(f'{role} has a {given.model.head!r} head; load it with head="{wanted}".')
-
-
-def _check_tokenizers(actor: Pretrained, *others: Pretrained | None) -> None:
-    for role, given in zip(("reference", "critic", "reward"), others, strict=True):
-        if given is None:
-            continue
-        if actor.tokenizer and given.tokenizer and actor.tokenizer.get_vocab() != given.tokenizer.get_vocab():
-            raise ValueError(
-                f"{role} has another tokenizer than the actor. Token ids are carried from one to the other, never made "
-                "again from text: use a model of the same tokenizer, or score texts with a reward function."
-            )
-        if given.model.config.vocab_size < (len(actor.tokenizer) if actor.tokenizer else 0):
-            raise ValueError(
-                f"{role} knows {given.model.config.vocab_size} tokens, the tokenizer has {len(actor.tokenizer)}."
-            )
+    Returns:
+      The decoder's config with dtype and remat.
+    """
+    on_cpu = decoder.platform == "cpu"
+    dtype = config.dtype or ("float32" if on_cpu else "bfloat16")
+    return decoder.replace(dtype=dtype, remat=config.remat or ("dots" if on_cpu else "full"))

@@ -78,7 +78,7 @@ class PPOTrainer:
             )
         if self.config.ema_decay is not None and engine.trained.actor_ema is None:
             engine.trained = dataclasses.replace(engine.trained, actor_ema=jax.tree.map(jnp.copy, engine.trained.actor))
-        self.state = create_state(self.config, engine.trained, engine.mesh)
+        self.state = create_state(self.config, engine.trained, engine.layout)
         self._key = jax.random.key(self.config.seed)
         self._started = self._sampled = None
 
@@ -102,7 +102,7 @@ class PPOTrainer:
         check_prompts(networks.actor.model, mask, self.sampling)
         self._microbatch(len(mask) * jax.process_count(), mask.shape[1])
         rows = (np.asarray(prompts.tokens, np.int32), mask, np.asarray(prompts.row_ids, np.int32))
-        tokens, mask, row_ids = put_rows(rows, engine.mesh)
+        tokens, mask, row_ids = put_rows(rows, engine.layout)
         key = _iteration_key(self._key, self.state.iteration)
         arguments = (networks, self.sampling, engine.trained, engine.frozen, tokens, mask, row_ids, key)
         if not self.reward_functions and not self.config.time_phases:
@@ -140,9 +140,9 @@ class PPOTrainer:
             self.config, microbatch_size=self._microbatch(rows, experience.prompt_mask.shape[1])
         )
         self._check_pretraining(pretraining, rows // config.microbatch_size)
-        pretraining = None if pretraining is None else put_rows(pretraining, engine.mesh)
+        pretraining = None if pretraining is None else put_rows(pretraining, engine.layout)
         places = None
-        if engine.mesh is not None:
+        if engine.layout is not None:
             places = places_of((engine.trained, self.state))
         engine.trained, self.state, metrics = _update(
             engine.networks,
@@ -162,7 +162,7 @@ class PPOTrainer:
         return metrics | {"eps": rows / seconds, "time/iteration": seconds} | times
 
     def _microbatch(self, rows: int, width: int) -> int:
-        config, shards = self.config, row_shards(self.engine.mesh)
+        config, shards = self.config, row_shards(self.engine.layout)
         if rows % config.num_minibatches:
             raise ValueError(
                 f"{rows} rows cannot be cut into num_minibatches={config.num_minibatches} equal parts; give a multiple."
@@ -174,7 +174,8 @@ class PPOTrainer:
                 f"rows must be a multiple of num_minibatches × {shards} = {config.num_minibatches * shards}."
             )
         if config.microbatch_size is None:
-            return microbatch_rows(per_minibatch, width + config.max_new_tokens, shards)
+            platform = self.engine.networks.actor.model.config.platform
+            return microbatch_rows(per_minibatch, width + config.max_new_tokens, shards, platform)
         if per_minibatch % config.microbatch_size or config.microbatch_size % shards:
             fits = [n for n in range(shards, per_minibatch + 1, shards) if per_minibatch % n == 0]
             raise ValueError(
@@ -219,10 +220,10 @@ class PPOTrainer:
         decode = functools.partial(self.engine.tokenizer.decode, skip_special_tokens=True)
         texts = [decode(row[real]) for row, real in zip(tokens[:, :width], np.asarray(prompts.mask), strict=True)]
         responses = [decode(row[real]) for row, real in zip(tokens[:, width:], mask, strict=True)]
-        return put_rows(score_texts(self.reward_functions, texts, responses, prompts.columns), self.engine.mesh)
+        return put_rows(score_texts(self.reward_functions, texts, responses, prompts.columns), self.engine.layout)
 
 
-def microbatch_rows(rows: int, tokens_per_row: int, shards: int) -> int:
+def microbatch_rows(rows: int, tokens_per_row: int, shards: int, platform: str) -> int:
     """Rows whose activations exist at once: as many as divide the minibatch and keep to a budget of tokens a device.
 
     1,024 tokens on CPU, where the activations of more leave the caches, and 16,384 on GPU and TPU.
@@ -231,11 +232,12 @@ def microbatch_rows(rows: int, tokens_per_row: int, shards: int) -> int:
       rows: of a minibatch.
       tokens_per_row: P + R.
       shards: into which rows are cut over the mesh.
+      platform: "cpu", "gpu" or "tpu".
 
     Returns:
       A divisor of `rows` and multiple of `shards`.
     """
-    budget = (1024 if jax.default_backend() == "cpu" else 16_384) * shards
+    budget = (1024 if platform == "cpu" else 16_384) * shards
     fits = [n for n in range(shards, rows + 1, shards) if rows % n == 0]
     return max((n for n in fits if n * tokens_per_row <= budget), default=fits[0])
 

@@ -32,7 +32,7 @@ from jax_rlhf.hub.write import MAX_SHARD_BYTES, weight_files, write_weights
 from jax_rlhf.models import Decoder, DecoderConfig, abstract_params, logical_axes
 from jax_rlhf.models.decoder import Head
 from jax_rlhf.models.layers import head_init
-from jax_rlhf.parallel import padded_vocab_size, shardings
+from jax_rlhf.parallel import Layout, as_layout, padded_vocab_size, shardings
 
 _HUB_FILES = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "*.jinja"]
 _SCORE = ("scalar_head", "kernel")
@@ -84,7 +84,7 @@ def load_pretrained(
     *,
     head: Head = "lm",
     dtype: Any = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | Layout | None = None,
     revision: str | None = None,
     key: Array | None = None,
 ) -> Pretrained:
@@ -113,7 +113,7 @@ def load_pretrained(
     source, config_dict, generation_config = _open(place, str(path_or_hub_id))
     config = _in_file(place, config_from_hub, config_dict)
     if mesh is not None:
-        config = config.replace(padded_vocab_size=padded_vocab_size(config.vocab_size, mesh))
+        config = config.replace(padded_vocab_size=padded_vocab_size(config.vocab_size, mesh), layout=as_layout(mesh))
     config = _untie_if_stored_apart(source, config, head)
     model = Decoder(config, head=head)
     tensors = [_as_named(tensor, source, config) for tensor in hub_tensors(model)]

@@ -18,6 +18,7 @@ from jax import Array
 from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.models.layers import Norm, Projection, softcap
 from jax_rlhf.models.rotary import rotate
+from jax_rlhf.parallel import constrained
 
 NOT_REAL = jnp.iinfo(jnp.int32).max
 MASKED_SCORE = jnp.finfo(jnp.float32).min  # finite: a row that sees nothing (a pad) gets an average, not NaN
@@ -159,6 +160,8 @@ class Attention(nn.Module):
             cos, sin = self._angles(context, sliding)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)  # [B, K, T, head_dim], the cache's layout
+        query = constrained(query, config.layout, "rows", "length", "heads", "head_dim")
+        key, value = (constrained(x, config.layout, "rows", "kv_heads", "length", "head_dim") for x in (key, value))
         if cache is not None:
             cache = _write(cache, layer, context.slot, key, value)
             key, value = _read(cache, layer, context.key_order.shape[1])
@@ -166,6 +169,7 @@ class Attention(nn.Module):
         scale = config.attention_scale / (layer + 1) if config.scale_by_layer else config.attention_scale
         allowed = visible(context, self._window(sliding))
         mixed = attend(query, key, value, allowed, scale=scale, cap=config.attention_softcap)
+        mixed = constrained(mixed, config.layout, "rows", "length", "heads", "head_dim")
         out = Projection(
             (config.num_heads, config.head_dim),
             (config.hidden_size,),

@@ -13,6 +13,7 @@ from jax import Array
 from jax_rlhf.models.attention import NOT_REAL, Angles, LayerCache
 from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.models.rotary import rotary_angles
+from jax_rlhf.parallel import constrained
 
 
 @struct.dataclass
@@ -52,7 +53,8 @@ def create_cache(config: DecoderConfig, batch: int, capacity: int, *, scan_layer
     shape = (batch, config.num_kv_heads, capacity, config.head_dim)
 
     def zeros(*leading: int) -> LayerCache:
-        return jnp.zeros((*leading, *shape), config.dtype), jnp.zeros((*leading, *shape), config.dtype)
+        axes = (*("layers" for _ in leading), "rows", "kv_heads", "length", "head_dim")
+        return tuple(constrained(jnp.zeros((*leading, *shape), config.dtype), config.layout, *axes) for _ in range(2))
 
     return KVCache(
         layers=zeros(config.num_layers) if scan_layers else tuple(zeros() for _ in range(config.num_layers)),

@@ -7,9 +7,11 @@ Face `config.json` into one. The model code reads only this class.
 import dataclasses
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 
 from jax_rlhf.models.rotary import Rotary
+from jax_rlhf.parallel import Layout
 
 NormPlacement = Literal["before", "after", "both"]
 RematPolicy = Literal["none", "full", "dots"]
@@ -68,6 +70,7 @@ class DecoderConfig:
       dtype: of activations and matrix products; softmax, norms, rotations and outputs are float32 always.
       remat: what a layer's backward pass computes again: "none", "full" (all of the layer), or "dots" (all but
         matrix products with weights).
+      layout: the mesh that it runs on, and what lies where; None = one device.
     """
 
     vocab_size: int
@@ -112,6 +115,7 @@ class DecoderConfig:
 
     dtype: Any = jnp.float32
     remat: RematPolicy = "full"
+    layout: Layout | None = None
 
     # The Hugging Face config.json that this was made from, as text: `save_pretrained` writes it back with what changed.
     # Not part of what the model computes, so neither of equality nor of the hash.
@@ -146,6 +150,11 @@ class DecoderConfig:
     def output_size(self) -> int:
         """Width of what the head reads: the embedding's where the model projects back to it, else the hidden size."""
         return self.embedding_size or self.hidden_size
+
+    @property
+    def platform(self) -> str:
+        """What it runs on: "cpu", "gpu" or "tpu"."""
+        return jax.default_backend() if self.layout is None else self.layout.platform
 
     def replace(self, **changes: Any) -> "DecoderConfig":
         """A copy with these fields changed."""

@@ -23,6 +23,7 @@ from jax_rlhf.models.cache import KVCache, decoder_angles
 from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.models.heads import LMHead, ScalarHead, logits_from_table
 from jax_rlhf.models.layers import MLP, Norm, Projection, normal_init
+from jax_rlhf.parallel import constrained
 
 Params = dict[str, Any]
 Head = Literal["lm", "scalar"]
@@ -58,11 +59,15 @@ class Embedding(nn.Module):
             x = self.project_in(x)
         if config.position_kind == "learned":
             x = x + _rows(self.positions, positions + config.position_offset).astype(config.dtype)
-        return x
+        return _residual(x, config)
 
     def attend(self, hidden: Array) -> Array:
         """The tied head: float[..., E] → logits float32[..., V]."""
         return logits_from_table(hidden, self.table, self.config)
+
+
+def _residual(x: Array, config: DecoderConfig) -> Array:
+    return constrained(x, config.layout, "rows", "length", "hidden")
 
 
 def _rows(table: Array, indices: Array) -> Array:
@@ -94,10 +99,11 @@ class DecoderLayer(nn.Module):
         inputs = Norm(config, name="attention_norm")(x) if before else x
         mixed, cache = Attention(config, name="attention")(inputs, context, layer, cache)
         if config.parallel_residual:
-            return (x + mixed + MLP(config, name="mlp")(Norm(config, name="mlp_norm")(x)), cache), None
+            x = x + mixed + MLP(config, name="mlp")(Norm(config, name="mlp_norm")(x))
+            return (_residual(x, config), cache), None
         if after:
             mixed = Norm(config, name="attention_post_norm")(mixed)
-        x = x + mixed
+        x = _residual(x + mixed, config)
         if not before:
             x = Norm(config, name="attention_norm")(x)
 
@@ -105,7 +111,7 @@ class DecoderLayer(nn.Module):
         mixed = MLP(config, name="mlp")(inputs)
         if after:
             mixed = Norm(config, name="mlp_post_norm")(mixed)
-        x = x + mixed
+        x = _residual(x + mixed, config)
         if not before:
             x = Norm(config, name="mlp_norm")(x)
         return (x, cache), None

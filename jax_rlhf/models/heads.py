@@ -7,6 +7,7 @@ from jax import Array
 from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.models.layers import head_init, normal_init, softcap
 from jax_rlhf.models.products import look_up_logits
+from jax_rlhf.parallel import constrained
 
 
 def logits_from_table(hidden: Array, table: Array, config: DecoderConfig) -> Array:
@@ -21,6 +22,7 @@ def logits_from_table(hidden: Array, table: Array, config: DecoderConfig) -> Arr
       float32[..., V].
     """
     logits = look_up_logits(hidden.astype(config.dtype), table.astype(config.dtype))
+    logits = constrained(logits, config.layout, "rows", *("length",) * (logits.ndim - 2), "vocab")
     return softcap(logits, config.logit_softcap)[..., : config.vocab_size]
 
 

@@ -12,6 +12,7 @@ from jax import Array
 
 from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.models.products import project, project_by_output
+from jax_rlhf.parallel import constrained
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
@@ -110,6 +111,7 @@ class MLP(nn.Module):
         activate = ACTIVATIONS[config.activation]
         up = widen(name="up")(x)
         hidden = activate(widen(name="gate")(x)) * up if config.gated_mlp else activate(up)
+        hidden = constrained(hidden, config.layout, "rows", "length", "mlp")
         narrow = Projection(
             (config.intermediate_size,),
             (config.hidden_size,),

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from jax_rlhf.models.decoder import Decoder, Params
+from jax_rlhf.models.decoder import Decoder, Params, abstract_params, logical_axes
+from jax_rlhf.parallel import Layout, shardings
 
 _BOTTOM = "embedding"
 
@@ -64,13 +65,32 @@ class SplitModel:
 
     def split(self, params: Params) -> SplitParams:
         """Cuts a whole tree of parameters in two."""
+        parts = self._divided(params)
         if self.trainable_layers is None:
-            return SplitParams({}, params)
-        trainable = {name: value for name, value in params.items() if name != _BOTTOM}
-        trainable["layers"] = jax.tree.map(lambda leaf: leaf[self.first_layer :], params["layers"])
-        frozen = {_BOTTOM: params[_BOTTOM]}
+            return parts
+        parts.trainable["layers"] = jax.tree.map(lambda leaf: leaf[self.first_layer :], params["layers"])
         if self.first_layer:
-            frozen["layers"] = jax.tree.map(lambda leaf: leaf[: self.first_layer], params["layers"])
+            parts.frozen["layers"] = jax.tree.map(lambda leaf: leaf[: self.first_layer], params["layers"])
+        return parts
+
+    def axes(self) -> SplitParams:
+        """The logical names of the axes of both parts' parameters, as `logical_axes` gives them."""
+        return self._divided(logical_axes(self.model))
+
+    def places(self, layout: Layout) -> SplitParams:
+        """Where both parts' parameters go: `NamedSharding`s.
+
+        Raises:
+          ValueError: the mesh does not divide one; says which sizes would.
+        """
+        return self._divided(shardings(logical_axes(self.model), abstract_params(self.model), layout))
+
+    def _divided(self, tree: Params) -> SplitParams:
+        """Which entries go where; both parts have the layers."""
+        if self.trainable_layers is None:
+            return SplitParams({}, tree)
+        trainable = {name: value for name, value in tree.items() if name != _BOTTOM}
+        frozen = {_BOTTOM: tree[_BOTTOM]} | ({"layers": tree["layers"]} if self.first_layer else {})
         return SplitParams(frozen, trainable)
 
     def join(self, params: SplitParams) -> Params:

@@ -2,10 +2,15 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
+
+from jax_rlhf.parallel.layout import MESH_AXES, Layout, parse_rules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,34 +18,93 @@ class MeshConfig:
     """How many devices lie along each axis; −1, once, means the rest.
 
     Attributes:
-      data: copies of everything, each with its own rows.
+      data: copies of everything, each with its own rows. Of several TPU slices each has its own copies.
       fsdp: rows, and parameters cut along their width.
       tensor: heads, MLP width and vocabulary.
+      rules: lines of the table in `parallel/layout.py` that differ, "logical=mesh+mesh" each.
     """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    rules: tuple[str, ...] = ()
 
 
-def create_mesh(config: MeshConfig) -> Mesh | None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutMeshConfig:
+    """The same devices in another form, for sampling; all None = chosen by the model (`parallel.rollout_layout`).
+
+    Attributes:
+      data, fsdp, tensor: as in `MeshConfig`; None = 1 where another is given.
+    """
+
+    data: int | None = None
+    fsdp: int | None = None
+    tensor: int | None = None
+
+
+def create_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh | None:
     """The mesh of all devices of all processes.
 
     Args:
       config: its fields.
+      devices: those of a topology that is only described; None = those that there are.
 
     Returns:
       The mesh, axes "data", "fsdp", "tensor"; None where there is one device.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices; says what would.
+      ValueError: the sizes do not multiply to the number of devices, or `data` is no multiple of the TPU slices; says
+        what would be.
     """
-    sizes = [config.data, config.fsdp, config.tensor]
-    devices = jax.device_count()
+    described = devices is not None
+    devices = jax.devices() if devices is None else devices
+    sizes = _sizes((config.data, config.fsdp, config.tensor), len(devices), "mesh")
+    if len(devices) == 1 and not described:
+        return None
+    return Mesh(_arranged(sizes, devices), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def create_layout(
+    config: MeshConfig, rollout: RolloutMeshConfig | None = None, devices: Sequence[Any] | None = None
+) -> Layout | None:
+    """The mesh with its table, and the form in which it samples.
+
+    Args:
+      config: the mesh.
+      rollout: the same devices for sampling.
+      devices: as in `create_mesh`.
+
+    Returns:
+      The layout; None where there is one device.
+
+    Raises:
+      ValueError: as in `create_mesh`, or an unknown axis in `rules`.
+    """
+    overrides = parse_rules(config.rules)
+    mesh = create_mesh(config, devices)
+    if mesh is None:
+        return None
+    given = (None,) * 3 if rollout is None else (rollout.data, rollout.fsdp, rollout.tensor)
+    if given == (None,) * 3:
+        return Layout(mesh, overrides)
+    sizes = _sizes(tuple(1 if size is None else size for size in given), mesh.size, "rollout_mesh")
+    rows, rollout_rows = mesh.shape["data"] * mesh.shape["fsdp"], sizes[0] * sizes[1]
+    if rows % rollout_rows:
+        raise ValueError(
+            f"config.rollout_mesh: its {rollout_rows} row shards (data × fsdp) must divide the {rows} of config.mesh; "
+            "take a larger rollout_mesh.tensor."
+        )
+    # In the order of the mesh: one program holds both forms.
+    return Layout(mesh, overrides, Mesh(mesh.devices.reshape(sizes), MESH_AXES))
+
+
+def _sizes(wanted: tuple[int, int, int], devices: int, where: str) -> list[int]:
+    sizes = list(wanted)
     known = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise ValueError(
-            f"config.mesh: data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}; each is 1 or "
+            f"config.{where}: data={wanted[0]}, fsdp={wanted[1]}, tensor={wanted[2]}; each is 1 or "
             "more, and one of them may be -1, the rest."
         )
     if -1 in sizes and devices % known == 0:
@@ -48,9 +112,23 @@ def create_mesh(config: MeshConfig) -> Mesh | None:
     if math.prod(sizes) != devices:
         fits = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
         raise ValueError(
-            f"config.mesh: data={config.data} × fsdp={config.fsdp} × tensor={config.tensor} is not the "
+            f"config.{where}: data={wanted[0]} × fsdp={wanted[1]} × tensor={wanted[2]} is not the "
             f"{devices} devices that there are; sizes that divide them: {fits}."
         )
-    if devices == 1:
-        return None
-    return Mesh(np.asarray(jax.devices()).reshape(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return sizes
+
+
+def _arranged(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """Devices so that neighbours along the last axes are neighbours in the machine, and `data` lies over the slices."""
+    if devices[0].platform != "tpu":  # of GPUs, those of a machine follow each other
+        return np.asarray(devices).reshape(sizes)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if sizes[0] % slices:
+        raise ValueError(
+            f"config.mesh.data={sizes[0]} is no multiple of the {slices} TPU slices: between slices there is only the "
+            f"data-centre network, over which `data` alone goes; take {slices} or a multiple of it."
+        )
+    within = (sizes[0] // slices, *sizes[1:])
+    return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)

@@ -1,59 +1,41 @@
-"""From logical axis names to mesh axes.
-
-| logical axis          | of                                    | mesh axis |
-|-----------------------|---------------------------------------|-----------|
-| vocab                 | embedding table, LM head              | tensor    |
-| heads, kv_heads       | attention projections                 | tensor    |
-| mlp                   | the width inside the MLP              | tensor    |
-| embed                 | the residual stream's side of weights | fsdp      |
-| head_dim, norm, layers | —                                    | none      |
-
-A mesh may lack any of the axes; what would lie along a missing one is replicated.
-"""
+"""Where parameters go, and where they are."""
 
 import functools
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-LOGICAL_TO_MESH: Mapping[str, str | None] = {
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "embed": "fsdp",
-    "head_dim": None,
-    "norm": None,
-    "layers": None,
-}
+from jax_rlhf.parallel.layout import Layout, as_layout
 
 
-def padded_vocab_size(vocab_size: int, mesh: Mesh) -> int:
-    """The vocabulary rounded up so that the mesh axis that it lies along divides it.
+def padded_vocab_size(vocab_size: int, mesh: Mesh | Layout) -> int:
+    """The vocabulary rounded up so that the mesh axes that it lies along divide it, in training and in sampling.
 
     Args:
       vocab_size: V, in tokens.
       mesh: the mesh.
 
     Returns:
-      A multiple of that axis's size, V or more.
+      A multiple of their sizes, V or more.
     """
-    size = mesh.shape.get(LOGICAL_TO_MESH["vocab"], 1)
-    return math.ceil(vocab_size / size) * size
+    layout = as_layout(mesh)
+    cuts = layout.cuts("vocab")
+    if layout.rollout_mesh is not None:
+        cuts = math.lcm(cuts, Layout(layout.rollout_mesh, layout.overrides).cuts("vocab"))
+    return math.ceil(vocab_size / cuts) * cuts
 
 
-def shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
+def shardings(axes: Any, shapes: Any, mesh: Mesh | Layout) -> Any:
     """Where each parameter goes.
 
     Args:
       axes: a tree of `PartitionSpec` of logical names, from `models.logical_axes`.
       shapes: the same tree of arrays or `ShapeDtypeStruct`s.
-      mesh: the mesh; its axes count as Auto whatever type they have.
+      mesh: the mesh, or a layout.
 
     Returns:
       The same tree of `NamedSharding`.
@@ -61,23 +43,20 @@ def shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
     Raises:
       ValueError: a mesh axis does not divide a parameter's axis; names both and the sizes that would work.
     """
-    # `jax.make_mesh` makes Explicit axes by default, under which a contraction over a sharded axis is an error.
-    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    layout = as_layout(mesh)
 
     def place(path: tuple, spec: PartitionSpec, leaf: Any) -> NamedSharding:
-        names = []
         for logical, size in zip(spec, leaf.shape, strict=True):
-            name = LOGICAL_TO_MESH[logical] if logical else None
-            name = name if name in mesh.axis_names else None
-            if name and size % mesh.shape[name]:
-                fits = [n for n in range(1, mesh.size + 1) if size % n == 0]
+            cuts = layout.cuts(logical)
+            if size % cuts:
+                name = "+".join(layout.mesh_axes(logical))
+                fits = [n for n in range(1, layout.mesh.size + 1) if size % n == 0]
                 raise ValueError(
-                    f"mesh axis {name!r} of size {mesh.shape[name]} does not divide axis {logical!r} of size {size} of "
+                    f"mesh axis {name!r} of size {cuts} does not divide axis {logical!r} of size {size} of "
                     f"parameter {jax.tree_util.keystr(path, simple=True, separator='/')}; "
                     f"sizes of {name!r} that do: {', '.join(map(str, fits))}."
                 )
-            names.append(name)
-        return NamedSharding(mesh, PartitionSpec(*names))
+        return layout.sharding(spec)
 
     return jax.tree_util.tree_map_with_path(place, axes, shapes, is_leaf=lambda x: isinstance(x, PartitionSpec))
 

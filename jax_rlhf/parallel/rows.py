@@ -5,25 +5,12 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-ROW_AXES = ("data", "fsdp")
-
-
-def row_sharding(mesh: Mesh) -> NamedSharding:
-    """Where a batch goes: its first axis over the mesh's data and fsdp axes.
-
-    Args:
-      mesh: the mesh.
-
-    Returns:
-      The sharding.
-    """
-    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-    return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in ROW_AXES if axis in mesh.axis_names)))
+from jax_rlhf.parallel.layout import Layout, as_layout
 
 
-def row_shards(mesh: Mesh | None) -> int:
+def row_shards(mesh: Mesh | Layout | None) -> int:
     """Into how many parts a batch's rows are cut.
 
     Args:
@@ -32,10 +19,10 @@ def row_shards(mesh: Mesh | None) -> int:
     Returns:
       1 or more.
     """
-    return 1 if mesh is None else int(np.prod([mesh.shape.get(axis, 1) for axis in ROW_AXES]))
+    return 1 if mesh is None else as_layout(mesh).cuts("rows")
 
 
-def put_rows(rows: Any, mesh: Mesh | None) -> Any:
+def put_rows(rows: Any, mesh: Mesh | Layout | None) -> Any:
     """This process's rows, as arrays of all processes' rows on the mesh.
 
     Args:
@@ -47,7 +34,7 @@ def put_rows(rows: Any, mesh: Mesh | None) -> Any:
     """
     if mesh is None:
         return jax.tree.map(jax.numpy.asarray, rows)
-    sharding = row_sharding(mesh)
+    sharding = as_layout(mesh).sharding(("rows",))
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), rows)
 
 

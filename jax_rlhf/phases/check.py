@@ -7,7 +7,7 @@ from jax_rlhf.data import DataError, create_datasets, imported
 from jax_rlhf.data.formats import PHASES
 from jax_rlhf.hub import describe_pretrained
 from jax_rlhf.models.config import DecoderConfig
-from jax_rlhf.parallel import create_mesh, row_shards
+from jax_rlhf.parallel import create_layout, row_shards
 from jax_rlhf.phases.config import RunConfig
 from jax_rlhf.phases.ppo import ppo_microbatch
 from jax_rlhf.phases.supervised import microbatches, with_end
@@ -139,24 +139,24 @@ def _check_vocabularies(config: RunConfig, tokenizer: object) -> None:
 
 
 def _check_batches(config: RunConfig, phases: list[str]) -> None:
-    mesh = create_mesh(config.mesh)
+    layout = create_layout(config.mesh, config.rollout_mesh)
     if "sft" in phases:
-        microbatches(config.data.sft_batch_size, config.sft.microbatch_size, mesh, "sft")
+        microbatches(config.data.sft_batch_size, config.sft.microbatch_size, layout, "sft")
     if "reward" in phases:
         training = config.reward_training
-        parts = microbatches(config.data.reward_batch_size, training.microbatch_size, mesh, "reward_training")
+        parts = microbatches(config.data.reward_batch_size, training.microbatch_size, layout, "reward_training")
         if training.compare == "all" and parts > 1:
             raise ValueError(
                 'config.reward_training.compare="all" compares within a whole batch: leave microbatch_size out.'
             )
     if "ppo" in phases:
-        shards, count = row_shards(mesh), config.ppo.num_minibatches
+        shards, count = row_shards(layout), config.ppo.num_minibatches
         if config.data.ppo_batch_size % (count * shards):
             raise ValueError(
                 f"config.data.ppo_batch_size={config.data.ppo_batch_size} is no multiple of config.ppo.num_minibatches="
                 f"{count} × the mesh's {shards} row shards; take {count * shards} or a multiple of it."
             )
-        ppo_microbatch(config, mesh)
+        ppo_microbatch(config, layout)
 
 
 def _check_schedules(config: RunConfig, phases: list[str]) -> None:

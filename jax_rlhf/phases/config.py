@@ -9,7 +9,7 @@ from jax_rlhf.data import DataConfig
 from jax_rlhf.data.formats import PHASES
 from jax_rlhf.engine import CriticConfig, ModelConfig, RLHFEngine
 from jax_rlhf.hub import Description, Pretrained, end_ids
-from jax_rlhf.parallel import MeshConfig
+from jax_rlhf.parallel import MeshConfig, RolloutMeshConfig
 from jax_rlhf.settings import from_mapping, near_misses, to_config_dict
 from jax_rlhf.training import OptimizerConfig, PPOConfig
 
@@ -101,6 +101,7 @@ class RunConfig:
       phases: of "sft", "reward", "ppo", in that order.
       seed: of everything random.
       mesh: how many devices lie along each axis.
+      rollout_mesh: the same devices in another form, for sampling; by default chosen by the model.
       model: the policy. `path` is the checkpoint that the SFT phase starts from.
       sft_model_path: the SFT policy, which the reward and PPO phases start from; None = <workdir>/sft/model.
       reference, critic: of PPO; `path` None = the SFT policy, and the reward model.
@@ -111,6 +112,7 @@ class RunConfig:
     phases: tuple[str, ...] = PHASES
     seed: int = 0
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    rollout_mesh: RolloutMeshConfig = dataclasses.field(default_factory=RolloutMeshConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     sft_model_path: str | None = None
     reference: ModelConfig = dataclasses.field(default_factory=ModelConfig)

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from jax_rlhf.data import Datasets, create_datasets, imported, pad_id
 from jax_rlhf.engine import RLHFEngine
 from jax_rlhf.hub import save_pretrained
-from jax_rlhf.parallel import create_mesh, local_rows, row_shards
+from jax_rlhf.parallel import Layout, create_layout, local_rows, row_shards
 from jax_rlhf.phases.config import RunConfig
 from jax_rlhf.phases.record import Record, printable
 from jax_rlhf.phases.supervised import microbatches, with_end
@@ -37,13 +37,13 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
       RewardError: a reward source returned something that is no reward.
     """
     folder = workdir / "ppo"
-    mesh = create_mesh(config.mesh)
+    layout = create_layout(config.mesh, config.rollout_mesh)
     actor = dataclasses.replace(config.model, path=sft_model(config, workdir))
     reward = dataclasses.replace(config.reward, path=reward_model(config, workdir))
     with Record(folder, config.log) as record:
         record.say(f"loading {actor.path}" + (f" and {reward.path}" if reward.path else ""))
         roles = {"model": actor, "reference": config.reference, "critic": config.critic, "reward": reward}
-        engine = RLHFEngine.create(roles, mesh)  # actor, reference, critic, reward
+        engine = RLHFEngine.create(roles, layout)  # actor, reference, critic, reward
         settings = _completed(config, engine)
         trainer = PPOTrainer(engine, settings, reward_functions=_functions(settings.reward_functions))
         prompts = create_datasets(config.data_of("ppo"), engine.tokenizer, "ppo", seed=config.seed)
@@ -82,19 +82,19 @@ def _completed(config: RunConfig, engine: RLHFEngine) -> PPOConfig:
     steps = settings.iterations * settings.ppo_epochs * settings.num_minibatches
     return dataclasses.replace(
         settings,
-        microbatch_size=ppo_microbatch(config, engine.mesh),
+        microbatch_size=ppo_microbatch(config, engine.layout),
         pad_id=pad_id(engine.tokenizer, config.data) if settings.pad_id is None else settings.pad_id,
         actor_optimizer=with_end(settings.actor_optimizer, steps),
         critic_optimizer=with_end(settings.critic_optimizer, steps),
     )
 
 
-def ppo_microbatch(config: RunConfig, mesh: Mesh | None) -> int | None:
+def ppo_microbatch(config: RunConfig, layout: Layout | None) -> int | None:
     """Rows whose activations exist at once, the same in every iteration where texts are learned beside (PPO-ptx).
 
     Args:
       config: the run's settings.
-      mesh: the mesh.
+      layout: the mesh; None = one device.
 
     Returns:
       As configured; with `ptx_coef`, where None is, what suits the longest prompts.
@@ -106,11 +106,12 @@ def ppo_microbatch(config: RunConfig, mesh: Mesh | None) -> int | None:
     rows = data.ppo_batch_size // settings.num_minibatches
     micro = settings.microbatch_size
     if micro is not None:
-        microbatches(rows, micro, mesh, "ppo")
+        microbatches(rows, micro, layout, "ppo")
     if not settings.ptx_coef:
         return micro
     width = data.max_prompt_tokens if data.prompt_tokens is None else data.prompt_tokens
-    micro = micro or microbatch_rows(rows, width + settings.max_new_tokens, row_shards(mesh))
+    platform = jax.default_backend() if layout is None else layout.platform
+    micro = micro or microbatch_rows(rows, width + settings.max_new_tokens, row_shards(layout), platform)
     groups = data.ppo_batch_size // micro
     if data.sft_batch_size % groups:
         raise ValueError(

@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
 
 from jax_rlhf.data import Datasets, create_datasets
 from jax_rlhf.engine import load_model
 from jax_rlhf.hub import Pretrained, describe_pretrained, save_pretrained
 from jax_rlhf.models.split import SplitModel, SplitParams
-from jax_rlhf.parallel import create_mesh, local_rows, put_rows
+from jax_rlhf.parallel import Layout, create_layout, local_rows, put_rows
 from jax_rlhf.phases.config import RewardTrainingConfig, RunConfig
 from jax_rlhf.phases.record import Record
 from jax_rlhf.phases.supervised import microbatches, total_steps, train, with_end
@@ -41,12 +40,12 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
       ValueError, FileNotFoundError: a setting, the data or the checkpoint cannot be used.
     """
     settings, folder = config.reward_training, workdir / "reward"
-    mesh = create_mesh(config.mesh)
+    layout = create_layout(config.mesh, config.rollout_mesh)
     path = settings.path or sft_model(config, workdir)
     policy_path = sft_model(config, workdir) if settings.normalize_rows else None
     with Record(folder, config.log) as record:
         record.say(f"loading {path}")
-        pretrained = _start(config, path, mesh)
+        pretrained = _start(config, path, layout)
         # What it will score is written with the policy's chat template, and ends as the policy's answers do.
         policy = describe_pretrained(config.model.path, revision=config.model.revision)
         pretrained = dataclasses.replace(pretrained, tokenizer=policy.tokenizer)
@@ -54,8 +53,8 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
         datasets = create_datasets(data, policy.tokenizer, "reward", seed=config.seed, eos_ids=ends)
         record.say(datasets.report)
         steps = total_steps(settings.steps, settings.epochs, datasets)
-        how = _how(settings, pretrained, datasets, steps, mesh)
-        state, frozen = create_state(how, pretrained, mesh)
+        how = _how(settings, pretrained, datasets, steps, layout)
+        state, frozen = create_state(how, pretrained, layout)
         latest, held_out = [state], {}
 
         def params() -> SplitParams:
@@ -66,7 +65,7 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
 
         def report(step: int, state: object) -> None:
             del state
-            held_out.update(_held_out(how.network, params(), datasets, mesh))
+            held_out.update(_held_out(how.network, params(), datasets, layout))
             if held_out:
                 record.metrics(step, held_out)
                 record.say(
@@ -82,7 +81,7 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
                 datasets,
                 steps,
                 record,
-                mesh,
+                layout,
                 eval_every=settings.eval_every,
                 report=report,
                 keep=lambda state: latest.__setitem__(0, state),
@@ -91,8 +90,8 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
         result = {"steps": int(state.step)} | held_out
         if policy_path is not None and record.goes_on():
             record.say(f"scoring {settings.normalize_rows} responses of the SFT policy, to normalise scores")
-            policy = load_model(dataclasses.replace(config.model, path=policy_path), "lm", mesh)
-            scores, ended, rows = _policy_scores(config, policy, ends, how.network, params(), mesh)
+            policy = load_model(dataclasses.replace(config.model, path=policy_path), "lm", layout)
+            scores, ended, rows = _policy_scores(config, policy, ends, how.network, params(), layout)
             record.samples(rows)
             found = calibration(scores, ended)
             result |= found
@@ -101,15 +100,15 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
     return result
 
 
-def _start(config: RunConfig, path: str, mesh: Mesh | None) -> Pretrained:
+def _start(config: RunConfig, path: str, layout: Layout | None) -> Pretrained:
     """The model that becomes a reward model, with a random head."""
     settings = config.reward_training
     start = dataclasses.replace(config.model, path=path, revision=settings.revision)
-    return reward_start(load_model(start, "lm", mesh), settings.num_layers, jax.random.key(config.seed))
+    return reward_start(load_model(start, "lm", layout), settings.num_layers, jax.random.key(config.seed))
 
 
 def _how(
-    settings: RewardTrainingConfig, pretrained: Pretrained, datasets: Datasets, steps: int, mesh: Mesh | None
+    settings: RewardTrainingConfig, pretrained: Pretrained, datasets: Datasets, steps: int, layout: Layout | None
 ) -> Supervised:
     """The update as the settings want it."""
     how = Supervised(
@@ -117,18 +116,18 @@ def _how(
         loss=RewardLoss(settings.loss, settings.compare),
         optimizer=with_end(settings.optimizer, steps),
         head_learning_rate=settings.head_learning_rate,
-        microbatches=microbatches(datasets.batch_size, settings.microbatch_size, mesh, "reward_training"),
+        microbatches=microbatches(datasets.batch_size, settings.microbatch_size, layout, "reward_training"),
     )
     if settings.compare == "all" and how.microbatches > 1:
         raise ValueError('config.reward_training.compare="all" compares within a whole batch: no microbatch_size.')
     return how
 
 
-def _held_out(network: SplitModel, params: SplitParams, datasets: Datasets, mesh: Mesh | None) -> dict[str, float]:
+def _held_out(network: SplitModel, params: SplitParams, datasets: Datasets, layout: Layout | None) -> dict[str, float]:
     """Accuracy on pairs, AUC over all chosen × rejected, and what the scores look like."""
     if not datasets.eval:
         return {}
-    pairs = [_pair_scores(network, params, put_rows(batch, mesh)) for batch in datasets.eval]
+    pairs = [_pair_scores(network, params, put_rows(batch, layout)) for batch in datasets.eval]
     chosen, rejected, real = (np.concatenate([_everywhere(pair[part]) for pair in pairs]) for part in range(3))
     chosen, rejected = chosen[real], rejected[real]
     difference = chosen[:, None] - rejected[None]
@@ -148,7 +147,7 @@ def _policy_scores(
     ends: tuple[int, ...],
     network: SplitModel,
     params: SplitParams,
-    mesh: Mesh | None,
+    layout: Layout | None,
 ) -> tuple[np.ndarray, np.ndarray, list[Mapping[str, Any]]]:
     """The reward model's scores of the SFT policy's responses to the PPO phase's prompts, and which of them ended."""
     prompts = create_datasets(config.data_of("ppo"), policy.tokenizer, "ppo", seed=config.seed)
@@ -156,7 +155,7 @@ def _policy_scores(
     scores, ended, rows = [], [], []
     for step in range(-(-config.reward_training.normalize_rows // prompts.batch_size)):
         batch = prompts.train[step]
-        tokens, mask, row_ids = put_rows((batch.tokens, batch.mask, batch.row_ids), mesh)
+        tokens, mask, row_ids = put_rows((batch.tokens, batch.mask, batch.row_ids), layout)
         samples = sample(
             policy.model,
             policy.params,

@@ -11,7 +11,7 @@ from jax_rlhf.data import Datasets, create_datasets
 from jax_rlhf.engine import load_model
 from jax_rlhf.hub import Pretrained, save_pretrained
 from jax_rlhf.models.split import SplitModel, SplitParams
-from jax_rlhf.parallel import create_mesh
+from jax_rlhf.parallel import create_layout
 from jax_rlhf.phases.config import RunConfig
 from jax_rlhf.phases.record import Record
 from jax_rlhf.phases.supervised import evaluated, microbatches, total_steps, train, with_end
@@ -34,10 +34,10 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
       ValueError, FileNotFoundError: a setting, the data or the checkpoint cannot be used.
     """
     settings, folder = config.sft, workdir / "sft"
-    mesh = create_mesh(config.mesh)
+    layout = create_layout(config.mesh, config.rollout_mesh)
     with Record(folder, config.log) as record:
         record.say(f"loading {config.model.path}")
-        pretrained = load_model(config.model, "lm", mesh)
+        pretrained = load_model(config.model, "lm", layout)
         ends = config.ends(pretrained)
         datasets = create_datasets(config.data, pretrained.tokenizer, "sft", seed=config.seed, eos_ids=ends)
         record.say(datasets.report)
@@ -46,9 +46,9 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
             network=SplitModel(pretrained.model, config.model.trainable_layers),
             loss=SFTLoss(settings.loss_on),
             optimizer=with_end(settings.optimizer, steps),
-            microbatches=microbatches(datasets.batch_size, settings.microbatch_size, mesh, "sft"),
+            microbatches=microbatches(datasets.batch_size, settings.microbatch_size, layout, "sft"),
         )
-        state, frozen = create_state(how, pretrained, mesh)
+        state, frozen = create_state(how, pretrained, layout)
         latest = [state]
         losses = []
 
@@ -57,7 +57,7 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
             return dataclasses.replace(pretrained, params=params)
 
         def report(step: int, state: object) -> None:
-            held_out = evaluated(how, state, frozen, datasets, record, mesh)
+            held_out = evaluated(how, state, frozen, datasets, record, layout)
             if held_out:
                 held_out["perplexity"] = math.exp(min(held_out["loss"], 700.0))
                 losses.append(held_out["loss"])
@@ -77,7 +77,7 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
                 datasets,
                 steps,
                 record,
-                mesh,
+                layout,
                 eval_every=settings.eval_every,
                 report=report,
                 keep=lambda state: latest.__setitem__(0, state),

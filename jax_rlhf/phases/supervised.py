@@ -5,11 +5,10 @@ import time
 from collections.abc import Callable
 
 import jax
-from jax.sharding import Mesh
 
 from jax_rlhf.data import Datasets
 from jax_rlhf.models.decoder import Params
-from jax_rlhf.parallel import put_rows, row_shards
+from jax_rlhf.parallel import Layout, put_rows, row_shards
 from jax_rlhf.phases.record import Record
 from jax_rlhf.training import OptimizerConfig
 from jax_rlhf.training.supervised import Supervised, SupervisedState, evaluate, update
@@ -56,13 +55,13 @@ def due(step: int, every: int, total: int) -> bool:
     return every > 0 and step % every == 0 and step < total
 
 
-def microbatches(batch_size: int, microbatch_size: int | None, mesh: Mesh | None, where: str) -> int:
+def microbatches(batch_size: int, microbatch_size: int | None, layout: Layout | None, where: str) -> int:
     """Into how many parts a batch is cut.
 
     Args:
       batch_size: rows of all processes.
       microbatch_size: rows at once; None = all.
-      mesh: the mesh.
+      layout: the mesh; None = one device.
       where: the phase's section, for messages.
 
     Returns:
@@ -71,7 +70,7 @@ def microbatches(batch_size: int, microbatch_size: int | None, mesh: Mesh | None
     Raises:
       ValueError: the sizes do not divide; says which would.
     """
-    shards = row_shards(mesh)
+    shards = row_shards(layout)
     if batch_size % shards:
         raise ValueError(
             f"a batch of {batch_size} rows cannot be cut over the mesh's {shards} row shards (data × fsdp); "
@@ -88,7 +87,7 @@ def microbatches(batch_size: int, microbatch_size: int | None, mesh: Mesh | None
 
 
 def evaluated(
-    how: Supervised, state: SupervisedState, frozen: Params, datasets: Datasets, record: Record, mesh: Mesh | None
+    how: Supervised, state: SupervisedState, frozen: Params, datasets: Datasets, record: Record, layout: Layout | None
 ) -> dict[str, float]:
     """The loss's means over all held-out rows.
 
@@ -98,14 +97,14 @@ def evaluated(
       frozen: the frozen ones.
       datasets: the data.
       record: shows how far it is.
-      mesh: the mesh.
+      layout: the mesh; None = one device.
 
     Returns:
       name → mean; empty without held-out rows.
     """
     totals: dict[str, float] = {}
     for batch in record.watched(datasets.eval, "evaluating"):
-        sums = jax.device_get(evaluate(how, state, frozen, put_rows(batch, mesh)))
+        sums = jax.device_get(evaluate(how, state, frozen, put_rows(batch, layout)))
         totals = {name: totals.get(name, 0.0) + float(value) for name, value in sums.items()}
     count = totals.pop("count", 0.0)
     return {name: total / max(count, 1) for name, total in totals.items()}
@@ -118,7 +117,7 @@ def train(
     datasets: Datasets,
     steps: int,
     record: Record,
-    mesh: Mesh | None,
+    layout: Layout | None,
     *,
     eval_every: int,
     report: Callable[[int, SupervisedState], None],
@@ -133,7 +132,7 @@ def train(
       datasets: the data.
       steps: how many.
       record: writes metrics down.
-      mesh: the mesh.
+      layout: the mesh; None = one device.
       eval_every: steps between calls of `report`; 0 = none between.
       report: (step, state) evaluates.
       keep: told the state after each step, since the former one is gone.
@@ -144,7 +143,7 @@ def train(
     batches = datasets.batches(0, steps)
     for step in record.steps(steps):
         started = time.perf_counter()
-        state, metrics = update(how, state, frozen, put_rows(next(batches), mesh))
+        state, metrics = update(how, state, frozen, put_rows(next(batches), layout))
         keep(state)
         numbers = jax.device_get(metrics)
         numbers["tokens_per_second"] = numbers["tokens"] / (time.perf_counter() - started)

@@ -23,9 +23,11 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from jax_rlhf.models import Decoder, create_cache, kernels_by_output, unstack_layers
+from jax_rlhf.models import Decoder, create_cache, kernels_by_output
 from jax_rlhf.models.decoder import Params
+from jax_rlhf.parallel import Layout, constrained
 from jax_rlhf.rollout.draw import draw_tokens
+from jax_rlhf.rollout.reshard import rollout_form
 
 TURNING_PAYS = 32  # tokens a response, from which on turning the kernels round once is made up for by faster steps
 
@@ -177,22 +179,21 @@ def check_prompts(model: Decoder, prompt_mask: np.ndarray, sampling: Sampling) -
 def _sample(
     model: Decoder, params: Params, prompts: Array, prompt_mask: Array, key: Array, row_ids: Array, sampling: Sampling
 ) -> Samples:
-    return rollout(*rollout_form(model, params), prompts, prompt_mask, key, row_ids, sampling)
+    samples = rollout(*rollout_form(model, params), prompts, prompt_mask, key, row_ids, sampling)
+    return in_rows(samples, model.config.layout)
 
 
-def rollout_form(model: Decoder, params: Params) -> tuple[Decoder, Params]:
-    """The form that decodes fastest on this backend: unrolled on CPU, scanned on GPU and TPU.
+def in_rows(samples: Samples, layout: Layout | None) -> Samples:
+    """Samples with their rows where training has them.
 
     Args:
-      model: scanned or unrolled.
-      params: its parameters.
+      samples: made in the rollout layout.
+      layout: that of training; None = one device.
 
     Returns:
-      (model, params) that compute the same.
+      The samples.
     """
-    if not model.scan_layers or jax.default_backend() != "cpu":
-        return model, params
-    return model.clone(scan_layers=False), unstack_layers(params, model.config.num_layers)
+    return jax.tree.map(lambda leaf: constrained(leaf, layout, "rows", "length"), samples)
 
 
 def rollout(
@@ -205,7 +206,7 @@ def rollout(
     (batch, width), length = prompts.shape, sampling.max_new_tokens
     run = functools.partial(model.apply, {"params": params})
     decode = run  # prefill has rows enough to read kernels as they are
-    if jax.default_backend() == "cpu" and not model.scan_layers and length >= TURNING_PAYS:
+    if model.config.platform == "cpu" and not model.scan_layers and length >= TURNING_PAYS:
         decode = functools.partial(model.apply, {"params": kernels_by_output(params)})
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_ids)
 
@@ -213,6 +214,8 @@ def rollout(
         """Draws token `index` of every row from `hidden`."""
         index, running = carry["index"], carry["running"]
         logits = run(carry["hidden"], method="apply_head") / sampling.temperature
+        # The devices that hold parts of the vocabulary exchange them for whole rows, so that each draws for its own.
+        logits = constrained(logits, model.config.layout, "drawn_rows", None)
         keys = jax.vmap(lambda row_key: jax.random.fold_in(row_key, index))(row_keys)
         ban = index < sampling.min_new_tokens if sampling.min_new_tokens else False
         drawn = draw_tokens(logits, keys, top_k=sampling.top_k, top_p=sampling.top_p, banned=sampling.eos_ids, ban=ban)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_rlhf.models import Decoder
+from jax_rlhf.models import Decoder, DecoderConfig
 from jax_rlhf.models.decoder import Params
 
 _SAVED = "log_normalizer_and_entropy"
@@ -76,7 +76,7 @@ def score_hidden(
     chex.assert_type([hidden, targets], [float, int])
     (batch, length), vocab = targets.shape, model.config.vocab_size
     targets = jnp.where((targets >= 0) & (targets < vocab), targets, 0)
-    chunk = min(length, default_chunk(batch, vocab) if chunk is None else chunk)
+    chunk = min(length, default_chunk(batch, model.config) if chunk is None else chunk)
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(_SAVED))
     def score(hidden: Array, targets: Array) -> tuple[Array, Array]:
@@ -95,18 +95,20 @@ def score_hidden(
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length], scored)
 
 
-def default_chunk(batch: int, vocab_size: int) -> int:
-    """Positions whose logits exist at once: 32 MiB of float32 on CPU (near its caches), 512 MiB on GPU and TPU.
+def default_chunk(batch: int, config: DecoderConfig) -> int:
+    """Positions whose logits exist at once: a device's 32 MiB of float32 on CPU (near its caches), else 512 MiB.
 
     Args:
-      batch: B, in rows.
-      vocab_size: V.
+      batch: B, in rows, of all devices.
+      config: the model's.
 
     Returns:
       1 or more.
     """
-    budget = 2**23 if jax.default_backend() == "cpu" else 2**27
-    return max(1, budget // (batch * vocab_size))
+    budget = 2**23 if config.platform == "cpu" else 2**27
+    if config.layout is not None:
+        budget *= config.layout.cuts("rows") * config.layout.cuts("vocab")
+    return max(1, budget // (batch * config.vocab_size))
 
 
 @jax.custom_vjp

@@ -2,13 +2,14 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jax_rlhf.models import Decoder
+from jax_rlhf.models.decoder import Params
 from jax_rlhf.models.split import SplitParams
 from jax_rlhf.rl import Experience, gae, masked_whiten, token_rewards
-from jax_rlhf.rollout import Samples, Sampling, rollout
+from jax_rlhf.rollout import Samples, Sampling, in_rows, reshard, rollout
 from jax_rlhf.training.config import PPOConfig
 from jax_rlhf.training.networks import (
     Frozen,
@@ -67,11 +68,12 @@ def sample_responses(
       The samples.
     """
     model, params = rollout_params(networks, trained, frozen)
-    return rollout(model, params, prompts, prompt_mask, key, row_ids, sampling)
+    samples = rollout(model, params, prompts, prompt_mask, key, row_ids, sampling)
+    return in_rows(samples, networks.actor.model.config.layout)
 
 
-def rollout_params(networks: Networks, trained: Trained, frozen: Frozen) -> tuple:
-    """The actor as the sampler runs it: cast to the compute dtype, and on CPU unstacked into separate layers.
+def rollout_params(networks: Networks, trained: Trained, frozen: Frozen) -> tuple[Decoder, Params]:
+    """The actor as the sampler runs it: see `rollout/reshard.py`.
 
     Args:
       networks: the models.
@@ -80,11 +82,11 @@ def rollout_params(networks: Networks, trained: Trained, frozen: Frozen) -> tupl
     Returns:
       (model, params).
     """
-    actor, params = networks.actor, SplitParams(frozen.actor, trained.actor)
-    params = jax.tree.map(lambda leaf: leaf.astype(actor.model.config.dtype), params)
-    if jax.default_backend() == "cpu":
-        return actor.model.clone(scan_layers=False), actor.unstack(params)
-    return actor.model, actor.join(params)
+    actor = networks.actor
+    model, params = reshard(actor.model, SplitParams(frozen.actor, trained.actor), actor.axes())
+    if model.config.platform == "cpu":
+        return model.clone(scan_layers=False), actor.unstack(params)
+    return model, actor.join(params)
 
 
 def score_samples(

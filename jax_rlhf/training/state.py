@@ -1,13 +1,14 @@
 """What the trainer carries from iteration to iteration, beside the models."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jax_rlhf.parallel import Layout
 from jax_rlhf.rl import AdaptiveKL, AdaptivePenalty, FixedKL
 from jax_rlhf.training.config import PPOConfig
 from jax_rlhf.training.networks import Trained
@@ -36,41 +37,55 @@ class PPOState:
     entropy: Array
 
 
-def create_state(config: PPOConfig, trained: Trained, mesh: Mesh | None = None) -> PPOState:
+def create_state(config: PPOConfig, trained: Trained, layout: Layout | None = None) -> PPOState:
     """The state before the first iteration.
 
     Args:
       config: PPO's.
       trained: the parameters that will train.
-      mesh: where they are; None = one device. An optimizer's moments lie as their parameters do, all else is on every
+      layout: where they are; None = one device. An optimizer's moments lie as their parameters do, all else is on every
         device.
 
     Returns:
       The state.
     """
-
-    def create(trained: Trained) -> PPOState:
-        beta = jnp.float32(config.kl_coef)
-        kl = FixedKL(beta)
-        if config.kl_target is not None:
-            kl = AdaptiveKL(beta, jnp.float32(config.kl_target), jnp.float32(config.kl_horizon))
-        return PPOState(
-            actor_optimizer=create_optimizer(config.actor_optimizer).init(trained.actor),
-            critic_optimizer=create_optimizer(config.critic_optimizer).init(trained.critic),
-            kl=kl,
-            penalty=AdaptivePenalty(jnp.float32(config.penalty_coef), jnp.float32(config.penalty_target)),
-            iteration=jnp.int32(0),
-            skipped_updates=jnp.int32(0),
-            entropy=jnp.float32(0),
-        )
-
-    if mesh is None:  # held to their device, as an update leaves it: else the next one would compile anew
+    create = functools.partial(_create, config)
+    if layout is None:  # held to their device, as an update leaves it: else the next one would compile anew
         return jax.device_put(jax.jit(create)(trained), jax.tree.leaves(trained.actor)[0].sharding)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    shapes = jax.eval_shape(create, trained)
+    return jax.jit(create, out_shardings=state_places(config, trained, layout))(trained)
+
+
+def state_places(config: PPOConfig, trained: Trained, layout: Layout) -> PPOState:
+    """Where the state goes.
+
+    Args:
+      config: PPO's.
+      trained: the parameters that will train: arrays, or shapes with shardings.
+      layout: the mesh.
+
+    Returns:
+      Shardings, in the tree of the state.
+    """
+    shapes, everywhere = jax.eval_shape(functools.partial(_create, config), trained), layout.sharding(())
     places = jax.tree.map(lambda _: everywhere, shapes)
     for name in ("actor", "critic"):
         optimizer, state = create_optimizer(getattr(config, f"{name}_optimizer")), getattr(shapes, f"{name}_optimizer")
         moments = moment_places(optimizer, state, getattr(trained, name), everywhere)
         places = places.replace(**{f"{name}_optimizer": moments})
-    return jax.jit(create, out_shardings=places)(trained)
+    return places
+
+
+def _create(config: PPOConfig, trained: Trained) -> PPOState:
+    beta = jnp.float32(config.kl_coef)
+    kl = FixedKL(beta)
+    if config.kl_target is not None:
+        kl = AdaptiveKL(beta, jnp.float32(config.kl_target), jnp.float32(config.kl_horizon))
+    return PPOState(
+        actor_optimizer=create_optimizer(config.actor_optimizer).init(trained.actor),
+        critic_optimizer=create_optimizer(config.critic_optimizer).init(trained.critic),
+        kl=kl,
+        penalty=AdaptivePenalty(jnp.float32(config.penalty_coef), jnp.float32(config.penalty_target)),
+        iteration=jnp.int32(0),
+        skipped_updates=jnp.int32(0),
+        entropy=jnp.float32(0),
+    )

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jax_rlhf.data import real_tokens
 from jax_rlhf.hub import Pretrained
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.models.split import SplitModel, SplitParams
-from jax_rlhf.parallel import kept_in_place, places_of
+from jax_rlhf.parallel import Layout, as_layout, kept_in_place, places_of
 from jax_rlhf.training.optimizer import (
     OptimizerConfig,
     apply_gradient,
@@ -70,7 +70,9 @@ class Supervised:
     microbatches: int = 1
 
 
-def create_state(how: Supervised, pretrained: Pretrained, mesh: Mesh | None = None) -> tuple[SupervisedState, Params]:
+def create_state(
+    how: Supervised, pretrained: Pretrained, mesh: Mesh | Layout | None = None
+) -> tuple[SupervisedState, Params]:
     """Splits a model's parameters, and makes the optimizer's state for those that train.
 
     Args:
@@ -81,24 +83,37 @@ def create_state(how: Supervised, pretrained: Pretrained, mesh: Mesh | None = No
     Returns:
       (state, frozen parameters).
     """
-    params, optimizer = how.network.split(pretrained.params), _optimizer(how)
-
-    def create(trainable: Params) -> SupervisedState:
-        masters = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trainable)
-        return SupervisedState(masters, optimizer.init(masters), jnp.int32(0), jnp.int32(0))
-
+    params, create = how.network.split(pretrained.params), functools.partial(_create, how)
     if mesh is None:
         return jax.jit(create)(params.trainable), params.frozen
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    places = SupervisedState(
-        trainable=jax.tree.map(lambda leaf: leaf.sharding, params.trainable),
-        optimizer=moment_places(
-            optimizer, jax.eval_shape(create, params.trainable).optimizer, params.trainable, everywhere
-        ),
+    return jax.jit(create, out_shardings=state_places(how, params.trainable, as_layout(mesh)))(
+        params.trainable
+    ), params.frozen
+
+
+def state_places(how: Supervised, trainable: Params, layout: Layout) -> SupervisedState:
+    """Where the state goes.
+
+    Args:
+      how: what and how.
+      trainable: the parameters that train: arrays, or shapes with shardings.
+      layout: the mesh.
+
+    Returns:
+      Shardings, in the tree of the state.
+    """
+    shapes, everywhere = jax.eval_shape(functools.partial(_create, how), trainable), layout.sharding(())
+    return SupervisedState(
+        trainable=jax.tree.map(lambda leaf: leaf.sharding, trainable),
+        optimizer=moment_places(_optimizer(how), shapes.optimizer, trainable, everywhere),
         step=everywhere,
         skipped_updates=everywhere,
     )
-    return jax.jit(create, out_shardings=places)(params.trainable), params.frozen
+
+
+def _create(how: Supervised, trainable: Params) -> SupervisedState:
+    masters = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trainable)
+    return SupervisedState(masters, _optimizer(how).init(masters), jnp.int32(0), jnp.int32(0))
 
 
 def update(

@@ -1,0 +1,188 @@
+"""Which axis of an array lies along which axes of the mesh: one table, for parameters, activations and caches alike.
+
+| logical axis | of | mesh axes |
+|---|---|---|
+| vocab | embedding table, LM head, logits | tensor |
+| heads, kv_heads | attention's projections, queries, keys, values, caches | tensor |
+| mlp | the width inside the MLP | tensor |
+| embed | the residual stream's side of weights | fsdp |
+| rows | rows of a batch | data, fsdp |
+| drawn_rows | rows whose next tokens are drawn, the whole vocabulary each | data, fsdp, tensor |
+| hidden | the residual stream itself | — |
+| head_dim, norm, layers, length | — | — |
+
+So a weight is cut along `fsdp` on one side and along `tensor` on the other; XLA gathers the first before use, a layer
+at a time, and sums over the second after. `config.mesh.rules` overrides lines: `("mlp=tensor+fsdp", "embed=")`.
+
+A mesh may lack any of the axes; what would lie along a missing one is replicated.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import jax
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+LOGICAL_TO_MESH: Mapping[str, tuple[str, ...]] = {
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "embed": ("fsdp",),
+    "rows": ("data", "fsdp"),
+    "drawn_rows": ("data", "fsdp", "tensor"),
+    "hidden": (),
+    "head_dim": (),
+    "norm": (),
+    "layers": (),
+    "length": (),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh and the table: hashable, a static part of every model that runs on it.
+
+    Attributes:
+      mesh: the devices; its axes count as Auto whatever type they have.
+      overrides: lines of the table that differ, (logical axis, mesh axes) each.
+      rollout_mesh: the same devices in another form, for sampling; None = chosen by the model (`rollout_layout`).
+    """
+
+    mesh: Mesh
+    overrides: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    rollout_mesh: Mesh | None = None
+
+    def __post_init__(self) -> None:
+        # `jax.make_mesh` makes Explicit axes by default, under which a contraction over a sharded axis is an error.
+        for name in ("mesh", "rollout_mesh"):
+            mesh = getattr(self, name)
+            if mesh is not None:
+                auto = (AxisType.Auto,) * len(mesh.axis_names)
+                object.__setattr__(self, name, Mesh(mesh.devices, mesh.axis_names, axis_types=auto))
+
+    @property
+    def platform(self) -> str:
+        """What its devices are: "cpu", "gpu" or "tpu"."""
+        platform = self.mesh.devices.flat[0].platform
+        return platform if platform in ("cpu", "tpu") else "gpu"
+
+    def mesh_axes(self, logical: str | None) -> tuple[str, ...]:
+        """The mesh axes of a logical one, those that the mesh has."""
+        if logical is None:
+            return ()
+        axes = dict(self.overrides).get(logical, LOGICAL_TO_MESH[logical])
+        return tuple(axis for axis in axes if axis in self.mesh.axis_names)
+
+    def cuts(self, logical: str | None) -> int:
+        """Into how many parts a logical axis is cut."""
+        return math.prod(self.mesh.shape[axis] for axis in self.mesh_axes(logical))
+
+    def spec(self, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> PartitionSpec:
+        """Where an array goes.
+
+        Args:
+          axes: logical names of its axes.
+          shape: its sizes; one that its mesh axes do not divide is cut by as many of the first as do. None = all do.
+
+        Returns:
+          The mesh axes of each axis; none twice, the first logical axis has it.
+        """
+        used: set[str] = set()
+        parts = []
+        for index, logical in enumerate(axes):
+            names = tuple(name for name in self.mesh_axes(logical) if name not in used)
+            while shape is not None and shape[index] % math.prod(self.mesh.shape[name] for name in names):
+                names = names[:-1]
+            used.update(names)
+            parts.append(names[0] if len(names) == 1 else names or None)
+        while parts and parts[-1] is None:  # as jit returns them: it takes another form for another sharding
+            parts.pop()
+        return PartitionSpec(*parts)
+
+    def sharding(self, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> NamedSharding:
+        """`spec` on this mesh."""
+        return NamedSharding(self.mesh, self.spec(axes, shape))
+
+
+def as_layout(mesh: Mesh | Layout | None) -> Layout | None:
+    """What public functions are given as `mesh`.
+
+    Args:
+      mesh: a mesh, which goes by the table as it is; a layout; or None for one device.
+
+    Returns:
+      A layout, or None.
+    """
+    return mesh if mesh is None or isinstance(mesh, Layout) else Layout(mesh)
+
+
+def parse_rules(rules: Iterable[str]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Lines of the table from a config.
+
+    Args:
+      rules: "logical=mesh+mesh" each; nothing after the = for whole.
+
+    Returns:
+      `Layout.overrides`.
+
+    Raises:
+      ValueError: an axis that there is not; lists those that there are.
+    """
+    parsed = []
+    for rule in rules:
+        logical, equals, axes = rule.partition("=")
+        names = tuple(name.strip() for name in axes.split("+") if name.strip())
+        if not equals or logical.strip() not in LOGICAL_TO_MESH or not set(names) <= set(MESH_AXES):
+            raise ValueError(
+                f'config.mesh.rules: {rule!r}; "logical=mesh+mesh" is expected, logical one of '
+                f"{', '.join(LOGICAL_TO_MESH)}, mesh of {', '.join(MESH_AXES)}."
+            )
+        parsed.append((logical.strip(), names))
+    return tuple(parsed)
+
+
+def constrained(x: Array, layout: Layout | None, *axes: str | None) -> Array:
+    """Holds an array where the table puts it, under jit; XLA would else choose by what is cheap nearby.
+
+    Args:
+      x: any array.
+      layout: the layout; None = one device, and x is returned as it is.
+      axes: logical names of its axes.
+
+    Returns:
+      x.
+    """
+    return x if layout is None else jax.lax.with_sharding_constraint(x, layout.sharding(axes, x.shape))
+
+
+def rollout_layout(layout: Layout, divided: Sequence[int]) -> Layout:
+    """The layout to sample in: no weight is cut where decoding would have to gather it for every token.
+
+    As configured (`config.rollout_mesh`), or: of the devices along `fsdp` as many as the model's sizes allow go to
+    `tensor`, the rest to `data`. With 8 key/value heads and fsdp=8 that is tensor=8: as much memory a device as before.
+
+    Args:
+      layout: that of training.
+      divided: sizes that `tensor` must divide: key/value heads, heads, MLP width, rows of the vocabulary.
+
+    Returns:
+      A layout on the same devices in the same order.
+
+    Source: the idea is DeepSpeed-Chat's Hybrid Engine (Yao et al. 2023).
+    """
+    if layout.rollout_mesh is not None:
+        return Layout(layout.rollout_mesh, layout.overrides)
+    sizes = [layout.mesh.shape.get(axis, 1) for axis in MESH_AXES]
+    if sizes[1] == 1:
+        return layout
+    extra = max(
+        n for n in range(1, sizes[1] + 1) if sizes[1] % n == 0 and not any(size % (n * sizes[2]) for size in divided)
+    )
+    data = layout.mesh.size // (extra * sizes[2])
+    devices = layout.mesh.devices.reshape(data, 1, extra * sizes[2])
+    return Layout(Mesh(devices, MESH_AXES), layout.overrides)

@@ -1,0 +1,71 @@
+"""Training parameters → rollout parameters: cast to the compute dtype, moved to the rollout layout, unstacked on CPU.
+
+Training cuts weights over `fsdp` and gathers a layer at a time, which a step over a whole batch pays for once. A step
+of decoding would pay as much for one token a row; so sampling has a layout of its own, and this is where one becomes
+the other, inside the program that samples.
+"""
+
+from typing import Any
+
+import jax
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from jax_rlhf.models import Decoder, DecoderConfig, logical_axes, unstack_layers
+from jax_rlhf.models.decoder import Params
+from jax_rlhf.parallel import Layout, constrained, rollout_layout
+
+_KEPT = PartitionSpec("norm"), PartitionSpec("layers", "norm")  # norms are computed in float32, of scales as stored
+
+
+def sampling_layout(config: DecoderConfig) -> Layout | None:
+    """Where a model samples.
+
+    Args:
+      config: the model's, with its training layout.
+
+    Returns:
+      The layout; None for one device.
+    """
+    if config.layout is None:
+        return None
+    return rollout_layout(
+        config.layout, (config.num_kv_heads, config.num_heads, config.intermediate_size, config.table_rows)
+    )
+
+
+def reshard(model: Decoder, params: Any, axes: Any) -> tuple[Decoder, Any]:
+    """Parameters in the compute dtype and the rollout layout, to be called under `jit`.
+
+    Args:
+      model: as it trains.
+      params: its parameters, whole or in parts.
+      axes: `logical_axes` of the model, in the same tree.
+
+    Returns:
+      The model in the rollout layout, and its parameters there.
+    """
+    layout = sampling_layout(model.config)
+
+    def move(spec: PartitionSpec, leaf: Array) -> Array:
+        leaf = leaf if spec in _KEPT else leaf.astype(model.config.dtype)
+        return constrained(leaf, layout, *spec)
+
+    params = jax.tree.map(move, axes, params, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return model.clone(config=model.config.replace(layout=layout)), params
+
+
+def rollout_form(model: Decoder, params: Params) -> tuple[Decoder, Params]:
+    """The form that decodes fastest: in the rollout layout, unrolled on CPU, scanned on GPU and TPU.
+
+    Args:
+      model: scanned or unrolled.
+      params: its parameters.
+
+    Returns:
+      (model, params) that compute the same.
+    """
+    model, params = reshard(model, params, logical_axes(model))
+    if not model.scan_layers or model.config.platform != "cpu":
+        return model, params
+    return model.clone(scan_layers=False), unstack_layers(params, model.config.num_layers)

@@ -1,0 +1,230 @@
+"""Who starts as what: from checkpoints to the parameters that PPO trains and those that it holds frozen.
+
+actor       trains                     as given
+reference   frozen                     as given, or the actor's weights at the start (no second copy)
+critic      trains                     as given, or the reward model, or the actor's trunk with a zero head
+reward      frozen                     as given, or none where Python functions score
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jax_rlhf.hub import Pretrained
+from jax_rlhf.models import Decoder
+from jax_rlhf.models.decoder import Params
+from jax_rlhf.models.split import SplitModel, SplitParams
+from jax_rlhf.parallel import Layout
+from jax_rlhf.training.networks import Frozen, Networks, Trained
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What the four models start as; parameters may be `jax.ShapeDtypeStruct`s, for a plan.
+
+    Attributes:
+      actor, reference: with LM heads; None = the actor's weights.
+      critic, reward: with scalar heads; None = as the module says.
+      trainable_layers, critic_trainable_layers: from the top; None = all parameters.
+      critic_zero_head: the critic's head starts at zero, whatever it starts as.
+    """
+
+    actor: Pretrained
+    reference: Pretrained | None = None
+    critic: Pretrained | None = None
+    reward: Pretrained | None = None
+    trainable_layers: int | None = None
+    critic_trainable_layers: int | None = None
+    critic_zero_head: bool = False
+
+
+def networks_of(start: Start, layout: Layout | None) -> Networks:
+    """The models, on a mesh.
+
+    Args:
+      start: what they start as.
+      layout: the mesh; None = one device.
+
+    Returns:
+      The networks.
+
+    Raises:
+      ValueError: layers out of range.
+    """
+
+    def network(pretrained: Pretrained, layers: int | None = None) -> SplitModel:
+        return SplitModel(on_layout(pretrained.model, layout), layers)
+
+    actor = network(start.actor, start.trainable_layers)
+    critic = network(start.critic or start.reward or _zero_head(start.actor), start.critic_trainable_layers)
+    alone = start.critic is None and start.reward is None
+    reference = actor if start.reference is None else network(start.reference)
+    reward = None
+    if start.reward is not None:
+        reward = critic if start.critic is None else network(start.reward)
+    return Networks(
+        actor=actor,
+        reference=reference,
+        critic=critic,
+        reward=reward,
+        reference_shares=start.reference is None,
+        critic_shares=alone
+        and critic.first_layer == actor.first_layer
+        and None not in (start.trainable_layers, start.critic_trainable_layers),
+        reward_shares=start.reward is not None and start.critic is None,
+    )
+
+
+def on_layout(model: Decoder, layout: Layout | None) -> Decoder:
+    """The same model on a mesh.
+
+    Args:
+      model: the model.
+      layout: the mesh; None = as it is.
+
+    Returns:
+      The model.
+    """
+    return model if layout is None else model.clone(config=model.config.replace(layout=layout))
+
+
+def assign_parameters(networks: Networks, start: Start) -> tuple[Trained, Frozen]:
+    """The four models' parameters in a frozen and a trained part each; what two of them have in common is held once.
+
+    Args:
+      networks: of the same start.
+      start: the parameters.
+
+    Returns:
+      (trained, frozen): what trains is a copy in float32, since its buffers are donated to every update.
+    """
+    critic_start = start.critic or start.reward or _zero_head(start.actor)
+    actor = networks.actor.split(_placed(start.actor, networks.actor))
+    critic = networks.critic.split(_placed(critic_start, networks.critic))
+    if networks.critic_shares:
+        critic = critic.replace(frozen=actor.frozen)
+    reference, reward = SplitParams({}, actor.trainable), None
+    if not networks.reference_shares:
+        reference = SplitParams({}, _placed(start.reference, networks.reference))
+    if networks.reward_shares:
+        reward = SplitParams({}, critic.trainable)
+    elif networks.reward is not None:
+        reward = SplitParams({}, _placed(start.reward, networks.reward))
+
+    # The critic values unfinished responses, so it starts without the bonus that the reward model gives for those.
+    learned = start.critic or start.reward
+    critic_bias = learned.reward_bias - learned.missing_eos_bias if learned is not None else 0.0
+    critic_trainable = critic.trainable
+    if start.critic_zero_head:
+        zero = jax.tree.map(jnp.zeros_like, critic_trainable["scalar_head"])
+        critic_trainable, critic_bias = critic_trainable | {"scalar_head": zero}, 0.0
+    frozen = Frozen(
+        actor=actor.frozen,
+        critic=critic.frozen,
+        reference=reference,
+        reward=reward,
+        reward_bias=jnp.float32(start.reward.reward_bias if start.reward is not None else 0),
+        critic_bias=jnp.float32(critic_bias),
+        missing_eos_bias=jnp.float32(start.reward.missing_eos_bias if start.reward is not None else 0),
+    )
+    return Trained(_copies(actor.trainable), _copies(critic_trainable), None), frozen
+
+
+@jax.jit
+def _copies(params: Params) -> Params:
+    return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
+
+
+def _placed(pretrained: Pretrained, network: SplitModel) -> Params:
+    layout = network.model.config.layout
+    return pretrained.params if layout is None else jax.device_put(pretrained.params, whole_places(network, layout))
+
+
+def whole_places(network: SplitModel, layout: Layout) -> Params:
+    """Where a whole model's parameters go.
+
+    Args:
+      network: the model.
+      layout: the mesh.
+
+    Returns:
+      `NamedSharding`s.
+
+    Raises:
+      ValueError: the mesh does not divide one; says which sizes would.
+    """
+    return SplitModel(network.model).places(layout).trainable
+
+
+def trained_places(networks: Networks, layout: Layout, *, moving_average: bool = False) -> Trained:
+    """Where the trained parameters go.
+
+    Args:
+      networks: the models.
+      layout: the mesh.
+      moving_average: whether one is kept.
+
+    Returns:
+      `NamedSharding`s.
+    """
+    actor = networks.actor.places(layout).trainable
+    return Trained(actor, networks.critic.places(layout).trainable, actor if moving_average else None)
+
+
+def frozen_places(networks: Networks, layout: Layout) -> Frozen:
+    """Where the frozen parameters go.
+
+    Args:
+      networks: the models.
+      layout: the mesh.
+
+    Returns:
+      `NamedSharding`s.
+    """
+    actor, critic = networks.actor.places(layout), networks.critic.places(layout)
+    reference, reward = SplitParams({}, actor.trainable), None
+    if not networks.reference_shares:
+        reference = SplitParams({}, whole_places(networks.reference, layout))
+    if networks.reward_shares:
+        reward = SplitParams({}, critic.trainable)
+    elif networks.reward is not None:
+        reward = SplitParams({}, whole_places(networks.reward, layout))
+    everywhere = layout.sharding(())
+    return Frozen(actor.frozen, critic.frozen, reference, reward, everywhere, everywhere, everywhere)
+
+
+def _zero_head(actor: Pretrained) -> Pretrained:
+    """The actor's trunk with a scalar head of zeros."""
+    model = Decoder(actor.model.config, head="scalar", scan_layers=actor.model.scan_layers)
+    head = {"kernel": jnp.zeros((model.config.output_size, 1), jnp.float32)}
+    trunk = {name: value for name, value in actor.params.items() if name != "lm_head"}
+    return Pretrained(model, trunk | {"scalar_head": head}, actor.tokenizer)
+
+
+def check_start(start: Start) -> None:
+    """Raises where the four models do not fit together.
+
+    Args:
+      start: what they start as.
+
+    Raises:
+      ValueError: a wrong head, or another tokenizer; says whose.
+    """
+    heads = {"actor": "lm", "reference": "lm", "critic": "scalar", "reward": "scalar"}
+    actor = start.actor
+    for role, wanted in heads.items():
+        given = getattr(start, role)
+        if given is None:
+            continue
+        if given.model.head != wanted:
+            raise ValueError(f'{role} has a {given.model.head!r} head; load it with head="{wanted}".')
+        if actor.tokenizer and given.tokenizer and actor.tokenizer.get_vocab() != given.tokenizer.get_vocab():
+            raise ValueError(
+                f"{role} has another tokenizer than the actor. Token ids are carried from one to the other, never made "
+                "again from text: use a model of the same tokenizer, or score texts with a reward function."
+            )
+        if role != "actor" and given.model.config.vocab_size < (len(actor.tokenizer) if actor.tokenizer else 0):
+            raise ValueError(
+                f"{role} knows {given.model.config.vocab_size} tokens, the tokenizer has {len(actor.tokenizer)}."
+            )
