@@ -25,6 +25,8 @@ def get_config() -> ConfigDict:
     mesh.data = 1  # copies of everything (with -1, what pmap did)
     mesh.fsdp = -1  # rows, and parameters cut along their width
     mesh.tensor = 1  # heads, MLP width, vocabulary
+    mesh.rules = ()  # lines of the table in jax_rlhf/parallel/layout.py that differ: "mlp=tensor+fsdp", "embed="
+    # config.rollout_mesh.tensor = 8  # another form to sample in, with .data and .fsdp; default: chosen by the model
 
     model = config.model  # the policy
     model.path = "HuggingFaceTB/SmolLM2-135M"  # folder, .gguf file or hub id

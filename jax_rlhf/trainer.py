@@ -19,18 +19,16 @@ from jax import Array
 
 from jax_rlhf.engine import RLHFEngine
 from jax_rlhf.hub import end_ids
-from jax_rlhf.parallel import kept_in_place, local_rows, places_of, put_rows, row_shards
+from jax_rlhf.parallel import Layout, local_rows, places_of, put_rows, row_shards
 from jax_rlhf.rewards import RewardError, RewardFunction, score_texts
 from jax_rlhf.rl import Experience, Prompts
-from jax_rlhf.rollout import Samples, Sampling, check_prompts
+from jax_rlhf.rollout import Samples, check_prompts
 from jax_rlhf.settings import from_mapping
-from jax_rlhf.training.collect import sample_responses, sampling_settings, score_samples
+from jax_rlhf.training import programs
+from jax_rlhf.training.collect import sampling_settings
 from jax_rlhf.training.config import PPOConfig
-from jax_rlhf.training.networks import Frozen, Networks, Trained
-from jax_rlhf.training.state import PPOState, create_state
-from jax_rlhf.training.update import PretrainingRows, ppo_update
-
-_ORDER_ADDRESS = np.uint32(0xFFFFFFFF)  # of the row orders' key, among the row ids that address the samples' keys
+from jax_rlhf.training.state import create_state
+from jax_rlhf.training.update import PretrainingRows
 
 
 class PPOTrainer:
@@ -103,16 +101,17 @@ class PPOTrainer:
         self._microbatch(len(mask) * jax.process_count(), mask.shape[1])
         rows = (np.asarray(prompts.tokens, np.int32), mask, np.asarray(prompts.row_ids, np.int32))
         tokens, mask, row_ids = put_rows(rows, engine.layout)
-        key = _iteration_key(self._key, self.state.iteration)
+        key = programs.iteration_key(self._key, self.state.iteration)
         arguments = (networks, self.sampling, engine.trained, engine.frozen, tokens, mask, row_ids, key)
         if not self.reward_functions and not self.config.time_phases:
-            return _generate(*arguments, self.config, self.state.kl.value)
-        samples = _sample(*arguments)
+            return programs.generate(*arguments, self.config, self.state.kl.value)
+        samples = programs.sample(*arguments)
         if self.config.time_phases:
             jax.block_until_ready(samples)
             self._sampled = time.perf_counter()
         scores = self._function_scores(samples, prompts) if self.reward_functions else None
-        return _score(networks, self.config, engine.trained, engine.frozen, samples, mask, scores, self.state.kl.value)
+        scored = (networks, self.config, engine.trained, engine.frozen, samples, mask, scores)
+        return programs.score(*scored, self.state.kl.value)
 
     def train_rlhf(self, experience: Experience, pretraining: PretrainingRows | None = None) -> dict[str, float]:
         """Updates actor and critic by the experience.
@@ -134,7 +133,7 @@ class PPOTrainer:
             jax.block_until_ready(experience)
             scored = time.perf_counter()
             times = {"time/generate": self._sampled - self._started, "time/score": scored - self._sampled}
-        if not _all_finite(experience.scores):
+        if not programs.all_finite(experience.scores):
             raise RewardError(self._bad_score(experience))
         config = dataclasses.replace(
             self.config, microbatch_size=self._microbatch(rows, experience.prompt_mask.shape[1])
@@ -144,7 +143,7 @@ class PPOTrainer:
         places = None
         if engine.layout is not None:
             places = places_of((engine.trained, self.state))
-        engine.trained, self.state, metrics = _update(
+        engine.trained, self.state, metrics = programs.update(
             engine.networks,
             config,
             places,
@@ -162,27 +161,8 @@ class PPOTrainer:
         return metrics | {"eps": rows / seconds, "time/iteration": seconds} | times
 
     def _microbatch(self, rows: int, width: int) -> int:
-        config, shards = self.config, row_shards(self.engine.layout)
-        if rows % config.num_minibatches:
-            raise ValueError(
-                f"{rows} rows cannot be cut into num_minibatches={config.num_minibatches} equal parts; give a multiple."
-            )
-        per_minibatch = rows // config.num_minibatches
-        if per_minibatch % shards:
-            raise ValueError(
-                f"a minibatch of {per_minibatch} rows cannot be cut over the mesh's {shards} row shards (data × fsdp); "
-                f"rows must be a multiple of num_minibatches × {shards} = {config.num_minibatches * shards}."
-            )
-        if config.microbatch_size is None:
-            platform = self.engine.networks.actor.model.config.platform
-            return microbatch_rows(per_minibatch, width + config.max_new_tokens, shards, platform)
-        if per_minibatch % config.microbatch_size or config.microbatch_size % shards:
-            fits = [n for n in range(shards, per_minibatch + 1, shards) if per_minibatch % n == 0]
-            raise ValueError(
-                f"microbatch_size={config.microbatch_size} does not divide a minibatch of {per_minibatch} rows, or is "
-                f"no multiple of the mesh's {shards} row shards; sizes that do: {', '.join(map(str, fits))}."
-            )
-        return config.microbatch_size
+        network = self.engine.networks.actor.model.config
+        return minibatch_part(self.config, rows, width, self.engine.layout, network.platform)
 
     def _check_pretraining(self, pretraining: PretrainingRows | None, groups: int) -> None:
         if (pretraining is not None) != (self.config.ptx_coef > 0):
@@ -223,6 +203,44 @@ class PPOTrainer:
         return put_rows(score_texts(self.reward_functions, texts, responses, prompts.columns), self.engine.layout)
 
 
+def minibatch_part(config: PPOConfig, rows: int, width: int, layout: Layout | None, platform: str) -> int:
+    """Rows of a microbatch.
+
+    Args:
+      config: PPO's.
+      rows: B, of an iteration.
+      width: P, in tokens.
+      layout: the mesh; None = one device.
+      platform: "cpu", "gpu" or "tpu".
+
+    Returns:
+      As configured, or where that is None, as many as `microbatch_rows` says.
+
+    Raises:
+      ValueError: rows that cannot be cut as configured; says which could.
+    """
+    shards = row_shards(layout)
+    if rows % config.num_minibatches:
+        raise ValueError(
+            f"{rows} rows cannot be cut into num_minibatches={config.num_minibatches} equal parts; give a multiple."
+        )
+    per_minibatch = rows // config.num_minibatches
+    if per_minibatch % shards:
+        raise ValueError(
+            f"a minibatch of {per_minibatch} rows cannot be cut over the mesh's {shards} row shards (data × fsdp); "
+            f"rows must be a multiple of num_minibatches × {shards} = {config.num_minibatches * shards}."
+        )
+    if config.microbatch_size is None:
+        return microbatch_rows(per_minibatch, width + config.max_new_tokens, shards, platform)
+    if per_minibatch % config.microbatch_size or config.microbatch_size % shards:
+        fits = [n for n in range(shards, per_minibatch + 1, shards) if per_minibatch % n == 0]
+        raise ValueError(
+            f"microbatch_size={config.microbatch_size} does not divide a minibatch of {per_minibatch} rows, or is "
+            f"no multiple of the mesh's {shards} row shards; sizes that do: {', '.join(map(str, fits))}."
+        )
+    return config.microbatch_size
+
+
 def microbatch_rows(rows: int, tokens_per_row: int, shards: int, platform: str) -> int:
     """Rows whose activations exist at once: as many as divide the minibatch and keep to a budget of tokens a device.
 
@@ -253,47 +271,3 @@ def _completed(config: PPOConfig, engine: RLHFEngine) -> PPOConfig:
         pad_id = getattr(engine.tokenizer, "pad_token_id", None)
         pad_id = (eos_ids[0] if eos_ids else 0) if pad_id is None else pad_id
     return dataclasses.replace(config, eos_ids=eos_ids, pad_id=pad_id)
-
-
-# ---- the device programs -------------------------------------------------------------------------------------------
-
-_iteration_key = jax.jit(jax.random.fold_in)
-_all_finite = jax.jit(lambda scores: jnp.all(jnp.isfinite(scores)))  # over all processes' rows
-_sample = jax.jit(sample_responses, static_argnums=(0, 1))
-_score = jax.jit(score_samples, static_argnums=(0, 1))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 8))
-def _generate(
-    networks: Networks,
-    sampling: Sampling,
-    trained: Trained,
-    frozen: Frozen,
-    tokens: Array,
-    mask: Array,
-    row_ids: Array,
-    key: Array,
-    config: PPOConfig,
-    kl_coef: Array,
-) -> Experience:
-    samples = sample_responses(networks, sampling, trained, frozen, tokens, mask, row_ids, key)
-    return score_samples(networks, config, trained, frozen, samples, mask, None, kl_coef)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
-def _update(
-    networks: Networks,
-    config: PPOConfig,
-    places: tuple | None,
-    trained: Trained,
-    state: PPOState,
-    frozen: Frozen,
-    experience: Experience,
-    pretraining: PretrainingRows | None,
-    seed_key: Array,
-) -> tuple[Trained, PPOState, dict[str, Array]]:
-    key = jax.random.fold_in(jax.random.fold_in(seed_key, state.iteration), _ORDER_ADDRESS)
-    trained, state, metrics = ppo_update(networks, config, trained, state, frozen, experience, pretraining, key)
-    if places is not None:
-        trained, state = kept_in_place((trained, state), places)
-    return trained, state, metrics

@@ -167,7 +167,7 @@ class Attention(nn.Module):
             key, value = _read(cache, layer, context.key_order.shape[1])
 
         scale = config.attention_scale / (layer + 1) if config.scale_by_layer else config.attention_scale
-        allowed = visible(context, self._window(sliding))
+        allowed = constrained(visible(context, self._window(sliding)), config.layout, "rows", "length", "length")
         mixed = attend(query, key, value, allowed, scale=scale, cap=config.attention_softcap)
         mixed = constrained(mixed, config.layout, "rows", "length", "heads", "head_dim")
         out = Projection(

@@ -58,8 +58,8 @@ def create_cache(config: DecoderConfig, batch: int, capacity: int, *, scan_layer
 
     return KVCache(
         layers=zeros(config.num_layers) if scan_layers else tuple(zeros() for _ in range(config.num_layers)),
-        order=jnp.full((batch, capacity), NOT_REAL, jnp.int32),
-        real=jnp.zeros((batch,), jnp.int32),
+        order=constrained(jnp.full((batch, capacity), NOT_REAL, jnp.int32), config.layout, "rows", "length"),
+        real=constrained(jnp.zeros((batch,), jnp.int32), config.layout, "rows"),
         length=jnp.zeros((), jnp.int32),
         angles=decoder_angles(config, jnp.zeros((batch, 1), jnp.int32)),
     )

@@ -243,6 +243,7 @@ class Decoder(nn.Module):
             raise ValueError(f"{tokens.shape[1]} tokens, span {span}: the cache has {capacity} slots.")
         query_order, key_order = token_order(mask, cache.real)
         order = jax.lax.dynamic_update_slice(cache.order, key_order, (0, cache.length))
+        order = constrained(order, self.config.layout, "rows", "length")
         angles = cache.angles if positions is None and tokens.shape[1] == 1 else None
         x, context = self._enter(
             tokens, positions, mask, query_order, order[:, :span], slot=cache.length, angles=angles
@@ -275,6 +276,9 @@ class Decoder(nn.Module):
         positions = query_order if positions is None else positions
         positions = jnp.where(mask, positions, 0)
         angles = decoder_angles(config, positions) if angles is None else angles
+        # By rows, as the residual stream: XLA would cut them as draws are cut, and exchange masks in every layer.
+        rows = lambda x: constrained(x, config.layout, "rows", *(None,) * (x.ndim - 1))  # noqa: E731
+        query_order, key_order, angles = jax.tree.map(rows, (query_order, key_order, angles))
         context = AttentionContext(query_order, key_order, *angles, slot, segments)
         if boundary is not None:
             return boundary.astype(config.dtype), context

@@ -14,6 +14,7 @@ from jax import Array
 from jax_rlhf.data import Datasets, create_datasets
 from jax_rlhf.engine import load_model
 from jax_rlhf.hub import Pretrained, describe_pretrained, save_pretrained
+from jax_rlhf.models import Decoder
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.parallel import Layout, create_layout, local_rows, put_rows
 from jax_rlhf.phases.config import RewardTrainingConfig, RunConfig
@@ -53,8 +54,9 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
         datasets = create_datasets(data, policy.tokenizer, "reward", seed=config.seed, eos_ids=ends)
         record.say(datasets.report)
         steps = total_steps(settings.steps, settings.epochs, datasets)
-        how = _how(settings, pretrained, datasets, steps, layout)
+        how = how_to_train(settings, pretrained.model, datasets.batch_size, steps)
         state, frozen = create_state(how, pretrained, layout)
+        pretrained = dataclasses.replace(pretrained, params={})  # those that train have been copied
         latest, held_out = [state], {}
 
         def params() -> SplitParams:
@@ -107,16 +109,27 @@ def _start(config: RunConfig, path: str, layout: Layout | None) -> Pretrained:
     return reward_start(load_model(start, "lm", layout), settings.num_layers, jax.random.key(config.seed))
 
 
-def _how(
-    settings: RewardTrainingConfig, pretrained: Pretrained, datasets: Datasets, steps: int, layout: Layout | None
-) -> Supervised:
-    """The update as the settings want it."""
+def how_to_train(settings: RewardTrainingConfig, model: Decoder, batch_size: int, steps: int) -> Supervised:
+    """The update as the settings want it.
+
+    Args:
+      settings: the phase's.
+      model: the reward model.
+      batch_size: pairs, or packs.
+      steps: of the phase, at whose end the schedule ends.
+
+    Returns:
+      What and how.
+
+    Raises:
+      ValueError: a batch that cannot be cut as configured.
+    """
     how = Supervised(
-        network=SplitModel(pretrained.model, settings.trainable_layers),
+        network=SplitModel(model, settings.trainable_layers),
         loss=RewardLoss(settings.loss, settings.compare),
         optimizer=with_end(settings.optimizer, steps),
         head_learning_rate=settings.head_learning_rate,
-        microbatches=microbatches(datasets.batch_size, settings.microbatch_size, layout, "reward_training"),
+        microbatches=microbatches(batch_size, settings.microbatch_size, model.config.layout, "reward_training"),
     )
     if settings.compare == "all" and how.microbatches > 1:
         raise ValueError('config.reward_training.compare="all" compares within a whole batch: no microbatch_size.')

@@ -10,6 +10,7 @@ import numpy as np
 from jax_rlhf.data import Datasets, create_datasets
 from jax_rlhf.engine import load_model
 from jax_rlhf.hub import Pretrained, save_pretrained
+from jax_rlhf.models import Decoder
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.parallel import create_layout
 from jax_rlhf.phases.config import RunConfig
@@ -42,13 +43,9 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
         datasets = create_datasets(config.data, pretrained.tokenizer, "sft", seed=config.seed, eos_ids=ends)
         record.say(datasets.report)
         steps = total_steps(settings.steps, settings.epochs, datasets)
-        how = Supervised(
-            network=SplitModel(pretrained.model, config.model.trainable_layers),
-            loss=SFTLoss(settings.loss_on),
-            optimizer=with_end(settings.optimizer, steps),
-            microbatches=microbatches(datasets.batch_size, settings.microbatch_size, layout, "sft"),
-        )
+        how = how_to_train(config, pretrained.model, datasets.batch_size, steps)
         state, frozen = create_state(how, pretrained, layout)
+        pretrained = dataclasses.replace(pretrained, params={})  # those that train have been copied
         latest = [state]
         losses = []
 
@@ -90,6 +87,30 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
             result |= {"eval/loss_before": losses[0], "eval/loss": losses[-1]}
         record.summary(result)
     return result
+
+
+def how_to_train(config: RunConfig, model: Decoder, batch_size: int, steps: int) -> Supervised:
+    """The update as the settings want it.
+
+    Args:
+      config: the run's.
+      model: the policy.
+      batch_size: rows.
+      steps: of the phase, at whose end the schedule ends.
+
+    Returns:
+      What and how.
+
+    Raises:
+      ValueError: a batch that cannot be cut as configured.
+    """
+    settings = config.sft
+    return Supervised(
+        network=SplitModel(model, config.model.trainable_layers),
+        loss=SFTLoss(settings.loss_on),
+        optimizer=with_end(settings.optimizer, steps),
+        microbatches=microbatches(batch_size, settings.microbatch_size, model.config.layout, "sft"),
+    )
 
 
 def _write_samples(config: RunConfig, pretrained: Pretrained, datasets: Datasets, record: Record) -> None:

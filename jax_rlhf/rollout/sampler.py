@@ -204,6 +204,10 @@ def rollout(
     chex.assert_type([prompts, prompt_mask, row_ids], [int, bool, int])
     chex.assert_equal_shape([prompts, prompt_mask])
     (batch, width), length = prompts.shape, sampling.max_new_tokens
+    # Rows come from the training layout; where they go must be said here, else every layer exchanges its masks.
+    layout = model.config.layout
+    prompts, prompt_mask = (constrained(x, layout, "rows", "length") for x in (prompts, prompt_mask))
+    row_ids, key = constrained(row_ids, layout, "rows"), constrained(key, layout)
     run = functools.partial(model.apply, {"params": params})
     decode = run  # prefill has rows enough to read kernels as they are
     if model.config.platform == "cpu" and not model.scan_layers and length >= TURNING_PAYS:
@@ -215,10 +219,11 @@ def rollout(
         index, running = carry["index"], carry["running"]
         logits = run(carry["hidden"], method="apply_head") / sampling.temperature
         # The devices that hold parts of the vocabulary exchange them for whole rows, so that each draws for its own.
-        logits = constrained(logits, model.config.layout, "drawn_rows", None)
+        logits = constrained(logits, layout, "drawn_rows", None)
         keys = jax.vmap(lambda row_key: jax.random.fold_in(row_key, index))(row_keys)
         ban = index < sampling.min_new_tokens if sampling.min_new_tokens else False
         drawn = draw_tokens(logits, keys, top_k=sampling.top_k, top_p=sampling.top_p, banned=sampling.eos_ids, ban=ban)
+        drawn = jax.tree.map(lambda x: constrained(x, layout, "rows"), drawn)
         tokens = jnp.where(running, drawn.tokens, sampling.pad_id)
         return {
             **carry,

@@ -66,13 +66,26 @@ def state_places(config: PPOConfig, trained: Trained, layout: Layout) -> PPOStat
     Returns:
       Shardings, in the tree of the state.
     """
-    shapes, everywhere = jax.eval_shape(functools.partial(_create, config), trained), layout.sharding(())
+    shapes, everywhere = abstract_state(config, trained), layout.sharding(())
     places = jax.tree.map(lambda _: everywhere, shapes)
     for name in ("actor", "critic"):
         optimizer, state = create_optimizer(getattr(config, f"{name}_optimizer")), getattr(shapes, f"{name}_optimizer")
         moments = moment_places(optimizer, state, getattr(trained, name), everywhere)
         places = places.replace(**{f"{name}_optimizer": moments})
     return places
+
+
+def abstract_state(config: PPOConfig, trained: Trained) -> PPOState:
+    """The state's shapes.
+
+    Args:
+      config: PPO's.
+      trained: the parameters that will train, or their shapes.
+
+    Returns:
+      `jax.ShapeDtypeStruct`s, without shardings.
+    """
+    return jax.eval_shape(functools.partial(_create, config), trained)
 
 
 def _create(config: PPOConfig, trained: Trained) -> PPOState:

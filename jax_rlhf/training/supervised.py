@@ -102,13 +102,26 @@ def state_places(how: Supervised, trainable: Params, layout: Layout) -> Supervis
     Returns:
       Shardings, in the tree of the state.
     """
-    shapes, everywhere = jax.eval_shape(functools.partial(_create, how), trainable), layout.sharding(())
+    everywhere = layout.sharding(())
     return SupervisedState(
         trainable=jax.tree.map(lambda leaf: leaf.sharding, trainable),
-        optimizer=moment_places(_optimizer(how), shapes.optimizer, trainable, everywhere),
+        optimizer=moment_places(_optimizer(how), abstract_state(how, trainable).optimizer, trainable, everywhere),
         step=everywhere,
         skipped_updates=everywhere,
     )
+
+
+def abstract_state(how: Supervised, trainable: Params) -> SupervisedState:
+    """The state's shapes.
+
+    Args:
+      how: what and how.
+      trainable: the parameters that train, or their shapes.
+
+    Returns:
+      `jax.ShapeDtypeStruct`s, without shardings.
+    """
+    return jax.eval_shape(functools.partial(_create, how), trainable)
 
 
 def _create(how: Supervised, trainable: Params) -> SupervisedState:
@@ -130,7 +143,7 @@ def update(
     Returns:
       (state, metrics): the loss's means, the gradient's norm, the learning rate, the batch's tokens.
     """
-    return _update(how, places_of(state), state, frozen, batch)
+    return step(how, places_of(state), state, frozen, batch)
 
 
 def evaluate(how: Supervised, state: SupervisedState, frozen: Params, batch: Any) -> Sums:
@@ -154,9 +167,11 @@ def _evaluate(network: SplitModel, loss: Loss, trainable: Params, frozen: Params
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def _update(
+def step(
     how: Supervised, places: tuple, state: SupervisedState, frozen: Params, batch: Any
 ) -> tuple[SupervisedState, dict[str, Array]]:
+    """`update`, with the places where the state comes out again."""
+
     def gradients(part: Any) -> tuple[Params, Sums]:
         def total(trainable: Params) -> tuple[Array, Sums]:
             sums = how.loss(how.network, SplitParams(frozen, trainable), part)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax import export
 
-from jax_rlhf import RLHFEngine, trainer
+from jax_rlhf import RLHFEngine
+from jax_rlhf.training import programs
 from tests.ppo import tiny
 
 
@@ -22,10 +23,10 @@ def test_generation_and_update_lower(platform, backend, monkeypatch):
 
     def generate(trained, tokens, mask, row_ids):
         arguments = (engine.frozen, tokens, mask, row_ids, key, config, ppo.state.kl.value)
-        return trainer._generate(engine.networks, ppo.sampling, trained, *arguments)
+        return programs.generate(engine.networks, ppo.sampling, trained, *arguments)
 
     def update(trained, state, experience):
-        return trainer._update(engine.networks, config, None, trained, state, engine.frozen, experience, None, key)
+        return programs.update(engine.networks, config, None, trained, state, engine.frozen, experience, None, key)
 
     arguments = (engine.trained, batch.tokens, batch.mask, batch.row_ids)
     experience = jax.eval_shape(generate, *arguments)

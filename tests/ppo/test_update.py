@@ -10,8 +10,7 @@ import pytest
 from jax.sharding import Mesh
 
 from jax_rlhf import PPOTrainer, RLHFEngine
-from jax_rlhf import trainer as trainer_module
-from jax_rlhf.training import PretrainingRows, update
+from jax_rlhf.training import PretrainingRows, programs, update
 from tests.ppo import tiny
 
 ROWS = 16
@@ -353,5 +352,5 @@ def test_the_update_never_holds_the_logits_of_all_positions():
     shapes = dataclasses.replace(rows, **{field.name: shape(field) for field in dataclasses.fields(rows)})
     config = dataclasses.replace(trainer.config, microbatch_size=trainer._microbatch(8, 256))
     arguments = (engine.trained, trainer.state, engine.frozen, shapes, None, trainer._key)
-    lowered = trainer_module._update.lower(engine.networks, config, None, *arguments)
+    lowered = programs.update.lower(engine.networks, config, None, *arguments)
     assert lowered.compile().memory_analysis().temp_size_in_bytes < 8 * 512 * 50_000 * 4 / 4

@@ -5,13 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from jax_rlhf.data.batches import packed_pairs, pair_batch, text_batch
 from jax_rlhf.data.tokens import Example
-from jax_rlhf.models import logical_axes
 from jax_rlhf.models.split import SplitModel
-from jax_rlhf.parallel import put_rows, shardings
 from jax_rlhf.training import OptimizerConfig
 from jax_rlhf.training.reward import RewardLoss, pair_scores, reward_start
 from jax_rlhf.training.sft import SFTLoss
@@ -83,21 +80,6 @@ def test_microbatches_give_the_same_update(microbatches):
     moved = jax.tree.map(lambda a, b: float(np.max(np.abs(a - np.asarray(b)))), before, one.trainable)
     assert max(jax.tree.leaves(moved)) > 1e-3
     assert float(metrics["grad_norm"]) > 0
-
-
-def test_a_mesh_gives_the_same_update():
-    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
-    batch = text_batch([[row] for row in examples(8)], 12, 0)
-    how, policy = sft(1)
-    one, _ = update(how, *create_state(how, policy), batch)
-    places = shardings(logical_axes(policy.model), policy.params, mesh)
-    spread = dataclasses.replace(policy, params=jax.device_put(policy.params, places))
-    state, frozen = create_state(how, spread, mesh)
-    other, _ = update(how, state, frozen, put_rows(batch, mesh))
-    compared(one.trainable, jax.device_get(other.trainable))
-    kernel = other.trainable["layers"]["mlp"]["up"]["kernel"]
-    assert kernel.sharding == spread.params["layers"]["mlp"]["up"]["kernel"].sharding
-    assert kernel.addressable_shards[0].data.size * 4 == kernel.size
 
 
 def test_a_step_that_is_not_finite_is_left_out():
