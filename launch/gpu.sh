@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# One machine with NVIDIA GPUs: a virtual environment with '.[cuda]', then python -m jax_rlhf on all its GPUs, with the
+# arguments given here. After exit code 75 (saved because of preemption) it starts again; after an error it does not.
+#
+#   bash launch/gpu.sh --config=configs/llama3_8b.py --workdir=runs/llama3-8b
+#   bash launch/gpu.sh --max-restarts=3 --config=…   # how often it starts again at most; 10 if not given
+#   bash launch/gpu.sh --install-only                # only the environment: no GPU is needed for that
+#   PYTHON=python3.12 bash launch/gpu.sh …           # another interpreter
+#
+# SIGTERM, Ctrl-C and the loss of the terminal reach the program, which saves; after either, it is not started again.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/environment.sh
+source launch/environment.sh
+
+install() {
+  local wanted
+  make_environment cuda
+  wanted=$(cat requirements.txt requirements-cuda.txt pyproject.toml | cksum)
+  if [ "$wanted" != "$(cat "$environment/installed" 2>/dev/null)" ]; then # else no network is needed
+    "$environment/bin/python" -m pip install --quiet -e '.[cuda]'
+    echo "$wanted" >"$environment/installed"
+  fi
+}
+
+pass_on() {
+  stopping=$1
+  [ -z "$program" ] || kill -s "$stopping" "$program" 2>/dev/null || true
+}
+
+# Runs the program once; sets $code.
+run() {
+  set -m # a process group of its own: a signal then arrives once, from pass_on, and SIGINT is not ignored
+  "$environment/bin/python" -m jax_rlhf "$@" &
+  program=$!
+  set +m
+  [ -z "$stopping" ] || pass_on "$stopping" # it came just before
+  while :; do
+    code=0
+    wait "$program" || code=$?
+    kill -0 "$program" 2>/dev/null || break # else a trap ended the wait, and the program is still saving
+  done
+  program=''
+}
+
+max_restarts=10 install_only='' stopping='' program='' restarts=0
+while [ $# -gt 0 ]; do
+  case $1 in
+    --max-restarts=*) max_restarts=${1#*=} ;;
+    --install-only) install_only=1 ;;
+    -h | --help)
+      sed -n '2,/^[^#]/s/^# \{0,1\}//p' launch/gpu.sh
+      exit
+      ;;
+    *) break ;;
+  esac
+  shift
+done
+case $max_restarts in '' | *[!0-9]*) echo "error: --max-restarts=$max_restarts is no number" >&2 && exit 2 ;; esac
+
+if [ -n "$install_only" ]; then
+  install
+  exit
+fi
+if ! nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; then
+  echo "error: there is no NVIDIA GPU here, or no driver: nvidia-smi --list-gpus lists none" >&2
+  exit 1
+fi
+install
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu} # without it JAX goes on with the CPU when CUDA cannot be had
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92} # JAX by itself takes 0.75; the plan counts with this
+trap 'pass_on INT' INT
+trap 'pass_on TERM' HUP TERM
+
+while :; do
+  run "$@"
+  [ "$code" = 75 ] && [ -z "$stopping" ] && [ "$restarts" -lt "$max_restarts" ] || exit "$code"
+  restarts=$((restarts + 1))
+  echo "[$(date +%H:%M:%S)] gpu: restart $restarts of at most $max_restarts" >&2
+done

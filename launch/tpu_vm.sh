@@ -1,0 +1,347 @@
+#!/usr/bin/env bash
+# A TPU VM of any size: creates or reuses it, copies the code, starts the same command on all its workers, shows the log of
+# worker 0, goes on after preemption, deletes it. docs/launch.md tells more.
+#
+#   bash launch/tpu_vm.sh run --name=rlhf --zone=us-east5-a --type=v5p-16 -- --config=configs/llama3_8b.py --workdir=DIR
+#   bash launch/tpu_vm.sh run --dry-run …     # prints every command and executes none; needs no gcloud
+#   bash launch/tpu_vm.sh down --name=rlhf --zone=us-east5-a
+#
+# Commands:
+#   up      creates the VM, or waits until the one of this name is ready; one that was preempted is deleted and made anew
+#   sync    copies the code: the files that git tracks, as they are on disk
+#   run     up, sync, install, and python -m jax_rlhf with all that stands after --; shows the log and ends with the job's
+#           exit code. It starts the job again after exit code 75 (saved because of preemption) or when the VM is gone, and
+#           not after an error. The job outlives a lost connection and Ctrl-C: the same command again follows it
+#   logs    shows the log from the job's start, till its end
+#   stop    asks the job to save and end (SIGTERM), and keeps the VM
+#   down    deletes the VM, and the queued resource that it came from
+#
+# Options:
+#   --name=NAME           the VM's name; required, as is --zone
+#   --zone=ZONE
+#   --project=PROJECT     if it is not gcloud's default
+#   --type=TYPE           the accelerator type, such as v5p-16, v6e-8, v5litepod-16; required where a VM is created
+#   --version=VERSION     the runtime version; the usual one of the type if not given
+#   --spot                a spot VM: cheaper, and preempted when others need it
+#   --queued              creates a queued resource, which waits in line until there is a VM
+#   --create-flag=FLAG    one more flag for gcloud's create, such as --network=NAME; may be repeated
+#   --connect-flag=FLAG   one more flag for gcloud's ssh and scp, such as --internal-ip; may be repeated
+#   --env-file=FILE       lines NAME=VALUE for the job's environment, such as HF_TOKEN=…; copied to ~/jax_rlhf.env
+#   --setup=COMMAND       run on all workers after the copy, each time a job starts; such as a mount of shared storage
+#   --python=PYTHON       the workers' interpreter; if not given, one of 3.11 or newer is looked for, or fetched with uv
+#   --max-restarts=N      how often run starts a job again; 10 if not given
+#   --dry-run             prints the commands, quoted for a shell, instead of executing them
+# TPU_VM_POLL=30 and TPU_VM_FOLLOW=300 are the seconds between two looks at a VM, and of one connection that reads the log.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+name='' zone='' type='' version='' spot='' queued='' env_file='' setup='' python='' max_restarts=10 dry_run=''
+# Arrays that are never empty when used: to some versions of bash, an empty one is not set. gcloud tries ten times to connect;
+# with ssh's own timeouts it would notice only after twenty minutes that a VM is gone.
+where=() create_flags=(--quiet)
+connect=(--ssh-flag=-oConnectTimeout=20 --ssh-flag=-oServerAliveInterval=30) copy=(--worker=all --scp-flag=-oConnectTimeout=20)
+poll=${TPU_VM_POLL:-30} follow_seconds=${TPU_VM_FOLLOW:-300}
+
+exec 3>&1 4>&2 # this script's own, while the output of its commands is being read
+say() { [ -n "$dry_run" ] || echo "[$(date +%H:%M:%S)] tpu_vm: $*" >&4; }
+
+die() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+wrong_usage() {
+  echo "error: $*; see bash launch/tpu_vm.sh --help" >&2
+  exit 2
+}
+
+# Words as a shell reads them back, whatever is in them.
+quote() {
+  local LC_ALL=C word line='' mark="'\\''"
+  for word; do
+    case $word in
+      '' | *[!A-Za-z0-9_./:=,@%+-]*) word="'${word//\'/"$mark"}'" ;;
+    esac
+    line+="${line:+ }$word"
+  done
+  printf '%s\n' "$line"
+}
+
+# Executes a command, or prints it.
+call() {
+  if [ -n "$dry_run" ]; then quote "$@" >&3; else "$@"; fi
+}
+
+tpus() {
+  local noun=$1 verb=$2
+  shift 2
+  call gcloud compute tpus "$noun" "$verb" "$name" "${where[@]}" "$@"
+}
+
+# Runs a command line on worker $1, a number or "all".
+remote() { tpus tpu-vm ssh "${connect[@]}" "--worker=$1" "--command=$2" </dev/null; }
+
+# The command line that calls tpu_worker.sh there, and the one of a question: where the code never came, there is no job.
+worker() { echo "cd ~/jax_rlhf && exec bash launch/tpu_worker.sh $(quote "$@")"; }
+ask() { echo "[ -d jax_rlhf ] || { echo '@job state=none' >&2; exit 0; }; $(worker "$@")"; }
+
+# shellcheck source=launch/tpu_resource.sh
+source "$root/launch/tpu_resource.sh"
+
+# ---- the code
+
+# Makes $scratch/jax_rlhf.tar.gz of the tracked files, and of a list of them, by which the next copy removes what is no more.
+pack() {
+  local file untracked
+  cd "$root"
+  for file; do
+    case $file in
+      --config=/*) ;; # a path on the workers' disks
+      --config=*)
+        file=${file#--config=}
+        git ls-files --error-unmatch -- "${file%%:*}" >/dev/null 2>&1 ||
+          die "${file%%:*} would not be copied, since git does not track it in $root: git add ${file%%:*}"
+        ;;
+    esac
+  done
+  untracked=$(git ls-files --others --exclude-standard)
+  [ -z "$untracked" ] || say "not copied, since git does not track them: ${untracked//$'\n'/, }"
+  if [ -n "$dry_run" ]; then
+    echo "git ls-files -z >$scratch/.copied" >&3
+  else
+    git ls-files -z | while IFS= read -r -d '' file; do
+      [ ! -e "$file" ] && [ ! -L "$file" ] || printf '%s\0' "$file" # not those deleted from disk
+    done >"$scratch/.copied"
+  fi
+  call tar -czf "$scratch/jax_rlhf.tar.gz" --null -T "$scratch/.copied" -C "$scratch" .copied
+  cd "$OLDPWD"
+}
+
+upload() {
+  call gcloud compute tpus tpu-vm scp "$1" "$name:$2" "${where[@]}" "${copy[@]}" </dev/null
+}
+
+# Copies the code to all workers, and does there what the arguments say after that.
+copy_code() {
+  local unpack='mkdir -p jax_rlhf && cd jax_rlhf && { [ ! -f .copied ] || xargs -0 rm -f -- <.copied; }' command
+  unpack+=' && tar -xzf ../jax_rlhf.tar.gz'
+  for command; do
+    unpack+=" && $command"
+  done
+  upload "$scratch/jax_rlhf.tar.gz" jax_rlhf.tar.gz && remote all "$unpack"
+}
+
+# All that the workers need before the job can start.
+prepare() {
+  say "copying the code and installing, on all workers"
+  if [ -n "$env_file" ]; then
+    upload "$env_file" jax_rlhf.env || return
+    set -- "chmod 600 ~/jax_rlhf.env"
+  fi
+  [ -z "$setup" ] || set -- "$@" "(cd && { $setup"$'\n'"})" # the newline ends a comment in it
+  copy_code "$@" "$(worker install ${python:+"$python"})"
+}
+
+# ---- the job
+
+field() { sed -n "s/^@job \(.* \)\{0,1\}$1=\([^ ]*\).*/\2/p" <<<"$2"; }
+
+# Follows the log of worker 0. Sets $line to the last report, $job_state to ended, lost, none, or gone (with the VM).
+follow() {
+  local offset=start failures=0
+  while :; do
+    if remote 0 "$(ask follow "$offset" "$follow_seconds")" 2>"$scratch/follow" && line=$(last_report follow); then
+      failures=0
+      job_state=$(field state "$line")
+      [ "$job_state" = running ] || return 0
+      offset=$(field offset "$line")
+      continue
+    fi
+    job_state=ended
+    [ -z "$dry_run" ] || return 0
+    failures=$((failures + 1))
+    case $(outlook) in
+      ready* | '') ;; # the connection, or the network here
+      *)
+        job_state=gone
+        return 0
+        ;;
+    esac
+    [ "$failures" -lt 20 ] || die "worker 0 cannot be reached; a job on it goes on. $(tail -n 3 "$scratch/follow")"
+    say "the connection to worker 0 is lost; trying again"
+    sleep "$poll"
+  done
+}
+
+last_report() { grep '^@job ' "$scratch/$1" | tail -n 1; }
+
+# After the end on worker 0: asks all workers how they ended. Sets $outcome to restart or to an exit code.
+collect() {
+  local report code chosen=0 culprit='' again='' stopped=''
+  remote all "$(ask settle 300)" 2>"$scratch/settle" || true
+  outcome=0
+  [ -z "$dry_run" ] || return 0
+  if grep -q '^@job .*state=running' "$scratch/settle"; then
+    say "a worker has not ended, minutes after worker 0: stopping it"
+    remote all "$(ask stop 30)" 2>/dev/null || true
+  fi
+  while read -r report; do
+    code=$(field code "$report")
+    [ "$(field stopped "$report")" != 1 ] || stopped=1
+    case $(field state "$report"):$code in
+      lost:* | none:* | ended:75) again=1 ;;
+      running:* | ended:0) ;;
+      # A program's own code tells more than the signals (128 and up) by which those end that lost it.
+      *) if [ "$chosen" = 0 ] || { [ "$chosen" -ge 128 ] && [ "$code" -lt 128 ]; }; then chosen=$code culprit=$report; fi ;;
+    esac
+  done < <(grep '^@job ' "$scratch/settle" || echo '@job state=lost')
+  outcome=$chosen
+  if [ -z "$again" ]; then
+    show_end "$culprit"
+  elif [ -n "$stopped" ]; then
+    outcome=75
+  else
+    outcome=restart
+  fi
+}
+
+# The end of the log of a failed worker, unless it is worker 0, whose log was shown.
+show_end() {
+  local host
+  host=$(field worker "$1")
+  case $host in
+    '' | *-w-0) ;;
+    *-w-*)
+      say "the end of the log of $host:"
+      remote "${host##*-w-}" "$(worker tail 40)" >&2 || true
+      ;;
+  esac
+}
+
+# Is the very same job running on the VM already? Not on one that was just created.
+attach() {
+  local report sum
+  [ -z "$created" ] && [ -z "$dry_run" ] || return 1
+  remote all "$(ask settle 0)" 2>"$scratch/attach" || die "$name cannot be reached: $(tail -n 5 "$scratch/attach")"
+  report=$(grep '^@job .*state=running' "$scratch/attach" | tail -n 1) || return 1
+  sum=$(printf '%s\0' "$@" | cksum | tr ' ' -)
+  [ "$(field command "$report")" = "$sum" ] || die "$name is running another command; 'logs' shows it, 'stop' ends it"
+  if grep '^@job ' "$scratch/attach" | grep -qv " id=$(field id "$report") "; then
+    say "it was started on some workers only: starting again"
+    return 1
+  fi
+  say "it is running already; this is its log"
+}
+
+# Starts the job on all workers, under an id by which a repeated start is known. Fails if the VM is gone.
+launch() {
+  local id=$1
+  shift
+  if prepare && remote all "$(worker start "$id" "$@")"; then
+    say "started python -m jax_rlhf $(quote "$@")"
+    return
+  fi
+  case $(outlook) in ready* | '') die "$name could not be made ready for the job; the reason stands above" ;; esac
+  return 1
+}
+
+run() {
+  local restarts=0 started
+  [ $# -gt 0 ] || wrong_usage "what to run stands after --, such as -- --config=configs/sft.py --workdir=DIR"
+  started=$(date +%s)-$$
+  pack "$@"
+  while :; do
+    outcome=restart
+    up
+    if { [ "$restarts" = 0 ] && attach "$@"; } || launch "$started-$restarts" "$@"; then
+      follow
+      case $job_state in ended | lost) collect ;; esac
+    fi
+    [ "$outcome" = restart ] || break
+    if [ "$restarts" -ge "$max_restarts" ]; then
+      say "the job wants to go on, but --max-restarts=$max_restarts is used up; the same command goes on"
+      outcome=75
+      break
+    fi
+    restarts=$((restarts + 1))
+    say "restart $restarts of at most $max_restarts"
+  done
+  say "ended with exit code $outcome. The VM stays, and costs: bash launch/tpu_vm.sh down --name=$name --zone=$zone"
+  exit "$outcome"
+}
+
+logs() {
+  follow
+  [ -z "$dry_run" ] || return 0
+  [ "$job_state" = ended ] || die "there is no exit code: the job on $name is $job_state"
+  exit "$(field code "$line")"
+}
+
+interrupted() {
+  say "no longer watching. $name and a job on it stay: launch/tpu_vm.sh logs, stop or down --name=$name --zone=$zone"
+  exit "$1"
+}
+
+# Sets the variables above from the options; what stands after -- is left in $arguments.
+read_options() {
+  local option
+  while [ $# -gt 0 ]; do
+    option=$1
+    shift
+    case $option in
+      --name=*) name=${option#*=} ;;
+      --zone=*) zone=${option#*=} && where+=("$option") ;;
+      --project=*) where+=("$option") ;;
+      --type=*) type=${option#*=} ;;
+      --version=*) version=${option#*=} ;;
+      --spot) spot=1 && create_flags+=(--spot) ;;
+      --queued) queued=1 ;;
+      --create-flag=*) create_flags+=("${option#*=}") ;;
+      --connect-flag=*) connect+=("${option#*=}") && copy+=("${option#*=}") ;;
+      --env-file=*) env_file=${option#*=} ;;
+      --setup=*) setup=${option#*=} ;;
+      --python=*) python=${option#*=} ;;
+      --max-restarts=*) max_restarts=${option#*=} ;;
+      --dry-run) dry_run=1 ;;
+      --) break ;;
+      *) wrong_usage "'$option' is no option; what python -m jax_rlhf gets stands after --" ;;
+    esac
+  done
+  arguments=("$@" --) # the -- keeps it from being empty
+  [ -n "$name" ] || wrong_usage "--name=NAME is missing"
+  [ -n "$zone" ] || wrong_usage "--zone=ZONE is missing"
+  case $max_restarts in '' | *[!0-9]*) wrong_usage "--max-restarts=$max_restarts is no number" ;; esac
+  [ -z "$env_file" ] || [ -f "$env_file" ] || die "--env-file=$env_file: there is no such file"
+  [ -n "$dry_run" ] || command -v gcloud >/dev/null || die "gcloud is not installed; --dry-run shows what it would be asked"
+}
+
+main() {
+  local command=${1:-}
+  case $command in
+    up | sync | run | logs | stop | down) shift ;;
+    -h | --help | help)
+      sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+      exit
+      ;;
+    *) wrong_usage "'$command' is no command" ;;
+  esac
+  read_options "$@"
+  set -- "${arguments[@]}"
+  set -- "${@:1:$#-1}"
+  [ "$command" = run ] || [ $# = 0 ] || wrong_usage "only run takes arguments after --"
+  scratch=$(mktemp -d)
+  trap 'rm -rf "$scratch"' EXIT
+  trap 'interrupted 130' INT
+  trap 'interrupted 143' TERM
+  case $command in
+    up | run | logs) "$command" "$@" ;;
+    sync)
+      pack # not pack && …: on the left of that, bash does not stop at an error within
+      copy_code
+      ;;
+    stop) remote all "$(ask stop 600)" ;;
+    down) delete ;;
+  esac
+}
+
+main "$@"

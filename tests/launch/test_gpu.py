@@ -1,0 +1,69 @@
+"""launch/gpu.sh with a fake nvidia-smi and interpreter."""
+
+import os
+import signal
+
+import pytest
+
+from tests.launch.fakes import wait_until
+
+JOB = "--config=configs/sft.py", "--workdir=runs/it's $x"
+
+
+def test_it_installs_once_and_runs_with_the_arguments(world):
+    world.run("gpu.sh", *JOB)
+    world.run("gpu.sh", *JOB)
+    assert len(world.calls("-m", "venv")) == 1
+    assert len(world.calls("-m", "pip", "-e", ".[cuda]")) == 1
+    assert world.runs() == [list(JOB)] * 2
+    assert {call["cwd"] for call in world.calls("-m", "jax_rlhf")} == {str(world.checkout)}
+
+
+def test_without_a_gpu_it_says_so_and_installs_nothing(world):
+    world.set(gpus=0)
+    assert "there is no NVIDIA GPU here" in world.run("gpu.sh", *JOB, expect=1).stderr
+    (world.folder / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 127\n")
+    world.run("gpu.sh", *JOB, expect=1)
+    assert not world.calls("-m")
+
+
+def test_only_the_environment_can_be_made_and_needs_no_gpu(world):
+    world.set(gpus=0)
+    world.run("gpu.sh", "--install-only")
+    assert world.calls("-m", "pip", "-e", ".[cuda]")
+    assert not world.runs()
+
+
+def test_exit_code_75_starts_again(world):
+    world.set(**{"exit codes": {"0": [75, 75, 0]}})
+    assert "restart 2 of at most 10" in world.run("gpu.sh", *JOB).stderr
+    assert world.runs() == [list(JOB)] * 3
+
+
+def test_the_number_of_restarts_is_bounded(world):
+    world.set(**{"exit codes": {"0": [75] * 9}})
+    world.run("gpu.sh", "--max-restarts=2", *JOB, expect=75)
+    assert len(world.runs()) == 3
+    world.run("gpu.sh", "--max-restarts=many", *JOB, expect=2)
+
+
+@pytest.mark.parametrize("code", [1, 2, 137])
+def test_an_error_is_passed_on_and_not_tried_again(world, code):
+    world.set(**{"exit codes": {"0": [code]}})
+    world.run("gpu.sh", *JOB, expect=code)
+    assert len(world.runs()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_lets_the_program_save_and_starts_nothing_again(world, number):
+    world.set(**{"exit codes": {"0": ["hang"]}})
+    process = world.start("gpu.sh", *JOB)
+    wait_until((world.folder / "hanging").exists)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as Ctrl-C does
+    else:
+        process.send_signal(number)
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == 75, errors
+    assert output.splitlines()[1:] == [f"saved after {'SIGINT' if number == signal.SIGINT else 'SIGTERM'}"]
+    assert len(world.runs()) == 1

@@ -1,0 +1,64 @@
+"""launch/slurm.sbatch with a fake srun, which runs two tasks, and a fake scontrol."""
+
+import re
+import shutil
+
+from tests.processes import ROOT
+
+JOB = "--config=configs/sft.py", "--workdir=runs/it's $x"
+
+
+def submit(world, *arguments, expect=0, **environment):
+    """Runs a copy of the script from elsewhere, as slurmd does."""
+    shutil.copy(world.checkout / "launch" / "slurm.sbatch", world.folder / "slurm_script")
+    slurm = {"SLURM_SUBMIT_DIR": str(world.checkout), "SLURM_JOB_ID": "42", "SLURM_CPUS_PER_TASK": "8"}
+    return world.run("../../slurm_script", *arguments, expect=expect, **(slurm | environment))
+
+
+def test_every_task_runs_with_the_arguments_and_the_environment_of_gpu_sh(world):
+    world.run("gpu.sh", "--install-only")
+    submit(world, *JOB)
+    (call,) = world.calls("srun")
+    assert call["arguments"][0] == "--kill-on-bad-exit=0"
+    assert call["arguments"][1].endswith("/bin/python")
+    assert world.runs(0) == world.runs(1) == [list(JOB)]
+    assert not world.calls("scontrol")
+
+
+def test_without_an_environment_it_says_how_to_make_one(world):
+    assert "gpu.sh --install-only first" in submit(world, *JOB, expect=1).stderr
+    assert not world.calls("srun")
+
+
+def test_submitted_from_elsewhere_it_says_so(world):
+    errors = submit(world, *JOB, expect=1, SLURM_SUBMIT_DIR=str(world.folder)).stderr
+    assert "not called in the root of the repository" in errors
+
+
+def test_exit_code_75_requeues_the_job_and_the_number_of_times_is_bounded(world):
+    world.run("gpu.sh", "--install-only")
+    world.set(**{"exit codes": {str(task): [75] * 9 for task in range(2)}})
+    submit(world, *JOB, expect=75)
+    assert [call["arguments"] for call in world.calls("scontrol")] == [["requeue", "42"]]
+    submit(world, *JOB, expect=75, SLURM_RESTART_COUNT="9")
+    assert len(world.calls("scontrol")) == 2
+    assert "MAX_RESTARTS=10 is used up" in submit(world, *JOB, expect=75, SLURM_RESTART_COUNT="10").stderr
+    submit(world, *JOB, expect=75, SLURM_RESTART_COUNT="1", MAX_RESTARTS="1")
+    assert len(world.calls("scontrol")) == 2
+
+
+def test_an_error_is_passed_on_and_requeues_nothing(world):
+    world.run("gpu.sh", "--install-only")
+    world.set(**{"exit codes": {"1": [1]}})
+    submit(world, *JOB, expect=1)
+    assert not world.calls("scontrol")
+
+
+def test_its_header_asks_for_a_task_a_gpu_and_for_time_to_save():
+    script = (ROOT / "launch" / "slurm.sbatch").read_text()
+    header, _ = script.split("set -euo pipefail")
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", header, flags=re.MULTILINE))
+    assert script.count("#SBATCH") == len(options)  # all before the first command, else Slurm ignores them
+    assert options["gpus-per-node"] == options["ntasks-per-node"]
+    assert options["signal"] == "TERM@300"
+    assert {"requeue", "nodes", "time", "output"} <= set(options)
