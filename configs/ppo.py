@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     # config.critic.trainable_layers = 4  # what is frozen is shared with the reward model
     # config.critic.zero_head = True  # values start at 0, not with what the reward model says of unfinished responses
     # config.reference.path = …  # default: the SFT policy
+    # config.reference.offload = True  # waits in host memory between uses; so can config.reward
 
     config.data.paths = ()
     config.data.ppo_batch_size = 64  # prompts an iteration, of all devices together

@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,17 +13,29 @@ from ml_collections import ConfigDict, config_flags
 
 from jax_rlhf.data import DataError
 from jax_rlhf.hub import CheckpointError
+from jax_rlhf.parallel import ProcessError, any_process, leave, same_everywhere, start_processes, together
 from jax_rlhf.phases import run_config
 from jax_rlhf.phases.check import check_run
-from jax_rlhf.phases.workdir import open_workdir, status
+from jax_rlhf.phases.workdir import check_shared, open_workdir, status
 from jax_rlhf.rewards import RewardError
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="The config; --config.a.b=value overrides.")
+CONFIG = config_flags.DEFINE_config_file("config", help_string="The config; --config.a.b=value overrides.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder for models, metrics and samples.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Repeat phases that the workdir has; what they left is deleted.")
 
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "Of several processes: host:port of the first one.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes; found out on TPU VMs, Slurm, GKE.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_PROCESS_TIMEOUT = flags.DEFINE_integer(
+    "process_timeout", 100, "Seconds of silence after which a process counts as dead, and the others end."
+)
+
+_EXPECTED = (ValueError, FileNotFoundError, PermissionError, CheckpointError, DataError, ProcessError, RewardError)
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
+FAILED = 70
+"""Exit code after an error that is not the user's: EX_SOFTWARE; launch scripts start again after it."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -32,40 +45,52 @@ def main(arguments: Sequence[str]) -> int:
       arguments: what is left of the command line.
 
     Returns:
-      The exit code: 0, 1 after an error in what the user gave, 130 after Ctrl-C.
+      The exit code: 0, 1 after an error in what the user gave, 70 after another one, 130 after Ctrl-C.
     """
     try:
         if len(arguments) > 1:
             raise ValueError(f"{arguments[1]!r} is no flag; fields are given as --config.name=value.")
         if _WORKDIR.value is None:
             raise ValueError("--workdir=DIR is missing: the folder for models, metrics and samples.")
-        return _run(_CONFIG.value, Path(_WORKDIR.value).expanduser(), overwrite=_OVERWRITE.value)
-    except (ValueError, FileNotFoundError, PermissionError, CheckpointError, DataError, RewardError) as error:
+        process = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+        start_processes(*process, timeout=_PROCESS_TIMEOUT.value)
+        return _run(CONFIG.value, Path(_WORKDIR.value).expanduser(), overwrite=_OVERWRITE.value)
+    except _EXPECTED as error:
         logging.debug("where it came from", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
+        return leave(1, error)
+    except KeyboardInterrupt as error:
         print("stopped.", file=sys.stderr)
-        return INTERRUPTED
+        return leave(INTERRUPTED, error)
+    except Exception as error:  # ours; where there are other processes, they must not wait for this one
+        traceback.print_exc()
+        return leave(FAILED, error)
 
 
 def _run(config: ConfigDict, workdir: Path, *, overwrite: bool) -> int:
     from jax_rlhf.phases import ppo, reward, sft
 
     phases = {"sft": sft.run, "reward": reward.run, "ppo": ppo.run}
-    settings = run_config(config)
-    if jax.process_index() == 0:
-        print("checking settings, data and checkpoints", flush=True)
-    check_run(settings, workdir, overwrite=overwrite)
-    if jax.process_index() == 0:
-        open_workdir(workdir, config, settings.phases, overwrite=overwrite)
+    first = jax.process_index() == 0
+    with together("checking settings, data and checkpoints"):
+        settings = run_config(config)
+        if first:
+            print("checking settings, data and checkpoints", flush=True)
+        check_run(settings, workdir, overwrite=overwrite)
+    same_everywhere(config.to_json_best_effort(sort_keys=True), "the settings")
+    with together(f"writing to {workdir}"):
+        if first:
+            open_workdir(workdir, config, settings.phases, overwrite=overwrite)
+    with together(f"looking at {workdir}"):
+        check_shared(settings, workdir)
     results = {}
     for phase in settings.phases:
-        if status(workdir, phase) == "finished":
-            print(f"{phase}: finished before, in {workdir / phase}; --overwrite repeats it.")
+        if any_process(first and status(workdir, phase) == "finished"):
+            if first:
+                print(f"{phase}: finished before, in {workdir / phase}; --overwrite repeats it.")
             continue
         results[phase] = phases[phase](settings, workdir)
-    for phase, result in results.items():
+    for phase, result in results.items() if first else ():
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
         print(f"{phase}: {numbers}; model in {workdir / phase / 'model'}")
     return 0

@@ -6,6 +6,7 @@ critic and reward model where the one started as the other, by actor and critic 
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -69,7 +70,19 @@ class CriticConfig(ModelConfig):
     zero_head: bool = False
 
 
-_KINDS = {"model": ModelConfig, "reference": ModelConfig, "critic": CriticConfig, "reward": ModelConfig}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrozenConfig(ModelConfig):
+    """Reference or reward model.
+
+    Attributes:
+      offload: its parameters wait in the host's memory and come to the devices to score; what it shares with the actor
+        or the critic stays there.
+    """
+
+    offload: bool = False
+
+
+_KINDS = {"model": ModelConfig, "reference": FrozenConfig, "critic": CriticConfig, "reward": FrozenConfig}
 
 
 class RLHFEngine:
@@ -93,6 +106,7 @@ class RLHFEngine:
         trainable_layers: int | None = None,
         critic_trainable_layers: int | None = None,
         critic_zero_head: bool = False,
+        offloaded: Sequence[str] = (),
         mesh: Mesh | Layout | None = None,
     ) -> None:
         """Builds the engine from parameters in memory; arguments are copied where they train, else shared.
@@ -104,13 +118,15 @@ class RLHFEngine:
           reward: with a scalar head; None = no reward model.
           trainable_layers, critic_trainable_layers: from the top; None = all parameters.
           critic_zero_head: the critic's head starts at zero, whatever it starts as.
+          offloaded: of "reference" and "reward", those whose parameters wait in host memory between uses.
           mesh: the mesh; None = one device.
 
         Raises:
           ValueError: a wrong head, layers out of range, another tokenizer, or a size that the mesh does not divide.
         """
         self.layout = as_layout(mesh)
-        start = Start(actor, reference, critic, reward, trainable_layers, critic_trainable_layers, critic_zero_head)
+        layers = trainable_layers, critic_trainable_layers
+        start = Start(actor, reference, critic, reward, *layers, critic_zero_head, tuple(offloaded))
         check_start(start)
         self.networks = networks_of(start, self.layout)
         self.trained, self.frozen = assign_parameters(self.networks, start)
@@ -156,6 +172,7 @@ class RLHFEngine:
             trainable_layers=roles["model"].trainable_layers,
             critic_trainable_layers=roles["critic"].trainable_layers,
             critic_zero_head=roles["critic"].zero_head,
+            offloaded=[role for role in ("reference", "reward") if roles[role].offload],
             mesh=mesh,
         )
 

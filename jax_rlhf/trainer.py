@@ -19,7 +19,18 @@ from jax import Array
 
 from jax_rlhf.engine import RLHFEngine
 from jax_rlhf.hub import end_ids
-from jax_rlhf.parallel import Layout, local_rows, places_of, put_rows, row_shards
+from jax_rlhf.parallel import (
+    Layout,
+    all_rows,
+    batch_rows,
+    held_rows,
+    local_rows,
+    owned_rows,
+    places_of,
+    put_rows,
+    row_shards,
+    together,
+)
 from jax_rlhf.rewards import RewardError, RewardFunction, score_texts
 from jax_rlhf.rl import Experience, Prompts
 from jax_rlhf.rollout import Samples, check_prompts
@@ -98,7 +109,7 @@ class PPOTrainer:
         engine, networks = self.engine, self.engine.networks
         mask = np.asarray(prompts.mask)
         check_prompts(networks.actor.model, mask, self.sampling)
-        self._microbatch(len(mask) * jax.process_count(), mask.shape[1])
+        self._microbatch(batch_rows(len(mask), engine.layout), mask.shape[1])
         rows = (np.asarray(prompts.tokens, np.int32), mask, np.asarray(prompts.row_ids, np.int32))
         tokens, mask, row_ids = put_rows(rows, engine.layout)
         key = programs.iteration_key(self._key, self.state.iteration)
@@ -134,7 +145,8 @@ class PPOTrainer:
             scored = time.perf_counter()
             times = {"time/generate": self._sampled - self._started, "time/score": scored - self._sampled}
         if not programs.all_finite(experience.scores):
-            raise RewardError(self._bad_score(experience))
+            with together("looking at the reward model's scores"):
+                raise RewardError(self._bad_score(experience))
         config = dataclasses.replace(
             self.config, microbatch_size=self._microbatch(rows, experience.prompt_mask.shape[1])
         )
@@ -194,13 +206,23 @@ class PPOTrainer:
         )
 
     def _function_scores(self, samples: Samples, prompts: Prompts) -> Array:
-        """This process's texts to this process's functions; the scores go back onto the mesh."""
+        """The texts that this process owns to its functions; the scores go to all who hold their rows."""
         width = prompts.mask.shape[1]
         tokens, mask = local_rows(samples.tokens), local_rows(samples.response_mask)
         decode = functools.partial(self.engine.tokenizer.decode, skip_special_tokens=True)
         texts = [decode(row[real]) for row, real in zip(tokens[:, :width], np.asarray(prompts.mask), strict=True)]
         responses = [decode(row[real]) for row, real in zip(tokens[:, width:], mask, strict=True)]
-        return put_rows(score_texts(self.reward_functions, texts, responses, prompts.columns), self.engine.layout)
+        mine = np.flatnonzero(owned_rows(batch_rows(len(texts), self.engine.layout), self.engine.layout))
+        scores = np.zeros(len(texts), np.float32)
+        with together("scoring responses"):
+            scores[mine] = score_texts(
+                self.reward_functions,
+                [texts[row] for row in mine],
+                [responses[row] for row in mine],
+                {name: [values[row] for row in mine] for name, values in prompts.columns.items()},
+            )
+        everywhere = all_rows(scores, self.engine.layout)
+        return put_rows(everywhere[held_rows(len(everywhere), self.engine.layout)], self.engine.layout)
 
 
 def minibatch_part(config: PPOConfig, rows: int, width: int, layout: Layout | None, platform: str) -> int:

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from jax_rlhf.data import DataConfig
-from jax_rlhf.engine import CriticConfig, ModelConfig
+from jax_rlhf.engine import CriticConfig, FrozenConfig, ModelConfig
 from jax_rlhf.parallel import MeshConfig
 from jax_rlhf.phases import default_config, run_config
 from jax_rlhf.phases.config import LogConfig, RewardTrainingConfig, SFTConfig
@@ -34,7 +34,7 @@ def test_defaults_are_ones_that_work():
     [
         ("sft", (SFTConfig, DataConfig, ModelConfig, MeshConfig, LogConfig, OptimizerConfig)),
         ("reward", (RewardTrainingConfig,)),
-        ("ppo", (PPOConfig, CriticConfig)),
+        ("ppo", (PPOConfig, CriticConfig, FrozenConfig)),
     ],
 )
 def test_the_commented_configs_explain_every_field(name, kinds):

@@ -177,14 +177,14 @@ def packed_pairs(rows: Sequence[Sequence[Example]], columns: int, slots: int, pa
     return PackedPairs(laid_out.tokens, laid_out.mask, *apart, last[..., 0], last[..., 1], real, margin)
 
 
-def prompt_batch(rows: Sequence[Example], columns: int, pad: int, first_row: int) -> Prompts:
+def prompt_batch(rows: Sequence[Example], columns: int, pad: int, row_ids: np.ndarray) -> Prompts:
     """Prompts, padded on the left.
 
     Args:
       rows: B prompts.
       columns: P.
       pad: id at pads.
-      first_row: row id of the first.
+      row_ids: int[B], what addresses their randomness.
 
     Returns:
       The batch; columns of the data that every row has come along.
@@ -194,7 +194,7 @@ def prompt_batch(rows: Sequence[Example], columns: int, pad: int, first_row: int
         tokens[r, columns - len(example.prompt) :], mask[r, columns - len(example.prompt) :] = example.prompt, True
     shared = set.intersection(*(set(example.columns) for example in rows))
     others = {name: [example.columns[name] for example in rows] for name in sorted(shared)}
-    return Prompts(tokens, mask, first_row + np.arange(len(rows), dtype=np.int32), others)
+    return Prompts(tokens, mask, np.asarray(row_ids, np.int32), others)
 
 
 def packed(examples: Sequence[Example], columns: int) -> list[list[Example]]:

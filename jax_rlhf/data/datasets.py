@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import grain
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from jax_rlhf.data.batches import FIRST_EVAL_ROW, packed, packed_pairs, pair_batch, prompt_batch, text_batch, width
@@ -19,6 +21,7 @@ from jax_rlhf.data.formats import PHASES, row_texts
 from jax_rlhf.data.sources import Row, is_reader, read_rows
 from jax_rlhf.data.tokens import Example, pad_id, tokenized
 from jax_rlhf.hub import end_ids
+from jax_rlhf.parallel import Layout, held_rows
 from jax_rlhf.settings import from_mapping
 
 Phase = Literal["sft", "reward", "ppo"]
@@ -35,6 +38,7 @@ class Datasets:
       eval_rows: rows held out; what fills the last batch up does not count.
       batch_size: rows a batch, of all processes together.
       report: how many rows were read, and what became of them.
+      digest: of all tokens, in order: processes that read other files differ in it.
       prefetch: batches made ahead of their use.
     """
 
@@ -44,6 +48,7 @@ class Datasets:
     eval_rows: int
     batch_size: int
     report: str
+    digest: str
     prefetch: int = 2
 
     @property
@@ -64,6 +69,7 @@ def create_datasets(
     *,
     seed: int,
     eos_ids: Sequence[int] | None = None,
+    mesh: Mesh | Layout | None = None,
 ) -> Datasets:
     """Reads, splits, filters, tokenizes and batches the data of one phase.
 
@@ -73,6 +79,8 @@ def create_datasets(
       phase: "sft" (batches are `TextBatch`), "reward" (`PairBatch`; packed `PackedPairs`) or "ppo" (`Prompts`).
       seed: of the split and of the order.
       eos_ids: tokens that end an answer; None = the tokenizer's EOS.
+      mesh: where batches go. A process lays out the rows that its devices hold; it reads all, since the split, the
+        order and the widths are those of the whole.
 
     Returns:
       The data sets; batches hold this process's rows of the global batch.
@@ -110,7 +118,8 @@ def create_datasets(
         if not examples:
             raise DataError(f"{path}: no row is left for the {phase} phase. {_report(read, 0, len(held_out), dropped)}")
     report = f"{phase} data: " + _report(read, sum(map(len, train)), len(held_out), dropped)
-    return _batched(train, held_out, config, phase, pad, seed, report)
+    mine = _my_rows(getattr(config, f"{phase}_batch_size"), mesh)
+    return _batched(train, held_out, config, phase, pad, seed, report, mine)
 
 
 def _report(read: int, used: int, held_out: int, dropped: collections.Counter) -> str:
@@ -205,6 +214,7 @@ def _batched(
     pad: int,
     seed: int,
     report: str,
+    mine: np.ndarray,
 ) -> Datasets:
     batch_size = getattr(config, f"{phase}_batch_size")
     longest = config.max_prompt_tokens if phase == "ppo" else config.max_tokens
@@ -213,6 +223,8 @@ def _batched(
     buckets = _buckets(config, longest)
     packing = config.packing and phase != "ppo"
     groups: list = list(held_out)
+    every = itertools.chain(*train, held_out)
+    digest = _digest([[part.hex() for part in _tokens_of(example)] for example in every]).hex()
     if packing:
         longest *= 2 if phase == "reward" else 1  # a row holds both texts of a pair
         train, groups = [packed(examples, longest) for examples in train], packed(held_out, longest)
@@ -223,11 +235,10 @@ def _batched(
             f"the {phase} phase has {rows} rows, fewer than a batch of {batch_size}: "
             f"--config.data.{phase}_batch_size={rows} or less. {report}"
         )
-    mine = _my_rows(batch_size)
 
     def batch(examples: Sequence[Any], first_row: int) -> Any:
         """All rows are looked at, so that the processes agree on the width; only this process's are laid out."""
-        local = examples[mine]
+        local = [examples[row] for row in mine]
         if phase == "sft":
             local = local if packing else [[] if example is None else [example] for example in local]
             columns = longest if packing else _columns(examples, buckets)
@@ -236,7 +247,7 @@ def _batched(
             return packed_pairs(local, longest, slots, pad)
         if phase == "reward":
             return pair_batch(local, _columns(examples, buckets), pad)
-        return prompt_batch(local, _columns(examples, buckets), pad, first_row + mine.start)
+        return prompt_batch(local, _columns(examples, buckets), pad, first_row + mine)
 
     parts = [_stream(examples, seed + index) for index, examples in enumerate(train)]
     stream = parts[0]
@@ -250,7 +261,7 @@ def _batched(
         filler = held_out[0] if phase == "ppo" else [] if packing else None
         filled[-1] = filled[-1] + [filler] * (batch_size - len(filled[-1]))
     evals = [batch(examples, FIRST_EVAL_ROW + index * batch_size) for index, examples in enumerate(filled)]
-    return Datasets(batches, evals, rows, len(held_out), batch_size, report, config.prefetch)
+    return Datasets(batches, evals, rows, len(held_out), batch_size, report, digest, config.prefetch)
 
 
 def _stream(examples: list, seed: int) -> grain.MapDataset:
@@ -280,9 +291,11 @@ def _columns(examples: Sequence[Example | None], buckets: list[int]) -> int:
     return width(longest, buckets)
 
 
-def _my_rows(batch_size: int) -> slice:
+def _my_rows(batch_size: int, mesh: Mesh | Layout | None) -> np.ndarray:
+    if mesh is not None:
+        return held_rows(batch_size, mesh)
     processes = jax.process_count()
     if batch_size % processes:
         raise ValueError(f"a batch of {batch_size} rows cannot be shared by {processes} processes; give a multiple.")
     share = batch_size // processes
-    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    return np.arange(jax.process_index() * share, (jax.process_index() + 1) * share)

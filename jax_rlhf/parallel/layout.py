@@ -50,20 +50,18 @@ class Layout:
     Attributes:
       mesh: the devices; its axes count as Auto whatever type they have.
       overrides: lines of the table that differ, (logical axis, mesh axes) each.
-      rollout_mesh: the same devices in another form, for sampling; None = chosen by the model (`rollout_layout`).
+      rollout: for sampling, how many of the devices along `fsdp` still cut weights there, and how many join `tensor`;
+        None = chosen by the model (`rollout_layout`).
     """
 
     mesh: Mesh
     overrides: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    rollout_mesh: Mesh | None = None
+    rollout: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         # `jax.make_mesh` makes Explicit axes by default, under which a contraction over a sharded axis is an error.
-        for name in ("mesh", "rollout_mesh"):
-            mesh = getattr(self, name)
-            if mesh is not None:
-                auto = (AxisType.Auto,) * len(mesh.axis_names)
-                object.__setattr__(self, name, Mesh(mesh.devices, mesh.axis_names, axis_types=auto))
+        auto = (AxisType.Auto,) * len(self.mesh.axis_names)
+        object.__setattr__(self, "mesh", Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=auto))
 
     @property
     def platform(self) -> str:
@@ -171,18 +169,63 @@ def rollout_layout(layout: Layout, divided: Sequence[int]) -> Layout:
       divided: sizes that `tensor` must divide: key/value heads, heads, MLP width, rows of the vocabulary.
 
     Returns:
-      A layout on the same devices in the same order.
+      A layout on the same devices in the same order; `reshard_steps` leads there.
+
+    Raises:
+      ValueError: the sizes that are configured do not divide the model's; says which would.
 
     Source: the idea is DeepSpeed-Chat's Hybrid Engine (Yao et al. 2023).
     """
-    if layout.rollout_mesh is not None:
-        return Layout(layout.rollout_mesh, layout.overrides)
+    fsdp, tensor = (layout.mesh.shape.get(axis, 1) for axis in ("fsdp", "tensor"))
+    fits = [n for n in range(1, fsdp + 1) if fsdp % n == 0 and not any(size % (n * tensor) for size in divided)]
+    if layout.rollout is None:
+        return _split_layout(layout, 1, max(fits, default=1))
+    kept, extra = layout.rollout
+    if extra not in fits and extra > 1:
+        raise ValueError(
+            f"config.rollout_mesh.tensor={extra * tensor} does not divide key/value heads, heads, MLP width and "
+            f"vocabulary of {', '.join(map(str, divided))}; {', '.join(str(n * tensor) for n in fits)} would."
+        )
+    return _split_layout(layout, kept, extra)
+
+
+def _split_layout(layout: Layout, kept: int, extra: int) -> Layout:
+    """`fsdp` in three: what stays, what becomes rows alone, and what joins `tensor`."""
     sizes = [layout.mesh.shape.get(axis, 1) for axis in MESH_AXES]
-    if sizes[1] == 1:
+    if sizes[1] == kept:
         return layout
-    extra = max(
-        n for n in range(1, sizes[1] + 1) if sizes[1] % n == 0 and not any(size % (n * sizes[2]) for size in divided)
+    names = ("data", "fsdp", "fsdp_to_data", "fsdp_to_tensor", "tensor")
+    devices = layout.mesh.devices.reshape(sizes[0], kept, sizes[1] // (kept * extra), extra, sizes[2])
+    mesh, rules = Mesh(devices, names), []
+    for logical in LOGICAL_TO_MESH:
+        axes = dict(layout.overrides).get(logical, LOGICAL_TO_MESH[logical])
+        moved = []
+        for axis in axes:
+            moved += {"fsdp": ["fsdp"], "tensor": ["tensor", "fsdp_to_tensor"]}.get(axis, [axis])
+            if axis == "fsdp" and "rows" in logical:
+                moved += ["fsdp_to_data"]
+        rules.append((logical, tuple(moved)))
+    return Layout(mesh, tuple(rules))
+
+
+def reshard_steps(layout: Layout, rollout: Layout) -> list[Layout]:
+    """The ways of a weight from one layout to the other, each of which XLA does with one collective.
+
+    In one step it would put together the whole weight on every device first ("involuntary full rematerialization").
+
+    Args:
+      layout: that of training.
+      rollout: what `rollout_layout` says.
+
+    Returns:
+      Layouts to hold the weight to, one after the other; the last is `rollout`.
+    """
+    if "fsdp_to_data" not in rollout.mesh.axis_names:
+        return [rollout]
+    # First what joins `tensor` changes sides (all-to-all), then what becomes rows is put together (all-gather).
+    between = tuple(
+        (logical, tuple(part for axis in axes for part in (("fsdp", "fsdp_to_data") if axis == "fsdp" else (axis,))))
+        for logical, axes in rollout.overrides
+        if "rows" not in logical
     )
-    data = layout.mesh.size // (extra * sizes[2])
-    devices = layout.mesh.devices.reshape(data, 1, extra * sizes[2])
-    return Layout(Mesh(devices, MESH_AXES), layout.overrides)
+    return [dataclasses.replace(rollout, overrides=between), rollout]

@@ -88,15 +88,16 @@ def create_layout(
     given = (None,) * 3 if rollout is None else (rollout.data, rollout.fsdp, rollout.tensor)
     if given == (None,) * 3:
         return Layout(mesh, overrides)
-    sizes = _sizes(tuple(1 if size is None else size for size in given), mesh.size, "rollout_mesh")
-    rows, rollout_rows = mesh.shape["data"] * mesh.shape["fsdp"], sizes[0] * sizes[1]
-    if rows % rollout_rows:
+    data, fsdp, tensor = _sizes(tuple(1 if size is None else size for size in given), mesh.size, "rollout_mesh")
+    extra = tensor // mesh.shape["tensor"]
+    if tensor % mesh.shape["tensor"] or mesh.shape["fsdp"] % (fsdp * extra):
+        choices = [n for n in range(1, mesh.shape["fsdp"] + 1) if mesh.shape["fsdp"] % n == 0]
         raise ValueError(
-            f"config.rollout_mesh: its {rollout_rows} row shards (data × fsdp) must divide the {rows} of config.mesh; "
-            "take a larger rollout_mesh.tensor."
+            f"config.rollout_mesh: data={data} × fsdp={fsdp} × tensor={tensor}; devices go from the mesh's fsdp="
+            f"{mesh.shape['fsdp']} to tensor and data: with fsdp=1 and data=-1, tensor may be "
+            f"{', '.join(str(n * mesh.shape['tensor']) for n in choices)}."
         )
-    # In the order of the mesh: one program holds both forms.
-    return Layout(mesh, overrides, Mesh(mesh.devices.reshape(sizes), MESH_AXES))
+    return Layout(mesh, overrides, (fsdp, extra))
 
 
 def _sizes(wanted: tuple[int, int, int], devices: int, where: str) -> list[int]:

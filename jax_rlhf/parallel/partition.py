@@ -13,7 +13,7 @@ from jax_rlhf.parallel.layout import Layout, as_layout
 
 
 def padded_vocab_size(vocab_size: int, mesh: Mesh | Layout) -> int:
-    """The vocabulary rounded up so that the mesh axes that it lies along divide it, in training and in sampling.
+    """The vocabulary rounded up so that the mesh divides it, in training and in any form that sampling may take.
 
     Args:
       vocab_size: V, in tokens.
@@ -23,9 +23,7 @@ def padded_vocab_size(vocab_size: int, mesh: Mesh | Layout) -> int:
       A multiple of their sizes, V or more.
     """
     layout = as_layout(mesh)
-    cuts = layout.cuts("vocab")
-    if layout.rollout_mesh is not None:
-        cuts = math.lcm(cuts, Layout(layout.rollout_mesh, layout.overrides).cuts("vocab"))
+    cuts = math.lcm(layout.cuts("vocab"), math.prod(layout.mesh.shape.get(axis, 1) for axis in ("fsdp", "tensor")))
     return math.ceil(vocab_size / cuts) * cuts
 
 

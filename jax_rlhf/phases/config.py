@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from jax_rlhf.data import DataConfig
 from jax_rlhf.data.formats import PHASES
-from jax_rlhf.engine import CriticConfig, ModelConfig, RLHFEngine
+from jax_rlhf.engine import CriticConfig, FrozenConfig, ModelConfig, RLHFEngine
 from jax_rlhf.hub import Description, Pretrained, end_ids
 from jax_rlhf.parallel import MeshConfig, RolloutMeshConfig
 from jax_rlhf.settings import from_mapping, near_misses, to_config_dict
@@ -115,9 +115,9 @@ class RunConfig:
     rollout_mesh: RolloutMeshConfig = dataclasses.field(default_factory=RolloutMeshConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     sft_model_path: str | None = None
-    reference: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    reference: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
     critic: CriticConfig = dataclasses.field(default_factory=CriticConfig)
-    reward: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    reward: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     sft: SFTConfig = dataclasses.field(default_factory=SFTConfig)
     reward_training: RewardTrainingConfig = dataclasses.field(default_factory=RewardTrainingConfig)

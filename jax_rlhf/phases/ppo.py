@@ -7,11 +7,22 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 
 from jax_rlhf.data import Datasets, create_datasets, imported, pad_id
 from jax_rlhf.engine import RLHFEngine
 from jax_rlhf.hub import save_pretrained
-from jax_rlhf.parallel import Layout, create_layout, local_rows, row_shards
+from jax_rlhf.parallel import (
+    Layout,
+    all_rows,
+    create_layout,
+    held_rows,
+    local_rows,
+    owned_rows,
+    row_shards,
+    same_everywhere,
+    together,
+)
 from jax_rlhf.phases.config import RunConfig
 from jax_rlhf.phases.record import Record, printable
 from jax_rlhf.phases.supervised import microbatches, with_end
@@ -46,9 +57,10 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
         engine = RLHFEngine.create(roles, layout)  # actor, reference, critic, reward
         settings = _completed(config, engine)
         trainer = PPOTrainer(engine, settings, reward_functions=_functions(settings.reward_functions))
-        prompts = create_datasets(config.data_of("ppo"), engine.tokenizer, "ppo", seed=config.seed)
+        prompts = create_datasets(config.data_of("ppo"), engine.tokenizer, "ppo", seed=config.seed, mesh=layout)
         texts = _texts(config, engine) if settings.ptx_coef else None
         judges = _functions(settings.eval_functions)
+        same_everywhere(prompts.digest, "the data")
         record.say(prompts.report)
         record.say("compiling, and evaluating the SFT policy")
         first, before = _evaluate(0, trainer, prompts, judges, record)
@@ -60,7 +72,7 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
                 experience = trainer.generate_experience(batch)
                 metrics = trainer.train_rlhf(experience, _pretraining(texts, iteration))
                 record.metrics(iteration + 1, metrics | _shares(metrics), **_shown(metrics))
-                record.samples(_rows(trainer, batch, experience, iteration + 1, "train")[: settings.sample_rows])
+                record.samples(_rows(trainer, experience, iteration + 1, "train")[: settings.sample_rows])
                 if (
                     settings.eval_every
                     and (iteration + 1) % settings.eval_every == 0
@@ -124,7 +136,9 @@ def ppo_microbatch(config: RunConfig, layout: Layout | None) -> int | None:
 def _texts(config: RunConfig, engine: RLHFEngine) -> Datasets:
     """The SFT data of PPO-ptx, a text a row."""
     data = dataclasses.replace(config.data, packing=False)
-    return create_datasets(data, engine.tokenizer, "sft", seed=config.seed, eos_ids=config.ends(engine))
+    return create_datasets(
+        data, engine.tokenizer, "sft", seed=config.seed, eos_ids=config.ends(engine), mesh=engine.layout
+    )
 
 
 def _functions(names: Sequence[str]) -> list[RewardFunction]:
@@ -163,17 +177,23 @@ def _shares(metrics: dict[str, float]) -> dict[str, float]:
     return shares | {"tokens_per_second": tokens}
 
 
-def _rows(trainer: PPOTrainer, prompts: Prompts, experience: Experience, step: int, split: str) -> list[dict[str, Any]]:
-    """This process's responses as texts, with score and KL."""
-    tokenizer, width = trainer.engine.tokenizer, prompts.mask.shape[1]
-    tokens, mask = local_rows(experience.tokens), local_rows(experience.response_mask)
-    kl = np.sum(local_rows(experience.logprobs) - local_rows(experience.ref_logprobs), axis=1)
-    scores = local_rows(experience.scores)
+def _rows(
+    trainer: PPOTrainer, experience: Experience, step: int, split: str, *, everywhere: bool = False
+) -> list[dict[str, Any]]:
+    """This process's responses, or those of all processes, as texts, with score and KL."""
+    tokenizer, layout = trainer.engine.tokenizer, trainer.engine.layout
+
+    def read(array: Array) -> np.ndarray:
+        return all_rows(local_rows(array), layout) if everywhere else local_rows(array)
+
+    tokens, prompt_mask, mask = map(read, (experience.tokens, experience.prompt_mask, experience.response_mask))
+    width, scores = prompt_mask.shape[1], read(experience.scores)
+    kl = np.sum(read(experience.logprobs) - read(experience.ref_logprobs), axis=1)
     return [
         {
             "step": step,
             "split": split,
-            "prompt": tokenizer.decode(tokens[row][:width][prompts.mask[row]], skip_special_tokens=True),
+            "prompt": tokenizer.decode(tokens[row][:width][prompt_mask[row]], skip_special_tokens=True),
             "response": tokenizer.decode(tokens[row][width:][mask[row]], skip_special_tokens=True),
             "score": float(scores[row]),
             "kl": float(kl[row]),
@@ -183,17 +203,26 @@ def _rows(trainer: PPOTrainer, prompts: Prompts, experience: Experience, step: i
     ]
 
 
+def _verdicts(judge: RewardFunction, answered: list[dict[str, Any]], prompts: Prompts, layout: Layout | None) -> Any:
+    """What a judge says of all responses; each process asks it about those that it owns."""
+    held, mine = held_rows(len(answered), layout), owned_rows(len(answered), layout)
+    rows = [answered[row] for row in held[mine]]
+    columns = {name: [values[row] for row in np.flatnonzero(mine)] for name, values in prompts.columns.items()}
+    verdicts = np.zeros(len(held), np.float32)
+    with together(f"asking {judge.name}"):
+        verdicts[mine] = judge([row["prompt"] for row in rows], [row["response"] for row in rows], columns)
+    return all_rows(verdicts, layout)
+
+
 def _evaluate(
     step: int, trainer: PPOTrainer, prompts: Datasets, judges: Sequence[RewardFunction], record: Record
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Answers all held-out prompts; (metrics, rows)."""
     rows: list[dict[str, Any]] = []
     for batch in record.watched(prompts.eval, "evaluating"):
-        answered = _rows(trainer, batch, trainer.generate_experience(batch), step, "eval")
-        columns = {name: list(values) for name, values in batch.columns.items()}
-        texts = [row["prompt"] for row in answered], [row["response"] for row in answered]
+        answered = _rows(trainer, trainer.generate_experience(batch), step, "eval", everywhere=True)
         for judge in judges:
-            for row, verdict in zip(answered, judge(*texts, columns), strict=True):
+            for row, verdict in zip(answered, _verdicts(judge, answered, batch, trainer.engine.layout), strict=True):
                 row[judge.name] = float(verdict)
         rows += answered
     rows = rows[: prompts.eval_rows]

@@ -16,6 +16,7 @@ import tensorboardX
 from absl import logging
 from tqdm import tqdm
 
+from jax_rlhf.parallel import any_process
 from jax_rlhf.phases.config import LogConfig
 
 
@@ -78,8 +79,10 @@ class Record:
             self._board.close()
         if self._run is not None:
             self._run.finish(exit_code=int(error is not None))
-        if self.interrupted and error is None:
-            raise KeyboardInterrupt
+        if error is None and any_process(self.interrupted):
+            stop = KeyboardInterrupt()
+            stop.agreed = True
+            raise stop
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         del number, frame
@@ -92,9 +95,9 @@ class Record:
         """Whether the next part of the phase should begin.
 
         Returns:
-          False after Ctrl-C; the phase then counts as unfinished.
+          False after Ctrl-C in any process, all of which must call it; the phase then counts as unfinished.
         """
-        self.cut_short |= self.interrupted
+        self.cut_short |= any_process(self.interrupted)
         return not self.cut_short
 
     def steps(self, total: int, unit: str = "step") -> Iterator[int]:

@@ -16,7 +16,7 @@ from jax_rlhf.engine import load_model
 from jax_rlhf.hub import Pretrained, describe_pretrained, save_pretrained
 from jax_rlhf.models import Decoder
 from jax_rlhf.models.split import SplitModel, SplitParams
-from jax_rlhf.parallel import Layout, create_layout, local_rows, put_rows
+from jax_rlhf.parallel import Layout, create_layout, put_rows, same_everywhere
 from jax_rlhf.phases.config import RewardTrainingConfig, RunConfig
 from jax_rlhf.phases.record import Record
 from jax_rlhf.phases.supervised import microbatches, total_steps, train, with_end
@@ -51,7 +51,8 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
         policy = describe_pretrained(config.model.path, revision=config.model.revision)
         pretrained = dataclasses.replace(pretrained, tokenizer=policy.tokenizer)
         data, ends = config.data_of("reward"), config.ends(policy)
-        datasets = create_datasets(data, policy.tokenizer, "reward", seed=config.seed, eos_ids=ends)
+        datasets = create_datasets(data, policy.tokenizer, "reward", seed=config.seed, eos_ids=ends, mesh=layout)
+        same_everywhere(datasets.digest, "the data")
         record.say(datasets.report)
         steps = total_steps(settings.steps, settings.epochs, datasets)
         how = how_to_train(settings, pretrained.model, datasets.batch_size, steps)
@@ -163,7 +164,7 @@ def _policy_scores(
     layout: Layout | None,
 ) -> tuple[np.ndarray, np.ndarray, list[Mapping[str, Any]]]:
     """The reward model's scores of the SFT policy's responses to the PPO phase's prompts, and which of them ended."""
-    prompts = create_datasets(config.data_of("ppo"), policy.tokenizer, "ppo", seed=config.seed)
+    prompts = create_datasets(config.data_of("ppo"), policy.tokenizer, "ppo", seed=config.seed, mesh=layout)
     ppo = config.ppo
     scores, ended, rows = [], [], []
     for step in range(-(-config.reward_training.normalize_rows // prompts.batch_size)):
@@ -186,9 +187,10 @@ def _policy_scores(
         last = samples.response_mask & jnp.isin(samples.tokens[:, mask.shape[1] :], jnp.asarray(ends, jnp.int32))
         mask = jnp.concatenate([mask, samples.response_mask], axis=1)
         batch = samples.tokens, mask, _text_scores(network, params, samples.tokens, mask), jnp.any(last, axis=1)
-        scores.append(_everywhere(batch[2]))
-        ended.append(_everywhere(batch[3]))
-        for row, real, score, end in zip(*map(local_rows, batch), strict=True):
+        batch = [_everywhere(part) for part in batch]
+        scores.append(batch[2])
+        ended.append(batch[3])
+        for row, real, score, end in zip(*batch, strict=True):
             rows.append({"text": policy.tokenizer.decode(row[real]), "score": float(score), "ended": bool(end)})
     return np.concatenate(scores), np.concatenate(ended), rows
 

@@ -12,7 +12,7 @@ from jax_rlhf.engine import load_model
 from jax_rlhf.hub import Pretrained, save_pretrained
 from jax_rlhf.models import Decoder
 from jax_rlhf.models.split import SplitModel, SplitParams
-from jax_rlhf.parallel import create_layout
+from jax_rlhf.parallel import all_rows, create_layout, gather_to_host, same_everywhere
 from jax_rlhf.phases.config import RunConfig
 from jax_rlhf.phases.record import Record
 from jax_rlhf.phases.supervised import evaluated, microbatches, total_steps, train, with_end
@@ -40,7 +40,10 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
         record.say(f"loading {config.model.path}")
         pretrained = load_model(config.model, "lm", layout)
         ends = config.ends(pretrained)
-        datasets = create_datasets(config.data, pretrained.tokenizer, "sft", seed=config.seed, eos_ids=ends)
+        datasets = create_datasets(
+            config.data, pretrained.tokenizer, "sft", seed=config.seed, eos_ids=ends, mesh=layout
+        )
+        same_everywhere(datasets.digest, "the data")
         record.say(datasets.report)
         steps = total_steps(settings.steps, settings.epochs, datasets)
         how = how_to_train(config, pretrained.model, datasets.batch_size, steps)
@@ -115,9 +118,10 @@ def how_to_train(config: RunConfig, model: Decoder, batch_size: int, steps: int)
 
 def _write_samples(config: RunConfig, pretrained: Pretrained, datasets: Datasets, record: Record) -> None:
     """The model's answers to held-out prompts (to the first 8 tokens of texts without a prompt)."""
-    batch, tokenizer = datasets.eval[0], pretrained.tokenizer
+    batch, tokenizer, layout = datasets.eval[0], pretrained.tokenizer, pretrained.model.config.layout
     rows = []
-    for tokens, mask, completion in zip(batch.tokens, batch.mask, batch.completion_mask, strict=True):
+    whole = (all_rows(part, layout) for part in (batch.tokens, batch.mask, batch.completion_mask))
+    for tokens, mask, completion in zip(*whole, strict=True):
         prompt = tokens[mask & ~completion]
         rows.append(prompt if len(prompt) else tokens[mask][:8])
     rows = [row for row in rows if len(row)][: config.sft.sample_rows]
@@ -134,7 +138,8 @@ def _write_samples(config: RunConfig, pretrained: Pretrained, datasets: Datasets
         max_new_tokens=config.sft.sample_tokens,
         eos_id=config.ends(pretrained),
     )
-    for row, tokens, real in zip(rows, np.asarray(samples.tokens), np.asarray(samples.response_mask), strict=True):
+    answers = gather_to_host(samples.tokens), gather_to_host(samples.response_mask)
+    for row, tokens, real in zip(rows, *answers, strict=True):
         response = tokens[width:][real]
         record.samples(
             [{"prompt": tokenizer.decode(row), "response": tokenizer.decode(response, skip_special_tokens=True)}]

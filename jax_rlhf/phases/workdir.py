@@ -52,6 +52,24 @@ def open_workdir(
     file.write_text(json.dumps(wanted, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def check_shared(config: RunConfig, workdir: Path) -> None:
+    """Raises where this process does not see what process 0 writes, and will have to.
+
+    Args:
+      config: the run's.
+      workdir: its folder, which process 0 has made.
+
+    Raises:
+      WorkdirError: a phase will read the former's model, and the workdir is this machine's own.
+    """
+    if (workdir / "config.json").is_file() or len(config.phases) == 1:
+        return
+    raise WorkdirError(
+        f"{workdir} is not the folder that process 0 writes to, and each phase reads the former's model there: take a "
+        "folder on a file system that all machines share, or run the phases one by one."
+    )
+
+
 def _differences(before: Any, now: Any, where: str = "config") -> Any:
     if isinstance(before, dict) and isinstance(now, dict):
         for name in sorted(before.keys() | now.keys()):

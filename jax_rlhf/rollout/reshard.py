@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from jax_rlhf.models import Decoder, DecoderConfig, logical_axes, unstack_layers
 from jax_rlhf.models.decoder import Params
-from jax_rlhf.parallel import Layout, constrained, rollout_layout
+from jax_rlhf.parallel import Layout, constrained, reshard_steps, rollout_layout
 
 _KEPT = PartitionSpec("norm"), PartitionSpec("layers", "norm")  # norms are computed in float32, of scales as stored
 
@@ -46,10 +46,13 @@ def reshard(model: Decoder, params: Any, axes: Any) -> tuple[Decoder, Any]:
       The model in the rollout layout, and its parameters there.
     """
     layout = sampling_layout(model.config)
+    steps = [None] if layout is None else reshard_steps(model.config.layout, layout)
 
     def move(spec: PartitionSpec, leaf: Array) -> Array:
         leaf = leaf if spec in _KEPT else leaf.astype(model.config.dtype)
-        return constrained(leaf, layout, *spec)
+        for step in steps:
+            leaf = constrained(leaf, step, *spec)
+        return leaf
 
     params = jax.tree.map(move, axes, params, is_leaf=lambda x: isinstance(x, PartitionSpec))
     return model.clone(config=model.config.replace(layout=layout)), params

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
+from jax.sharding import NamedSharding
 
 from jax_rlhf.models import Decoder, create_cache, kernels_by_output
 from jax_rlhf.models.decoder import Params
@@ -138,9 +139,21 @@ def sample(
     )
     prompts, prompt_mask = jnp.asarray(prompts), jnp.asarray(prompt_mask)
     row_ids = jnp.arange(len(prompts)) if row_ids is None else jnp.asarray(row_ids)
-    if not isinstance(prompt_mask, jax.core.Tracer):
+    if isinstance(prompt_mask, jax.core.Tracer):
+        return _sample(model, params, prompts, prompt_mask, key, row_ids, sampling)
+    if prompt_mask.is_fully_addressable:
         check_prompts(model, np.asarray(prompt_mask), sampling)
-    return _sample(model, params, prompts, prompt_mask, key, row_ids, sampling)
+    rows, layout = len(prompts), model.config.layout
+    if layout is None or isinstance(prompts.sharding, NamedSharding):
+        return _sample(model, params, prompts, prompt_mask, key, row_ids, sampling)
+    # Onto the mesh, the last row once more where the mesh does not divide them.
+    filled = np.minimum(np.arange(rows - rows % -layout.cuts("rows")), rows - 1)
+    placed = (jax.device_put(np.asarray(x)[filled], layout.sharding(("rows",))) for x in (prompts, prompt_mask))
+    row_ids = jax.device_put(np.asarray(row_ids)[filled], layout.sharding(("rows",)))
+    samples = _sample(model, params, *placed, key, row_ids, sampling)
+    if len(filled) == rows:
+        return samples
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, layout.sharding(()))[:rows], samples)
 
 
 def check_prompts(model: Decoder, prompt_mask: np.ndarray, sampling: Sampling) -> None:

@@ -5,6 +5,7 @@ Names of sizes: B rows, P prompt slots, R response slots, D width.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
@@ -25,6 +26,7 @@ class Networks:
       reference_shares: the reference's frozen bottom is the actor's.
       critic_shares: the critic's is the actor's.
       reward_shares: the reward model's frozen bottom is the critic's.
+      offloaded: of "reference" and "reward", those whose parameters wait in host memory (not what they share).
     """
 
     actor: SplitModel
@@ -34,6 +36,13 @@ class Networks:
     reference_shares: bool
     critic_shares: bool
     reward_shares: bool
+    offloaded: tuple[str, ...] = ()
+
+    def fetched(self, role: str, params: SplitParams) -> SplitParams:
+        """The parameters on the device, from where they wait, under jit."""
+        if role not in self.offloaded:
+            return params
+        return jax.device_put(params, jax.memory.Space.Device)
 
 
 @struct.dataclass
@@ -154,7 +163,7 @@ def reference_logprobs(
     Returns:
       float32[B, T − start], in nats.
     """
-    network, params, boundary = networks.reference, frozen.reference, None
+    network, params, boundary = networks.reference, networks.fetched("reference", frozen.reference), None
     if networks.reference_shares:
         params, boundary = SplitParams(frozen.actor, params.trainable), actor_boundary
     how = {"start": start, "temperature": temperature, "chunk": chunk}
@@ -204,7 +213,7 @@ def reward_scores(
     Returns:
       float32[B], bias added.
     """
-    network, params, boundary = networks.reward, frozen.reward, None
+    network, params, boundary = networks.reward, networks.fetched("reward", frozen.reward), None
     if networks.reward_shares:
         params, boundary = SplitParams(frozen.critic, params.trainable), critic_boundary
     return text_scores(network, params, tokens, mask, boundary) + frozen.reward_bias

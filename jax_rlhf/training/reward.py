@@ -132,5 +132,7 @@ def reward_start(pretrained: Pretrained, num_layers: int | None, key: Array) -> 
         params["layers"] = jax.tree.map(lambda leaf: leaf[:layers], params["layers"])
     width = config.output_size
     kernel = head_init(width)(key, (width, 1)).astype(jnp.float32)
+    if config.layout is not None:
+        kernel = jax.device_put(kernel, config.layout.sharding(("embed", None)))
     model = Decoder(config, head="scalar", scan_layers=pretrained.model.scan_layers)
     return Pretrained(model, params | {"scalar_head": {"kernel": kernel}}, pretrained.tokenizer)

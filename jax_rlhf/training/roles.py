@@ -28,6 +28,7 @@ class Start:
       critic, reward: with scalar heads; None = as the module says.
       trainable_layers, critic_trainable_layers: from the top; None = all parameters.
       critic_zero_head: the critic's head starts at zero, whatever it starts as.
+      offloaded: of "reference" and "reward", those whose parameters wait in host memory.
     """
 
     actor: Pretrained
@@ -37,6 +38,7 @@ class Start:
     trainable_layers: int | None = None
     critic_trainable_layers: int | None = None
     critic_zero_head: bool = False
+    offloaded: tuple[str, ...] = ()
 
 
 def networks_of(start: Start, layout: Layout | None) -> Networks:
@@ -73,6 +75,7 @@ def networks_of(start: Start, layout: Layout | None) -> Networks:
         and critic.first_layer == actor.first_layer
         and None not in (start.trainable_layers, start.critic_trainable_layers),
         reward_shares=start.reward is not None and start.critic is None,
+        offloaded=tuple(role for role in start.offloaded if role == "reference" or start.reward is not None),
     )
 
 
@@ -111,6 +114,10 @@ def assign_parameters(networks: Networks, start: Start) -> tuple[Trained, Frozen
         reward = SplitParams({}, critic.trainable)
     elif networks.reward is not None:
         reward = SplitParams({}, _placed(start.reward, networks.reward))
+    reference, reward = (
+        jax.device_put(part, jax.memory.Space.Host) if role in networks.offloaded else part
+        for role, part in (("reference", reference), ("reward", reward))
+    )
 
     # The critic values unfinished responses, so it starts without the bonus that the reward model gives for those.
     learned = start.critic or start.reward
@@ -190,6 +197,11 @@ def frozen_places(networks: Networks, layout: Layout) -> Frozen:
         reward = SplitParams({}, critic.trainable)
     elif networks.reward is not None:
         reward = SplitParams({}, whole_places(networks.reward, layout))
+    host = lambda place: place.with_memory_kind("pinned_host")  # noqa: E731
+    reference, reward = (
+        jax.tree.map(host, part) if role in networks.offloaded else part
+        for role, part in (("reference", reference), ("reward", reward))
+    )
     everywhere = layout.sharding(())
     return Frozen(actor.frozen, critic.frozen, reference, reward, everywhere, everywhere, everywhere)
 

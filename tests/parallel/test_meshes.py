@@ -21,7 +21,7 @@ FORMS = {
     "data": ((8, 1, 1), None),
     "fsdp": ((1, 8, 1), None),  # samples with tensor=4, data=2
     "tensor": ((1, 2, 4), (2, 1, 4)),
-    "all": ((2, 2, 2), (1, 2, 4)),
+    "all": ((2, 2, 2), (2, 1, 4)),
 }
 
 

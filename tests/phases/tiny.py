@@ -49,8 +49,9 @@ def preferences(file, count=100):
 def config(folder, **changes):
     """A run of all phases: some seconds each."""
     config = default_config()
-    config.model.path = checkpoint(folder / "base")
-    config.data.paths = (preferences(folder / "preferences.jsonl"),)
+    made = (folder / "preferences.jsonl").is_file()  # by another process: a config may not wake JAX before they meet
+    config.model.path = str(folder / "base") if made else checkpoint(folder / "base")
+    config.data.paths = (str(folder / "preferences.jsonl") if made else preferences(folder / "preferences.jsonl"),)
     config.data.max_tokens, config.data.max_prompt_tokens, config.data.length_buckets = 16, 4, (16,)
     config.data.sft_batch_size = config.data.reward_batch_size = config.data.ppo_batch_size = 8
     config.data.eval_rows = 10

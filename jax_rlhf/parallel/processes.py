@@ -1,0 +1,191 @@
+"""Several processes: how they find each other, agree, and fail together.
+
+Between them there is only `jax.distributed` and collectives over their devices. What all must do alike (stop, go on,
+give up) they say to each other first; one that dies without a word is missed by the others' heartbeats, and they end.
+"""
+
+import contextlib
+import glob
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+_TEXT_BYTES = 4096
+
+
+class ProcessError(RuntimeError):
+    """Another process failed; the message says which, and what it said."""
+
+
+def start_processes(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout: int = 100,
+) -> None:
+    """Joins the other processes, where there are any; to be called before JAX looks for devices.
+
+    A TPU VM, Slurm, Open MPI, and Kubernetes (an indexed job) are known by what they put into the environment. Without
+    any of these, and without arguments, the process is alone.
+
+    Args:
+      coordinator: "host:port" of process 0; None = found out, or JAX_COORDINATOR_ADDRESS.
+      num_processes, process_id: how many, and which this is; None = found out, or JAX_NUM_PROCESSES, JAX_PROCESS_ID.
+      timeout: seconds of silence after which a process counts as dead, and the others end.
+
+    Raises:
+      ValueError: some of the three are given, and the rest cannot be found out.
+    """
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if num_processes is None and "JAX_NUM_PROCESSES" in os.environ:
+        num_processes = int(os.environ["JAX_NUM_PROCESSES"])
+    if process_id is None and "JAX_PROCESS_ID" in os.environ:
+        process_id = int(os.environ["JAX_PROCESS_ID"])
+    explicit = (coordinator, num_processes, process_id)
+    cluster = cluster_name(os.environ)
+    if explicit == (None, None, None) and cluster is None:
+        return
+    if None in explicit and cluster is None:
+        raise ValueError(
+            f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}: without a cluster "
+            "that JAX knows all three are needed, the first two the same in every process."
+        )
+    if None in explicit:
+        method = None if cluster == "tpu" else cluster  # on TPUs JAX has two, and picks the right one
+        jax.distributed.initialize(*explicit, cluster_detection_method=method, heartbeat_timeout_seconds=timeout)
+    else:
+        jax.distributed.initialize(*explicit, cluster_detection_method="deactivate", heartbeat_timeout_seconds=timeout)
+
+
+def cluster_name(environment: Mapping[str, str]) -> str | None:
+    """What started this process, if it started several.
+
+    Args:
+      environment: variables.
+
+    Returns:
+      "slurm", "ompi", "k8s" or "tpu", as `jax.distributed.initialize` calls them; None = nothing of the kind.
+    """
+    if int(environment.get("SLURM_NTASKS", "1")) > 1 and {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= environment.keys():
+        return "slurm"
+    if int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        return "ompi"
+    if _has_tpu(environment):
+        return "tpu"
+    if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys():
+        return "k8s"
+    return None
+
+
+def _has_tpu(environment: Mapping[str, str]) -> bool:
+    if environment.get("JAX_PLATFORMS", "tpu").partition(",")[0] != "tpu" or not importlib.util.find_spec("libtpu"):
+        return False
+    return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
+
+
+@contextlib.contextmanager
+def together(what: str) -> Iterator[None]:
+    """A part that each process does by itself, at whose end all know whether all did.
+
+    Args:
+      what: it is, for the message.
+
+    Yields:
+      Nothing.
+
+    Raises:
+      ProcessError: another process failed in it. Where this one fails, its own error goes on, marked `agreed`.
+    """
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if jax.process_count() > 1:
+        texts = gathered_texts("" if failure is None else f"{type(failure).__name__}: {failure}")
+        failed = [index for index, text in enumerate(texts) if text]
+        if failure is None and failed:
+            failure = ProcessError(f"process {failed[0]}, {what}: {texts[failed[0]]}")
+        if failure is not None:
+            failure.agreed = True
+    if failure is not None:
+        raise failure
+
+
+def gathered_texts(text: str) -> list[str]:
+    """A text of every process; all must call it.
+
+    Args:
+      text: this process's; what is past 4,096 bytes is cut off.
+
+    Returns:
+      By process.
+    """
+    content = text.encode()[:_TEXT_BYTES]
+    padded = np.zeros(_TEXT_BYTES, np.uint8)
+    padded[: len(content)] = np.frombuffer(content, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(-1, _TEXT_BYTES)
+    return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+
+def same_everywhere(text: str, what: str) -> None:
+    """Raises on all processes where they do not agree.
+
+    Args:
+      text: what should be the same.
+      what: it is, for the message.
+
+    Raises:
+      ProcessError: which process has something else.
+    """
+    if jax.process_count() == 1:
+        return
+    texts = gathered_texts(text)
+    other = next((index for index, one in enumerate(texts) if one != texts[0]), None)
+    if other is not None:
+        error = ProcessError(
+            f"{what}: process {other} has {texts[other]!r}, process 0 has {texts[0]!r}. All processes need the same "
+            "files and the same command."
+        )
+        error.agreed = True
+        raise error
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process; all must call it.
+
+    Args:
+      flag: this process's.
+
+    Returns:
+      Whether.
+    """
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def leave(code: int, error: BaseException | None = None) -> int:
+    """How a process ends.
+
+    One of several that fails by itself does not wait for the others, as JAX would at exit: they may be in a computation
+    that this one has left, and learn from its silence that it is gone.
+
+    Args:
+      code: the exit code.
+      error: what went wrong, if it did.
+
+    Returns:
+      The code, where the process may end as Python does.
+    """
+    if error is None or jax.process_count() == 1 or getattr(error, "agreed", False):
+        return code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

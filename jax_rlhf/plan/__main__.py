@@ -1,0 +1,91 @@
+"""`python -m jax_rlhf.plan --config=FILE [--config.a.b=value …] --topology=v5p:2x2x4 [--json]`: a plan before you rent.
+
+Compiles every jitted function of the run ahead of time: neither weights, nor data, nor a network, nor the hardware is
+needed. The exit code is 0 where all fits, 3 where something does not.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+
+import jax
+from absl import app, flags, logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jax_rlhf.__main__ import CONFIG, parse_flags
+from jax_rlhf.hub import CheckpointError
+from jax_rlhf.parallel import create_layout
+from jax_rlhf.phases import run_config
+from jax_rlhf.plan.abstract import programs_of
+from jax_rlhf.plan.advice import Advice, advice
+from jax_rlhf.plan.report import account, as_json, as_table
+from jax_rlhf.plan.topology import Topology, describe_topology
+from jax_rlhf.rollout import sampling_layout
+
+_TOPOLOGY = flags.DEFINE_string("topology", None, "v5p:2x2x4, v5e:…, v6e:…, h100:8, h100:4x8, 2*v5p:2x2x4 (slices).")
+_JSON = flags.DEFINE_bool("json", False, "The plan as JSON on standard output.")
+_ADVICE = flags.DEFINE_bool("advice", True, "Where something does not fit, try out which settings would help.")
+
+DOES_NOT_FIT = 3
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prints the plan.
+
+    Args:
+      arguments: what is left of the command line.
+
+    Returns:
+      0 where all fits, 3 where something does not, 1 after an error in what the user gave.
+    """
+    try:
+        if len(arguments) > 1:
+            raise ValueError(f"{arguments[1]!r} is no flag; fields are given as --config.name=value.")
+        if _TOPOLOGY.value is None:
+            raise ValueError("--topology is missing: v5p:2x2x4, v5e:2x4, h100:8, …")
+        jax.config.update("jax_platforms", "cpu")  # the hardware is not here, and is not to be looked for
+        return _plan(CONFIG.value, describe_topology(_TOPOLOGY.value))
+    except (ValueError, RuntimeError, FileNotFoundError, CheckpointError) as error:
+        logging.debug("where it came from", exc_info=True)
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _plan(config: ConfigDict, topology: Topology) -> int:
+    settings = run_config(config)
+    layout = create_layout(settings.mesh, settings.rollout_mesh, topology.devices)
+    accounts, forms = [], _form("mesh", layout.mesh)
+    for program in programs_of(settings, layout):
+        print(f"compiling {program.phase} {program.name}", file=sys.stderr, flush=True)
+        accounts.append(account(program, topology))
+        if program.decode_steps:
+            rollout = sampling_layout(program.arguments[0].actor.model.config)
+            forms += f", {_form('rollout', rollout.mesh)}"
+    found = []
+    if _ADVICE.value and not all(one.fits for one in accounts):
+        print("trying out what would help", file=sys.stderr, flush=True)
+        found = list(advice(config, topology, accounts))
+    if _JSON.value:
+        print(json.dumps(as_json(accounts, topology) | {"advice": [one.as_dict() for one in found]}, indent=2))
+    else:
+        print(as_table(accounts, topology, forms + "."))
+        _print_advice(found)
+    return 0 if all(one.fits for one in accounts) else DOES_NOT_FIT
+
+
+def _form(name: str, mesh: Mesh) -> str:
+    sizes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return f"{name} {sizes}"
+
+
+def _print_advice(found: list[Advice]) -> None:
+    if found:
+        print("\nTried out, each with those above it:")
+    for one in found:
+        print(f"  {one}")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,119 @@
+"""Settings that would make a run fit, tried out: each is compiled before it is named."""
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jax_rlhf.parallel import create_layout
+from jax_rlhf.phases import RunConfig, run_config
+from jax_rlhf.plan.abstract import programs_of
+from jax_rlhf.plan.report import Account, account
+from jax_rlhf.plan.topology import GIB, Topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """A setting that was tried.
+
+    Attributes:
+      program: "phase name".
+      change: fields and their values.
+      before, after: bytes at the peak, of a device; with all changes so far.
+      fits: whether that program does now.
+    """
+
+    program: str
+    change: dict[str, Any]
+    before: float
+    after: float
+    fits: bool
+
+    def __str__(self) -> str:
+        fields = " ".join(f"--config.{name}={value}" for name, value in self.change.items())
+        verdict = "fits" if self.fits else "does not fit yet"
+        return f"{self.program}: {fields}  {self.before / GIB:.1f} → {self.after / GIB:.1f} GiB, {verdict}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+
+def advice(config: ConfigDict, topology: Topology, accounts: list[Account]) -> Iterator[Advice]:
+    """What would help, for each program that does not fit: changes that lower its peak, kept until it fits.
+
+    Args:
+      config: the run's, with its flags.
+      topology: the hardware.
+      accounts: of the run as it is.
+
+    Yields:
+      Each change that helped, in the order of what it costs: those that change no result first.
+    """
+    config, changed = copy.deepcopy(config), False
+    for one in accounts:
+        now = _again(config, topology, one) if changed else one
+        if now is None or now.fits:
+            continue
+        for change in _changes(run_config(config), now, len(topology.devices)):
+            trial = copy.deepcopy(config)
+            with trial.unlocked():
+                trial.update_from_flattened_dict(change)
+            after = _again(trial, topology, one)
+            if after is None or after.peak > 0.99 * now.peak:
+                continue
+            config, changed = trial, True
+            yield Advice(f"{one.phase} {one.name}", change, now.peak, after.peak, after.fits)
+            now = after
+            if after.fits:
+                break
+
+
+def _again(config: ConfigDict, topology: Topology, one: Account) -> Account | None:
+    """The same program with other settings; None where they cannot be."""
+    try:
+        settings = dataclasses.replace(run_config(config), phases=(one.phase,))
+        layout = create_layout(settings.mesh, settings.rollout_mesh, topology.devices)
+        programs = programs_of(settings, layout)
+    except ValueError:
+        return None
+    return next((account(program, topology) for program in programs if program.name == one.name), None)
+
+
+def _changes(settings: RunConfig, one: Account, devices: int) -> Iterator[dict[str, Any]]:
+    """From those that change nothing but speed to those that change what is computed."""
+    for role in ("model", "critic", "reward", "reference"):
+        if getattr(settings, role).remat in ("none", "dots"):
+            yield {f"{role}.remat": "full"}
+    mesh = settings.mesh
+    if mesh.data != 1:
+        yield {"mesh.data": 1, "mesh.fsdp": -1}
+    section = {"sft": "sft", "reward": "reward_training", "ppo": "ppo"}[one.phase]
+    rows = {
+        "sft": settings.data.sft_batch_size,
+        "reward": settings.data.reward_batch_size,
+        "ppo": settings.data.ppo_batch_size // settings.ppo.num_minibatches,
+    }[one.phase]
+    if one.name in ("step", "update"):
+        micro = getattr(settings, section).microbatch_size or rows
+        while micro > 1:
+            micro //= 2
+            yield {f"{section}.microbatch_size": micro}
+    if one.phase == "ppo":
+        yield {"reference.offload": True, "reward.offload": True}
+    if one.name.startswith("rollout"):
+        for tensor in (2, 4, 8, 16):
+            if devices % tensor == 0:
+                yield {"rollout_mesh.data": -1, "rollout_mesh.fsdp": 1, "rollout_mesh.tensor": tensor}
+    for tensor in (2, 4, 8):
+        if tensor > mesh.tensor and devices % tensor == 0:
+            yield {"mesh.tensor": tensor}
+    optimizers = ("sft.optimizer",) if one.phase == "sft" else ("reward_training.optimizer",)
+    if one.phase == "ppo":
+        optimizers = ("ppo.actor_optimizer", "ppo.critic_optimizer")
+    yield {f"{name}.first_moment_dtype": "bfloat16" for name in optimizers}
+    if one.phase == "ppo" and one.name != "update":
+        for fraction in (2, 4):
+            yield {"data.ppo_batch_size": settings.data.ppo_batch_size // fraction}
