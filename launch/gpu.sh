@@ -68,7 +68,7 @@ if ! nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; then
 fi
 install
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu} # without it JAX goes on with the CPU when CUDA cannot be had
-export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92} # JAX by itself takes 0.75; the plan counts with this
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92} # JAX takes 0.75; the plan counts with this
 trap 'pass_on INT' INT
 trap 'pass_on TERM' HUP TERM
 
