@@ -1,0 +1,150 @@
+"""Two real processes run all three phases from the command line, as one does; and what happens when one fails."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from jax_rlhf import load_pretrained
+from tests.phases import test_end_to_end as alone
+from tests.phases import tiny
+from tests.processes import free_port
+
+CONFIG = """
+from pathlib import Path
+from tests.phases import tiny
+def get_config():
+    config = tiny.config(Path({folder!r}))
+    config.data.paths = ("preferences.jsonl",)  # of the folder that a process runs in
+    config.data.ppo_batch_size, config.ppo.microbatch_size = 16, 8
+    config.sft.steps = config.reward_training.steps = config.ppo.iterations = 2
+    config.ppo.reward_functions = ("tests.phases.test_processes:half_a_point_an_a",)
+    config.ppo.time_phases = False
+    return config
+"""
+
+
+def half_a_point_an_a(prompts, responses, tag, **columns):
+    """Which process is asked for what is written down; every row must come with its column."""
+    del columns
+    assert tag == ["t"] * len(prompts)
+    with open(os.environ["ASKED"], "a") as file:
+        file.write(f"{len(prompts)}\n")
+    return [0.5 * response.split().count("a") for response in responses]
+
+
+def start(folder, workdir, *flags, devices, asked, cwd=None):
+    environment = alone.environment() | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "ASKED": str(asked),
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    command = [*alone.command(folder, config=folder / "config.py")[:-1], f"--workdir={workdir}", *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=cwd or folder, env=environment, **pipes)
+
+
+def start_two(folder, workdir, *flags, cwds=(None, None)):
+    who = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", "--process_timeout=10"]
+    return [
+        start(folder, workdir, *flags, *who, f"--process_id={i}", devices=4, asked=folder / f"asked{i}", cwd=cwds[i])
+        for i in range(2)
+    ]
+
+
+def finish(processes, timeout=400):
+    return [(process.communicate(timeout=timeout)[0], process.returncode) for process in processes]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    tiny.config(folder)
+    (folder / "config.py").write_text(CONFIG.format(folder=str(folder)))
+    return folder
+
+
+def metrics(workdir, phase):
+    timing = ("time", "second", "eps")
+    rows = alone.lines(workdir / phase / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if not any(word in name for word in timing)} for row in rows]
+
+
+def test_two_processes_run_all_phases_as_one_does(folder):
+    # With tensor=2 on the processes' 4 devices each, rows lie along fsdp=4.
+    form = ("--config.mesh.tensor=2",)
+    printed = finish(start_two(folder, folder / "two", *form))
+    assert [code for _, code in printed] == [0, 0], printed[0][0][-3000:] + printed[1][0][-3000:]
+    ((output, code),) = finish([start(folder, folder / "one", *form, devices=8, asked=folder / "asked")])
+    assert code == 0, output[-3000:]
+    for phase in ("sft", "reward", "ppo"):
+        wanted, got = metrics(folder / "one", phase), metrics(folder / "two", phase)
+        assert len(wanted) == len(got) > 2
+        for one, two in zip(wanted, got, strict=True):
+            assert one.keys() == two.keys()
+            for name, value in one.items():
+                np.testing.assert_allclose(two[name], value, rtol=2e-3, atol=1e-5, err_msg=f"{phase} {name}")
+        samples = [alone.lines(folder / run / phase / "samples.jsonl") for run in ("one", "two")]
+        if phase == "ppo":  # of training iterations the first process writes some of its own rows
+            samples = [[row for row in rows if row["split"] == "eval"] for rows in samples]
+        texts = [[row.get("response") or row.get("text") for row in rows] for rows in samples]
+        assert texts[0] == texts[1]
+        load_pretrained(folder / "two" / phase / "model", head="scalar" if phase == "reward" else "lm")
+    assert "ppo: iterations 2" in printed[0][0]
+    assert "ppo: iterations 2" not in printed[1][0]  # what is said, process 0 says
+    asked = [(folder / name).read_text().split() for name in ("asked", "asked0", "asked1")]
+    assert set(asked[0]) == {"16"}  # each row once: evaluations and iterations
+    assert set(asked[1]) == set(asked[2]) == {"8"}
+    assert len(asked[0]) == len(asked[1]) == len(asked[2])
+
+
+def test_a_process_with_other_data_is_named_by_all(folder, tmp_path):
+    lines = (folder / "preferences.jsonl").read_text().splitlines()
+    (tmp_path / "preferences.jsonl").write_text("\n".join(lines[:60]) + "\n")
+    flags = ("--config.phases=sft", "--config.data.eval_rows=2")
+    for output, code in finish(start_two(folder, tmp_path / "run", *flags, cwds=(None, tmp_path)), timeout=120):
+        assert code == 1
+        assert "error: the data: process 1 has" in output
+        assert "All processes need the same files" in output
+
+
+def test_an_input_that_one_process_lacks_ends_both_with_its_words(folder, tmp_path):
+    for output, code in finish(start_two(folder, tmp_path / "run", cwds=(None, tmp_path)), timeout=120):
+        assert code == 1
+        assert "preferences.jsonl" in output
+    assert not (tmp_path / "run").exists()  # nothing was begun
+
+
+def test_a_process_that_dies_ends_the_other(folder, tmp_path):
+    flags = ("--config.phases=sft", "--config.sft.steps=100000")
+    first, second = start_two(folder, tmp_path / "run", *flags)
+    file = tmp_path / "run" / "sft" / "metrics.jsonl"
+    deadline = time.time() + 120
+    while time.time() < deadline and not (file.is_file() and len(alone.lines(file)) > 2):
+        assert first.poll() is None, first.communicate()[0][-3000:]
+        time.sleep(0.2)
+    second.send_signal(signal.SIGKILL)
+    killed = time.time()
+    (output, code), _ = finish([first, second], timeout=60)
+    assert code != 0
+    assert time.time() - killed < 50  # the time-out is 10 seconds
+    assert len(output) > 0
+
+
+def test_ctrl_c_in_one_process_ends_all_with_the_model_saved(folder, tmp_path):
+    flags = ("--config.phases=sft", "--config.sft.steps=100000")
+    processes = start_two(folder, tmp_path / "run", *flags)
+    file = tmp_path / "run" / "sft" / "metrics.jsonl"
+    deadline = time.time() + 120
+    while time.time() < deadline and not (file.is_file() and len(alone.lines(file)) > 2):
+        time.sleep(0.2)
+    processes[1].send_signal(signal.SIGINT)
+    for output, code in finish(processes, timeout=120):
+        assert code == 130, output[-3000:]
+    load_pretrained(tmp_path / "run" / "sft" / "model")
+    assert not json.loads((tmp_path / "run" / "sft" / "summary.json").read_text())["finished"]
