@@ -85,6 +85,13 @@ class SplitModel:
         """
         return self._divided(shardings(logical_axes(self.model), abstract_params(self.model), layout))
 
+    def held(self, tree: Params) -> Params:
+        """A tree of the trainable part (a gradient), held where those parameters are, under jit."""
+        layout = self.model.config.layout
+        if layout is None:
+            return tree
+        return jax.tree.map(jax.lax.with_sharding_constraint, tree, self.places(layout).trainable)
+
     def _divided(self, tree: Params) -> SplitParams:
         """Which entries go where; both parts have the layers."""
         if self.trainable_layers is None:

@@ -54,7 +54,7 @@ def collectives(hlo: str, *, loop_turns: int = 0, devices: int, near: int | None
 
     Args:
       hlo: `compiled.as_text()`.
-      loop_turns: of loops whose number of turns is not in their condition.
+      loop_turns: of the loop over tokens, which may end before.
       devices: of the program.
       near: of them, as many as links join, a slice or a machine; None = all.
 
@@ -63,6 +63,25 @@ def collectives(hlo: str, *, loop_turns: int = 0, devices: int, near: int | None
     """
     computations, entry = _parse(hlo)
     return list(_walk(computations, entry, 1, loop_turns, (devices, near or devices)))
+
+
+def computations_of(hlo: str) -> dict[str, list[str]]:
+    """The lines of a compiled program, by computation.
+
+    Args:
+      hlo: `compiled.as_text()`.
+
+    Returns:
+      name → lines.
+    """
+    found: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in hlo.splitlines():
+        if (start := _COMPUTATION.match(line)) is not None:
+            lines = found[start[1]] = []
+        elif line.startswith("  "):
+            lines.append(line)
+    return found
 
 
 def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
@@ -82,7 +101,10 @@ def _walk(
     for result, operation, rest in computations[name].lines:
         kind = operation.removesuffix("-start")
         if kind in KINDS:
-            yield _collective(kind, result, rest, times, devices, started=operation.endswith("-start"))
+            # A TPU's reduce-scatter is an all-reduce inside a computation of that name.
+            scatters = kind == "all-reduce" and name.startswith("all-reduce-scatter")
+            how = {"started": operation.endswith("-start"), "of_operands": scatters}
+            yield _collective("reduce-scatter" if scatters else kind, result, rest, times, devices, **how)
             continue
         called = [part.strip(" %") for match in _CALLED.findall(rest) for part in match.split(",")]
         turns = 1
@@ -98,7 +120,7 @@ def _turns(computations: dict[str, _Computation], condition: str, rest: str, loo
     known = re.search(r"known_trip_count[^\d]*(\d+)", rest)
     if known:
         return int(known[1])
-    if re.search(r'op_name="[^"]*jit\(\w+\)/while"', rest) and loop_turns:  # over tokens: it may end before
+    if re.search(r'op_name="[^"]*decode/while"', rest) and loop_turns:  # over tokens: it may end before
         return loop_turns
     bounds = [int(number) for number in _constants(computations, condition)]
     return max(bounds, default=1)
@@ -114,7 +136,7 @@ def _constants(computations: dict[str, _Computation], name: str) -> Iterator[str
 
 
 def _collective(
-    kind: str, result: str, rest: str, times: int, devices: tuple[int, int], *, started: bool
+    kind: str, result: str, rest: str, times: int, devices: tuple[int, int], *, started: bool, of_operands: bool
 ) -> Collective:
     group, far = _group(rest, *devices)
     sizes = [_bytes(*shape) for shape in _SHAPE.findall(result)]
@@ -123,7 +145,7 @@ def _collective(
         whole = sizes[0]
     elif started and len(sizes) > 1 and kind != "all-reduce":  # (operands, results)
         whole = max(sum(sizes[: len(sizes) // 2]), sum(sizes[len(sizes) // 2 :]))
-    elif kind == "reduce-scatter":
+    elif kind == "reduce-scatter" and not of_operands:
         whole *= group
     received = whole * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
     source = re.search(r'op_name="([^"]*)"', rest)
@@ -137,16 +159,32 @@ def _group(rest: str, devices: int, near: int) -> tuple[int, bool]:
         ends = [tuple(map(int, pair.split(","))) for pair in re.findall(r"\{(\d+,\d+)\}", pairs[1])]
         return 2, any(source // near != target // near for source, target in ends)
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
+    axes = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}", rest
+    )
     if listed:
-        members = np.array([int(member) for member in listed[1].split(",")])
+        members = np.array(_numbers(listed[1]))
+    elif iota:
+        members = _in_order(iota[3], iota[4]).reshape(int(iota[1]), -1)[0]
+    elif axes:
+        sizes, along = dict(re.findall(r"'(\w+)'=(\d+)", axes[1])), re.findall(r"'(\w+)'", axes[4])
+        shape = [int(size) for size in sizes.values()]
+        order = _in_order(axes[2] or ",".join(map(str, shape)), axes[3]).reshape(shape)
+        members = order[tuple(slice(None) if axis in along else 0 for axis in sizes)].reshape(-1)
     else:
-        iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
-        if iota is None:
-            return devices, devices > near
-        numbers = lambda text: [int(number) for number in text.split(",")]  # noqa: E731
-        order = np.arange(int(iota[1]) * int(iota[2])).reshape(numbers(iota[3]))
-        members = (order.transpose(numbers(iota[4])) if iota[4] else order).reshape(int(iota[1]), -1)[0]
+        return devices, devices > near
     return len(members), len(set((members // near).tolist())) > 1
+
+
+def _in_order(shape: str, transposed: str | None) -> np.ndarray:
+    """Device numbers, written [2,4]T(1,0)."""
+    order = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+    return order.transpose(_numbers(transposed)) if transposed else order
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def _bytes(dtype: str, shape: str) -> int:

@@ -106,7 +106,7 @@ def describe_topology(name: str) -> Topology:
     slices, rest = (int(count), rest) if star and count.isdigit() else (1, name)
     kind, _, shape = rest.partition(":")
     sizes = shape.split("x")
-    if kind not in CHIPS or not all(size.isdigit() and int(size) > 0 for size in sizes):
+    if kind not in CHIPS or slices < 1 or not all(size.isdigit() and int(size) > 0 for size in sizes):
         raise ValueError(
             f'topology {name!r}: "v5p:2x2x4" (chips of a TPU slice), "2*v5p:2x2x4" (two slices), "h100:8" or '
             f'"h100:4x8" (machines × GPUs) is expected; chips: {", ".join(CHIPS)}.'

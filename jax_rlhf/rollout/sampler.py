@@ -257,21 +257,22 @@ def rollout(
 
     cache = create_cache(model.config, batch, width + length - 1, scan_layers=model.scan_layers)
     hidden, cache = run(prompts, cache, mask=prompt_mask, span=width, method="extend")
-    done = jax.lax.while_loop(
-        lambda carry: (carry["index"] < length) & jnp.any(carry["running"]),
-        step,
-        draw(
-            {
-                "index": jnp.int32(0),
-                "running": jnp.ones(batch, bool),
-                "hidden": hidden[:, -1],
-                "cache": cache,
-                "tokens": jnp.full((batch, length), sampling.pad_id, jnp.int32),
-                "mask": jnp.zeros((batch, length), bool),
-                "logprobs": jnp.zeros((batch, length), jnp.float32),
-                "kept_mass": jnp.zeros((batch, length), jnp.float32),
-            }
-        ),
-    )
+    with jax.named_scope("decode"):  # by which jax_rlhf.plan knows the loop
+        done = jax.lax.while_loop(
+            lambda carry: (carry["index"] < length) & jnp.any(carry["running"]),
+            step,
+            draw(
+                {
+                    "index": jnp.int32(0),
+                    "running": jnp.ones(batch, bool),
+                    "hidden": hidden[:, -1],
+                    "cache": cache,
+                    "tokens": jnp.full((batch, length), sampling.pad_id, jnp.int32),
+                    "mask": jnp.zeros((batch, length), bool),
+                    "logprobs": jnp.zeros((batch, length), jnp.float32),
+                    "kept_mass": jnp.zeros((batch, length), jnp.float32),
+                }
+            ),
+        )
     tokens = jnp.concatenate([prompts.astype(jnp.int32), done["tokens"]], axis=1)
     return Samples(tokens, done["mask"], done["logprobs"], done["kept_mass"])

@@ -178,7 +178,7 @@ def step(
             return sums["loss"], sums
 
         (_, sums), gradient = jax.value_and_grad(total, has_aux=True)(state.trainable)
-        return gradient, sums
+        return how.network.held(gradient), sums
 
     if how.microbatches == 1:
         gradient, sums = gradients(batch)

@@ -185,7 +185,7 @@ def _update_minibatch(
         (_, value_sums), critic = jax.value_and_grad(_critic_loss, argnums=2, has_aux=True)(
             networks, config, trained.critic, frozen, batch, count
         )
-        return (actor, critic), sums.replace(**value_sums)
+        return (networks.actor.held(actor), networks.critic.held(critic)), sums.replace(**value_sums)
 
     def add(total: tuple, inputs: tuple) -> tuple[tuple, None]:
         grads, sums = gradients(inputs)

@@ -1,0 +1,90 @@
+"""`python -m jax_rlhf.plan` as people call it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from jax_rlhf.plan.topology import CHIPS
+from tests.phases.test_end_to_end import environment
+from tests.plan import tiny
+
+CONFIG = """
+from pathlib import Path
+from tests.plan import tiny
+def get_config():
+    return tiny.config(Path({folder!r}))
+"""
+
+
+def plan(folder, *flags):
+    """Exit code, stdout, stderr."""
+    (folder / "config.py").write_text(CONFIG.format(folder=str(folder)))
+    command = [sys.executable, "-m", "jax_rlhf.plan", f"--config={folder / 'config.py'}", *flags]
+    variables = {name: value for name, value in environment().items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_plan_of_all_phases(tmp_path):
+    tiny.topology("h100:8")
+    code, printed, errors = plan(tmp_path, "--topology=h100:8", "--json")
+    assert code == 0, errors[-3000:]
+    made = json.loads(printed)
+    rows = {f"{row['phase']} {row['name']}": row for row in made["programs"]}
+    assert list(rows) == ["sft step", "reward step", "ppo rollout", "ppo scoring", "ppo update"]
+    assert (made["devices"], made["chip"]) == (8, "NVIDIA H100 SXM")
+    for row in rows.values():
+        parts = ("parameters", "optimizer", "batch", "temporaries")
+        assert row["peak"] == pytest.approx(sum(row[part] for part in parts))
+        assert row["fits"]
+        assert row["memory"] == CHIPS["h100"].memory
+        assert row["flops"] > 0
+        assert row["seconds"]["products"] == pytest.approx(row["flops"] / CHIPS["h100"].flops)
+    kernels = 2 * (4 * 1024**2 + 3 * 1024 * 2048)
+    actor, critic = kernels + 2 * 8192 * 1024, kernels + 8192 * 1024
+    # Masters and moments in float32; the reference and the reward model in bfloat16. An eighth each.
+    assert rows["ppo update"]["optimizer"] == pytest.approx((actor + critic) * 8 / 8, rel=0.01)
+    assert rows["ppo update"]["parameters"] == pytest.approx((actor + critic) * (4 + 2) / 8, rel=0.01)
+    # 6 FLOPs a parameter and token, 8 with remat, and attention; the table is looked up, not multiplied.
+    tokens = 32 * 256
+    per_token = rows["sft step"]["flops"] * 8 / tokens / (kernels + 8192 * 1024)
+    assert 7.5 < per_token < 8.6
+    assert rows["ppo update"]["collectives"]["all-gather"]["bytes"] > 0
+
+
+def test_what_does_not_fit_is_said_with_what_would_help(tmp_path):
+    tiny.topology("h100:2")
+    # Masters and moments fit; with the activations of the whole batch at once, none computed again, it is too much.
+    flags = (
+        "--config.phases=sft",
+        "--config.data.sft_batch_size=2048",
+        "--config.data.max_tokens=1024",
+        "--config.model.remat=none",
+    )
+    code, printed, errors = plan(tmp_path, "--topology=h100:2", *flags)
+    assert code == 3, errors[-3000:]
+    assert "NO, " in printed
+    assert "--config.model.remat=full" in printed
+    assert printed.rstrip().endswith("fits")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "--topology is missing"),
+        (("--topology=v5e:banana",), "chips: v4, v5e"),
+        (("--topology=h100:8", "--config.model.path=someone/unknown-7b"), "give a preset"),
+        (("--topology=h100:8", "--config.mesh.tensor=3"), "sizes that divide them: 1, 2, 4, 8"),
+        (("--topology=h100:8", "--config.mesh.rules=embd=fsdp"), "config.mesh.rules: 'embd=fsdp'"),
+    ],
+)
+def test_bad_input_is_one_line(flags, message, tmp_path):
+    if flags and "h100" in flags[0]:
+        tiny.topology("h100:8")
+    code, printed, errors = plan(tmp_path, *flags)
+    assert code == 1
+    assert printed == ""
+    assert message in errors
+    assert "Traceback" not in errors

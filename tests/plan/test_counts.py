@@ -1,0 +1,140 @@
+"""What a plan counts, against programs whose counts are known, and the compiler's own words."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jax_rlhf.plan.collectives import collectives
+from jax_rlhf.plan.flops import product_flops
+from jax_rlhf.plan.presets import PRESETS, model_shape
+from jax_rlhf.plan.topology import describe_topology
+
+
+def test_flops_count_every_turn_of_every_loop():
+    weights = jnp.zeros((5, 16, 16))
+
+    def layer(x, w):
+        return jnp.tanh(x @ w), None
+
+    def scanned(x):
+        return jax.lax.scan(layer, x, weights)[0]
+
+    x = jnp.zeros((3, 16))
+    once = 2 * 3 * 16 * 16
+    assert product_flops(jax.make_jaxpr(scanned)(x)) == 5 * once
+    # Backward: two products for each of the forward ones; with remat the forward ones again.
+    loss = lambda x, w: jnp.sum(jax.lax.scan(layer, x, w)[0])  # noqa: E731
+    assert product_flops(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, weights)) == 15 * once
+    again = lambda x, w: jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, w)[0])  # noqa: E731
+    assert product_flops(jax.make_jaxpr(jax.grad(again, argnums=(0, 1)))(x, weights)) == 20 * once
+    loop = lambda x: jax.lax.while_loop(lambda c: c[0] < 7, lambda c: (c[0] + 1, c[1] @ weights[0]), (0, x))  # noqa: E731
+    assert product_flops(jax.make_jaxpr(loop)(x), loop_turns=7) == 7 * once
+    branch = lambda x: jax.lax.cond(x[0, 0] > 0, scanned, lambda x: x @ weights[0], x)  # noqa: E731
+    assert product_flops(jax.make_jaxpr(jax.jit(branch))(x)) == 5 * once
+
+
+def compiled(function, *shapes, specs, out):
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp"))
+    place = functools.partial(NamedSharding, mesh)
+    arguments = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place(spec))
+        for shape, spec in zip(shapes, specs, strict=True)
+    ]
+    return jax.jit(function, out_shardings=place(out)).lower(*arguments).compile().as_text()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kind", "size"),
+    [
+        (PartitionSpec("fsdp"), PartitionSpec(), "all-gather", 64 * 32 * 4 * 3 / 4),
+        (PartitionSpec("data"), PartitionSpec(), "all-gather", 64 * 32 * 4 / 2),
+        (PartitionSpec("fsdp"), PartitionSpec(None, "fsdp"), "all-to-all", 64 * 32 * 4 / 4 * 3 / 4),
+    ],
+)
+def test_bytes_of_a_reshard(before, after, kind, size):
+    (one,) = collectives(compiled(lambda x: x, (64, 32), specs=[before], out=after), devices=8)
+    assert (one.kind, one.count, one.bytes) == (kind, 1, size)
+
+
+def test_collectives_in_a_scan_count_as_often_as_it_turns():
+    def layers(x, weights):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w) @ w.T, None), x, weights)[0]
+
+    text = compiled(
+        layers,
+        (16, 64),
+        (6, 64, 32),
+        specs=[PartitionSpec(), PartitionSpec(None, None, "fsdp")],
+        out=PartitionSpec(),
+    )
+    (one,) = collectives(text, devices=8, near=4)
+    assert (one.kind, one.count, one.group, one.far) == ("all-reduce", 6, 4, False)
+    assert one.bytes == 2 * 16 * 64 * 4 * 3 / 4
+
+
+def test_what_crosses_machines_is_told_apart():
+    text = compiled(lambda x: x, (64, 32), specs=[PartitionSpec("data")], out=PartitionSpec())
+    assert [one.far for one in collectives(text, devices=8, near=4)] == [True]
+    assert [one.far for one in collectives(text, devices=8, near=8)] == [False]
+
+
+TPU = """HloModule jit_f, entry_computation_layout={()->()}
+
+%all-reduce-scatter.1 (input: bf16[64,32]) -> bf16[8,32] {
+  %input = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-reduce.2 = bf16[64,32]{1,0:T(8,128)(2,1)} all-reduce(%input), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  ROOT %dynamic-slice = bf16[8,32]{1,0} dynamic-slice(%all-reduce.2), dynamic_slice_sizes={8,32}
+}
+
+%condition (arg: (s32[], bf16[64,32])) -> pred[] {
+  %arg = (s32[], bf16[64,32]{1,0}) parameter(0)
+  %turn = s32[] get-tuple-element(%arg), index=0
+  %constant.3 = s32[]{:T(128)} constant(11)
+  ROOT %less = pred[] compare(%turn, %constant.3), direction=LT
+}
+
+%body (arg.1: (s32[], bf16[64,32])) -> (s32[], bf16[64,32]) {
+  %arg.1 = (s32[], bf16[64,32]{1,0}) parameter(0)
+  %value = bf16[64,32]{1,0} get-tuple-element(%arg.1), index=1
+  %fusion = bf16[8,32]{1,0} fusion(%value), kind=kCustom, calls=%all-reduce-scatter.1
+  %start = (bf16[64,32]{1,0}, bf16[64,32]{1,0}) collective-permute-start(%value), source_target_pairs={{0,1},{3,0}}
+  %done = bf16[64,32]{1,0} collective-permute-done(%start)
+  ROOT %tuple = (s32[], bf16[64,32]{1,0}) tuple(%turn.2, %done)
+}
+
+ENTRY %main () -> bf16[64,32] {
+  %while = (s32[], bf16[64,32]{1,0}) while(%init), condition=%condition, body=%body, metadata={op_name="jit(f)/while"}
+  %mean = f32[4]{0} all-reduce(%x), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, to_apply=%add
+}
+"""
+
+
+def test_a_tpu_s_way_of_writing_is_understood():
+    scatter, permute, mean = collectives(TPU, devices=8, near=4)
+    assert (scatter.kind, scatter.count, scatter.bytes, scatter.group) == ("reduce-scatter", 11, 64 * 32 * 2 * 7 / 8, 8)
+    assert (permute.kind, permute.count, permute.bytes, permute.far) == ("collective-permute", 11, 64 * 32 * 2, False)
+    assert (mean.kind, mean.count, mean.bytes, mean.group, mean.far) == ("all-reduce", 1, 16, 2, True)
+
+
+def test_presets_have_the_sizes_that_their_names_say():
+    from jax_rlhf.models import Decoder, abstract_params
+
+    billions = {"llama3-8b": 8.03, "llama3-70b": 70.55, "opt-350m": 0.331, "opt-1.3b": 1.316, "opt-13b": 12.85}
+    assert billions.keys() == PRESETS.keys()
+    for name, wanted in billions.items():
+        shapes = abstract_params(Decoder(model_shape(name)[0]))
+        assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e9 == pytest.approx(wanted, rel=2e-3)
+    hub_names = ["meta-llama/Meta-Llama-3-8B-Instruct", "meta-llama/Llama-3.1-8B", "facebook/opt-13b"]
+    assert [model_shape(name)[0].num_layers for name in hub_names] == [32, 32, 40]
+    with pytest.raises(ValueError, match="give a preset"):
+        model_shape("someone/unknown-7b")
+
+
+@pytest.mark.parametrize("name", ["v5p", "v9:2x2", "h100:x", "v5p:2x2x", "0*v5p:2x2x2"])
+def test_a_topology_that_is_none_is_named(name):
+    with pytest.raises(ValueError, match="is expected; chips: "):
+        describe_topology(name)
