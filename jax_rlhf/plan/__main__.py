@@ -1,9 +1,11 @@
 """`python -m jax_rlhf.plan --config=FILE [--config.a.b=value …] --topology=v5p:2x2x4 [--json]`: a plan before you rent.
 
 Compiles every jitted function of the run ahead of time: neither weights, nor data, nor a network, nor the hardware is
-needed. The exit code is 0 where all fits, 3 where something does not.
+needed. With --measure instead of --topology, on the hardware, it puts measured memory beside. The exit code is 0 where
+all fits, 3 where something does not.
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -17,14 +19,16 @@ from jax_rlhf.__main__ import CONFIG, parse_flags
 from jax_rlhf.hub import CheckpointError
 from jax_rlhf.parallel import create_layout
 from jax_rlhf.phases import run_config
-from jax_rlhf.plan.abstract import programs_of
+from jax_rlhf.plan.abstract import Program, programs_of
 from jax_rlhf.plan.advice import Advice, advice
-from jax_rlhf.plan.report import account, as_json, as_table
+from jax_rlhf.plan.measure import measured_peak, topology_here
+from jax_rlhf.plan.report import Account, account, as_json, as_table
 from jax_rlhf.plan.topology import Topology, describe_topology
 from jax_rlhf.rollout import sampling_layout
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5p:2x2x4, v5e:…, v6e:…, h100:8, h100:4x8, 2*v5p:2x2x4 (slices).")
 _JSON = flags.DEFINE_bool("json", False, "The plan as JSON on standard output.")
+_MEASURE = flags.DEFINE_bool("measure", False, "On the devices that are here: run each program once, on zeros, too.")
 _ADVICE = flags.DEFINE_bool("advice", True, "Where something does not fit, try out which settings would help.")
 
 DOES_NOT_FIT = 3
@@ -42,6 +46,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if len(arguments) > 1:
             raise ValueError(f"{arguments[1]!r} is no flag; fields are given as --config.name=value.")
+        if _MEASURE.value:
+            return _plan(CONFIG.value, topology_here())
         if _TOPOLOGY.value is None:
             raise ValueError("--topology is missing: v5p:2x2x4, v5e:2x4, h100:8, …")
         jax.config.update("jax_platforms", "cpu")  # the hardware is not here, and is not to be looked for
@@ -55,13 +61,15 @@ def main(arguments: Sequence[str]) -> int:
 def _plan(config: ConfigDict, topology: Topology) -> int:
     settings = run_config(config)
     layout = create_layout(settings.mesh, settings.rollout_mesh, topology.devices)
-    accounts, forms = [], _form("mesh", layout.mesh)
-    for program in programs_of(settings, layout):
+    accounts, forms, programs = [], _form("mesh", layout.mesh), programs_of(settings, layout)
+    for program in programs:
         print(f"compiling {program.phase} {program.name}", file=sys.stderr, flush=True)
         accounts.append(account(program, topology))
         if program.decode_steps:
             rollout = sampling_layout(program.arguments[0].actor.model.config)
             forms += f", {_form('rollout', rollout.mesh)}"
+    if _MEASURE.value:
+        accounts = _measured(programs, accounts)
     found = []
     if _ADVICE.value and not all(one.fits for one in accounts):
         print("trying out what would help", file=sys.stderr, flush=True)
@@ -74,9 +82,21 @@ def _plan(config: ConfigDict, topology: Topology) -> int:
     return 0 if all(one.fits for one in accounts) else DOES_NOT_FIT
 
 
+def _measured(programs: list[Program], accounts: list[Account]) -> list[Account]:
+    """The accounts with what the programs took, run from the smallest to the largest, as far as they fit."""
+    peaks = {}
+    for index in sorted(range(len(programs)), key=lambda index: accounts[index].peak):
+        if accounts[index].fits:
+            print(f"running {programs[index].phase} {programs[index].name}", file=sys.stderr, flush=True)
+            peaks[index] = measured_peak(programs[index])
+    return [dataclasses.replace(one, measured=peaks.get(index)) for index, one in enumerate(accounts)]
+
+
 def _form(name: str, mesh: Mesh) -> str:
-    sizes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    return f"{name} {sizes}"
+    sizes = dict(mesh.shape)
+    for axis in ("data", "tensor"):
+        sizes[axis] = sizes.get(axis, 1) * sizes.pop(f"fsdp_to_{axis}", 1)
+    return f"{name} " + " × ".join(f"{axis} {size}" for axis, size in sizes.items())
 
 
 def _print_advice(found: list[Advice]) -> None:

@@ -31,6 +31,7 @@ class Account:
       collectives: what it sends.
       seconds: the bounds of the time, by what bounds it.
       compile_seconds: how long it took to compile here.
+      measured: bytes that a device held at most when it was run; None = it was not.
       failure: the compiler's words where it found no room; temporaries are then what it says that it lacks.
     """
 
@@ -47,6 +48,7 @@ class Account:
     collectives: tuple[Collective, ...]
     seconds: dict[str, float]
     compile_seconds: float
+    measured: float | None = None
     failure: str | None = None
 
     @property
@@ -180,6 +182,8 @@ def as_table(accounts: list[Account], topology: Topology, forms: str) -> str:
     for one in accounts:
         spare = (one.memory - one.peak) / GIB
         verdict = f"yes, {spare:.1f} GiB to spare" if one.fits else f"NO, {-spare:.1f} GiB too much"
+        if one.measured is not None:
+            verdict += f"; measured, at most until then: {one.measured / GIB:.2f}"
         parts = (one.parameters, one.optimizer)
         lines.append(
             f"{one.phase + ' ' + one.name:<26}"

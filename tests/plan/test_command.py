@@ -88,3 +88,31 @@ def test_bad_input_is_one_line(flags, message, tmp_path):
     assert printed == ""
     assert message in errors
     assert "Traceback" not in errors
+
+
+def test_programs_are_run_where_there_are_devices_that_report(tmp_path, monkeypatch):
+    """On CPU devices that are made to report: every program runs on zeros, and the plan shows what was held."""
+    import jax
+
+    from jax_rlhf.parallel import create_layout
+    from jax_rlhf.plan import measure
+    from jax_rlhf.plan.abstract import programs_of
+
+    with pytest.raises(ValueError, match="do not report their memory"):
+        measure.topology_here()
+
+    class Device:
+        device_kind = "TPU v5 lite"
+
+        def memory_stats(self):
+            return {"bytes_limit": 2**34, "peak_bytes_in_use": 12345}
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    assert measure.topology_here().chip.memory == 2**34
+    small = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 64}
+    monkeypatch.setattr(tiny, "SHAPE", {**tiny.SHAPE, **small})
+    flat = {"data.max_prompt_tokens": 4, "data.max_tokens": 8, "ppo.max_new_tokens": 4}
+    settings = tiny.settings(tmp_path, **flat)
+    layout = create_layout(settings.mesh, settings.rollout_mesh, jax.devices())
+    programs = programs_of(settings, layout)
+    assert [measure.measured_peak(program) for program in programs] == [12345.0] * 5

@@ -1,0 +1,25 @@
+"""DeepSpeed-Chat's headline: OPT-13B actor and OPT-350M reward model on 8 GPUs of 80 GB.
+
+    python -m jax_rlhf.plan --config=configs/deepspeed_chat_opt_13b.py --topology=h100:8
+    python -m jax_rlhf --config=configs/deepspeed_chat_opt_13b.py --workdir=runs/opt-13b
+
+Its blog reports 9 hours for all three steps on 8 × A100-80. Not run here: the machine that this was written on has no
+accelerator; docs/plan.md has what the compiler says of its memory. What differs from configs/deepspeed_chat_opt.py,
+which says how to convert the checkpoints, is set here. Its run_13b.sh trains LoRA matrices of rank 128, with a rate of
+5e-4; here all parameters train, with the rate of its smaller models.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import deepspeed_chat_opt
+
+
+def get_config() -> ConfigDict:
+    """The settings."""
+    config = deepspeed_chat_opt.get_config()
+    config.model.path = "opt-13b"
+    config.data.sft_batch_size = 128
+    config.sft.microbatch_size = 32
+    config.data.ppo_batch_size = 128  # 16 a GPU
+    config.ppo.microbatch_size = 32
+    return config

@@ -1,0 +1,78 @@
+"""What a plan's programs really take, on the devices that are here: each is run once, on zeros."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_rlhf.plan.abstract import Program
+from jax_rlhf.plan.topology import CHIPS, Chip, Topology
+
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "NVIDIA H100 80GB HBM3": "h100",
+}
+
+
+def topology_here() -> Topology:
+    """The devices of this machine, or of this job, as a topology.
+
+    Returns:
+      The topology; where no data sheet is known, times are NaN.
+
+    Raises:
+      ValueError: the devices do not report their memory, as CPUs do not.
+    """
+    devices = tuple(jax.devices())
+    stats = jax.local_devices()[0].memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        raise ValueError(
+            f"--measure: {devices[0].device_kind} devices do not report their memory; call it on GPUs or TPUs."
+        )
+    kind = devices[0].device_kind
+    unknown = Chip(kind, 0.0, *(math.nan,) * 4)
+    chip = dataclasses.replace(CHIPS.get(_KINDS.get(kind, ""), unknown), memory=float(stats["bytes_limit"]))
+    return Topology("here", chip, devices, len(devices))
+
+
+def measured_peak(program: Program) -> float:
+    """Runs a program on zeros.
+
+    Args:
+      program: lowered for the devices that are here.
+
+    Returns:
+      The highest that any of this process's devices has held since the process began, in bytes: run programs in the
+      order of their plans' peaks, the smallest first.
+    """
+    made: dict[int, Any] = {}  # a shape that stands in several places is one array
+
+    def make(leaf: Any) -> Any:
+        if not _is_shape(leaf):
+            return leaf
+        if id(leaf) not in made:
+            made[id(leaf)] = _zeros(leaf)
+        return made[id(leaf)]
+
+    resident, arguments = jax.tree.map(make, (program.resident, program.arguments), is_leaf=_is_shape)
+    jax.block_until_ready(program.function(*arguments))
+    del resident
+    return float(max(device.memory_stats()["peak_bytes_in_use"] for device in jax.local_devices()))
+
+
+def _is_shape(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _zeros(leaf: jax.ShapeDtypeStruct) -> Any:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.device_put(jax.random.key(0), leaf.sharding)
+    return jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()
