@@ -94,7 +94,7 @@ def load_pretrained(
       path_or_hub_id: a folder with config.json and safetensors, a .gguf file or a folder with one, or a hub id.
       head: "lm" for logits; "scalar" for one value a token: the checkpoint's own, or a new one where it has none.
       dtype: of parameters and of computing, float32, bfloat16 or float16; None: as stored.
-      mesh: where to put the parameters, sharded (see `parallel/partition.py`); None: the first device.
+      mesh: where to put the parameters, sharded (see `parallel/layout.py`); None: the first device.
       revision: of the hub id: branch, tag or commit.
       key: a JAX random key for a new scalar head, normal with standard deviation 1/√(width + 1); None: zeros.
 

@@ -354,7 +354,7 @@ def logical_axes(model: Decoder) -> Params:
       model: the model.
 
     Returns:
-      A nested dict of `jax.sharding.PartitionSpec`; `parallel/partition.py` maps the names to mesh axes.
+      A nested dict of `jax.sharding.PartitionSpec`; `parallel/layout.py` maps the names to mesh axes.
     """
     return nn.get_partition_spec(_boxed(model))
 
