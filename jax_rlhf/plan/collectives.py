@@ -32,7 +32,7 @@ class Collective:
       count: how often it runs.
       bytes: that a device receives each time.
       group: devices that take part together.
-      far: whether they lie in several slices or machines.
+      near: of these, as many as lie in one slice or machine; all = `group`.
       source: the operation of the program that it serves.
     """
 
@@ -40,7 +40,7 @@ class Collective:
     count: int
     bytes: float
     group: int
-    far: bool
+    near: int
     source: str
 
 
@@ -138,7 +138,7 @@ def _constants(computations: dict[str, _Computation], name: str) -> Iterator[str
 def _collective(
     kind: str, result: str, rest: str, times: int, devices: tuple[int, int], *, started: bool, of_operands: bool
 ) -> Collective:
-    group, far = _group(rest, *devices)
+    group, near = _group(rest, *devices)
     sizes = [_bytes(*shape) for shape in _SHAPE.findall(result)]
     share, whole = (group - 1) / group, sum(sizes)
     if kind == "collective-permute":
@@ -149,15 +149,15 @@ def _collective(
         whole *= group
     received = whole * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
     source = re.search(r'op_name="([^"]*)"', rest)
-    return Collective(kind, times, received, group, far, source[1] if source else "")
+    return Collective(kind, times, received, group, near, source[1] if source else "")
 
 
-def _group(rest: str, devices: int, near: int) -> tuple[int, bool]:
-    """How many take part together, and whether any of them lie apart."""
+def _group(rest: str, devices: int, near: int) -> tuple[int, int]:
+    """How many take part together, and how many of them lie where the first does."""
     pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", rest)
     if pairs:
         ends = [tuple(map(int, pair.split(","))) for pair in re.findall(r"\{(\d+,\d+)\}", pairs[1])]
-        return 2, any(source // near != target // near for source, target in ends)
+        return 2, 1 if any(source // near != target // near for source, target in ends) else 2
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
     axes = re.search(
@@ -173,8 +173,8 @@ def _group(rest: str, devices: int, near: int) -> tuple[int, bool]:
         order = _in_order(axes[2] or ",".join(map(str, shape)), axes[3]).reshape(shape)
         members = order[tuple(slice(None) if axis in along else 0 for axis in sizes)].reshape(-1)
     else:
-        return devices, devices > near
-    return len(members), len(set((members // near).tolist())) > 1
+        return devices, min(devices, near)
+    return len(members), int(np.sum(members // near == members[0] // near))
 
 
 def _in_order(shape: str, transposed: str | None) -> np.ndarray:

@@ -140,7 +140,11 @@ def _bounds(flops: float, traffic: float, sent: tuple[Collective, ...], topology
     chip = topology.chip
     bounds = {"products": flops / chip.flops, "memory": traffic / chip.bandwidth, "links": 0.0, "network": 0.0}
     for one in sent:
-        bounds["network" if one.far else "links"] += one.count * one.bytes / (chip.network if one.far else chip.link)
+        size = one.count * one.bytes
+        if one.near > 1:
+            bounds["links"] += size / chip.link
+        if one.near < one.group:  # what comes over the network, the near ones share; links carry it on
+            bounds["network"] += size / one.near / chip.network
     return bounds
 
 
