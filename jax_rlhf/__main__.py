@@ -77,7 +77,7 @@ def _run(config: ConfigDict, workdir: Path, *, overwrite: bool) -> int:
         if first:
             print("checking settings, data and checkpoints", flush=True)
         check_run(settings, workdir, overwrite=overwrite)
-    same_everywhere(config.to_json_best_effort(sort_keys=True), "the settings")
+    same_everywhere(config.to_json_best_effort(sort_keys=True, indent=1), "the settings")
     with together(f"writing to {workdir}"):
         if first:
             open_workdir(workdir, config, settings.phases, overwrite=overwrite)

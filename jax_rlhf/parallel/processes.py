@@ -6,6 +6,7 @@ give up) they say to each other first; one that dies without a word is missed by
 
 import contextlib
 import glob
+import hashlib
 import importlib.util
 import os
 import sys
@@ -138,20 +139,24 @@ def same_everywhere(text: str, what: str) -> None:
     """Raises on all processes where they do not agree.
 
     Args:
-      text: what should be the same.
+      text: what should be the same, however long.
       what: it is, for the message.
 
     Raises:
-      ProcessError: which process has something else.
+      ProcessError: which process has something else; the first line that differs.
     """
     if jax.process_count() == 1:
         return
-    texts = gathered_texts(text)
+    texts = gathered_texts(f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}\n{text}")
     other = next((index for index, one in enumerate(texts) if one != texts[0]), None)
     if other is not None:
+        lines = [one.splitlines()[1:] for one in (texts[other], texts[0])]
+        shown = next(
+            (pair for pair in zip(*lines, strict=False) if pair[0] != pair[1]), ("something", "something else")
+        )
         error = ProcessError(
-            f"{what}: process {other} has {texts[other]!r}, process 0 has {texts[0]!r}. All processes need the same "
-            "files and the same command."
+            f"{what}: process {other} has {shown[0].strip()!r}, process 0 has {shown[1].strip()!r}. All processes need "
+            "the same files and the same command."
         )
         error.agreed = True
         raise error

@@ -184,6 +184,8 @@ class Record:
     def saving(self, save: Callable[[], None]) -> Iterator[None]:
         """Saves what was trained when the block ends, and where it fails too.
 
+        Of several processes all must save, so that one that fails by itself does not.
+
         Args:
           save: writes the model.
 
@@ -193,6 +195,8 @@ class Record:
         try:
             yield
         except BaseException as error:
+            if jax.process_count() > 1 and not getattr(error, "agreed", False):
+                raise
             try:
                 save()
                 self.say(f"{type(error).__name__}; what was trained until then is saved in {self.folder}.")

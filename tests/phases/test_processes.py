@@ -49,10 +49,20 @@ def start(folder, workdir, *flags, devices, asked, cwd=None):
     return subprocess.Popen(command, cwd=cwd or folder, env=environment, **pipes)
 
 
-def start_two(folder, workdir, *flags, cwds=(None, None)):
+def start_two(folder, workdir, *flags, cwds=(None, None), each=((), ())):
     who = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", "--process_timeout=10"]
     return [
-        start(folder, workdir, *flags, *who, f"--process_id={i}", devices=4, asked=folder / f"asked{i}", cwd=cwds[i])
+        start(
+            folder,
+            workdir,
+            *flags,
+            *who,
+            *each[i],
+            f"--process_id={i}",
+            devices=4,
+            asked=folder / f"asked{i}",
+            cwd=cwds[i],
+        )
         for i in range(2)
     ]
 
@@ -111,6 +121,16 @@ def test_a_process_with_other_data_is_named_by_all(folder, tmp_path):
         assert code == 1
         assert "error: the data: process 1 has" in output
         assert "All processes need the same files" in output
+
+
+def test_another_setting_is_named_by_all(folder, tmp_path):
+    processes = start_two(folder, tmp_path / "run", each=((), ("--config.ppo.whiten_rewards=true",)))
+    for output, code in finish(processes, timeout=120):
+        assert code == 1
+        assert (
+            """the settings: process 1 has '"whiten_rewards": true', process 0 has '"whiten_rewards": false'"""
+            in output
+        )
 
 
 def test_an_input_that_one_process_lacks_ends_both_with_its_words(folder, tmp_path):
