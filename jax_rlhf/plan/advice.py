@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ class Advice:
 
     Attributes:
       program: "phase name".
-      change: fields and their values.
+      change: fields and their values; empty = nothing more that was tried helps.
       before, after: bytes at the peak, of a device; with all changes so far.
       fits: whether that program does now.
     """
@@ -32,6 +33,9 @@ class Advice:
     fits: bool
 
     def __str__(self) -> str:
+        if not self.change:
+            reached = f"{self.program}: {self.after / GIB:.1f} GiB is what was reached"
+            return f"{reached}; it takes more devices, or model.trainable_layers"
         fields = " ".join(f"--config.{name}={value}" for name, value in self.change.items())
         verdict = "fits" if self.fits else "does not fit yet"
         return f"{self.program}: {fields}  {self.before / GIB:.1f} → {self.after / GIB:.1f} GiB, {verdict}"
@@ -50,7 +54,8 @@ def advice(config: ConfigDict, topology: Topology, accounts: list[Account]) -> I
       accounts: of the run as it is.
 
     Yields:
-      Each change that helped, in the order of what it costs: those that change no result first.
+      Each change that helped, in the order of what it costs: those that change no result first. What does not fit with
+      any of them comes last.
     """
     config, changed = copy.deepcopy(config), False
     for one in accounts:
@@ -61,6 +66,7 @@ def advice(config: ConfigDict, topology: Topology, accounts: list[Account]) -> I
             trial = copy.deepcopy(config)
             with trial.unlocked():
                 trial.update_from_flattened_dict(change)
+            print(f"trying {one.phase} {one.name} with {change}", file=sys.stderr, flush=True)
             after = _again(trial, topology, one)
             if after is None or after.peak > 0.99 * now.peak:
                 continue
@@ -69,6 +75,8 @@ def advice(config: ConfigDict, topology: Topology, accounts: list[Account]) -> I
             now = after
             if after.fits:
                 break
+        if not now.fits:
+            yield Advice(f"{one.phase} {one.name}", {}, now.peak, now.peak, False)
 
 
 def _again(config: ConfigDict, topology: Topology, one: Account) -> Account | None:

@@ -103,8 +103,7 @@ def test_each_device_holds_its_share_of_parameters_and_optimizer(form, run):
     assert kernel.addressable_shards[0].data.size == kernel.size * data // 8
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("phase", ["sft", "reward"])
+@pytest.mark.parametrize(("phase", "form"), [*(("sft", form) for form in FORMS), ("reward", "fsdp"), ("reward", "all")])
 def test_supervised_steps_on_a_mesh_are_those_of_one_device(phase, form):
     layout = layout_of(form)
     if phase == "sft":

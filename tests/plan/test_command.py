@@ -74,10 +74,7 @@ def test_what_does_not_fit_is_said_with_what_would_help(tmp_path):
     ("flags", "message"),
     [
         ((), "--topology is missing"),
-        (("--topology=v5e:banana",), "chips: v4, v5e"),
         (("--topology=h100:8", "--config.model.path=someone/unknown-7b"), "give a preset"),
-        (("--topology=h100:8", "--config.mesh.tensor=3"), "sizes that divide them: 1, 2, 4, 8"),
-        (("--topology=h100:8", "--config.mesh.rules=embd=fsdp"), "config.mesh.rules: 'embd=fsdp'"),
     ],
 )
 def test_bad_input_is_one_line(flags, message, tmp_path):
@@ -111,8 +108,8 @@ def test_programs_are_run_where_there_are_devices_that_report(tmp_path, monkeypa
     assert measure.topology_here().chip.memory == 2**34
     small = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 64}
     monkeypatch.setattr(tiny, "SHAPE", {**tiny.SHAPE, **small})
-    flat = {"data.max_prompt_tokens": 4, "data.max_tokens": 8, "ppo.max_new_tokens": 4}
+    flat = {"phases": ("ppo",), "data.max_prompt_tokens": 4, "data.max_tokens": 8, "ppo.max_new_tokens": 4}
     settings = tiny.settings(tmp_path, **flat)
     layout = create_layout(settings.mesh, settings.rollout_mesh, jax.devices())
     programs = programs_of(settings, layout)
-    assert [measure.measured_peak(program) for program in programs] == [12345.0] * 5
+    assert [measure.measured_peak(program) for program in programs] == [12345.0] * 3
