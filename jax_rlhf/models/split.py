@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from jax_rlhf.models.decoder import Decoder, Params, abstract_params, logical_axes
 from jax_rlhf.parallel import Layout, shardings
@@ -83,7 +84,9 @@ class SplitModel:
         Raises:
           ValueError: the mesh does not divide one; says which sizes would.
         """
-        return self._divided(shardings(logical_axes(self.model), abstract_params(self.model), layout))
+        axes = logical_axes(self.model)
+        shardings(axes, abstract_params(self.model), layout)  # raises
+        return self._divided(jax.tree.map(layout.sharding, axes, is_leaf=lambda x: isinstance(x, PartitionSpec)))
 
     def held(self, tree: Params) -> Params:
         """A tree of the trainable part (a gradient), held where those parameters are, under jit."""

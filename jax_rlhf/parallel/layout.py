@@ -166,7 +166,8 @@ def rollout_layout(layout: Layout, divided: Sequence[int]) -> Layout:
 
     Args:
       layout: that of training.
-      divided: sizes that `tensor` must divide: key/value heads, heads, MLP width, rows of the vocabulary.
+      divided: sizes that `tensor` must divide: key/value heads, heads, MLP width. (A vocabulary that it does not divide
+        is cut as far as it goes.)
 
     Returns:
       A layout on the same devices in the same order; `reshard_steps` leads there.
@@ -183,8 +184,8 @@ def rollout_layout(layout: Layout, divided: Sequence[int]) -> Layout:
     kept, extra = layout.rollout
     if extra not in fits and extra > 1:
         raise ValueError(
-            f"config.rollout_mesh.tensor={extra * tensor} does not divide key/value heads, heads, MLP width and "
-            f"vocabulary of {', '.join(map(str, divided))}; {', '.join(str(n * tensor) for n in fits)} would."
+            f"config.rollout_mesh.tensor={extra * tensor} does not divide key/value heads, heads and MLP width of "
+            f"{', '.join(map(str, divided))}; {', '.join(str(n * tensor) for n in fits)} would."
         )
     return _split_layout(layout, kept, extra)
 

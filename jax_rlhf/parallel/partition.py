@@ -13,7 +13,7 @@ from jax_rlhf.parallel.layout import Layout, as_layout
 
 
 def padded_vocab_size(vocab_size: int, mesh: Mesh | Layout) -> int:
-    """The vocabulary rounded up so that the mesh divides it, in training and in any form that sampling may take.
+    """The vocabulary rounded up so that the mesh axes that it lies along divide it.
 
     Args:
       vocab_size: V, in tokens.
@@ -23,7 +23,7 @@ def padded_vocab_size(vocab_size: int, mesh: Mesh | Layout) -> int:
       A multiple of their sizes, V or more.
     """
     layout = as_layout(mesh)
-    cuts = math.lcm(layout.cuts("vocab"), math.prod(layout.mesh.shape.get(axis, 1) for axis in ("fsdp", "tensor")))
+    cuts = layout.cuts("vocab")
     return math.ceil(vocab_size / cuts) * cuts
 
 
@@ -54,7 +54,8 @@ def shardings(axes: Any, shapes: Any, mesh: Mesh | Layout) -> Any:
                     f"parameter {jax.tree_util.keystr(path, simple=True, separator='/')}; "
                     f"sizes of {name!r} that do: {', '.join(map(str, fits))}."
                 )
-        return layout.sharding(spec)
+        placed = layout.spec(spec)
+        return NamedSharding(layout.mesh, PartitionSpec(*placed, *(None,) * (len(leaf.shape) - len(placed))))
 
     return jax.tree_util.tree_map_with_path(place, axes, shapes, is_leaf=lambda x: isinstance(x, PartitionSpec))
 

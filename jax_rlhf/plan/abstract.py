@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jax_rlhf.data import PackedPairs, PairBatch, TextBatch
 from jax_rlhf.engine import ModelConfig, running
 from jax_rlhf.hub import Pretrained
-from jax_rlhf.models import Decoder, abstract_params
+from jax_rlhf.models import Decoder, abstract_params, logical_axes
 from jax_rlhf.models.decoder import Head
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.parallel import Layout, padded_vocab_size, places_of
@@ -35,7 +36,6 @@ from jax_rlhf.training.roles import (
     assign_parameters,
     frozen_places,
     networks_of,
-    on_layout,
     trained_places,
 )
 
@@ -295,14 +295,16 @@ def _decode_bytes(networks: Networks, rows: int, capacity: int) -> float:
     """Of the actor's parameters and half its cache on a device, in the rollout layout."""
     model = networks.actor.model
     config, layout = model.config, sampling_layout(model.config)
-    shapes = abstract_params(model)
-    places = jax.tree.leaves(SplitModel(on_layout(model, layout)).places(layout).trainable)
-    kept = sum(
-        math.prod(place.shard_shape(leaf.shape)) for place, leaf in zip(places, jax.tree.leaves(shapes), strict=True)
+    shapes, axes = abstract_params(model), logical_axes(model)
+    kept = jax.tree.map(
+        lambda spec, leaf: math.prod(layout.sharding(spec, leaf.shape).shard_shape(leaf.shape)),
+        axes,
+        shapes,
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
     shape = (config.num_layers, rows, config.num_kv_heads, capacity, config.head_dim)
     cache = layout.sharding(("layers", "rows", "kv_heads", "length", "head_dim"), shape).shard_shape(shape)
-    return (kept + math.prod(cache)) * config.dtype.itemsize  # keys and values, half of each
+    return (sum(jax.tree.leaves(kept)) + math.prod(cache)) * config.dtype.itemsize  # keys and values, half of each
 
 
 def _in_rows(tree: Any, layout: Layout) -> Any:

@@ -29,9 +29,7 @@ def sampling_layout(config: DecoderConfig) -> Layout | None:
     """
     if config.layout is None:
         return None
-    return rollout_layout(
-        config.layout, (config.num_kv_heads, config.num_heads, config.intermediate_size, config.table_rows)
-    )
+    return rollout_layout(config.layout, (config.num_kv_heads, config.num_heads, config.intermediate_size))
 
 
 def reshard(model: Decoder, params: Any, axes: Any) -> tuple[Decoder, Any]:
