@@ -149,6 +149,14 @@ for task in range(2):
 sys.exit(max(codes))
 """
 
+# Under nohup, as CI may run, SIGHUP is ignored; that is inherited, and a shell cannot trap what it was born to ignore.
+UNIGNORED = """
+import os, signal, sys
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
 PROGRAMS = {
     "gcloud": GCLOUD,
     "python3": PYTHON,
@@ -232,7 +240,7 @@ class World:
 
     def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen:
         return subprocess.Popen(
-            ["bash", str(self.checkout / "launch" / script), *arguments],
+            [sys.executable, "-ISc", UNIGNORED, "bash", str(self.checkout / "launch" / script), *arguments],
             cwd=self.folder,
             env=self.environment(**environment),
             stdout=subprocess.PIPE,
