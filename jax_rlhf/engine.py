@@ -15,8 +15,9 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jax_rlhf.hub import Pretrained, load_pretrained
-from jax_rlhf.models.config import DecoderConfig, RematPolicy
+from jax_rlhf.models.config import AttentionForm, DecoderConfig, RematPolicy
 from jax_rlhf.models.decoder import Head, Params
+from jax_rlhf.models.flash import check_flash
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.parallel import Layout, as_layout
 from jax_rlhf.rollout import Samples, Sampling
@@ -47,6 +48,7 @@ class ModelConfig:
       dtype: compute dtype, "float32" or "bfloat16"; None = bfloat16 on GPU and TPU, float32 on CPU.
       remat: what the backward pass computes again: "none", "full" or "dots"; None = "dots" on CPU, as fast as "none"
         in less memory, else "full".
+      attention: "xla", or "flash": cuDNN's or splash, which hold no scores, where it runs on GPU or TPU.
     """
 
     path: str | None = None
@@ -54,6 +56,7 @@ class ModelConfig:
     trainable_layers: int | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     remat: RematPolicy | None = None
+    attention: AttentionForm = "xla"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -285,8 +288,14 @@ def running(decoder: DecoderConfig, config: ModelConfig) -> DecoderConfig:
       config: what is wanted; None = what suits the devices.
 
     Returns:
-      The decoder's config with dtype and remat.
+      The decoder's config with dtype, remat and form of attention.
+
+    Raises:
+      ValueError: flash attention that this model cannot have there.
     """
     on_cpu = decoder.platform == "cpu"
     dtype = config.dtype or ("float32" if on_cpu else "bfloat16")
-    return decoder.replace(dtype=dtype, remat=config.remat or ("dots" if on_cpu else "full"))
+    remat = config.remat or ("dots" if on_cpu else "full")
+    decoder = decoder.replace(dtype=dtype, remat=remat, attention=config.attention)
+    check_flash(decoder)
+    return decoder

@@ -16,6 +16,7 @@ from flax import struct
 from jax import Array
 
 from jax_rlhf.models.config import DecoderConfig
+from jax_rlhf.models.flash import flash_attend, uses_flash
 from jax_rlhf.models.layers import Norm, Projection, softcap
 from jax_rlhf.models.rotary import rotate
 from jax_rlhf.parallel import constrained
@@ -167,8 +168,12 @@ class Attention(nn.Module):
             key, value = _read(cache, layer, context.key_order.shape[1])
 
         scale = config.attention_scale / (layer + 1) if config.scale_by_layer else config.attention_scale
-        allowed = constrained(visible(context, self._window(sliding)), config.layout, "rows", "length", "length")
-        mixed = attend(query, key, value, allowed, scale=scale, cap=config.attention_softcap)
+        # With the tokens at hand alone: each row is whole, or the cache was empty.
+        if uses_flash(config, x.shape[1]) and context.key_order.shape[1] == x.shape[1]:
+            mixed = self._flash(query, key, value, context, sliding, scale)
+        else:
+            allowed = constrained(visible(context, self._window(sliding)), config.layout, "rows", "length", "length")
+            mixed = attend(query, key, value, allowed, scale=scale, cap=config.attention_softcap)
         mixed = constrained(mixed, config.layout, "rows", "length", "heads", "head_dim")
         out = Projection(
             (config.num_heads, config.head_dim),
@@ -179,6 +184,25 @@ class Attention(nn.Module):
             name="out",
         )
         return out(mixed), cache
+
+    def _flash(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        context: AttentionContext,
+        sliding: Array | bool,
+        scale: Array | float,
+    ) -> Array:
+        def run(window: int | None) -> Array:
+            real = context.key_order != NOT_REAL
+            config = self.config
+            return flash_attend(query, key, value, real, context.segments, config=config, window=window, scale=scale)
+
+        if isinstance(sliding, bool):
+            return run(self.config.sliding_window if sliding else None)
+        # A kernel's window is part of it: a scan over layers of both kinds holds both.
+        return jax.lax.cond(sliding, lambda: run(self.config.sliding_window), lambda: run(None))
 
     def _sliding(self, layer: Array | int) -> Array | bool:
         # A Python bool where it can be (all layers alike, or unrolled layers), else looked up by the scanned index.

@@ -15,6 +15,7 @@ from jax_rlhf.parallel import Layout
 
 NormPlacement = Literal["before", "after", "both"]
 RematPolicy = Literal["none", "full", "dots"]
+AttentionForm = Literal["xla", "flash"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,8 @@ class DecoderConfig:
       dtype: of activations and matrix products; softmax, norms, rotations and outputs are float32 always.
       remat: what a layer's backward pass computes again: "none", "full" (all of the layer), or "dots" (all but
         matrix products with weights).
+      attention: "xla" (the plain form, anywhere), or "flash": a kernel that holds no scores, cuDNN's on GPU, splash on
+        TPU, for rows at once; see `models/flash.py`.
       layout: the mesh that it runs on, and what lies where; None = one device.
     """
 
@@ -115,6 +118,7 @@ class DecoderConfig:
 
     dtype: Any = jnp.float32
     remat: RematPolicy = "full"
+    attention: AttentionForm = "xla"
     layout: Layout | None = None
 
     # The Hugging Face config.json that this was made from, as text: `save_pretrained` writes it back with what changed.

@@ -95,6 +95,9 @@ def _changes(settings: RunConfig, one: Account, devices: int) -> Iterator[dict[s
     for role in ("model", "critic", "reward", "reference"):
         if getattr(settings, role).remat in ("none", "dots"):
             yield {f"{role}.remat": "full"}
+    plain = [role for role in ("model", "critic", "reward", "reference") if getattr(settings, role).attention == "xla"]
+    if plain:
+        yield {f"{role}.attention": "flash" for role in plain}
     mesh = settings.mesh
     if mesh.data != 1:
         yield {"mesh.data": 1, "mesh.fsdp": -1}

@@ -4,14 +4,18 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+# cuDNN's attention is one operation; backward computes the scores again, then four gradients' products.
+_CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 
 
 def product_flops(jaxpr: ClosedJaxpr | Jaxpr, *, loop_turns: int = 1) -> float:
     """Floating-point operations of all matrix products, what remat computes again included.
 
     2 · batch · rows · columns · contracted each; a scan's body as often as it is long, of a conditional the dearer
-    branch, a loop over tokens to its end.
+    branch, a loop over tokens to its end. Attention kernels count as if they looked at all pairs of tokens, as the
+    plain form does; they leave out about half.
 
     Args:
       jaxpr: of the traced program.
@@ -30,10 +34,22 @@ def product_flops(jaxpr: ClosedJaxpr | Jaxpr, *, loop_turns: int = 1) -> float:
             total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
         elif name == "cond":
             total += max(product_flops(branch, loop_turns=loop_turns) for branch in inner)
+        elif name in _CUDNN_PRODUCTS:
+            query, key = equation.invars[0].aval.shape, equation.invars[1].aval.shape  # [B, T, H, head_dim]
+            total += _CUDNN_PRODUCTS[name] * 2.0 * math.prod(query) * key[1]
         else:
-            turns = {"scan": equation.params.get("length", 1), "while": loop_turns}.get(name, 1)
+            turns = loop_turns if name == "while" else _turns(equation)
             total += turns * sum(product_flops(part, loop_turns=loop_turns) for part in inner)
     return total
+
+
+def _turns(equation: JaxprEqn) -> int:
+    params = equation.params
+    if equation.primitive.name == "shard_map":  # its body is what one device does
+        return params["mesh"].size
+    if equation.primitive.name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid)
+    return params.get("length", 1) if equation.primitive.name == "scan" else 1
 
 
 def _inner(params: dict[str, Any]) -> Iterator[ClosedJaxpr | Jaxpr]:

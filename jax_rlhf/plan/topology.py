@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import jax
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 
 GIB = 2**30
@@ -113,11 +114,20 @@ def describe_topology(name: str) -> Topology:
         )
     if kind == "h100":
         machines, gpus = (1, int(sizes[0])) if len(sizes) == 1 else (int(sizes[0]), int(sizes[1]))
+        _assume_cudnn()
         devices = _devices(name, "cuda", "", target_config=_H100, topology=f"1x{machines}x{gpus}")
         return Topology(name, CHIPS[kind], devices, gpus)
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is run: another process may have the library
     devices = _devices(name, "tpu", rest, **({"num_slices": slices} if slices > 1 else {}))
     return Topology(name, CHIPS[kind], devices, len(devices) // slices)
+
+
+def _assume_cudnn() -> None:
+    """JAX asks the cuDNN of this machine for its version before it traces flash attention, and there may be none."""
+    with contextlib.suppress(RuntimeError):
+        if fused_attention_stablehlo.check_cudnn_version():
+            return
+    fused_attention_stablehlo.check_cudnn_version = lambda: 91200  # as `_H100` has it
 
 
 def _devices(asked: str, platform: str, name: str, **options: Any) -> tuple[Any, ...]:

@@ -53,7 +53,10 @@ def reshard(model: Decoder, params: Any, axes: Any) -> tuple[Decoder, Any]:
         return leaf
 
     params = jax.tree.map(move, axes, params, is_leaf=lambda x: isinstance(x, PartitionSpec))
-    return model.clone(config=model.config.replace(layout=layout)), params
+    config = model.config.replace(layout=layout)
+    if config.platform == "gpu" and layout != model.config.layout:
+        config = config.replace(attention="xla")  # for the prefill: JAX has cuDNN's only in programs of a single mesh
+    return model.clone(config=config), params
 
 
 def rollout_form(model: Decoder, params: Params) -> tuple[Decoder, Params]:

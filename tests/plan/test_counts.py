@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jax_rlhf.models import DecoderConfig
+from jax_rlhf.models.flash import flash_attend
+from jax_rlhf.parallel import MeshConfig, create_layout
 from jax_rlhf.plan.collectives import collectives
 from jax_rlhf.plan.flops import product_flops
 from jax_rlhf.plan.presets import PRESETS, model_shape
 from jax_rlhf.plan.topology import describe_topology
+from tests.plan.tiny import topology
 
 
 def test_flops_count_every_turn_of_every_loop():
@@ -35,6 +39,28 @@ def test_flops_count_every_turn_of_every_loop():
     assert product_flops(jax.make_jaxpr(loop)(x), loop_turns=7) == 7 * once
     branch = lambda x: jax.lax.cond(x[0, 0] > 0, scanned, lambda x: x @ weights[0], x)  # noqa: E731
     assert product_flops(jax.make_jaxpr(jax.jit(branch))(x)) == 5 * once
+
+
+@pytest.mark.parametrize(("platform", "backward"), [("tpu", 7), ("gpu", 5)])
+def test_attention_kernels_count_as_their_products(monkeypatch, platform, backward):
+    if platform == "gpu":
+        topology("h100:8")  # else JAX asks for this machine's cuDNN
+    monkeypatch.setattr(DecoderConfig, "platform", platform)
+    layout = create_layout(MeshConfig(data=2, fsdp=2, tensor=2), None)
+    config, _ = model_shape("llama3-8b")
+    config = config.replace(attention="flash", dtype="bfloat16", layout=layout)
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    arguments = shape((4, 256, 32, 128)), shape((4, 8, 256, 128)), shape((4, 8, 256, 128))
+
+    def attention(query, key, value):
+        mask = jnp.ones((4, 256), bool)
+        mixed = flash_attend(query, key, value, mask, None, config=config, window=None, scale=0.1)
+        return jnp.sum(mixed.astype(jnp.float32))
+
+    product = 2 * 4 * 32 * 256 * 256 * 128
+    assert product_flops(jax.make_jaxpr(attention)(*arguments)) == 2 * product
+    both = product_flops(jax.make_jaxpr(jax.grad(attention, argnums=(0, 1, 2)))(*arguments))
+    assert both == pytest.approx((2 + backward) * product, rel=0.01)
 
 
 def compiled(function, *shapes, specs, out):

@@ -1,0 +1,55 @@
+"""What attention's form does to memory: temporaries of an SFT step, as the compilers for TPU and GPU reserve them.
+
+    python -m benchmarks.attention_memory --topology=v5p:2x2x2
+    python -m benchmarks.attention_memory --topology=h100:8
+
+Two layers of Llama-3-8B's shape, fsdp=8, a row of packed texts a device. Nothing is run: compilers' figures, not
+measurements.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import jax
+from absl import app, flags
+
+from jax_rlhf.parallel import create_layout
+from jax_rlhf.phases import default_config, run_config
+from jax_rlhf.plan.abstract import programs_of
+from jax_rlhf.plan.presets import PRESETS
+from jax_rlhf.plan.report import account
+from jax_rlhf.plan.topology import GIB, describe_topology
+
+_TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x2", "As for jax_rlhf.plan.")
+_LENGTHS = flags.DEFINE_multi_integer("length", [1024, 4096, 8192], "Tokens a row.")
+
+
+def main(arguments: list[str]) -> None:
+    """Prints a row of a table for each length."""
+    del arguments
+    jax.config.update("jax_platforms", "cpu")
+    topology = describe_topology(_TOPOLOGY.value)
+    print('| tokens a row | GiB, attention="xla" | GiB, attention="flash" |\n|---|---|---|')
+    with tempfile.TemporaryDirectory() as folder:
+        shape = Path(folder) / "config.json"
+        shape.write_text(json.dumps(PRESETS["llama3-8b"] | {"num_hidden_layers": 2}))
+        for length in _LENGTHS.value:
+            cells = [_temporaries(str(shape), length, form, topology) for form in ("xla", "flash")]
+            print(f"| {length:,} | {cells[0]:.2f} | {cells[1]:.2f} |", flush=True)
+
+
+def _temporaries(shape: str, length: int, form: str, topology) -> float:
+    config = default_config()
+    config.phases, config.model.path, config.data.packing = ("sft",), shape, True
+    config.data.max_tokens, config.data.sft_batch_size = length, len(topology.devices)
+    with config.unlocked():
+        config.model.attention = form
+    settings = run_config(config)
+    layout = create_layout(settings.mesh, settings.rollout_mesh, topology.devices)
+    (program,) = programs_of(settings, layout)
+    return account(program, topology).temporaries / GIB
+
+
+if __name__ == "__main__":
+    app.run(main)

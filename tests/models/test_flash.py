@@ -1,0 +1,206 @@
+"""Attention by kernels against the plain form: values, gradients, whole models, and the programs that compilers make.
+
+The splash kernel runs in Pallas's interpreter. cuDNN's cannot run here: that JAX's plain function, called in its place
+with the very same arguments, gives the right numbers shows that lengths, masks, windows and moves are right; that the
+program compiles for an H100 shows that cuDNN is what it calls.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+from jax_rlhf.engine import ModelConfig, running
+from jax_rlhf.models import Decoder, DecoderConfig, Rotary, create_cache, init_params
+from jax_rlhf.models.attention import AttentionContext, attend, token_order, visible
+from jax_rlhf.models.flash import MIN_LENGTH, check_flash, flash_attend, uses_flash
+from jax_rlhf.parallel import MeshConfig, RolloutMeshConfig, create_layout
+from jax_rlhf.rollout.reshard import reshard
+from tests.plan.tiny import topology
+
+
+def small(**fields):
+    """Alternating windows, as Gemma has them, and grouped queries."""
+    fields = {"sliding_window": 20, "sliding_layers": (True, False)} | fields
+    return DecoderConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        max_positions=512,
+        rotary=Rotary(theta=1e4, dim=8),
+        attention_scale=8**-0.5,
+        **fields,
+    )
+
+
+@jax.custom_vjp
+def unclear_gradient(x, pads):
+    return x
+
+
+unclear_gradient.defvjp(lambda x, pads: (x, pads), lambda pads, g: (jnp.where(pads[..., None, None], jnp.nan, g), None))
+
+
+@pytest.fixture(params=["tpu", "gpu"])
+def platform(request, monkeypatch):
+    """Models think that they run there; the kernels are interpreted or stood in for."""
+    monkeypatch.setattr(DecoderConfig, "platform", request.param)
+    make = functools.partial(splash_attention_kernel.make_splash_mha_single_device, interpret=True)
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha_single_device", make)
+    plain = jax.nn.dot_product_attention
+
+    def stand_in(*arrays, implementation, mask, query_seq_lengths, **how):
+        assert implementation == "cudnn"
+        assert mask is None or mask.shape[-1] % 2 == 0  # cuDNN wants that
+        pads = jnp.arange(arrays[0].shape[1]) >= query_seq_lengths[:, None]
+        arrays = (unclear_gradient(array, pads) for array in arrays)
+        result = plain(*arrays, mask=mask, query_seq_lengths=query_seq_lengths, **how)
+        return jnp.where(pads[..., None, None], jnp.nan, result)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    monkeypatch.setattr("jax_rlhf.models.flash.check_flash", lambda config: None)  # float32 is for the comparison
+    return request.param
+
+
+def masks(rows, length):
+    """Pads on the left, on the right (of four rows: all pads), anywhere; and for packing, three texts a row."""
+    place = np.arange(length)
+    mask = np.stack(
+        [place >= 30, (place < length - 50) & (rows < 4), np.random.RandomState(0).rand(length) < 0.6] * rows
+    )[:rows]
+    return jnp.asarray(mask), jnp.broadcast_to(jnp.asarray(place // (length // 3 + 1), jnp.int32), mask.shape)
+
+
+@pytest.mark.parametrize(("window", "packed", "cap"), [(None, False, None), (None, True, 2.0), (17, True, None)])
+def test_values_and_gradients_are_those_of_the_plain_form(platform, window, packed, cap):
+    length, cap = 151, None if platform == "gpu" else cap  # cuDNN has no soft cap
+    draw = np.random.RandomState(1)
+    query, weight = (jnp.asarray(draw.standard_normal((3, length, 4, 8)), jnp.float32) for _ in range(2))
+    key, value = (jnp.asarray(draw.standard_normal((3, 2, length, 8)), jnp.float32) for _ in range(2))
+    mask, segments = masks(3, length)
+    segments = segments if packed else None
+    config = small(attention="flash", attention_softcap=cap)
+
+    def plain(query, key, value):
+        context = AttentionContext(*token_order(mask), None, None, None, segments)
+        return attend(query, key, value, visible(context, window), scale=0.4, cap=cap)
+
+    def flash(query, key, value):
+        return flash_attend(query, key, value, mask, segments, config=config, window=window, scale=0.4)
+
+    def outputs(function):
+        real = lambda *x: jnp.where(mask[..., None, None], function(*x), 0)  # noqa: E731
+        result, back = jax.vjp(real, query, key, value)
+        return result, *back(weight)
+
+    for ours, right in zip(jax.jit(lambda: outputs(flash))(), outputs(plain), strict=True):
+        np.testing.assert_allclose(ours, right, atol=1e-5)
+
+
+def test_a_model_on_a_mesh_is_the_same_with_either_form(platform):
+    layout = create_layout(MeshConfig(data=1, fsdp=4, tensor=2), None)
+    mask, _ = masks(4, MIN_LENGTH)
+    tokens = jax.random.randint(jax.random.key(1), mask.shape, 0, 64)
+    params = init_params(Decoder(small()), jax.random.key(0))
+    results = []
+    for form in ("xla", "flash"):
+        model = Decoder(small(attention=form, layout=layout))
+
+        def loss(params, model=model):
+            logits = model.apply({"params": params}, tokens, mask=mask)
+            return jnp.sum(jnp.where(mask[..., None], logits, 0) ** 2) / 1000, logits
+
+        lowered = jax.jit(jax.grad(loss, has_aux=True)).lower(params)
+        assert ("manual_computation" in lowered.as_text()) == (form == "flash")
+        results.append(lowered.compile()(params))
+    (xla, xla_logits), (flash, flash_logits) = results
+    np.testing.assert_allclose(*(np.where(mask[..., None], x, 0) for x in (flash_logits, xla_logits)), atol=1e-4)
+    jax.tree.map(lambda ours, right: np.testing.assert_allclose(ours, right, atol=2e-4), flash, xla)
+
+
+def test_prefill_of_an_empty_cache_takes_it_and_decoding_does_not(platform):
+    mask, _ = masks(2, MIN_LENGTH)
+    tokens = jax.random.randint(jax.random.key(1), mask.shape, 0, 64)
+    windows = {"sliding_layers": (True, True)}  # known when it is traced, where alternating ones are not
+    params = {"params": init_params(Decoder(small(**windows)), jax.random.key(0))}
+    hidden = {}
+    for form in ("xla", "flash"):
+        model = Decoder(small(attention=form, **windows))
+        extend = functools.partial(model.apply, params, method="extend")
+        cache = create_cache(model.config, 2, MIN_LENGTH + 4, scan_layers=True)
+        prompt, cache = extend(tokens, cache, mask=mask, span=MIN_LENGTH)
+        token, cache = extend(tokens[:, :1], cache)
+        hidden[form] = jnp.where(mask[..., None], prompt, 0), token
+    jax.tree.map(lambda ours, right: np.testing.assert_allclose(ours, right, atol=1e-4), hidden["flash"], hidden["xla"])
+
+
+def test_where_it_is_used(monkeypatch):
+    flash = small(attention="flash", dtype="bfloat16")
+    assert not uses_flash(flash, 512)  # on CPU
+    monkeypatch.setattr(DecoderConfig, "platform", "gpu")
+    assert uses_flash(flash, MIN_LENGTH)
+    assert not uses_flash(flash, MIN_LENGTH - 1)
+    assert not uses_flash(small(), 512)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"attention_softcap": 50.0}, r"has no soft cap, and attention_softcap is 50\.0"),
+        ({"head_dim": 300}, r"up to 256 numbers, a multiple of 8, and head_dim is 300"),
+        ({"dtype": "float32"}, "computes in 16 bits, and dtype is float32"),
+    ],
+)
+def test_what_cudnn_lacks_is_an_error_at_the_start(monkeypatch, fields, problem):
+    config = small().replace(**({"dtype": "bfloat16"} | fields))
+    monkeypatch.setattr(DecoderConfig, "platform", "gpu")
+    with pytest.raises(ValueError, match=rf'attention="flash": cuDNN .*{problem}\. Set attention="xla"'):
+        running(config, ModelConfig(attention="flash", dtype=config.dtype.name))
+    running(config, ModelConfig(attention="xla", dtype=config.dtype.name))
+    monkeypatch.setattr(DecoderConfig, "platform", "tpu")
+    running(config, ModelConfig(attention="flash", dtype=config.dtype.name))  # splash has it
+    rules = create_layout(MeshConfig(data=1, fsdp=4, tensor=2, rules=("kv_heads=",)), None)
+    with pytest.raises(ValueError, match="splash kernel needs heads and kv_heads cut alike"):
+        check_flash(config.replace(attention="flash", layout=rules))
+
+
+def test_cudnn_stays_out_of_programs_of_two_meshes(monkeypatch):
+    layout = create_layout(MeshConfig(data=1, fsdp=8), RolloutMeshConfig(data=4, tensor=2))
+    model = Decoder(small(attention="flash", layout=layout))
+    for platform, form in (("tpu", "flash"), ("gpu", "xla")):
+        monkeypatch.setattr(DecoderConfig, "platform", platform)
+        assert reshard(model, {}, {})[0].config.attention == form
+
+
+@pytest.mark.parametrize(("chips", "kernel"), [("v5e:2x4", "tpu_custom_call"), ("h100:8", "__cudnn$fmhaSoftmax")])
+def test_compiled_programs_hold_no_scores(chips, kernel):
+    layout, length = create_layout(MeshConfig(data=1, fsdp=4, tensor=2), None, topology(chips).devices), 1024
+
+    def shape(dtype, axes, *sizes):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=layout.sharding(axes, sizes))
+
+    query = shape(jnp.bfloat16, ("rows", "length", "heads", "head_dim"), 8, length, 4, 64)
+    key = shape(jnp.bfloat16, ("rows", "kv_heads", "length", "head_dim"), 8, 2, length, 64)
+    mask = shape(jnp.bool_, ("rows", "length"), 8, length)
+    config = small(attention="flash", dtype="bfloat16", layout=layout)
+
+    def flash(query, key, value, mask):
+        mixed = flash_attend(query, key, value, mask, None, config=config, window=None, scale=0.1)
+        return jnp.sum(mixed.astype(jnp.float32) ** 2)
+
+    def plain(query, key, value, mask):
+        allowed = visible(AttentionContext(*token_order(mask), None, None), None)
+        return jnp.sum(attend(query, key, value, allowed, scale=0.1).astype(jnp.float32) ** 2)
+
+    for function in (flash, plain):
+        text = jax.jit(jax.grad(function, (0, 1, 2))).lower(query, key, key, mask).compile().as_text()
+        assert (kernel in text) == (function is flash)
+        assert bool(re.search(rf"\[[\d,]*\b{length},{length}\]", text)) == (function is plain)
