@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
+# XLA:CPU's collectives wait in the threads of one pool. With as many threads as devices they can all wait at once, each
+# for one that has no thread: seen in half of the runs of eight devices on two busy cores.
+os.environ.setdefault("PJRT_NPROC", "32")
 
 import jax
 import pytest
@@ -23,3 +26,11 @@ def _unload_programs() -> Iterator[None]:
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="module")
+def quick_compile() -> Iterator[None]:
+    """For modules that mostly compile: without LLVM's dear passes compiling takes three quarters of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -15,6 +15,7 @@ def start(program: str, *arguments: object, devices: int = 1) -> subprocess.Pope
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PJRT_NPROC": str(4 * devices),  # see conftest.py
     }
     return subprocess.Popen(
         [sys.executable, "-c", program, *map(str, arguments)],
