@@ -22,7 +22,8 @@ def plan(folder, *flags):
     """Exit code, stdout, stderr."""
     (folder / "config.py").write_text(CONFIG.format(folder=str(folder)))
     command = [sys.executable, "-m", "jax_rlhf.plan", f"--config={folder / 'config.py'}", *flags]
-    variables = {name: value for name, value in environment().items() if name != "JAX_PLATFORMS"}
+    left_out = "JAX_PLATFORMS", "JAX_DISABLE_MOST_OPTIMIZATIONS"
+    variables = {name: value for name, value in environment().items() if name not in left_out}
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300, check=False)
     return done.returncode, done.stdout, done.stderr
 

@@ -13,6 +13,8 @@ from jax_rlhf.models import Decoder, init_params
 from jax_rlhf.rollout import Sampling
 from tests.ppo import tiny
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):

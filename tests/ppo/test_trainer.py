@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 from jax_rlhf import PPOTrainer, RewardError, RLHFEngine
 from tests.ppo import tiny
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 ROWS = 16
 
 
@@ -23,8 +25,15 @@ def compiled(caplog):
     return [record.message.split()[1] for record in caplog.records if record.message.startswith("Compiling ")]
 
 
-@pytest.mark.parametrize("source", ["reward model", "function"])
-@pytest.mark.parametrize("where", ["anywhere", "one device", "eight devices"])
+@pytest.mark.parametrize(
+    ("source", "where"),
+    [
+        ("function", "anywhere"),
+        ("reward model", "one device"),
+        ("function", "eight devices"),
+        ("reward model", "eight devices"),
+    ],
+)
 def test_five_iterations_compile_everything_once(source, where, caplog):
     jax.clear_caches()
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp")) if where == "eight devices" else None

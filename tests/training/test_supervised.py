@@ -15,6 +15,8 @@ from jax_rlhf.training.sft import SFTLoss
 from jax_rlhf.training.supervised import Supervised, create_state, evaluate, update
 from tests.ppo import tiny
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 LINEAR = OptimizerConfig(learning_rate=300.0, eps=1e3, max_grad_norm=None, beta1=0.0, beta2=0.0)
 
 
@@ -67,8 +69,8 @@ def compared(one, other):
         np.testing.assert_allclose(leaf, twin, atol=2e-5, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("microbatches", [2, 4])
-def test_microbatches_give_the_same_update(microbatches):
+def test_microbatches_give_the_same_update():
+    microbatches = 4
     batch = text_batch([[row] for row in examples(8)], 12, 0)
     whole, policy = sft()
     parts = dataclasses.replace(whole, microbatches=microbatches)
@@ -134,8 +136,7 @@ def test_bradley_terry_by_hand(compare):
     np.testing.assert_allclose(np.stack([chosen, rejected], axis=1)[:5], by_hand, atol=1e-5)
 
 
-@pytest.mark.parametrize("compare", ["pairs", "all"])
-@pytest.mark.parametrize("layers", [None, 1])
+@pytest.mark.parametrize(("compare", "layers"), [("pairs", None), ("all", 1)])
 def test_packed_pairs_do_not_see_each_other(compare, layers):
     pairs = examples(5, answers=2)
     how, start = reward(compare=compare)
