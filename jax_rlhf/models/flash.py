@@ -97,14 +97,13 @@ def flash_attend(
     if window is not None and window >= query.shape[1]:
         window = None
     if config.platform == "gpu":
-        kernel = partial(_cudnn_attend, window=window)
         if not isinstance(scale, float):  # it takes a constant
             query, scale = _scaled(query, scale), 1.0
-        kernel = partial(kernel, scale=scale)
+        kernel = partial(_at_the_front, partial(_cudnn_attend, window=window, scale=scale))
     else:
         kernel, query = partial(_splash_attend, window=window, cap=config.attention_softcap), _scaled(query, scale)
-    if config.platform == "gpu" or window is not None:
-        kernel = partial(_at_the_front, kernel)
+        if window is not None:
+            kernel = partial(_at_the_front, kernel)
     return _on_each_device(kernel, config.layout, query, key, value, real, segments)
 
 
