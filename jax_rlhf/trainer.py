@@ -114,7 +114,7 @@ class PPOTrainer:
         tokens, mask, row_ids = put_rows(rows, engine.layout)
         key = programs.iteration_key(self._key, self.state.iteration)
         arguments = (networks, self.sampling, engine.trained, engine.frozen, tokens, mask, row_ids, key)
-        if not self.reward_functions and not self.config.time_phases:
+        if not self.reward_functions and programs.in_one_program(networks, self.config):
             return programs.generate(*arguments, self.config, self.state.kl.value)
         samples = programs.sample(*arguments)
         if self.config.time_phases:

@@ -273,14 +273,14 @@ def _ppo(config: RunConfig, layout: Layout) -> list[Program]:
         scores = _rows(layout, jnp.float32, rows)
     scored = (networks, settings, trained, frozen, samples, mask, scores, beta)
     experience = _in_rows(programs.score.eval_shape(*scored), layout)
-    if settings.reward_functions or settings.time_phases:
+    if programs.in_one_program(networks, settings):
         collected = [
-            made("rollout", programs.sample, prompts, (tokens, mask), **decode),
-            made("scoring", programs.score, scored, (samples, mask)),
+            made("rollout and scoring", programs.generate, (*prompts, settings, beta), (tokens, mask), **decode)
         ]
     else:
         collected = [
-            made("rollout and scoring", programs.generate, (*prompts, settings, beta), (tokens, mask), **decode)
+            made("rollout", programs.sample, prompts, (tokens, mask), **decode),
+            made("scoring", programs.score, scored, (samples, mask)),
         ]
     texts = None
     if settings.ptx_coef:

@@ -1,6 +1,6 @@
 """The device programs of PPO: what `PPOTrainer` runs, and what `jax_rlhf.plan` compiles.
 
-generate = sample, score    one program where no Python function scores and no phase is timed
+generate = sample, score    one program where `in_one_program`
 update                      all epochs and minibatches of an iteration; parameters and state are donated
 """
 
@@ -26,6 +26,24 @@ iteration_key = jax.jit(jax.random.fold_in)
 all_finite = jax.jit(lambda scores: jnp.all(jnp.isfinite(scores)))  # over all processes' rows
 sample = jax.jit(sample_responses, static_argnums=(0, 1))
 score = jax.jit(score_samples, static_argnums=(0, 1))
+
+
+def in_one_program(networks: Networks, config: PPOConfig) -> bool:
+    """Whether `generate` samples and scores at once, or `sample` and `score` follow each other.
+
+    Args:
+      networks: the models.
+      config: PPO's settings.
+
+    Returns:
+      False where Python functions score, where phases are timed, and where a model has cuDNN's attention: JAX takes
+      that only into programs of a single mesh, and sampling has its own.
+    """
+    models = [
+        each.model.config for each in (networks.actor, networks.reference, networks.critic, networks.reward) if each
+    ]
+    cudnn = any(model.attention == "flash" and model.platform == "gpu" for model in models)
+    return not (config.reward_functions or config.time_phases or cudnn)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 8))

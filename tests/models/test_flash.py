@@ -5,6 +5,7 @@ with the very same arguments, gives the right numbers shows that lengths, masks,
 program compiles for an H100 shows that cuDNN is what it calls.
 """
 
+import dataclasses
 import functools
 import re
 
@@ -14,13 +15,16 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
+from jax_rlhf import RLHFEngine
 from jax_rlhf.engine import ModelConfig, running
 from jax_rlhf.models import Decoder, DecoderConfig, Rotary, create_cache, init_params
 from jax_rlhf.models.attention import AttentionContext, attend, token_order, visible
 from jax_rlhf.models.flash import MIN_LENGTH, check_flash, flash_attend, uses_flash
 from jax_rlhf.parallel import MeshConfig, RolloutMeshConfig, create_layout
 from jax_rlhf.rollout.reshard import reshard
+from jax_rlhf.training.programs import in_one_program
 from tests.plan.tiny import topology
+from tests.ppo import tiny
 
 
 def small(**fields):
@@ -204,3 +208,15 @@ def test_compiled_programs_hold_no_scores(chips, kernel):
         text = jax.jit(jax.grad(function, (0, 1, 2))).lower(query, key, key, mask).compile().as_text()
         assert (kernel in text) == (function is flash)
         assert bool(re.search(rf"\[[\d,]*\b{length},{length}\]", text)) == (function is plain)
+
+
+def test_nor_are_sampling_and_scoring_one_program_with_it(monkeypatch):
+    engine, config = RLHFEngine(tiny.policy()), tiny.trainer().config
+    assert in_one_program(engine.networks, config)
+    critic = engine.networks.critic
+    flash = dataclasses.replace(critic, model=critic.model.clone(config=critic.model.config.replace(attention="flash")))
+    networks = dataclasses.replace(engine.networks, critic=flash)
+    assert in_one_program(networks, config)
+    monkeypatch.setattr(DecoderConfig, "platform", "gpu")
+    assert not in_one_program(networks, config)
+    assert in_one_program(engine.networks, config)
