@@ -114,7 +114,7 @@ def describe_topology(name: str) -> Topology:
         )
     if kind == "h100":
         machines, gpus = (1, int(sizes[0])) if len(sizes) == 1 else (int(sizes[0]), int(sizes[1]))
-        _assume_cudnn()
+        _assume_h100()
         devices = _devices(name, "cuda", "", target_config=_H100, topology=f"1x{machines}x{gpus}")
         return Topology(name, CHIPS[kind], devices, gpus)
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is run: another process may have the library
@@ -122,12 +122,11 @@ def describe_topology(name: str) -> Topology:
     return Topology(name, CHIPS[kind], devices, len(devices) // slices)
 
 
-def _assume_cudnn() -> None:
-    """JAX asks the cuDNN of this machine for its version before it traces flash attention, and there may be none."""
-    with contextlib.suppress(RuntimeError):
-        if fused_attention_stablehlo.check_cudnn_version():
-            return
-    fused_attention_stablehlo.check_cudnn_version = lambda: 91200  # as `_H100` has it
+def _assume_h100() -> None:
+    """Before it traces flash attention, JAX asks what GPU and cuDNN this machine has, which may have neither."""
+    fused_attention_stablehlo.check_cudnn_version = lambda: 91200  # both as `_H100` has them
+    fused_attention_stablehlo.check_compute_capability = lambda capability: float(capability) <= 9.0
+    fused_attention_stablehlo.is_cuda_compute_capability_equal = lambda capability: float(capability) == 9.0
 
 
 def _devices(asked: str, platform: str, name: str, **options: Any) -> tuple[Any, ...]:

@@ -17,32 +17,21 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 from jax_rlhf import RLHFEngine
 from jax_rlhf.engine import ModelConfig, running
-from jax_rlhf.models import Decoder, DecoderConfig, Rotary, create_cache, init_params
+from jax_rlhf.models import Decoder, DecoderConfig, Rotary, attention, create_cache, init_params
 from jax_rlhf.models.attention import AttentionContext, attend, token_order, visible
 from jax_rlhf.models.flash import MIN_LENGTH, check_flash, flash_attend, uses_flash
 from jax_rlhf.parallel import MeshConfig, RolloutMeshConfig, create_layout
 from jax_rlhf.rollout.reshard import reshard
 from jax_rlhf.training.programs import in_one_program
+from tests.models.test_decoder import tiny_config
 from tests.plan.tiny import topology
 from tests.ppo import tiny
 
 
 def small(**fields):
     """Alternating windows, as Gemma has them, and grouped queries."""
-    fields = {"sliding_window": 20, "sliding_layers": (True, False)} | fields
-    return DecoderConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=32,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        max_positions=512,
-        rotary=Rotary(theta=1e4, dim=8),
-        attention_scale=8**-0.5,
-        **fields,
-    )
+    fields = {"sliding_window": 20, "sliding_layers": (True, False), "num_layers": 2, "max_positions": 512} | fields
+    return tiny_config(head_dim=8, rotary=Rotary(theta=1e4, dim=8), attention_scale=8**-0.5, **fields)
 
 
 @jax.custom_vjp
@@ -112,7 +101,7 @@ def test_values_and_gradients_are_those_of_the_plain_form(platform, window, pack
 def test_a_model_on_a_mesh_is_the_same_with_either_form(platform):
     layout = create_layout(MeshConfig(data=1, fsdp=4, tensor=2), None)
     mask, _ = masks(4, MIN_LENGTH)
-    tokens = jax.random.randint(jax.random.key(1), mask.shape, 0, 64)
+    tokens = jax.random.randint(jax.random.key(1), mask.shape, 0, 31)
     params = init_params(Decoder(small()), jax.random.key(0))
     results = []
     for form in ("xla", "flash"):
@@ -130,20 +119,28 @@ def test_a_model_on_a_mesh_is_the_same_with_either_form(platform):
     jax.tree.map(lambda ours, right: np.testing.assert_allclose(ours, right, atol=2e-4), flash, xla)
 
 
-def test_prefill_of_an_empty_cache_takes_it_and_decoding_does_not(platform):
+def test_prefill_of_an_empty_cache_takes_it_and_decoding_does_not(platform, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        attention, "flash_attend", lambda *x, **how: asked.append(how["window"]) or flash_attend(*x, **how)
+    )
     mask, _ = masks(2, MIN_LENGTH)
-    tokens = jax.random.randint(jax.random.key(1), mask.shape, 0, 64)
+    tokens = jax.random.randint(jax.random.key(1), mask.shape, 0, 31)
     windows = {"sliding_layers": (True, True)}  # known when it is traced, where alternating ones are not
     params = {"params": init_params(Decoder(small(**windows)), jax.random.key(0))}
-    hidden = {}
+    hidden, calls = {}, {}
     for form in ("xla", "flash"):
         model = Decoder(small(attention=form, **windows))
         extend = functools.partial(model.apply, params, method="extend")
         cache = create_cache(model.config, 2, MIN_LENGTH + 4, scan_layers=True)
         prompt, cache = extend(tokens, cache, mask=mask, span=MIN_LENGTH)
+        calls[form], asked[:] = list(asked), []
         token, cache = extend(tokens[:, :1], cache)
+        assert asked == []
         hidden[form] = jnp.where(mask[..., None], prompt, 0), token
     jax.tree.map(lambda ours, right: np.testing.assert_allclose(ours, right, atol=1e-4), hidden["flash"], hidden["xla"])
+    assert calls["xla"] == []
+    assert set(calls["flash"]) == {20}
 
 
 def test_where_it_is_used(monkeypatch):
@@ -184,15 +181,18 @@ def test_cudnn_stays_out_of_programs_of_two_meshes(monkeypatch):
         assert reshard(model, {}, {})[0].config.attention == form
 
 
-@pytest.mark.parametrize(("chips", "kernel"), [("v5e:2x4", "tpu_custom_call"), ("h100:8", "__cudnn$fmhaSoftmax")])
-def test_compiled_programs_hold_no_scores(chips, kernel):
+@pytest.mark.parametrize(
+    ("chips", "kernel", "head_dim"),
+    [("v5e:2x4", "tpu_custom_call", 64), ("h100:8", "__cudnn$fmhaSoftmax", 256)],  # what is not every chip's
+)
+def test_compiled_programs_hold_no_scores(chips, kernel, head_dim):
     layout, length = create_layout(MeshConfig(data=1, fsdp=4, tensor=2), None, topology(chips).devices), 1024
 
     def shape(dtype, axes, *sizes):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=layout.sharding(axes, sizes))
 
-    query = shape(jnp.bfloat16, ("rows", "length", "heads", "head_dim"), 8, length, 4, 64)
-    key = shape(jnp.bfloat16, ("rows", "kv_heads", "length", "head_dim"), 8, 2, length, 64)
+    query = shape(jnp.bfloat16, ("rows", "length", "heads", "head_dim"), 8, length, 4, head_dim)
+    key = shape(jnp.bfloat16, ("rows", "kv_heads", "length", "head_dim"), 8, 2, length, head_dim)
     mask = shape(jnp.bool_, ("rows", "length"), 8, length)
     config = small(attention="flash", dtype="bfloat16", layout=layout)
 
