@@ -1,5 +1,6 @@
 """The table, the forms that a mesh may take, and who holds which rows."""
 
+import os
 import re
 
 import jax
@@ -146,6 +147,24 @@ def test_clusters_are_known_by_what_they_put_into_the_environment():
     assert cluster_name({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}) == "k8s"
     assert cluster_name({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}) is None  # a notebook in a Pod is alone
     assert cluster_name({}) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "before", "after"),
+    [
+        ("--xla_dump_to=x --xla_force_host_platform_device_count=8", None, "32"),
+        ("--xla_force_host_platform_device_count=8", "5", "5"),
+        ("--xla_force_host_platform_device_count=1", None, None),
+        ("", None, None),
+    ],
+)
+def test_made_up_devices_get_more_threads_than_their_collectives_hold(monkeypatch, flags, before, after):
+    monkeypatch.setenv("PJRT_NPROC", before or "")  # so that it is put back
+    if before is None:
+        monkeypatch.delenv("PJRT_NPROC")
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    start_processes()
+    assert os.environ.get("PJRT_NPROC") == after
 
 
 def test_half_of_the_flags_are_an_error(monkeypatch):

@@ -70,10 +70,9 @@ def compared(one, other):
 
 
 def test_microbatches_give_the_same_update():
-    microbatches = 4
     batch = text_batch([[row] for row in examples(8)], 12, 0)
     whole, policy = sft()
-    parts = dataclasses.replace(whole, microbatches=microbatches)
+    parts = dataclasses.replace(whole, microbatches=4)
     start, frozen = create_state(whole, policy)
     before = jax.tree.map(np.asarray, start.trainable)
     one, metrics = update(whole, start, frozen, batch)
@@ -136,7 +135,8 @@ def test_bradley_terry_by_hand(compare):
     np.testing.assert_allclose(np.stack([chosen, rejected], axis=1)[:5], by_hand, atol=1e-5)
 
 
-@pytest.mark.parametrize(("compare", "layers"), [("pairs", None), ("all", 1)])
+@pytest.mark.parametrize("compare", ["pairs", "all"])
+@pytest.mark.parametrize("layers", [None, 1])
 def test_packed_pairs_do_not_see_each_other(compare, layers):
     pairs = examples(5, answers=2)
     how, start = reward(compare=compare)
