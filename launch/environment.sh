@@ -1,4 +1,4 @@
-# Sourced by the other scripts: make_environment NAME makes .venv/NAME-VERSION and sets $environment.
+# Sourced by the other scripts: make_environment NAME makes .venv/NAME-VERSION and sets $environment; pip_install fills it.
 
 make_environment() {
   local python=${PYTHON:-python3} version
@@ -9,4 +9,12 @@ make_environment() {
   fi
   environment=.venv/$1-$version
   [ -x "$environment/bin/python" ] || "$python" -m venv "$environment"
+}
+
+# An environment in which pip was interrupted can have halves of packages, on which it fails ever after: it is cleared.
+pip_install() {
+  [ ! -e "$environment/incomplete" ] || "${PYTHON:-python3}" -m venv --clear "$environment"
+  touch "$environment/incomplete"
+  "$environment/bin/python" -m pip install --quiet "$@"
+  rm "$environment/incomplete"
 }

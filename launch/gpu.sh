@@ -18,7 +18,7 @@ install() {
   make_environment cuda
   wanted=$(cat requirements.txt requirements-cuda.txt pyproject.toml | cksum)
   if [ "$wanted" != "$(cat "$environment/installed" 2>/dev/null)" ]; then # else no network is needed
-    "$environment/bin/python" -m pip install --quiet -e '.[cuda]'
+    pip_install -e '.[cuda]'
     echo "$wanted" >"$environment/installed"
   fi
 }

@@ -11,8 +11,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 
 make_environment test
-"$environment/bin/python" -m pip install --quiet -r requirements.txt -r requirements-dev.txt
-"$environment/bin/python" -m pip install --quiet --no-deps -r requirements-quickstart.txt
+pip_install -r requirements.txt -r requirements-dev.txt
+pip_install --no-deps -r requirements-quickstart.txt
 
 "$environment/bin/ruff" check .
 "$environment/bin/ruff" format --check .

@@ -26,7 +26,7 @@ install() {
   ln -sfn "$(basename "$environment")" .venv/tpu # start need not know the version
   wanted=$(cat requirements.txt requirements-tpu.txt pyproject.toml | cksum)
   [ "$wanted" = "$(cat "$environment/installed" 2>/dev/null)" ] && return
-  "$environment/bin/python" -m pip install --quiet -e '.[tpu]'
+  pip_install -e '.[tpu]'
   echo "$wanted" >"$environment/installed"
 }
 

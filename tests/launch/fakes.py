@@ -109,8 +109,13 @@ if arguments[0] == "-c":
     sys.exit()
 record(worker=worker, cwd=os.getcwd(), HF_TOKEN=os.environ.get("HF_TOKEN"))
 if arguments[:2] == ["-m", "venv"]:
-    os.makedirs(arguments[2] + "/bin")
-    os.symlink(f"{world}bin/{name}", arguments[2] + "/bin/python")
+    if arguments[2] == "--clear":
+        import shutil
+        shutil.rmtree(arguments[3])
+    os.makedirs(arguments[-1] + "/bin")
+    os.symlink(f"{world}bin/{name}", arguments[-1] + "/bin/python")
+elif arguments[:2] == ["-m", "pip"] and change(lambda state: state["pip breaks"]):
+    sys.exit(1)
 elif arguments[:4] == ["-m", "uv", "python", "find"]:
     print(world + "bin/python3.12")
 elif arguments[:2] == ["-m", "jax_rlhf"]:
@@ -194,7 +199,7 @@ class World:
             pythons=["python3"],
             gpus=8,
             failures=[],
-            **{"tpu-vm": [], "queued-resources": [], "exit codes": {}},
+            **{"tpu-vm": [], "queued-resources": [], "exit codes": {}, "pip breaks": False},
             **{
                 "after create": {
                     "tpu-vm": ["CREATING", "READY"],

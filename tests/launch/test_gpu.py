@@ -34,6 +34,18 @@ def test_only_the_environment_can_be_made_and_needs_no_gpu(world):
     assert not world.runs()
 
 
+def test_an_environment_in_which_pip_broke_off_is_cleared(world):
+    world.set(**{"pip breaks": True})
+    world.run("gpu.sh", "--install-only", expect=1)
+    world.set(**{"pip breaks": False})
+    world.run("gpu.sh", "--install-only")
+    assert len(world.calls("-m", "venv", "--clear")) == 1
+    assert len(world.calls("-m", "pip", "-e", ".[cuda]")) == 2
+    world.run("gpu.sh", *JOB)
+    assert len(world.calls("-m", "venv")) == 2
+    assert world.runs() == [list(JOB)]
+
+
 def test_exit_code_75_starts_again(world):
     world.set(**{"exit codes": {"0": [75, 75, 0]}})
     assert "restart 2 of at most 10" in world.run("gpu.sh", *JOB).stderr
