@@ -12,9 +12,13 @@ make_environment() {
 }
 
 # An environment in which pip was interrupted can have halves of packages, on which it fails ever after: it is cleared.
+# The lock is for scripts that start side by side: what one of them still installs looks interrupted to the others.
 pip_install() {
+  exec 9>"$environment.lock"
+  ! command -v flock >/dev/null || flock 9 # macOS has none
   [ ! -e "$environment/incomplete" ] || "${PYTHON:-python3}" -m venv --clear "$environment"
   touch "$environment/incomplete"
   "$environment/bin/python" -m pip install --quiet "$@"
   rm "$environment/incomplete"
+  exec 9>&-
 }

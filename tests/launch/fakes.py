@@ -114,8 +114,9 @@ if arguments[:2] == ["-m", "venv"]:
         shutil.rmtree(arguments[3])
     os.makedirs(arguments[-1] + "/bin")
     os.symlink(f"{world}bin/{name}", arguments[-1] + "/bin/python")
-elif arguments[:2] == ["-m", "pip"] and change(lambda state: state["pip breaks"]):
-    sys.exit(1)
+elif arguments[:2] == ["-m", "pip"]:
+    time.sleep(change(lambda state: state["pip seconds"]))
+    sys.exit(change(lambda state: state["pip code"]))
 elif arguments[:4] == ["-m", "uv", "python", "find"]:
     print(world + "bin/python3.12")
 elif arguments[:2] == ["-m", "jax_rlhf"]:
@@ -199,7 +200,7 @@ class World:
             pythons=["python3"],
             gpus=8,
             failures=[],
-            **{"tpu-vm": [], "queued-resources": [], "exit codes": {}, "pip breaks": False},
+            **{"tpu-vm": [], "queued-resources": [], "exit codes": {}, "pip code": 0, "pip seconds": 0},
             **{
                 "after create": {
                     "tpu-vm": ["CREATING", "READY"],

@@ -35,14 +35,24 @@ def test_only_the_environment_can_be_made_and_needs_no_gpu(world):
 
 
 def test_an_environment_in_which_pip_broke_off_is_cleared(world):
-    world.set(**{"pip breaks": True})
+    world.set(**{"pip code": 1})
     world.run("gpu.sh", "--install-only", expect=1)
-    world.set(**{"pip breaks": False})
+    world.set(**{"pip code": 0})
     world.run("gpu.sh", "--install-only")
     assert len(world.calls("-m", "venv", "--clear")) == 1
     assert len(world.calls("-m", "pip", "-e", ".[cuda]")) == 2
     world.run("gpu.sh", *JOB)
     assert len(world.calls("-m", "venv")) == 2
+    assert world.runs() == [list(JOB)]
+
+
+def test_an_environment_that_another_script_is_filling_is_waited_for_and_not_cleared(world):
+    world.set(**{"pip seconds": 0.5})
+    first = world.start("gpu.sh", "--install-only")
+    wait_until(lambda: world.calls("-m", "pip"))
+    world.run("gpu.sh", *JOB)
+    assert first.communicate(timeout=60) and first.returncode == 0
+    assert not world.calls("--clear")
     assert world.runs() == [list(JOB)]
 
 

@@ -68,6 +68,8 @@ def test_without_capacity_the_queue_is_named(world):
 def test_a_vm_that_somebody_else_creates_meanwhile_is_used(world):
     world.set(failures=[["tpu-vm create", "READY", 1]])
     world.run("tpu_vm.sh", "up", *VM)
+    assert len(world.calls("tpu-vm", "create")) == 1
+    assert not world.calls("delete")
 
 
 def test_a_state_that_cannot_be_asked_for_is_an_error_and_creates_nothing(world):
