@@ -51,7 +51,8 @@ def test_an_environment_that_another_script_is_filling_is_waited_for_and_not_cle
     first = world.start("gpu.sh", "--install-only")
     wait_until(lambda: world.calls("-m", "pip"))
     world.run("gpu.sh", *JOB)
-    assert first.communicate(timeout=60) and first.returncode == 0
+    first.communicate(timeout=60)
+    assert first.returncode == 0
     assert not world.calls("--clear")
     assert world.runs() == [list(JOB)]
 
