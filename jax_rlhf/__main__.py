@@ -16,12 +16,17 @@ from jax_rlhf.hub import CheckpointError
 from jax_rlhf.parallel import ProcessError, any_process, leave, same_everywhere, start_processes, together
 from jax_rlhf.phases import run_config
 from jax_rlhf.phases.check import check_run
+from jax_rlhf.phases.stop import Stopped, StopSignals
 from jax_rlhf.phases.workdir import check_shared, open_workdir, status
 from jax_rlhf.rewards import RewardError
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="The config; --config.a.b=value overrides.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder for models, metrics and samples.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Repeat phases that the workdir has; what they left is deleted.")
+
+_ACCEPT_CHANGES = flags.DEFINE_bool(
+    "accept_changes", False, "Go on although model, tokenizer, data or seed are not those that the workdir began with."
+)
 
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "Of several processes: host:port of the first one.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes; found out on TPU VMs, Slurm, GKE.")
@@ -32,8 +37,8 @@ _PROCESS_TIMEOUT = flags.DEFINE_integer(
 
 _EXPECTED = (ValueError, FileNotFoundError, PermissionError, CheckpointError, DataError, ProcessError, RewardError)
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+SAVED = 75
+"""Exit code after SIGTERM, a maintenance notice or Ctrl-C: all is saved, the same command goes on. EX_TEMPFAIL."""
 FAILED = 70
 """Exit code after an error that is not the user's: EX_SOFTWARE; launch scripts start again after it."""
 
@@ -45,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
       arguments: what is left of the command line.
 
     Returns:
-      The exit code: 0, 1 after an error in what the user gave, 70 after another one, 130 after Ctrl-C.
+      The exit code: 0, 1 after an error in what the user gave, 70 after another one, 75 where it was asked to stop.
     """
     try:
         if len(arguments) > 1:
@@ -54,42 +59,48 @@ def main(arguments: Sequence[str]) -> int:
             raise ValueError("--workdir=DIR is missing: the folder for models, metrics and samples.")
         process = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
         start_processes(*process, timeout=_PROCESS_TIMEOUT.value)
-        return _run(CONFIG.value, Path(_WORKDIR.value).expanduser(), overwrite=_OVERWRITE.value)
+        with StopSignals() as stop:
+            return _run(CONFIG.value, Path(_WORKDIR.value).expanduser(), stop)
     except _EXPECTED as error:
         logging.debug("where it came from", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         return leave(1, error)
-    except KeyboardInterrupt as error:
-        print("stopped.", file=sys.stderr)
-        return leave(INTERRUPTED, error)
+    except Stopped as error:
+        print(f"stopped ({error}); the same command goes on.", file=sys.stderr)
+        return leave(SAVED, error)
     except Exception as error:  # ours; where there are other processes, they must not wait for this one
         traceback.print_exc()
         return leave(FAILED, error)
 
 
-def _run(config: ConfigDict, workdir: Path, *, overwrite: bool) -> int:
+def _run(config: ConfigDict, workdir: Path, stop: StopSignals) -> int:
     from jax_rlhf.phases import ppo, reward, sft
 
     phases = {"sft": sft.run, "reward": reward.run, "ppo": ppo.run}
-    first = jax.process_index() == 0
+    first, overwrite, accept_changes = jax.process_index() == 0, _OVERWRITE.value, _ACCEPT_CHANGES.value
     with together("checking settings, data and checkpoints"):
         settings = run_config(config)
         if first:
             print("checking settings, data and checkpoints", flush=True)
         check_run(settings, workdir, overwrite=overwrite)
     same_everywhere(config.to_json_best_effort(sort_keys=True, indent=1), "the settings")
+    changed = []
     with together(f"writing to {workdir}"):
         if first:
-            open_workdir(workdir, config, settings.phases, overwrite=overwrite)
+            how = {"overwrite": overwrite, "accept_changes": accept_changes}
+            changed = open_workdir(workdir, config, settings.phases, **how)
+    for line in changed:
+        print(f"changed: {line}")
     with together(f"looking at {workdir}"):
         check_shared(settings, workdir)
     results = {}
     for phase in settings.phases:
+        stop.check()
         if any_process(first and status(workdir, phase) == "finished"):
             if first:
                 print(f"{phase}: finished before, in {workdir / phase}; --overwrite repeats it.")
             continue
-        results[phase] = phases[phase](settings, workdir)
+        results[phase] = phases[phase](settings, workdir, stop=stop, accept_changes=accept_changes)
     for phase, result in results.items() if first else ():
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
         print(f"{phase}: {numbers}; model in {workdir / phase / 'model'}")

@@ -28,9 +28,9 @@ def check_run(config: RunConfig, workdir: Path, *, overwrite: bool) -> None:
     """
     phases = [phase for phase in config.phases if overwrite or status(workdir, phase) != "finished"]
     for phase in phases:
-        if not overwrite and status(workdir, phase) == "interrupted":
+        if not overwrite and status(workdir, phase) == "partial":
             raise WorkdirError(
-                f"{workdir / phase} holds a {phase} phase that did not finish. --overwrite "
+                f"{workdir / phase} holds a {phase} phase that did not finish, without a checkpoint. --overwrite "
                 f"--config.phases={','.join(config.phases[config.phases.index(phase) :])} repeats it from its start; "
                 "another --workdir leaves it as it is."
             )

@@ -12,6 +12,7 @@ from jax_rlhf.hub import Description, Pretrained, end_ids
 from jax_rlhf.parallel import MeshConfig, RolloutMeshConfig
 from jax_rlhf.settings import from_mapping, near_misses, to_config_dict
 from jax_rlhf.training import OptimizerConfig, PPOConfig
+from jax_rlhf.training.checkpoint import CheckpointConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,7 @@ class RunConfig:
       sft_model_path: the SFT policy, which the reward and PPO phases start from; None = <workdir>/sft/model.
       reference, critic: of PPO; `path` None = the SFT policy, and the reward model.
       reward: the reward model of PPO; `path` None = <workdir>/reward/model.
-      data, sft, reward_training, ppo, log: see there.
+      data, sft, reward_training, ppo, checkpoint, log: see there.
     """
 
     phases: tuple[str, ...] = PHASES
@@ -122,6 +123,7 @@ class RunConfig:
     sft: SFTConfig = dataclasses.field(default_factory=SFTConfig)
     reward_training: RewardTrainingConfig = dataclasses.field(default_factory=RewardTrainingConfig)
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:

@@ -24,7 +24,9 @@ from jax_rlhf.parallel import (
     together,
 )
 from jax_rlhf.phases.config import RunConfig
+from jax_rlhf.phases.progress import Progress, digest, tokenizer_digest
 from jax_rlhf.phases.record import Record, printable
+from jax_rlhf.phases.stop import StopSignals
 from jax_rlhf.phases.supervised import microbatches, with_end
 from jax_rlhf.phases.workdir import reward_model, sft_model
 from jax_rlhf.rewards import RewardFunction
@@ -33,25 +35,29 @@ from jax_rlhf.trainer import PPOTrainer, microbatch_rows
 from jax_rlhf.training import PPOConfig, PretrainingRows
 
 
-def run(config: RunConfig, workdir: Path) -> dict[str, float]:
+def run(
+    config: RunConfig, workdir: Path, *, stop: StopSignals | None = None, accept_changes: bool = False
+) -> dict[str, float]:
     """The PPO phase: the SFT policy and the reward model → <workdir>/ppo/model and <workdir>/ppo/critic.
 
     Args:
       config: the run's settings.
       workdir: its folder.
+      stop, accept_changes: as in the SFT phase.
 
     Returns:
       What it came to, also in <workdir>/ppo/summary.json: the evaluation on held-out prompts before and after.
 
     Raises:
-      ValueError, FileNotFoundError: a setting, the data or a checkpoint cannot be used.
+      ValueError, FileNotFoundError, CheckpointError: a setting, the data or a checkpoint cannot be used.
       RewardError: a reward source returned something that is no reward.
+      Stopped: it was asked to stop, and can go on.
     """
     folder = workdir / "ppo"
     layout = create_layout(config.mesh, config.rollout_mesh)
     actor = dataclasses.replace(config.model, path=sft_model(config, workdir))
     reward = dataclasses.replace(config.reward, path=reward_model(config, workdir))
-    with Record(folder, config.log) as record:
+    with Record(folder, config.log, stop) as record:
         record.say(f"loading {actor.path}" + (f" and {reward.path}" if reward.path else ""))
         roles = {"model": actor, "reference": config.reference, "critic": config.critic, "reward": reward}
         engine = RLHFEngine.create(roles, layout)  # actor, reference, critic, reward
@@ -62,30 +68,45 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
         judges = _functions(settings.eval_functions)
         same_everywhere(prompts.digest, "the data")
         record.say(prompts.report)
-        record.say("compiling, and evaluating the SFT policy")
-        first, before = _evaluate(0, trainer, prompts, judges, record)
+        inputs = _inputs(engine, prompts, texts)
+        progress = Progress(record, config, inputs, accept_changes=accept_changes)
+        engine.trained, trainer.state = progress.restore((engine.trained, trainer.state))
 
-        with record.saving(lambda: _save(engine, folder)):
-            batches = prompts.batches(0, settings.iterations)
-            for iteration in record.steps(settings.iterations, "iteration"):
-                batch = next(batches)
-                experience = trainer.generate_experience(batch)
+        def evaluate(iteration: int) -> dict[str, float]:
+            metrics, rows = _evaluate(iteration, trainer, prompts, judges, record)
+            progress.notes |= {"after": rows, "last": metrics}
+            return metrics
+
+        if progress.step == 0:
+            record.say("compiling, and evaluating the SFT policy")
+            evaluate(0)
+            progress.notes |= {"before": progress.notes["after"], "first": progress.notes["last"]}
+        with progress.saving(lambda: _save(engine, folder)):
+            batches = prompts.batches(progress.step, settings.iterations)
+            for iteration in progress.steps(settings.iterations, "iteration", evaluate, settings.eval_every):
+                experience = trainer.generate_experience(next(batches))
                 metrics = trainer.train_rlhf(experience, _pretraining(texts, iteration))
                 record.metrics(iteration + 1, metrics | _shares(metrics), **_shown(metrics))
                 record.samples(_rows(trainer, experience, iteration + 1, "train")[: settings.sample_rows])
-                if (
-                    settings.eval_every
-                    and (iteration + 1) % settings.eval_every == 0
-                    and iteration + 1 < settings.iterations
-                ):
-                    _evaluate(iteration + 1, trainer, prompts, judges, record)
+                progress.done((engine.trained, trainer.state))
 
-        done = int(trainer.state.iteration)
-        last, after = _evaluate(done, trainer, prompts, judges, record) if record.goes_on() else ({}, [])
-        _show_samples(before, after, config.log.table_rows, record)
-        result = {"iterations": done} | {f"{name}_before": value for name, value in first.items()} | last
+        notes = progress.notes
+        _show_samples(notes["before"], notes["after"], config.log.table_rows, record)
+        result = {"iterations": progress.step} | {f"{name}_before": value for name, value in notes["first"].items()}
+        result |= notes["last"]
         record.summary(result)
     return result
+
+
+def _inputs(engine: RLHFEngine, prompts: Datasets, texts: Datasets | None) -> dict[str, str]:
+    """Checksums of what a checkpoint does not hold."""
+    frozen = engine.frozen
+    inputs = {"the data": digest(prompts.digest, "" if texts is None else texts.digest)}
+    inputs["the tokenizer"] = tokenizer_digest(engine.tokenizer)
+    inputs["the reference"] = digest(frozen.reference)
+    inputs["the reward model"] = digest(frozen.reward, frozen.reward_bias, frozen.missing_eos_bias)
+    inputs["the actor's and the critic's frozen parameters"] = digest(frozen.actor, frozen.critic, frozen.critic_bias)
+    return inputs
 
 
 def _completed(config: RunConfig, engine: RLHFEngine) -> PPOConfig:

@@ -1,76 +1,70 @@
 """What a phase leaves behind while it runs: a progress bar, metrics.jsonl, samples.jsonl, TensorBoard, W&B."""
 
-import contextlib
 import json
 import math
-import signal
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any
+from types import TracebackType
+from typing import Any, BinaryIO
 
 import jax
 import tensorboardX
-from absl import logging
 from tqdm import tqdm
 
-from jax_rlhf.parallel import any_process
 from jax_rlhf.phases.config import LogConfig
+from jax_rlhf.phases.stop import StopSignals
+
+_FILES = "metrics", "samples"
 
 
 class Record:
     """Writes down a phase; a context manager. Only process 0 writes.
 
-    While it is open, the first Ctrl-C lets the step at hand finish, ends the loop, and is raised as KeyboardInterrupt
-    once all is saved; the second stops at once.
+    Files are opened by the first line that they get, so that a phase that fails before leaves them as they were.
 
     Attributes:
       folder: <workdir>/<phase>.
-      interrupted: Ctrl-C was pressed.
-      cut_short: a part of the phase was left out for that.
+      phase: its name.
+      stop: tells of Ctrl-C and the like.
     """
 
-    def __init__(self, folder: Path, config: LogConfig) -> None:
+    def __init__(self, folder: Path, config: LogConfig, stop: StopSignals | None = None) -> None:
         """Makes the folder.
 
         Args:
           folder: <workdir>/<phase>.
           config: where metrics go.
+          stop: the run's; None = its own, while it is open.
 
         Raises:
           ValueError: Weights & Biases is wanted, and not installed.
           OSError: the folder cannot be written.
         """
-        self.folder, self.phase, self.interrupted, self.cut_short = folder, folder.name, False, False
+        self.folder, self.phase, self.stop = folder, folder.name, stop or StopSignals()
+        self._own_stop = stop is None
         self._config, self._started, self._writes = config, time.perf_counter(), jax.process_index() == 0
         self._wandb = _import_wandb() if config.wandb_project else None
         self._bar: tqdm | None = None
-        self._files: dict[str, Any] = {}
-        self._board, self._run, self._handler = None, None, None
+        self._files: dict[str, BinaryIO] = {}
+        self._board, self._run, self._begun = None, None, {}
         if self._writes:
             folder.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> "Record":
-        """Opens the files."""
-        if self._writes:
-            for name in ("metrics", "samples"):
-                self._files[name] = (self.folder / f"{name}.jsonl").open("w", encoding="utf-8")
-            if self._config.tensorboard:
-                self._board = tensorboardX.SummaryWriter(str(self.folder / "tensorboard"))
-            if self._wandb is not None:
-                self._run = self._wandb.init(project=self._config.wandb_project, name=self.phase, dir=str(self.folder))
-        with contextlib.suppress(ValueError):  # not in the main thread: Ctrl-C is somebody else's
-            self._handler = signal.signal(signal.SIGINT, self._interrupt)
+        """Listens for Ctrl-C, where nobody does yet."""
+        if self._own_stop:
+            self.stop.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Closes the files, whatever happened."""
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
+        if self._own_stop:
+            self.stop.__exit__(kind, error, trace)
         if self._bar is not None:
             self._bar.close()
         for file in self._files.values():
@@ -79,41 +73,73 @@ class Record:
             self._board.close()
         if self._run is not None:
             self._run.finish(exit_code=int(error is not None))
-        if error is None and any_process(self.interrupted):
-            stop = KeyboardInterrupt()
-            stop.agreed = True
-            raise stop
 
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
-        self.say("Ctrl-C: this step is finished and what was trained is saved; Ctrl-C once more stops at once.")
-
-    def goes_on(self) -> bool:
-        """Whether the next part of the phase should begin.
+    def position(self) -> dict[str, Any]:
+        """How far the files are, for `continue_from`; what is written before it is on the disk.
 
         Returns:
-          False after Ctrl-C in any process, all of which must call it; the phase then counts as unfinished.
+          What JSON can hold: bytes of each file, seconds since the phase began. Only process 0's is of use.
         """
-        self.cut_short |= any_process(self.interrupted)
-        return not self.cut_short
+        if not self._writes:
+            return {}
+        for file in map(self._file, _FILES):
+            file.flush()
+            os.fsync(file.fileno())
+        sizes = {name: self._file(name).tell() for name in _FILES}
+        run = {} if self._run is None else {"wandb": self._run.id}
+        return {"seconds": self._seconds(), "bytes": sizes} | run
 
-    def steps(self, total: int, unit: str = "step") -> Iterator[int]:
-        """0 … total − 1 with a progress bar, until Ctrl-C.
+    def continue_from(self, position: Mapping[str, Any], step: int) -> None:
+        """Goes on where a checkpoint was saved; what was written after it is dropped.
 
         Args:
-          total: how many.
+          position: as it was then.
+          step: steps done then.
+        """
+        self._begun = dict(position) | {"step": step}
+        self._started = time.perf_counter() - position.get("seconds", 0.0)
+        for name in _FILES if self._writes else ():
+            size, file = position["bytes"][name], self._file(name)
+            if file.seek(0, os.SEEK_END) < size:
+                self.say(
+                    f"{self.folder / name}.jsonl is shorter than when step {step} was saved; it goes on from its end."
+                )
+            else:
+                file.truncate(size)
+                file.seek(size)
+
+    def rewind(self, position: Mapping[str, Any]) -> None:
+        """Drops what was written after a position.
+
+        Args:
+          position: of this record.
+        """
+        for name in _FILES if self._writes else ():
+            self._file(name).truncate(position["bytes"][name])
+            self._file(name).seek(position["bytes"][name])
+
+    def _seconds(self) -> float:
+        return round(time.perf_counter() - self._started, 3)
+
+    def _file(self, name: str) -> BinaryIO:
+        if name not in self._files:
+            path = self.folder / f"{name}.jsonl"
+            self._files[name] = path.open("r+b" if self._begun and path.is_file() else "wb")
+        return self._files[name]
+
+    def steps(self, start: int, total: int, unit: str = "step") -> Iterator[int]:
+        """start … total − 1 with a progress bar.
+
+        Args:
+          start: steps done before.
+          total: of the phase.
           unit: what the bar calls them.
 
         Yields:
           The step.
         """
-        self._bar = self._progress(total, self.phase, unit)
-        for step in range(total):
-            if not self.goes_on():
-                break
+        self._bar = self._progress(total, self.phase, unit, done=start)
+        for step in range(start, total):
             yield step
             self._bar.update()
         self._bar.close()
@@ -128,18 +154,21 @@ class Record:
 
         Yields:
           Each batch.
+
+        Raises:
+          Stopped: any process was asked to stop.
         """
         with self._progress(len(batches), f"{self.phase}: {what}", "batch", leave=False) as bar:
             for batch in batches:
+                self.stop.check()
                 yield batch
                 bar.update()
 
-    def _progress(self, total: int, title: str, unit: str, *, leave: bool = True) -> tqdm:
+    def _progress(self, total: int, title: str, unit: str, *, done: int = 0, leave: bool = True) -> tqdm:
         seldom = 0.1 if sys.stderr.isatty() else 5.0  # seconds; a log file gets few lines
         quiet = not self._writes
-        return tqdm(
-            total=total, desc=title, unit=unit, leave=leave, disable=quiet, mininterval=seldom, dynamic_ncols=True
-        )
+        shown = {"desc": title, "unit": unit, "leave": leave, "disable": quiet}
+        return tqdm(total=total, initial=done, mininterval=seldom, dynamic_ncols=True, **shown)
 
     def metrics(self, step: int, values: Mapping[str, float], **shown: float) -> None:
         """Writes metrics, and shows some of them beside the bar.
@@ -150,8 +179,9 @@ class Record:
           shown: for the progress bar.
         """
         numbers = {name: float(value) for name, value in values.items()}
-        seconds = round(time.perf_counter() - self._started, 3)
+        seconds = self._seconds()
         self._line("metrics", {"step": step, "seconds": seconds} | {n: _json_number(v) for n, v in numbers.items()})
+        self._open_boards()
         if self._board is not None:
             for name, number in numbers.items():
                 self._board.add_scalar(name, number, step)
@@ -180,46 +210,37 @@ class Record:
             tqdm.write(f"[{time.strftime('%H:%M:%S')}] {self.phase}: {text}", file=sys.stdout)
             sys.stdout.flush()
 
-    @contextlib.contextmanager
-    def saving(self, save: Callable[[], None]) -> Iterator[None]:
-        """Saves what was trained when the block ends, and where it fails too.
-
-        Of several processes all must save, so that one that fails by itself does not.
-
-        Args:
-          save: writes the model.
-
-        Yields:
-          Nothing.
-        """
-        try:
-            yield
-        except BaseException as error:
-            if jax.process_count() > 1 and not getattr(error, "agreed", False):
-                raise
-            try:
-                save()
-                self.say(f"{type(error).__name__}; what was trained until then is saved in {self.folder}.")
-            except Exception as second:  # the first one is the one to be seen; its update may have eaten the parameters
-                logging.error("%s: what was trained could not be saved: %s", self.folder, second)
-            raise
-        save()
-
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Writes summary.json, which says that the phase ended and how.
+        """Writes summary.json, which says that the phase is finished, and how.
 
         Args:
           values: what to tell of it.
         """
         if self._writes:
-            content = {"finished": not self.cut_short, "seconds": round(time.perf_counter() - self._started, 1)}
+            content = {"finished": True, "seconds": round(self._seconds(), 1)}
             content |= {k: _json_number(v) if isinstance(v, float) else v for k, v in values.items()}
-            (self.folder / "summary.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            self.position()  # what it speaks of is on the disk before it is
+            partial = self.folder / "summary.json.partial"
+            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            partial.replace(self.folder / "summary.json")
 
     def _line(self, name: str, content: Mapping[str, Any]) -> None:
-        if name in self._files:
-            self._files[name].write(json.dumps(content, ensure_ascii=False) + "\n")
-            self._files[name].flush()
+        if self._writes:
+            file = self._file(name)
+            # A lone surrogate, which UTF-8 cannot hold, becomes the escape that JSON has for it.
+            file.write((json.dumps(content, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
+            file.flush()
+
+    def _open_boards(self) -> None:
+        if not self._writes:
+            return
+        if self._config.tensorboard and self._board is None:
+            first = self._begun["step"] + 1 if self._begun else 0
+            self._board = tensorboardX.SummaryWriter(str(self.folder / "tensorboard"), purge_step=first)
+        if self._wandb is not None and self._run is None:
+            again = {"id": self._begun["wandb"], "resume": "allow"} if "wandb" in self._begun else {}
+            names = {"project": self._config.wandb_project, "name": self.phase, "dir": str(self.folder)}
+            self._run = self._wandb.init(**names, **again)
 
 
 def _json_number(value: float) -> float | None:

@@ -18,7 +18,9 @@ from jax_rlhf.models import Decoder
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.parallel import Layout, create_layout, put_rows, same_everywhere
 from jax_rlhf.phases.config import RewardTrainingConfig, RunConfig
+from jax_rlhf.phases.progress import Progress, digest, tokenizer_digest
 from jax_rlhf.phases.record import Record
+from jax_rlhf.phases.stop import StopSignals
 from jax_rlhf.phases.supervised import microbatches, total_steps, train, with_end
 from jax_rlhf.phases.workdir import sft_model
 from jax_rlhf.rollout import sample
@@ -27,24 +29,28 @@ from jax_rlhf.training.reward import RewardLoss, pair_scores, reward_start
 from jax_rlhf.training.supervised import Supervised, create_state
 
 
-def run(config: RunConfig, workdir: Path) -> dict[str, float]:
+def run(
+    config: RunConfig, workdir: Path, *, stop: StopSignals | None = None, accept_changes: bool = False
+) -> dict[str, float]:
     """The reward phase: config.reward_training.path, or the SFT policy → <workdir>/reward/model.
 
     Args:
       config: the run's settings.
       workdir: its folder.
+      stop, accept_changes: as in the SFT phase.
 
     Returns:
       What it came to, also in <workdir>/reward/summary.json: accuracy on held-out pairs, AUC over all of them.
 
     Raises:
-      ValueError, FileNotFoundError: a setting, the data or the checkpoint cannot be used.
+      ValueError, FileNotFoundError, CheckpointError: a setting, the data or a checkpoint cannot be used.
+      Stopped: it was asked to stop, and can go on.
     """
     settings, folder = config.reward_training, workdir / "reward"
     layout = create_layout(config.mesh, config.rollout_mesh)
     path = settings.path or sft_model(config, workdir)
     policy_path = sft_model(config, workdir) if settings.normalize_rows else None
-    with Record(folder, config.log) as record:
+    with Record(folder, config.log, stop) as record:
         record.say(f"loading {path}")
         pretrained = _start(config, path, layout)
         # What it will score is written with the policy's chat template, and ends as the policy's answers do.
@@ -58,43 +64,47 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
         how = how_to_train(settings, pretrained.model, datasets.batch_size, steps)
         state, frozen = create_state(how, pretrained, layout)
         pretrained = dataclasses.replace(pretrained, params={})  # those that train have been copied
-        latest, held_out = [state], {}
+        inputs = {"the data": datasets.digest, "the tokenizer": tokenizer_digest(policy.tokenizer)}
+        inputs["the frozen parameters of config.reward_training"] = digest(frozen)
+        progress = Progress(record, config, inputs, accept_changes=accept_changes)
+        progress.restore(state)
+        del state  # donated from step to step
 
         def params() -> SplitParams:
-            return SplitParams(frozen, latest[0].trainable)
+            return SplitParams(frozen, progress.state.trainable)
 
         def save(**calibration: float) -> None:
             save_pretrained(folder / "model", _calibrated(how.network, params(), pretrained, **calibration))
 
-        def report(step: int, state: object) -> None:
-            del state
-            held_out.update(_held_out(how.network, params(), datasets, layout))
+        def report(step: int) -> dict[str, float]:
+            held_out = _held_out(how.network, params(), datasets, record, layout)
             if held_out:
                 record.metrics(step, held_out)
                 record.say(
                     f"step {step}: held-out pairs {held_out['eval/accuracy']:.1%} right, AUC {held_out['eval/auc']:.3f}"
                 )
+                progress.notes.update(held_out)
+            return held_out
 
         record.say("compiling the first step")
-        with record.saving(save):
-            state = train(
+        with progress.saving(save):
+            train(
                 how,
-                state,
+                progress,
                 frozen,
                 datasets,
                 steps,
                 record,
                 layout,
+                evaluate=report,
                 eval_every=settings.eval_every,
-                report=report,
-                keep=lambda state: latest.__setitem__(0, state),
             )
-        report(int(state.step), state)
-        result = {"steps": int(state.step)} | held_out
-        if policy_path is not None and record.goes_on():
+        result = {"steps": progress.step} | progress.notes
+        if policy_path is not None:
+            record.stop.check()
             record.say(f"scoring {settings.normalize_rows} responses of the SFT policy, to normalise scores")
             policy = load_model(dataclasses.replace(config.model, path=policy_path), "lm", layout)
-            scores, ended, rows = _policy_scores(config, policy, ends, how.network, params(), layout)
+            scores, ended, rows = _policy_scores(config, policy, ends, how.network, params(), layout, record)
             record.samples(rows)
             found = calibration(scores, ended)
             result |= found
@@ -137,11 +147,14 @@ def how_to_train(settings: RewardTrainingConfig, model: Decoder, batch_size: int
     return how
 
 
-def _held_out(network: SplitModel, params: SplitParams, datasets: Datasets, layout: Layout | None) -> dict[str, float]:
+def _held_out(
+    network: SplitModel, params: SplitParams, datasets: Datasets, record: Record, layout: Layout | None
+) -> dict[str, float]:
     """Accuracy on pairs, AUC over all chosen × rejected, and what the scores look like."""
     if not datasets.eval:
         return {}
-    pairs = [_pair_scores(network, params, put_rows(batch, layout)) for batch in datasets.eval]
+    batches = record.watched(datasets.eval, "evaluating")
+    pairs = [_pair_scores(network, params, put_rows(batch, layout)) for batch in batches]
     chosen, rejected, real = (np.concatenate([_everywhere(pair[part]) for pair in pairs]) for part in range(3))
     chosen, rejected = chosen[real], rejected[real]
     difference = chosen[:, None] - rejected[None]
@@ -162,12 +175,13 @@ def _policy_scores(
     network: SplitModel,
     params: SplitParams,
     layout: Layout | None,
+    record: Record,
 ) -> tuple[np.ndarray, np.ndarray, list[Mapping[str, Any]]]:
     """The reward model's scores of the SFT policy's responses to the PPO phase's prompts, and which of them ended."""
     prompts = create_datasets(config.data_of("ppo"), policy.tokenizer, "ppo", seed=config.seed, mesh=layout)
     ppo = config.ppo
     scores, ended, rows = [], [], []
-    for step in range(-(-config.reward_training.normalize_rows // prompts.batch_size)):
+    for step in record.watched(range(-(-config.reward_training.normalize_rows // prompts.batch_size)), "scoring"):
         batch = prompts.train[step]
         tokens, mask, row_ids = put_rows((batch.tokens, batch.mask, batch.row_ids), layout)
         samples = sample(

@@ -14,29 +14,36 @@ from jax_rlhf.models import Decoder
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.parallel import all_rows, create_layout, gather_to_host, same_everywhere
 from jax_rlhf.phases.config import RunConfig
+from jax_rlhf.phases.progress import Progress, digest, tokenizer_digest
 from jax_rlhf.phases.record import Record
+from jax_rlhf.phases.stop import StopSignals
 from jax_rlhf.phases.supervised import evaluated, microbatches, total_steps, train, with_end
 from jax_rlhf.rollout import sample
 from jax_rlhf.training.sft import SFTLoss
 from jax_rlhf.training.supervised import Supervised, create_state
 
 
-def run(config: RunConfig, workdir: Path) -> dict[str, float]:
-    """The SFT phase: config.model → <workdir>/sft/model.
+def run(
+    config: RunConfig, workdir: Path, *, stop: StopSignals | None = None, accept_changes: bool = False
+) -> dict[str, float]:
+    """The SFT phase: config.model → <workdir>/sft/model. Goes on from its last checkpoint, where there is one.
 
     Args:
       config: the run's settings.
       workdir: its folder.
+      stop: the run's; None = Ctrl-C and SIGTERM are listened for here.
+      accept_changes: go on although data, tokenizer or frozen parameters are not those that the phase began with.
 
     Returns:
       What it came to, also in <workdir>/sft/summary.json: held-out loss (nats a token) before and after.
 
     Raises:
-      ValueError, FileNotFoundError: a setting, the data or the checkpoint cannot be used.
+      ValueError, FileNotFoundError, CheckpointError: a setting, the data or a checkpoint cannot be used.
+      Stopped: it was asked to stop, and can go on.
     """
     settings, folder = config.sft, workdir / "sft"
     layout = create_layout(config.mesh, config.rollout_mesh)
-    with Record(folder, config.log) as record:
+    with Record(folder, config.log, stop) as record:
         record.say(f"loading {config.model.path}")
         pretrained = load_model(config.model, "lm", layout)
         ends = config.ends(pretrained)
@@ -49,45 +56,49 @@ def run(config: RunConfig, workdir: Path) -> dict[str, float]:
         how = how_to_train(config, pretrained.model, datasets.batch_size, steps)
         state, frozen = create_state(how, pretrained, layout)
         pretrained = dataclasses.replace(pretrained, params={})  # those that train have been copied
-        latest = [state]
-        losses = []
+        inputs = {"the data": datasets.digest, "the tokenizer": tokenizer_digest(pretrained.tokenizer)}
+        inputs["the frozen parameters of config.model"] = digest(frozen)
+        progress = Progress(record, config, inputs, accept_changes=accept_changes)
+        progress.restore(state)
+        del state  # donated from step to step
 
         def trained() -> Pretrained:
-            params = how.network.join(SplitParams(frozen, latest[0].trainable))
+            params = how.network.join(SplitParams(frozen, progress.state.trainable))
             return dataclasses.replace(pretrained, params=params)
 
-        def report(step: int, state: object) -> None:
-            held_out = evaluated(how, state, frozen, datasets, record, layout)
-            if held_out:
-                held_out["perplexity"] = math.exp(min(held_out["loss"], 700.0))
-                losses.append(held_out["loss"])
-                record.metrics(step, {f"eval/{name}": value for name, value in held_out.items()})
-                record.say(
-                    f"step {step}: held-out loss {held_out['loss']:.3f} nats/token, "
-                    f"perplexity {held_out['perplexity']:.1f}"
-                )
+        def report(step: int) -> dict[str, float]:
+            held_out = evaluated(how, progress.state, frozen, datasets, record, layout)
+            if not held_out:
+                return {}
+            held_out["perplexity"] = math.exp(min(held_out["loss"], 700.0))
+            metrics = {f"eval/{name}": value for name, value in held_out.items()}
+            record.metrics(step, metrics)
+            record.say(
+                f"step {step}: held-out loss {held_out['loss']:.3f} nats/token, perplexity {held_out['perplexity']:.1f}"
+            )
+            progress.notes.setdefault("eval/loss_before", held_out["loss"])
+            progress.notes["eval/loss"] = held_out["loss"]
+            return metrics
 
-        report(0, state)
+        if progress.step == 0:
+            report(0)
         record.say("compiling the first step")
-        with record.saving(lambda: save_pretrained(folder / "model", trained())):
-            state = train(
+        with progress.saving(lambda: save_pretrained(folder / "model", trained())):
+            train(
                 how,
-                state,
+                progress,
                 frozen,
                 datasets,
                 steps,
                 record,
                 layout,
+                evaluate=report,
                 eval_every=settings.eval_every,
-                report=report,
-                keep=lambda state: latest.__setitem__(0, state),
             )
-        report(int(state.step), state)
-        if settings.sample_rows and datasets.eval and record.goes_on():
+        if settings.sample_rows and datasets.eval:
+            record.stop.check()
             _write_samples(config, trained(), datasets, record)
-        result = {"steps": int(state.step)}
-        if losses:
-            result |= {"eval/loss_before": losses[0], "eval/loss": losses[-1]}
+        result = {"steps": progress.step} | progress.notes
         record.summary(result)
     return result
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 
 from jax_rlhf.data import Datasets
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.parallel import Layout, put_rows, row_shards
+from jax_rlhf.phases.progress import Progress
 from jax_rlhf.phases.record import Record
 from jax_rlhf.training import OptimizerConfig
 from jax_rlhf.training.supervised import Supervised, SupervisedState, evaluate, update
@@ -39,20 +40,6 @@ def with_end(optimizer: OptimizerConfig, steps: int) -> OptimizerConfig:
       The settings.
     """
     return optimizer if optimizer.total_steps else dataclasses.replace(optimizer, total_steps=steps)
-
-
-def due(step: int, every: int, total: int) -> bool:
-    """Whether an evaluation comes after this step: every so many, and not after the last, which has its own.
-
-    Args:
-      step: steps done.
-      every: steps between evaluations; 0 = none.
-      total: of the phase.
-
-    Returns:
-      Whether.
-    """
-    return every > 0 and step % every == 0 and step < total
 
 
 def microbatches(batch_size: int, microbatch_size: int | None, layout: Layout | None, where: str) -> int:
@@ -112,44 +99,36 @@ def evaluated(
 
 def train(
     how: Supervised,
-    state: SupervisedState,
+    progress: Progress,
     frozen: Params,
     datasets: Datasets,
     steps: int,
     record: Record,
     layout: Layout | None,
     *,
+    evaluate: Callable[[int], Mapping[str, float]],
     eval_every: int,
-    report: Callable[[int, SupervisedState], None],
-    keep: Callable[[SupervisedState], None],
-) -> SupervisedState:
-    """Runs the steps.
+) -> None:
+    """Runs the steps that are left; `progress.state` is a `SupervisedState`, donated from step to step.
 
     Args:
       how: what and how.
-      state: the start; donated.
+      progress: where to go on, and what saves.
       frozen: the frozen parameters.
       datasets: the data.
-      steps: how many.
+      steps: of the phase.
       record: writes metrics down.
       layout: the mesh; None = one device.
-      eval_every: steps between calls of `report`; 0 = none between.
-      report: (step, state) evaluates.
-      keep: told the state after each step, since the former one is gone.
-
-    Returns:
-      The state at the end.
+      evaluate: (steps done) → metrics of `progress.state`.
+      eval_every: steps between evaluations; 0 = only after the last.
     """
-    batches = datasets.batches(0, steps)
-    for step in record.steps(steps):
+    batches = datasets.batches(progress.step, steps)
+    for step in progress.steps(steps, "step", evaluate, eval_every):
         started = time.perf_counter()
-        state, metrics = update(how, state, frozen, put_rows(next(batches), layout))
-        keep(state)
+        state, metrics = update(how, progress.state, frozen, put_rows(next(batches), layout))
         numbers = jax.device_get(metrics)
         numbers["tokens_per_second"] = numbers["tokens"] / (time.perf_counter() - started)
         shown = {name: numbers[name] for name in ("loss", "accuracy") if name in numbers}
         shown["tokens/s"] = numbers["tokens_per_second"]
         record.metrics(step + 1, {f"train/{name}": value for name, value in numbers.items()}, **shown)
-        if due(step + 1, eval_every, steps):
-            report(step + 1, state)
-    return state
+        progress.done(state)

@@ -6,11 +6,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from absl import logging
 from ml_collections import ConfigDict
 
+from jax_rlhf.data.formats import PHASES
 from jax_rlhf.phases.config import RunConfig
 
-_FREE = ("phases", "log")  # may differ from run to run in one workdir
+_FREE = ("phases", "log", "checkpoint")  # may differ from run to run in one workdir
+_OF_A_PHASE = {"sft": "sft", "reward_training": "reward", "ppo": "ppo"}  # a section → the phase that it alone concerns
+_OF_THE_MACHINE = (
+    "mesh",
+    "rollout_mesh",
+    "remat",
+    "attention",
+    "dtype",
+    "offload",
+    "prefetch",
+)  # equal but for rounding
 
 
 class WorkdirError(ValueError):
@@ -18,38 +30,64 @@ class WorkdirError(ValueError):
 
 
 def open_workdir(
-    workdir: Path, config: Mapping[str, Any] | ConfigDict, phases: tuple[str, ...], *, overwrite: bool
-) -> None:
-    """Makes the workdir and writes the resolved config there, or checks that it is the same as before.
+    workdir: Path,
+    config: Mapping[str, Any] | ConfigDict,
+    phases: tuple[str, ...],
+    *,
+    overwrite: bool,
+    accept_changes: bool = False,
+) -> list[str]:
+    """Makes the workdir and writes the resolved config there, or checks that what is there can go on with it.
+
+    A phase that is not finished goes on with changed settings of its own; one that is finished was made with the former
+    ones. Model, data and seed are those of the whole run.
 
     Args:
       workdir: the folder.
       config: the resolved config, nested.
       phases: those to run.
       overwrite: what these phases left there before is deleted.
+      accept_changes: whatever changed.
+
+    Returns:
+      What changed and is accepted, a line each.
 
     Raises:
       WorkdirError: the folder belongs to another config; says which fields differ.
     """
     wanted = json.loads(ConfigDict(config).to_json_best_effort())
     file = workdir / "config.json"
+    changed: dict[str, str] = {}
     if file.is_file() and not overwrite:
         try:
-            before = json.loads(file.read_text(encoding="utf-8"))
+            changed = dict(_differences(json.loads(file.read_text(encoding="utf-8")), wanted))
         except ValueError as error:
             raise WorkdirError(f"{file} is not JSON ({error}); take another --workdir, or --overwrite.") from error
-        changed = list(_differences(before, wanted))
-        if changed:
+        states = {phase: status(workdir, phase) for phase in PHASES}
+        refused = [line for name, line in changed.items() if not _can_change(name, states)]
+        if refused and not accept_changes:
             raise WorkdirError(
-                f"{workdir} belongs to a run of another config: {'; '.join(changed[:8])}. Take another --workdir "
-                "(earlier results are found with --config.sft_model_path and --config.reward.path), or --overwrite to "
-                f"repeat {', '.join(phases)} here."
+                f"{workdir} belongs to a run of another config: {'; '.join(refused[:8])}. Take another --workdir "
+                "(earlier results are found with --config.sft_model_path and --config.reward.path), --overwrite to "
+                f"repeat {', '.join(phases)} here, or --accept_changes to go on all the same."
             )
     workdir.mkdir(parents=True, exist_ok=True)
     if overwrite:
         for phase in phases:
             shutil.rmtree(workdir / phase, ignore_errors=True)
-    file.write_text(json.dumps(wanted, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    partial = file.with_name("config.json.partial")
+    partial.write_text(json.dumps(wanted, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(file)
+    return list(changed.values())
+
+
+def _can_change(name: str, states: Mapping[str, str]) -> bool:
+    """Whether a field, "config.a.b", may differ from what the phases in the workdir began with."""
+    _, section, *rest = name.split(".")
+    if set(states.values()) == {"new"} or {section, *rest[-1:]} & set(_OF_THE_MACHINE):
+        return True
+    phase = _OF_A_PHASE.get(section)
+    return phase is not None and name != "config.ppo.seed" and states[phase] != "finished"
 
 
 def check_shared(config: RunConfig, workdir: Path) -> None:
@@ -76,7 +114,7 @@ def _differences(before: Any, now: Any, where: str = "config") -> Any:
             if where != "config" or name not in _FREE:
                 yield from _differences(before.get(name), now.get(name), f"{where}.{name}")
     elif before != now:
-        yield f"{where} was {before!r} and is {now!r}"
+        yield where, f"{where} was {before!r} and is {now!r}"
 
 
 def status(workdir: Path, phase: str) -> str:
@@ -87,15 +125,19 @@ def status(workdir: Path, phase: str) -> str:
       phase: its name.
 
     Returns:
-      "new", "finished" or "interrupted".
+      "new", "finished", "interrupted" (it has a checkpoint to go on from), or "partial" (it has a model alone).
     """
+    folder = workdir / phase
     try:
-        summary = json.loads((workdir / phase / "summary.json").read_text(encoding="utf-8"))
+        if json.loads((folder / "summary.json").read_text(encoding="utf-8")).get("finished"):
+            return "finished"
     except FileNotFoundError:
-        return "interrupted" if (workdir / phase / "model").exists() else "new"
-    except ValueError:
+        pass
+    except (ValueError, AttributeError):
+        logging.warning("%s is not what this program writes.", folder / "summary.json")
+    if any(path.name.isdigit() for path in folder.glob("checkpoints/*")):
         return "interrupted"
-    return "finished" if summary.get("finished") else "interrupted"
+    return "partial" if (folder / "model").exists() else "new"
 
 
 def sft_model(config: RunConfig, workdir: Path) -> str:
@@ -153,9 +195,9 @@ def _result(workdir: Path, phase: str, mend: str) -> str:
             f"{workdir / phase / 'model'} is missing: run the {phase} phase first (it is one of "
             f"config.phases), or: {mend}."
         )
-    if state == "interrupted":
+    if state != "finished":
+        again = "run it again" if state == "interrupted" else "repeat it with --overwrite"
         raise WorkdirError(
-            f"{workdir / phase} was interrupted: run it again with --overwrite; or take it as it is, "
-            f"with a path: {mend}."
+            f"{workdir / phase} did not finish: {again} (config.phases={phase}), or take it as it is: {mend}."
         )
     return str(workdir / phase / "model")

@@ -1,7 +1,6 @@
 """What would fail later is said at the start, with how to mend it."""
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
@@ -86,24 +85,6 @@ def test_what_overwriting_would_delete_is_no_input(config, tmp_path):
         check_run(run_config(config), workdir, overwrite=True)
 
 
-@pytest.mark.parametrize("step", [0, 1, 2])
-def test_ctrl_c_after_the_last_part_leaves_a_finished_phase(step, tmp_path):
-    """Pressed in a step, it cuts the phase short; pressed when nothing is left to begin, the phase is finished."""
-
-    def press():
-        with Record(tmp_path / "sft", LogConfig()) as record:
-            for index in record.steps(2):
-                if index == step:
-                    signal.raise_signal(signal.SIGINT)
-            if record.goes_on() and step == 2:
-                signal.raise_signal(signal.SIGINT)
-            record.summary({})
-
-    with pytest.raises(KeyboardInterrupt):
-        press()
-    assert status(tmp_path, "sft") == ("finished" if step == 2 else "interrupted")
-
-
 def test_a_reward_model_of_another_vocabulary(config, tmp_path):
     config.reward.path = tiny.checkpoint(tmp_path / "small", vocabulary=20)
     with pytest.raises(ValueError, match=r"config.reward.path=.* has another vocabulary than config.model.path"):
@@ -118,30 +99,68 @@ def test_a_later_phase_s_broken_row_stops_the_run_at_its_start(config, tmp_path)
         check(config, tmp_path)
 
 
+def finished(workdir, phase):
+    (workdir / phase).mkdir(parents=True, exist_ok=True)
+    (workdir / phase / "summary.json").write_text('{"finished": true}')
+
+
 def test_a_workdir_belongs_to_one_config(config, tmp_path):
-    open_workdir(tmp_path / "run", config, ("sft",), overwrite=False)
-    config.phases, config.log.table_rows = ("ppo",), 1  # what may differ
-    open_workdir(tmp_path / "run", config, ("sft",), overwrite=False)
+    workdir = tmp_path / "run"
+    config.data.max_tokens = 19
+    assert open_workdir(workdir, config, ("sft",), overwrite=False) == []
+    config.data.max_tokens = 20  # nothing was made with the former one
+    assert open_workdir(workdir, config, ("sft",), overwrite=False) == ["config.data.max_tokens was 19 and is 20"]
+    finished(workdir, "sft")
+    config.phases, config.log.table_rows, config.checkpoint.every = ("ppo",), 1, 5  # what may differ
+    assert open_workdir(workdir, config, ("sft",), overwrite=False) == []
     config.data.max_tokens = 21
-    with pytest.raises(ValueError, match=r"config.data.max_tokens was 20 and is 21"):
-        open_workdir(tmp_path / "run", config, ("sft",), overwrite=False)
-    open_workdir(tmp_path / "run", config, ("sft",), overwrite=True)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["max_tokens"] == 21
+    with pytest.raises(ValueError, match=r"config.data.max_tokens was 20 and is 21.*--accept_changes"):
+        open_workdir(workdir, config, ("sft",), overwrite=False)
+    said = open_workdir(workdir, config, ("sft",), overwrite=False, accept_changes=True)
+    assert said == ["config.data.max_tokens was 20 and is 21"]
+    config.data.max_tokens = 22
+    open_workdir(workdir, config, ("sft",), overwrite=True)
+    assert json.loads((workdir / "config.json").read_text())["data"]["max_tokens"] == 22
 
 
-def test_a_failure_saves_what_was_trained(tmp_path):
-    saved = []
+@pytest.mark.parametrize(
+    ("field", "value", "refused"),
+    [
+        ("ppo.kl_coef", 0.3, False),  # a phase that is under way goes on with another setting
+        ("ppo.actor_optimizer.learning_rate", 1e-6, False),
+        ("mesh.fsdp", 2, False),
+        ("model.remat", "full", False),
+        ("data.prefetch", 7, False),
+        ("sft.optimizer.learning_rate", 1.0, True),  # a phase that is finished was made with the former one
+        ("model.path", "/elsewhere", True),
+        ("model.trainable_layers", 1, True),
+        ("data.paths", ("others.jsonl",), True),
+        ("seed", 5, True),
+        ("ppo.seed", 5, True),
+        ("reward.path", "/elsewhere", True),
+    ],
+)
+def test_what_may_change_under_way(config, tmp_path, field, value, refused):
+    workdir = tmp_path / "run"
+    open_workdir(workdir, config, ("sft", "ppo"), overwrite=False)
+    finished(workdir, "sft")
+    (workdir / "ppo" / "checkpoints" / "3").mkdir(parents=True)
+    assert [status(workdir, phase) for phase in ("sft", "reward", "ppo")] == ["finished", "new", "interrupted"]
+    before = (workdir / "config.json").read_text()
+    set_field(config, field, value)
+    if refused:
+        with pytest.raises(ValueError, match=rf"another config: .*config.{field} was .* and is .*--accept_changes"):
+            open_workdir(workdir, config, ("sft", "ppo"), overwrite=False)
+        assert (workdir / "config.json").read_text() == before
+    else:
+        (line,) = open_workdir(workdir, config, ("sft", "ppo"), overwrite=False)
+        assert line.startswith(f"config.{field} was ")
 
-    def fail():
-        with Record(tmp_path / "sft", LogConfig()) as record, record.saving(lambda: saved.append(1)):
-            record.metrics(1, {"loss": float("nan")})
-            raise RuntimeError("boom")
 
-    with pytest.raises(RuntimeError, match="boom"):
-        fail()
-    assert saved == [1]
-    assert json.loads((tmp_path / "sft" / "metrics.jsonl").read_text())["loss"] is None
-    assert status(tmp_path, "sft") == "new"
+def test_a_model_without_a_checkpoint_is_not_overwritten_in_silence(config, tmp_path):
+    (tmp_path / "run" / "sft" / "model").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"did not finish, without a checkpoint. --overwrite --config.phases=sft,"):
+        check(config, tmp_path)
 
 
 def test_weights_and_biases_must_be_installed(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -178,9 +179,11 @@ def test_a_wrong_command_stops_at_once(whole, flags, message):
     assert message in errors.splitlines()[-1]
 
 
-def test_ctrl_c_saves_what_was_trained(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_being_asked_to_stop_saves_all_and_says_so_by_the_exit_code(tmp_path, number):
+    flags = ("--config.phases=sft", "--config.sft.steps=100000")
     process = subprocess.Popen(
-        command(tmp_path, "--config.phases=sft", "--config.sft.steps=100000"),
+        command(tmp_path, *flags),
         cwd=tmp_path,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -195,13 +198,42 @@ def test_ctrl_c_saves_what_was_trained(tmp_path):
         and (not metrics.exists() or '"step": 3,' not in metrics.read_text())
     ):
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     printed, errors = process.communicate(timeout=100)
-    assert process.returncode == 130, errors[-3000:]
-    assert "what was trained is saved" in printed
-    assert not json.loads((tmp_path / "run" / "sft" / "summary.json").read_text())["finished"]
-    load_pretrained(tmp_path / "run" / "sft" / "model")
-    assert all(line["step"] >= 0 for line in lines(metrics))
-    code, _, errors = run(tmp_path, "--config.phases=sft", "--config.sft.steps=100000")
-    assert code == 1
-    assert "did not finish. --overwrite --config.phases=sft repeats it" in errors
+    assert process.returncode == 75, errors[-3000:]
+    steps = [line["step"] for line in lines(metrics)]
+    assert f"step {steps[-1]} is saved in" in printed
+    assert "the same command goes on" in errors
+    assert [file.name for file in (tmp_path / "run" / "sft" / "checkpoints").iterdir()] == [str(steps[-1])]
+    assert (tmp_path / "run" / "sft" / "model").exists() == (number == signal.SIGINT)  # a preempted machine has seconds
+    assert not (tmp_path / "run" / "sft" / "summary.json").exists()
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    """In a reward function that never returns."""
+    flags = ("--config.phases=ppo", f"--config.sft_model_path={tmp_path / 'base'}")
+    process = subprocess.Popen(
+        command(tmp_path, *flags, "--config.ppo.reward_functions=tests.phases.test_end_to_end:never"),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.time() + 100
+    while time.time() < until and process.poll() is None and not (tmp_path / "asked").exists():
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=5)
+    assert process.returncode == -signal.SIGINT
+    assert "Ctrl-C: this step is finished and saved; once more stops at once." in errors
+
+
+def never(prompts, responses, **columns):
+    del prompts, responses, columns
+    pathlib.Path("asked").touch()
+    while True:
+        time.sleep(1000)

@@ -1,6 +1,5 @@
 """Two real processes run all three phases from the command line, as one does; and what happens when one fails."""
 
-import json
 import os
 import signal
 import subprocess
@@ -156,15 +155,18 @@ def test_a_process_that_dies_ends_the_other(folder, tmp_path):
     assert len(output) > 0
 
 
-def test_ctrl_c_in_one_process_ends_all_with_the_model_saved(folder, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_one_process_ends_all_at_the_same_step(folder, tmp_path, number):
     flags = ("--config.phases=sft", "--config.sft.steps=100000")
     processes = start_two(folder, tmp_path / "run", *flags)
     file = tmp_path / "run" / "sft" / "metrics.jsonl"
     deadline = time.time() + 120
     while time.time() < deadline and not (file.is_file() and len(alone.lines(file)) > 2):
         time.sleep(0.2)
-    processes[1].send_signal(signal.SIGINT)
+    processes[1].send_signal(number)
     for output, code in finish(processes, timeout=120):
-        assert code == 130, output[-3000:]
-    load_pretrained(tmp_path / "run" / "sft" / "model")
-    assert not json.loads((tmp_path / "run" / "sft" / "summary.json").read_text())["finished"]
+        assert code == 75, output[-3000:]
+    (checkpoint,) = (tmp_path / "run" / "sft" / "checkpoints").iterdir()
+    assert int(checkpoint.name) == alone.lines(file)[-1]["step"]
+    if number == signal.SIGINT:
+        load_pretrained(tmp_path / "run" / "sft" / "model")

@@ -1,0 +1,231 @@
+"""How far a phase is: it goes on from its last checkpoint, saves new ones as it goes, and where it is stopped."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from absl import logging
+from transformers import PreTrainedTokenizerBase
+
+from jax_rlhf.hub import CheckpointError
+from jax_rlhf.phases.config import RunConfig
+from jax_rlhf.phases.record import Record
+from jax_rlhf.phases.stop import Stopped
+from jax_rlhf.training.checkpoint import Checkpoints, abstract, checksums
+
+FOLDER = "checkpoints"
+
+
+class Progress:
+    """The state of a phase, on its way from the first step to the last.
+
+    Attributes:
+      step: steps done.
+      state: a tree of arrays, after that step.
+      notes: what the phase must know of earlier steps, in what JSON can hold.
+    """
+
+    def __init__(
+        self, record: Record, config: RunConfig, inputs: Mapping[str, str], *, accept_changes: bool = False
+    ) -> None:
+        """Opens the checkpoints.
+
+        Args:
+          record: of the phase.
+          config: the run's.
+          inputs: what is not in a checkpoint and must be the same when the phase goes on: name → checksum.
+          accept_changes: of inputs.
+
+        Raises:
+          OSError: the folder cannot be written.
+        """
+        self.step, self.state, self.notes = 0, None, {}
+        self._record, self._run, self._config = record, config, config.checkpoint
+        self._inputs, self._accept_changes = dict(inputs), accept_changes
+        self._checkpoints = Checkpoints((record.folder / FOLDER).resolve(), config.checkpoint, say=record.say)
+        self._saved, self._saved_at = 0, time.monotonic()
+        self._position: dict[str, Any] = {}
+        self._evaluated, self._metric = True, None
+
+    def restore(self, state: Any) -> Any:
+        """The state of the last checkpoint, or the one given.
+
+        Args:
+          state: before the first step; its memory is freed where a checkpoint takes its place.
+
+        Returns:
+          The state to go on with.
+
+        Raises:
+          CheckpointError: the checkpoints are damaged, of another model, or the inputs are not those they began with.
+        """
+        like = abstract(state)
+        if self._checkpoints.steps:
+            for leaf in jax.tree.leaves(state):
+                leaf.delete()
+        restored = self._checkpoints.restore(like)
+        if restored is None:
+            self.state = state
+            return state
+        self.step, self.state, self._saved = restored.step, restored.state, restored.step
+        self.notes, self._evaluated = restored.notes["phase"], restored.notes["evaluated"]
+        self._compare(restored.notes["inputs"])
+        self._record.continue_from(restored.notes["position"], self.step)
+        self._record.say(f"going on from the checkpoint of step {self.step}")
+        return self.state
+
+    def _compare(self, before: Mapping[str, str]) -> None:
+        changed = [name for name in {**before, **self._inputs} if before.get(name) != self._inputs.get(name)]
+        if not changed:
+            return
+        what = f"{', '.join(changed)}: not what step {self.step} of this phase was reached with"
+        if not self._accept_changes:
+            raise CheckpointError(
+                f"{self._record.folder}: {what}. Put it back as it was; or go on all the same with --accept_changes, "
+                "or begin anew with --overwrite."
+            )
+        self._record.say(f"{what} (--accept_changes).")
+
+    def steps(
+        self, total: int, unit: str, evaluate: Callable[[int], Mapping[str, float]], evaluate_every: int
+    ) -> Iterator[int]:
+        """The steps that are left, with a progress bar; `done` must be called at the end of each.
+
+        Args:
+          total: of the phase.
+          unit: what the bar calls them.
+          evaluate: (steps done) → metrics of the state, also in the files; called by `done`, and first of all where the
+            phase was stopped in it.
+          evaluate_every: steps between evaluations; 0 = only after the last.
+
+        Yields:
+          The step, from 0.
+        """
+        if not self._evaluated:
+            evaluate(self.step)
+            self._mark(evaluated=True)
+        self._total, self._evaluate, self._evaluate_every = total, evaluate, evaluate_every
+        self._saved_at = time.monotonic()
+        self._record.stop.check()
+        yield from self._record.steps(self.step, total, unit)
+
+    def done(self, state: Any) -> None:
+        """A step is done: evaluates and saves where it is time to.
+
+        Args:
+          state: after the step.
+
+        Raises:
+          Stopped: the run was asked to stop.
+          CheckpointError: a checkpoint could not be written.
+        """
+        self.step, self.state = self.step + 1, state
+        self._checkpoints.check()
+        last, every, minutes = self.step == self._total, self._config.every, self._config.minutes
+        evaluate = last or (self._evaluate_every > 0 and self.step % self._evaluate_every == 0)
+        self._mark(evaluated=not evaluate)
+        if evaluate:
+            metric = self._best(self._evaluate(self.step))
+            self._mark(evaluated=True)
+            self._metric = metric
+        waited = time.monotonic() - self._saved_at
+        due = minutes is not None and waited >= 60 * minutes and not self._checkpoints.saving
+        stop, due = self._record.stop.agreed(due)
+        if due or last or (every and self.step % every == 0):
+            self._save()
+        if stop and not last:
+            raise Stopped(self._record.stop.reason or "another process was asked to stop")
+
+    def _mark(self, *, evaluated: bool) -> None:
+        """What a checkpoint of this step will say; should an evaluation be stopped, it says what was before."""
+        self._evaluated, self._metric, self._position = evaluated, None, self._record.position()
+
+    def _best(self, metrics: Mapping[str, float]) -> float | None:
+        best = self._config.best
+        if best is not None and metrics and best not in metrics:
+            self._record.say(f"config.checkpoint.best={best} is none of this phase's: {', '.join(metrics)}")
+        return metrics.get(best)
+
+    def _save(self) -> None:
+        notes = {
+            "phase": self.notes,
+            "inputs": self._inputs,
+            "position": self._position,
+            "evaluated": self._evaluated,
+            "config": dataclasses.asdict(self._run),
+        }
+        self._checkpoints.save(self.step, self.state, notes, self._metric)
+        self._saved, self._saved_at = self.step, time.monotonic()
+
+    @contextlib.contextmanager
+    def saving(self, export: Callable[[], None]) -> Iterator[None]:
+        """Keeps what was trained when the block ends: as a checkpoint where it fails or is stopped, and as a model.
+
+        Of several processes all must save, so that one that fails by itself does not; the last checkpoint stays.
+
+        Args:
+          export: writes the model.
+
+        Yields:
+          Nothing.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if jax.process_count() == 1 or getattr(error, "agreed", False):
+                try:
+                    self._rescue(error, export)
+                except Exception as second:  # the first is the one to be seen; its update may have eaten the parameters
+                    logging.error("%s: what was trained could not be saved: %s", self._record.folder, second)
+            raise
+        self._checkpoints.wait()
+        self._checkpoints.close()
+        export()
+
+    def _rescue(self, error: BaseException, export: Callable[[], None]) -> None:
+        try:
+            if self.step > self._saved and not isinstance(error, CheckpointError):
+                self._save()
+        finally:
+            self._checkpoints.wait()
+            self._checkpoints.close()
+        if not self.step:
+            return
+        where = self._record.folder / FOLDER
+        self._record.say(f"step {self._saved} is saved in {where}; the same command goes on from there.")
+        # Who is preempted has seconds; who pressed Ctrl-C may want to look at the model.
+        if not (isinstance(error, Stopped) and self._record.stop.reason in ("SIGTERM", "preemption")):
+            export()
+
+
+def digest(*parts: Any) -> str:
+    """A checksum of texts, and of arrays wherever they are.
+
+    Args:
+      parts: texts, or trees of arrays.
+
+    Returns:
+      32 hexadecimal digits.
+    """
+    content = [part if isinstance(part, str) else sorted(checksums(part).items()) for part in parts]
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A checksum of all that makes tokens of texts.
+
+    Args:
+      tokenizer: a fast one.
+
+    Returns:
+      32 hexadecimal digits.
+    """
+    # The padding and truncation that a caller set last are no part of it.
+    content = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+    special = sorted(f"{name}={token}" for name, token in tokenizer.special_tokens_map.items())
+    return digest(json.dumps(content, sort_keys=True), *special, str(tokenizer.chat_template))

@@ -1,0 +1,84 @@
+"""Being asked to stop: Ctrl-C, SIGTERM, a maintenance notice. The step at hand is finished, its state saved."""
+
+import contextlib
+import os
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+class Stopped(Exception):
+    """The run stops since it was asked to, in all processes alike; what was trained is saved."""
+
+    agreed = True
+
+
+class StopSignals:
+    """Listens for being asked to stop; a context manager.
+
+    Ctrl-C and SIGTERM are noted, and the program asks `agreed` where it can stop. The same signal once more ends it at
+    once. Of several processes JAX's preemption service has SIGTERM, on TPUs maintenance notices too, and names a point
+    that all reach.
+
+    Attributes:
+      reason: "Ctrl-C", "SIGTERM" or "preemption"; None = this process was not asked to stop.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._former: dict[int, Any] = {}
+        self._asked = 0
+
+    def __enter__(self) -> "StopSignals":
+        """Installs the handlers, in the main thread."""
+        served = jax.distributed.is_initialized()
+        for number in (signal.SIGINT,) if served else (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread: signals are somebody else's
+                self._former[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Puts the former handlers back."""
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.reason = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        signal.signal(number, signal.SIG_DFL)  # once more: at once, whatever the main thread is in
+        # Not print: what it interrupts may be printing.
+        os.write(2, f"\n{self.reason}: this step is finished and saved; once more stops at once.\n".encode())
+
+    def agreed(self, *others: bool) -> tuple[bool, ...]:
+        """Whether any process was asked to stop; all must call it, equally often.
+
+        Args:
+          others: what else any process may want.
+
+        Returns:
+          Whether to stop, and whether any process wants each of the others.
+        """
+        self._asked += 1
+        flags = (self.reason is not None, *others)
+        if jax.process_count() == 1:
+            return flags
+        preempted = multihost_utils.reached_preemption_sync_point(self._asked)
+        if preempted:
+            self.reason = "preemption"  # in all processes alike
+        gathered = multihost_utils.process_allgather(np.asarray((flags[0] or preempted, *others)))
+        return tuple(map(bool, np.any(gathered.reshape(jax.process_count(), -1), axis=0)))
+
+    def check(self) -> None:
+        """A point where the run can stop.
+
+        Raises:
+          Stopped: any process was asked to.
+        """
+        if self.agreed()[0]:
+            raise Stopped(self.reason or "another process was asked to stop")

@@ -1,0 +1,206 @@
+"""Checkpoints are whole or not there, and a bit that changed on the way is seen."""
+
+import resource
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_rlhf.hub import CheckpointError
+from jax_rlhf.parallel import MeshConfig, create_mesh
+from jax_rlhf.training.checkpoint import CheckpointConfig, Checkpoints, abstract, checksums
+
+
+def tree(value=0.0):
+    random = np.random.RandomState(0)
+    return {
+        "weights": {"kernel": jnp.asarray(random.randn(64, 32) + value, jnp.float32)},
+        "moment": jnp.asarray(random.randn(64, 32) + value, jnp.bfloat16),
+        "count": jnp.int32(value),
+        "done": jnp.asarray([True, False]),
+    }
+
+
+def equal(one, other):
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
+
+
+def opened(folder, said=None, **config):
+    return Checkpoints(
+        folder / "checkpoints", CheckpointConfig(**config), say=(said if said is not None else []).append
+    )
+
+
+def saved(folder, *steps, **config):
+    checkpoints = opened(folder, **config)
+    for step in steps:
+        checkpoints.save(step, tree(step), {"at": step})
+    checkpoints.wait()
+    checkpoints.close()
+
+
+def test_what_is_saved_comes_back_though_the_arrays_were_donated_at_once(tmp_path):
+    add = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + jnp.ones_like(leaf), state), donate_argnums=0)
+    state = {"a": jnp.arange(4_000_000, dtype=jnp.float32), "b": jnp.float32(0)}
+    wanted = jax.tree.map(np.array, state)
+    checkpoints = opened(tmp_path)
+    checkpoints.save(3, state, {"notes": [1.5, "x"]})
+    for _ in range(3):
+        state = add(state)
+    checkpoints.wait()
+    restored = checkpoints.restore(abstract(state))
+    checkpoints.close()
+    assert (restored.step, restored.notes) == (3, {"notes": [1.5, "x"]})
+    equal(restored.state, wanted)
+
+
+def test_an_empty_folder_has_none(tmp_path):
+    assert opened(tmp_path).restore(abstract(tree())) is None
+
+
+@pytest.mark.parametrize(("before", "after"), [((8, 1, 1), (1, 4, 2)), ((1, 2, 4), (2, 2, 2))])
+def test_it_is_read_onto_another_mesh(tmp_path, before, after):
+    def placed(sizes):
+        mesh = create_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
+        places = {"weights": {"kernel": PartitionSpec("fsdp", "tensor")}, "moment": PartitionSpec("fsdp")}
+        places |= {"count": PartitionSpec(), "done": PartitionSpec()}
+        return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), tree(7), places)
+
+    one, other = placed(before), placed(after)
+    assert checksums(one) == checksums(other) == checksums(tree(7))
+    checkpoints = opened(tmp_path)
+    checkpoints.save(1, one, {})
+    checkpoints.wait()
+    restored = checkpoints.restore(abstract(other)).state
+    equal(restored, other)
+    for left, right in zip(jax.tree.leaves(restored), jax.tree.leaves(other), strict=True):
+        assert left.sharding == right.sharding
+    checkpoints.close()
+
+
+def test_checksums_see_a_single_bit_and_an_exchange():
+    array = np.random.RandomState(0).randn(33, 5).astype(np.float32)
+    whole = checksums({"a": jnp.asarray(array)})["a"]
+    for place, bit in [((0, 0), 0), ((32, 4), 31), ((7, 3), 22)]:
+        changed = array.copy()
+        changed.view(np.uint32)[place] ^= np.uint32(1) << np.uint32(bit)
+        assert checksums({"a": jnp.asarray(changed)})["a"] != whole
+    changed = array.copy()
+    changed[[3, 9]] = changed[[9, 3]]
+    assert checksums({"a": jnp.asarray(changed)})["a"] != whole
+
+
+def files(folder, step):
+    """What has bytes, the arrays' largest first."""
+    found = [file for file in (folder / "checkpoints" / str(step)).rglob("*") if file.is_file() and file.stat().st_size]
+    return sorted(found, key=lambda file: -file.stat().st_size)
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, lambda file: file.unlink()])
+@pytest.mark.parametrize("which", ["largest", "notes/metadata"])
+def test_a_damaged_checkpoint_is_moved_away_and_the_one_before_is_taken(tmp_path, damage, which):
+    saved(tmp_path, 1, 2, 3, keep=3)
+    notes = tmp_path / "checkpoints" / "3" / "notes" / "metadata"
+    damage(notes if which != "largest" else files(tmp_path, 3)[0])
+    said = []
+    checkpoints = opened(tmp_path, said, keep=3)
+    restored = checkpoints.restore(abstract(tree()))
+    assert restored.step == 2
+    assert restored.notes == {"at": 2}
+    equal(restored.state, tree(2))
+    assert "checkpoints/3 is damaged" in said[0]
+    assert (tmp_path / "checkpoints.damaged" / "3").is_dir()
+    checkpoints.save(3, tree(3), {"at": 3})  # its place is free
+    checkpoints.wait()
+    checkpoints.close()
+    assert opened(tmp_path, keep=3).restore(abstract(tree())).step == 3
+
+
+def test_where_all_are_damaged_nothing_begins_anew_in_silence(tmp_path):
+    saved(tmp_path, 1, 2)
+    for step in (1, 2):
+        flip(files(tmp_path, step)[0])
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints \(1, 2\) can be read.*--overwrite"):
+        opened(tmp_path, []).restore(abstract(tree()))
+    assert (tmp_path / "checkpoints" / "2").is_dir()
+
+
+def test_another_model_is_no_damage(tmp_path):
+    saved(tmp_path, 1, 2)
+    other = tree() | {"moment": jnp.zeros((64, 33), jnp.bfloat16)}
+    other["more"] = other.pop("done")
+    with pytest.raises(
+        CheckpointError, match=r"another model.*done was .* and would be not there; moment was .*32.*33"
+    ):
+        opened(tmp_path).restore(abstract(other))
+
+
+def test_a_half_written_one_counts_for_nothing(tmp_path):
+    saved(tmp_path, 1)
+    half = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp-0"
+    (half / "state").mkdir(parents=True)
+    checkpoints = opened(tmp_path)
+    assert checkpoints.steps == [1]
+    assert checkpoints.restore(abstract(tree())).step == 1
+    checkpoints.save(2, tree(2), {})
+    checkpoints.wait()
+    checkpoints.close()
+    assert not half.exists()
+
+
+def test_what_is_kept(tmp_path):
+    checkpoints = opened(tmp_path, keep=2, keep_every=4, best="eval/score")
+    scores = {2: 0.5, 3: 0.9, 5: 0.1, 6: None, 9: 0.8}
+    for step in range(1, 11):
+        checkpoints.save(step, tree(step), {}, scores.get(step))
+    checkpoints.wait()
+    assert checkpoints.steps == [3, 4, 8, 9, 10]
+    checkpoints.close()
+
+
+def test_the_lowest_can_be_best(tmp_path):
+    checkpoints = opened(tmp_path, keep=1, best="eval/loss", best_mode="min")
+    for step, loss in enumerate([3.0, 1.0, 2.0, 2.5], 1):
+        checkpoints.save(step, tree(step), {}, loss)
+    checkpoints.wait()
+    assert checkpoints.steps == [2, 4]
+    checkpoints.close()
+
+
+def test_a_write_that_fails_says_what_is_left(tmp_path):
+    """No file may grow past 64 KiB: what a full disk does, without one."""
+    checkpoints = opened(tmp_path)
+    checkpoints.save(1, tree(1), {})
+    checkpoints.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    try:
+        checkpoints.save(2, {"a": jnp.asarray(np.random.RandomState(0).randn(500, 500))}, {})
+        with pytest.raises(
+            CheckpointError, match=r"step 2 could not be written: .*; the last complete one is of step 1"
+        ):
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    checkpoints = opened(tmp_path)
+    assert checkpoints.steps == [1]
+    assert checkpoints.restore(abstract(tree())).step == 1
+
+
+@pytest.mark.parametrize(("field", "value"), [("keep", 0), ("every", -1), ("minutes", 0.0)])
+def test_bad_settings_are_named(field, value):
+    with pytest.raises(ValueError, match=rf"config.checkpoint.{field}={value}"):
+        CheckpointConfig(**{field: value})
