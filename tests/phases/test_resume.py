@@ -1,5 +1,6 @@
 """2N steps straight are N steps, a stop, and N more, bit for bit; on another mesh but for rounding."""
 
+import functools
 import json
 import shutil
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from jax_rlhf.hub import CheckpointError
 from jax_rlhf.phases import ppo, reward, run_config, sft
 from jax_rlhf.phases.stop import Stopped, StopSignals
 from jax_rlhf.training.checkpoint import CheckpointConfig, Checkpoints
@@ -56,17 +58,14 @@ def lines(file):
 def results(folder):
     """What a phase leaves, all but times: lines of its files, tensors of its models, arrays of its checkpoint."""
     found = {name: lines(folder / f"{name}.jsonl") for name in ("metrics", "samples")}
-    found["summary"] = lines_of_summary(folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    found["summary"] = {name: value for name, value in summary.items() if name != "seconds"}
     for file in folder.glob("*/*.safetensors"):
         found |= {f"{file.parent.name} {name}": tensor for name, tensor in load_file(file).items()}
     checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(keep=9))
     notes = json.loads((folder / "checkpoints" / str(checkpoints.steps[-1]) / "notes" / "metadata").read_text())
     checkpoints.close()
-    return found | {"arrays": notes["arrays"], "notes": notes["notes"]["phase"]}  # their checksums
-
-
-def lines_of_summary(folder):
-    return {k: v for k, v in json.loads((folder / "summary.json").read_text()).items() if k != "seconds"}
+    return found | {"arrays": notes["arrays"]}  # their checksums
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +91,7 @@ def stopped_at_every_point(run, config, workdir, points):
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_stopped_phase_goes_on_bit_for_bit(settings, straight, tmp_path, phase):
-    for former in ("sft", "reward"):
-        if former != phase:
-            shutil.copytree(straight / former, tmp_path / former)
+    former_phases(straight, tmp_path, phase)
     stopped_at_every_point(PHASES[phase], run_config(settings), tmp_path, [4, 5, 3, 6, 4])
     wanted, got = results(straight / phase), results(tmp_path / phase)
     assert wanted.keys() == got.keys()
@@ -103,3 +100,134 @@ def test_a_stopped_phase_goes_on_bit_for_bit(settings, straight, tmp_path, phase
             np.testing.assert_array_equal(got[name], value, err_msg=name)
         else:
             assert got[name] == value, name
+
+
+def former_phases(straight, workdir, phase):
+    for former in ("sft", "reward"):
+        if former != phase:
+            shutil.copytree(straight / former, workdir / former)
+
+
+def stopped(phase, settings, straight, workdir, point=8):
+    former_phases(straight, workdir, phase)
+    with pytest.raises(Stopped):
+        PHASES[phase](run_config(settings), workdir, stop=StopAt(point))
+
+
+def test_on_another_mesh_it_goes_on_but_for_rounding(settings, straight, tmp_path):
+    """With the same samples."""
+    phase = "ppo"
+    stopped(phase, settings, straight, tmp_path)
+    other = settings.copy_and_resolve_references()
+    other.mesh.data, other.mesh.fsdp, other.mesh.tensor = 1, 4, 2
+    PHASES[phase](run_config(other), tmp_path)
+    wanted, got = results(straight / phase), results(tmp_path / phase)
+    texts = [[row.get("response") or row.get("text") for row in found["samples"]] for found in (wanted, got)]
+    assert texts[0] == texts[1]
+    for name, value in wanted.items():
+        if isinstance(value, np.ndarray):
+            np.testing.assert_allclose(got[name], value, rtol=2e-3, atol=2e-4, err_msg=name)
+    for one, two in zip(wanted["metrics"], got["metrics"], strict=True):
+        assert one.keys() == two.keys()
+        for name, number in one.items():
+            np.testing.assert_allclose(two[name], number, rtol=5e-3, atol=1e-3, err_msg=name)
+
+
+def others(folder, straight):
+    del straight
+    return (tiny.preferences(folder / "others.jsonl", count=90),)
+
+
+def other_model(folder, straight):
+    del straight
+    return tiny.checkpoint(folder / "other", seed=5)
+
+
+def other_reward_model(folder, straight):
+    shutil.copytree(straight / "reward" / "model", folder / "other")
+    config = json.loads((folder / "other" / "config.json").read_text())
+    (folder / "other" / "config.json").write_text(json.dumps(config | {"reward_bias": 0.125}))
+    return str(folder / "other")
+
+
+@pytest.mark.parametrize(
+    ("phase", "field", "value", "message"),
+    [
+        ("sft", "data.paths", others, "the data: not what step 3 of this phase was reached with"),
+        ("sft", "model.path", other_model, "the frozen parameters of config.model: not what"),
+        ("sft", "model.trainable_layers", lambda *_: 1, "another model, number of trainable layers, or optimizer"),
+        ("sft", "sft.optimizer.first_moment_dtype", lambda *_: "bfloat16", "was .*float32.* and would be .*bfloat16"),
+        ("ppo", "reference.path", other_model, "the reference: not what"),
+        (
+            "ppo",
+            "reward.path",
+            other_reward_model,
+            "the reward model, the actor's and the critic's frozen parameters: not what",
+        ),
+    ],
+)
+def test_what_it_cannot_go_on_with_is_said(settings, straight, tmp_path, phase, field, value, message):
+    stopped(phase, settings, straight, tmp_path)
+    other = settings.copy_and_resolve_references()
+    *sections, name = field.split(".")
+    target = functools.reduce(lambda config, section: config[section], sections, other)
+    with target.unlocked():
+        target[name] = value(tmp_path, straight)
+    with pytest.raises(CheckpointError, match=message):
+        PHASES[phase](run_config(other), tmp_path)
+    assert (tmp_path / phase / "checkpoints" / "2").is_dir()
+    if field == "data.paths":
+        PHASES[phase](run_config(other), tmp_path, accept_changes=True)
+
+
+def test_another_tokenizer_is_named(settings, straight, tmp_path):
+    stopped("sft", settings, straight, tmp_path)
+    other = settings.copy_and_resolve_references()
+    other.model.path = str(tmp_path / "renamed")
+    shutil.copytree(settings.model.path, other.model.path)
+    file = tmp_path / "renamed" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"z": ', '"Z": '))
+    with pytest.raises(CheckpointError, match="the tokenizer"):
+        sft.run(run_config(other), tmp_path)
+
+
+def test_a_changed_setting_of_its_own_is_taken(settings, straight, tmp_path):
+    stopped("sft", settings, straight, tmp_path)
+    other = settings.copy_and_resolve_references()
+    other.sft.optimizer.learning_rate, other.sft.steps = 5e-3, 8
+    sft.run(run_config(other), tmp_path)
+    rows = [row for row in lines(tmp_path / "sft" / "metrics.jsonl") if "train/lr" in row]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert rows[-1]["train/lr"] < rows[-2]["train/lr"] < 5e-3
+    assert rows[0]["train/lr"] == pytest.approx(1e-2)
+
+
+def test_a_reward_function_that_fails_loses_nothing(settings, straight, tmp_path, monkeypatch):
+    """Mended, the same command goes on with the iteration that it failed in."""
+    former_phases(straight, tmp_path, "ppo")
+    config = settings.copy_and_resolve_references()
+    config.ppo.reward_functions, config.checkpoint.every = ("tests.phases.test_resume:half_a_point",), 0
+    wanted = tmp_path / "wanted"
+    shutil.copytree(tmp_path, wanted, ignore=lambda *_: ["wanted"])
+    ppo.run(run_config(config), wanted)
+    calls = []
+
+    def broken(prompts, responses, **columns):
+        calls.append(1)
+        if len(calls) == 5:  # evaluation of two batches, then iterations
+            raise OSError("the judge is not at home")
+        return half_a_point_again(prompts, responses, **columns)
+
+    half_a_point_again = half_a_point
+    monkeypatch.setattr("tests.phases.test_resume.half_a_point", broken)
+    with pytest.raises(Exception, match="not at home"):
+        ppo.run(run_config(config), tmp_path)
+    monkeypatch.undo()
+    assert [file.name for file in (tmp_path / "ppo" / "checkpoints").iterdir()] == ["2"]
+    ppo.run(run_config(config), tmp_path)
+    assert results(wanted / "ppo")["arrays"] == results(tmp_path / "ppo")["arrays"]
+
+
+def half_a_point(prompts, responses, **columns):
+    del prompts, columns
+    return [0.5 * response.split().count("a") for response in responses]
