@@ -16,6 +16,7 @@ from jax_rlhf.hub import CheckpointError
 from jax_rlhf.parallel import ProcessError, any_process, leave, same_everywhere, start_processes, together
 from jax_rlhf.phases import run_config
 from jax_rlhf.phases.check import check_run
+from jax_rlhf.phases.faults import FaultError
 from jax_rlhf.phases.stop import Stopped, StopSignals
 from jax_rlhf.phases.workdir import check_shared, open_workdir, status
 from jax_rlhf.rewards import RewardError
@@ -35,7 +36,16 @@ _PROCESS_TIMEOUT = flags.DEFINE_integer(
     "process_timeout", 100, "Seconds of silence after which a process counts as dead, and the others end."
 )
 
-_EXPECTED = (ValueError, FileNotFoundError, PermissionError, CheckpointError, DataError, ProcessError, RewardError)
+_EXPECTED = (
+    ValueError,
+    FileNotFoundError,
+    PermissionError,
+    CheckpointError,
+    DataError,
+    FaultError,
+    ProcessError,
+    RewardError,
+)
 
 SAVED = 75
 """Exit code after SIGTERM, a maintenance notice or Ctrl-C: all is saved, the same command goes on. EX_TEMPFAIL."""
@@ -59,8 +69,8 @@ def main(arguments: Sequence[str]) -> int:
             raise ValueError("--workdir=DIR is missing: the folder for models, metrics and samples.")
         process = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
         start_processes(*process, timeout=_PROCESS_TIMEOUT.value)
-        with StopSignals() as stop:
-            return _run(CONFIG.value, Path(_WORKDIR.value).expanduser(), stop)
+        stop = StopSignals().listen()  # to the very end
+        return _run(CONFIG.value, Path(_WORKDIR.value).expanduser(), stop)
     except _EXPECTED as error:
         logging.debug("where it came from", exc_info=True)
         print(f"error: {error}", file=sys.stderr)

@@ -31,7 +31,7 @@ from jax_rlhf.parallel import (
     row_shards,
     together,
 )
-from jax_rlhf.rewards import RewardError, RewardFunction, score_texts
+from jax_rlhf.rewards import RewardFunction, score_texts
 from jax_rlhf.rl import Experience, Prompts
 from jax_rlhf.rollout import Samples, check_prompts
 from jax_rlhf.settings import from_mapping
@@ -136,7 +136,6 @@ class PPOTrainer:
 
         Raises:
           ValueError: pretraining rows without `ptx_coef` or the other way round, or a number that cannot be divided.
-          RewardError: the reward model's score of a response is not finite; nothing is updated.
         """
         engine, rows = self.engine, len(experience.tokens)
         times = {}
@@ -145,17 +144,18 @@ class PPOTrainer:
             scored = time.perf_counter()
             times = {"time/generate": self._sampled - self._started, "time/score": scored - self._sampled}
         if not programs.all_finite(experience.scores):
-            with together("looking at the reward model's scores"):
-                raise RewardError(self._bad_score(experience))
+            logging.warning("%s", self._bad_score(experience))
         config = dataclasses.replace(
             self.config, microbatch_size=self._microbatch(rows, experience.prompt_mask.shape[1])
         )
         self._check_pretraining(pretraining, rows // config.microbatch_size)
         pretraining = None if pretraining is None else put_rows(pretraining, engine.layout)
+        # JAX's NaN checks run a program again to find the place, and must find its arguments.
+        update = programs.update_kept if jax.config.jax_debug_nans else programs.update
         places = None
         if engine.layout is not None:
             places = places_of((engine.trained, self.state))
-        engine.trained, self.state, metrics = programs.update(
+        engine.trained, self.state, metrics = update(
             engine.networks,
             config,
             places,
@@ -193,7 +193,7 @@ class PPOTrainer:
         scores = local_rows(experience.scores)
         rows = np.flatnonzero(~np.isfinite(scores))
         if not len(rows):
-            return "the reward model's score of another process's response is not finite; that process says which."
+            return "the score of another process's response is not finite; that process says which."
         row, width = int(rows[0]), experience.prompt_mask.shape[1]
         mask = np.concatenate([local_rows(experience.prompt_mask), local_rows(experience.response_mask)], axis=1)[row]
         tokens = local_rows(experience.tokens)[row]
@@ -201,8 +201,8 @@ class PPOTrainer:
         if self.engine.tokenizer is not None:
             prompt, response = self.engine.tokenizer.decode(prompt), self.engine.tokenizer.decode(response)
         return (
-            f"the reward model scored {len(rows)} of {len(scores)} responses as not finite, first row {row} with "
-            f"{scores[row]}: prompt {prompt!r}, response {response!r}. Nothing was updated."
+            f"{len(rows)} of {len(scores)} responses have a score that is not finite, first row {row} with "
+            f"{scores[row]}: prompt {prompt!r}, response {response!r}. Updates by these rows are left out."
         )
 
     def _function_scores(self, samples: Samples, prompts: Prompts) -> Array:

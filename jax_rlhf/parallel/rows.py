@@ -100,7 +100,7 @@ def put_rows(rows: Any, mesh: Mesh | Layout | None) -> Any:
       The same tree of arrays, [B, ...].
     """
     if mesh is None:
-        return jax.tree.map(jax.numpy.asarray, rows)
+        return jax.tree.map(jax.device_put, rows)
     sharding = as_layout(mesh).sharding(("rows",))
 
     def put(leaf: Any) -> Array:

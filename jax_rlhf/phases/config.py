@@ -108,6 +108,10 @@ class RunConfig:
       reference, critic: of PPO; `path` None = the SFT policy, and the reward model.
       reward: the reward model of PPO; `path` None = <workdir>/reward/model.
       data, sft, reward_training, ppo, checkpoint, log: see there.
+      max_bad_steps: steps (PPO: iterations) in a row with an update that was not finite, and was left out, before the
+        run stops.
+      debug: stop at the first NaN, at the first transfer between host and devices that nobody asked for, and where an
+        experience is not what it should be; write checkpoints before going on. Slower.
     """
 
     phases: tuple[str, ...] = PHASES
@@ -125,8 +129,12 @@ class RunConfig:
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    max_bad_steps: int = 5
+    debug: bool = False
 
     def __post_init__(self) -> None:
+        if self.max_bad_steps < 1:
+            raise ValueError(f"config.max_bad_steps={self.max_bad_steps} must be 1 or more.")
         for phase in self.phases:
             if phase not in PHASES:
                 raise ValueError(f"config.phases: {phase!r} is no phase; {near_misses(phase, PHASES)}")

@@ -1,6 +1,7 @@
 """PPO: the policy learns to answer so that the reward model (or a Python function) scores high, near its start."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ from jax_rlhf.parallel import (
     together,
 )
 from jax_rlhf.phases.config import RunConfig
+from jax_rlhf.phases.faults import check_step, debugged
 from jax_rlhf.phases.progress import Progress, digest, tokenizer_digest
 from jax_rlhf.phases.record import Record, printable
 from jax_rlhf.phases.stop import StopSignals
 from jax_rlhf.phases.supervised import microbatches, with_end
 from jax_rlhf.phases.workdir import reward_model, sft_model
 from jax_rlhf.rewards import RewardFunction
-from jax_rlhf.rl import Experience, Prompts
+from jax_rlhf.rl import Experience, Prompts, check_experience
 from jax_rlhf.trainer import PPOTrainer, microbatch_rows
 from jax_rlhf.training import PPOConfig, PretrainingRows
 
@@ -84,11 +86,14 @@ def run(
         with progress.saving(lambda: _save(engine, folder)):
             batches = prompts.batches(progress.step, settings.iterations)
             for iteration in progress.steps(settings.iterations, "iteration", evaluate, settings.eval_every):
-                experience = trainer.generate_experience(next(batches))
-                metrics = trainer.train_rlhf(experience, _pretraining(texts, iteration))
+                batch, text = next(batches), _pretraining(texts, iteration)
+                experience, metrics = debugged(
+                    config.debug, functools.partial(_iteration, trainer, batch, text, check=config.debug)
+                )
                 record.metrics(iteration + 1, metrics | _shares(metrics), **_shown(metrics))
                 record.samples(_rows(trainer, experience, iteration + 1, "train")[: settings.sample_rows])
-                progress.done((engine.trained, trainer.state))
+                good = check_step(config, record, iteration + 1, metrics, experience)
+                progress.done((engine.trained, trainer.state), good=good)
 
         notes = progress.notes
         _show_samples(notes["before"], notes["after"], config.log.table_rows, record)
@@ -96,6 +101,15 @@ def run(
         result |= notes["last"]
         record.summary(result)
     return result
+
+
+def _iteration(
+    trainer: PPOTrainer, prompts: Prompts, text: PretrainingRows | None, *, check: bool
+) -> tuple[Experience, dict[str, float]]:
+    experience = trainer.generate_experience(prompts)
+    if check:
+        check_experience(jax.tree.map(local_rows, experience))
+    return experience, trainer.train_rlhf(experience, text)
 
 
 def _inputs(engine: RLHFEngine, prompts: Datasets, texts: Datasets | None) -> dict[str, str]:

@@ -14,11 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 from jax_rlhf.hub import CheckpointError
 from jax_rlhf.phases.config import RunConfig
+from jax_rlhf.phases.faults import FaultError
 from jax_rlhf.phases.record import Record
 from jax_rlhf.phases.stop import Stopped
 from jax_rlhf.training.checkpoint import Checkpoints, abstract, checksums
 
 FOLDER = "checkpoints"
+
+# What was trained is no good then; and after FloatingPointError (debug) JAX has given its memory away without a word.
+_NUMBERS = (FaultError, FloatingPointError)
 
 
 class Progress:
@@ -47,7 +51,9 @@ class Progress:
         self.step, self.state, self.notes = 0, None, {}
         self._record, self._run, self._config = record, config, config.checkpoint
         self._inputs, self._accept_changes = dict(inputs), accept_changes
-        self._checkpoints = Checkpoints((record.folder / FOLDER).resolve(), config.checkpoint, say=record.say)
+        self._checkpoints = Checkpoints(
+            (record.folder / FOLDER).resolve(), config.checkpoint, asynchronous=not config.debug, say=record.say
+        )
         self._saved, self._saved_at = 0, time.monotonic()
         self._position: dict[str, Any] = {}
         self._evaluated, self._metric = True, None
@@ -114,11 +120,12 @@ class Progress:
         self._record.stop.check()
         yield from self._record.steps(self.step, total, unit)
 
-    def done(self, state: Any) -> None:
+    def done(self, state: Any, *, good: bool = True) -> None:
         """A step is done: evaluates and saves where it is time to.
 
         Args:
           state: after the step.
+          good: whether it is fit for a checkpoint; another has one only where the run is stopped, and at the end.
 
         Raises:
           Stopped: the run was asked to stop.
@@ -136,7 +143,7 @@ class Progress:
         waited = time.monotonic() - self._saved_at
         due = minutes is not None and waited >= 60 * minutes and not self._checkpoints.saving
         stop, due = self._record.stop.agreed(due)
-        if due or last or (every and self.step % every == 0):
+        if last or (good and (due or (every and self.step % every == 0))):
             self._save()
         if stop and not last:
             raise Stopped(self._record.stop.reason or "another process was asked to stop")
@@ -189,17 +196,18 @@ class Progress:
 
     def _rescue(self, error: BaseException, export: Callable[[], None]) -> None:
         try:
-            if self.step > self._saved and not isinstance(error, CheckpointError):
+            if self.step > self._saved and not isinstance(error, (CheckpointError, *_NUMBERS)):
                 self._save()
         finally:
             self._checkpoints.wait()
             self._checkpoints.close()
-        if not self.step:
+        if not self._saved:
             return
         where = self._record.folder / FOLDER
         self._record.say(f"step {self._saved} is saved in {where}; the same command goes on from there.")
         # Who is preempted has seconds; who pressed Ctrl-C may want to look at the model.
-        if not (isinstance(error, Stopped) and self._record.stop.reason in ("SIGTERM", "preemption")):
+        preempted = isinstance(error, Stopped) and self._record.stop.reason in ("SIGTERM", "preemption")
+        if not preempted and not isinstance(error, _NUMBERS):
             export()
 
 

@@ -56,7 +56,7 @@ class Record:
     def __enter__(self) -> "Record":
         """Listens for Ctrl-C, where nobody does yet."""
         if self._own_stop:
-            self.stop.__enter__()
+            self.stop.listen()
         return self
 
     def __exit__(
@@ -64,7 +64,7 @@ class Record:
     ) -> None:
         """Closes the files, whatever happened."""
         if self._own_stop:
-            self.stop.__exit__(kind, error, trace)
+            self.stop.leave()
         if self._bar is not None:
             self._bar.close()
         for file in self._files.values():

@@ -89,6 +89,7 @@ def run(
         record.say("compiling the first step")
         with progress.saving(save):
             train(
+                config,
                 how,
                 progress,
                 frozen,

@@ -85,6 +85,7 @@ def run(
         record.say("compiling the first step")
         with progress.saving(lambda: save_pretrained(folder / "model", trained())):
             train(
+                config,
                 how,
                 progress,
                 frozen,

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Listens for being asked to stop; a context manager.
+    """Hears that the run is asked to stop.
 
     Ctrl-C and SIGTERM are noted, and the program asks `agreed` where it can stop. The same signal once more ends it at
     once. Of several processes JAX's preemption service has SIGTERM, on TPUs maintenance notices too, and names a point
@@ -33,17 +33,19 @@ class StopSignals:
         self._former: dict[int, Any] = {}
         self._asked = 0
 
-    def __enter__(self) -> "StopSignals":
-        """Installs the handlers, in the main thread."""
+    def listen(self) -> "StopSignals":
+        """Installs the handlers, in the main thread.
+
+        Returns:
+          Itself.
+        """
         served = jax.distributed.is_initialized()
         for number in (signal.SIGINT,) if served else (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # not in the main thread: signals are somebody else's
                 self._former[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def leave(self) -> None:
         """Puts the former handlers back."""
         for number, handler in self._former.items():
             signal.signal(number, handler)

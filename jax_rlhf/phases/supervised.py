@@ -1,14 +1,18 @@
 """What the SFT and the reward phase have in common: the loop over batches, and evaluation on held-out ones."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
 from jax_rlhf.data import Datasets
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.parallel import Layout, put_rows, row_shards
+from jax_rlhf.phases.config import RunConfig
+from jax_rlhf.phases.faults import check_step, debugged
 from jax_rlhf.phases.progress import Progress
 from jax_rlhf.phases.record import Record
 from jax_rlhf.training import OptimizerConfig
@@ -98,6 +102,7 @@ def evaluated(
 
 
 def train(
+    config: RunConfig,
     how: Supervised,
     progress: Progress,
     frozen: Params,
@@ -112,6 +117,7 @@ def train(
     """Runs the steps that are left; `progress.state` is a `SupervisedState`, donated from step to step.
 
     Args:
+      config: the run's.
       how: what and how.
       progress: where to go on, and what saves.
       frozen: the frozen parameters.
@@ -125,10 +131,18 @@ def train(
     batches = datasets.batches(progress.step, steps)
     for step in progress.steps(steps, "step", evaluate, eval_every):
         started = time.perf_counter()
-        state, metrics = update(how, progress.state, frozen, put_rows(next(batches), layout))
-        numbers = jax.device_get(metrics)
+        batch = next(batches)
+        one_step = functools.partial(_step, how, progress.state, frozen, batch, layout)
+        state, numbers = debugged(config.debug, one_step)
         numbers["tokens_per_second"] = numbers["tokens"] / (time.perf_counter() - started)
         shown = {name: numbers[name] for name in ("loss", "accuracy") if name in numbers}
         shown["tokens/s"] = numbers["tokens_per_second"]
         record.metrics(step + 1, {f"train/{name}": value for name, value in numbers.items()}, **shown)
-        progress.done(state)
+        progress.done(state, good=check_step(config, record, step + 1, numbers, batch))
+
+
+def _step(
+    how: Supervised, state: SupervisedState, frozen: Params, batch: Any, layout: Layout | None
+) -> tuple[SupervisedState, dict[str, Any]]:
+    state, metrics = update(how, state, frozen, put_rows(batch, layout))
+    return state, jax.device_get(metrics)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from jax_rlhf.data.formats import PHASES
 from jax_rlhf.phases.config import RunConfig
 
-_FREE = ("phases", "log", "checkpoint")  # may differ from run to run in one workdir
+_FREE = ("phases", "log", "checkpoint", "max_bad_steps", "debug")  # may differ from run to run in one workdir
 _OF_A_PHASE = {"sft": "sft", "reward_training": "reward", "ppo": "ppo"}  # a section → the phase that it alone concerns
 _OF_THE_MACHINE = (
     "mesh",

@@ -1,7 +1,7 @@
 """The mathematics of PPO for language models: pure functions over per-token arrays."""
 
 from jax_rlhf.rl.advantages import gae
-from jax_rlhf.rl.experience import Experience, Prompts, token_rewards
+from jax_rlhf.rl.experience import Experience, Prompts, check_experience, token_rewards
 from jax_rlhf.rl.kl import AdaptiveKL, AdaptivePenalty, FixedKL, kl_estimate
 from jax_rlhf.rl.losses import (
     bradley_terry_loss,
@@ -19,6 +19,7 @@ __all__ = [
     "FixedKL",
     "Prompts",
     "bradley_terry_loss",
+    "check_experience",
     "clipped_surrogate",
     "clipped_value_loss",
     "gae",

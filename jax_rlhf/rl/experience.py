@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import chex
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 
@@ -118,3 +119,33 @@ def last_real(mask: Array) -> Array:
     """
     slot = jnp.arange(mask.shape[1])
     return mask & (slot == jnp.max(jnp.where(mask, slot, -1), axis=1, keepdims=True))
+
+
+def check_experience(experience: Experience) -> None:
+    """Stops where an experience is not what it should be; for debugging, on the host.
+
+    Args:
+      experience: a process's rows, in NumPy arrays.
+
+    Raises:
+      AssertionError: something is not finite, a log-prob is above 0, a mask has a hole, or a pad has a number.
+    """
+    rows, width = experience.prompt_mask.shape
+    responses = experience.tokens.shape[1] - width
+    per_token = {
+        name: getattr(experience, name)
+        for name in ("logprobs", "sampler_logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns")
+    }
+    chex.assert_shape(list(per_token.values()), (rows, responses))
+    chex.assert_tree_all_finite((per_token, experience.scores))
+    mask, prompt_mask = experience.response_mask, experience.prompt_mask
+    holes = {"prompt_mask": np.any(prompt_mask[:, :-1] & ~prompt_mask[:, 1:])}
+    holes["response_mask"] = np.any(~mask[:, :-1] & mask[:, 1:])
+    for name, hole in holes.items():
+        if hole:
+            raise AssertionError(f"{name} has a hole: real tokens must be next to each other.")
+    for name, array in per_token.items():
+        if np.any(array[~mask] != 0):
+            raise AssertionError(f"{name} is not 0 where the response mask is False.")
+        if name.endswith("logprobs") and np.any(array > 1e-5):
+            raise AssertionError(f"{name} is above 0: {array.max()}.")

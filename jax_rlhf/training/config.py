@@ -52,6 +52,10 @@ class PPOConfig:
       critic_warmup_iterations: iterations in which only the critic learns.
       target_kl: the rest of an iteration's updates is left out once the approximate KL of a minibatch exceeds this, in
         nats a token; None = never.
+      kl_limit: nats a response; a mean KL over it is a fault. None = no limit.
+      ratio_limit: the same for the largest probability ratio of an iteration's updates, 2 or more.
+      on_limit: past a limit the run of `python -m jax_rlhf` "stop"s, its last good checkpoint kept; or each such
+        iteration multiplies the actor's learning rate from then on by `limit_lr_factor` ("lower_lr").
       ema_decay: of the actor's moving average, a step an iteration; None = none is kept.
       actor_optimizer, critic_optimizer: see `OptimizerConfig`.
       logprob_chunk: positions whose logits exist at once; None chooses.
@@ -106,6 +110,10 @@ class PPOConfig:
     ptx_coef: float = 0.0
     critic_warmup_iterations: int = 0
     target_kl: float | None = None
+    kl_limit: float | None = None
+    ratio_limit: float | None = None
+    on_limit: Literal["stop", "lower_lr"] = "stop"
+    limit_lr_factor: float = 0.5
     ema_decay: float | None = None
     actor_optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     critic_optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -128,11 +136,15 @@ class PPOConfig:
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie within 0 and 1.")
-        for name in ("kl_target", "kl_horizon", "target_kl", "penalty_coef", "penalty_target", "entropy_target"):
+        positive = ("kl_target", "kl_horizon", "target_kl", "penalty_coef", "penalty_target", "entropy_target")
+        for name in (*positive, "kl_limit"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
         if self.entropy_target is not None and not self.entropy_coef:
             raise ValueError(f"entropy_target={self.entropy_target} steers the bonus: set entropy_coef above 0.")
+        _at_least(self, 2, "ratio_limit")
+        if not 0 < self.limit_lr_factor < 1:
+            raise ValueError(f"limit_lr_factor={self.limit_lr_factor} must lie between 0 and 1.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must lie in [0, 1).")
         if self.dual_clip is not None and self.dual_clip <= 1:

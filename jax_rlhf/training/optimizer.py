@@ -116,6 +116,7 @@ def apply_gradient(
     state: optax.OptState,
     params: optax.Params,
     take: Array,
+    scale: Array | None = None,
 ) -> tuple[optax.Params, optax.OptState]:
     """The optimizer's step, or nothing.
 
@@ -128,6 +129,7 @@ def apply_gradient(
       state: the optimizer's.
       params: the parameters.
       take: bool[], whether to step.
+      scale: float32[], what the learning rate is multiplied by; None = 1.
 
     Returns:
       (params, state).
@@ -136,6 +138,7 @@ def apply_gradient(
     def turn(carry: tuple) -> tuple:
         params, state, _ = carry
         updates, state = optimizer.update(gradient, state, params)
+        updates = updates if scale is None else jax.tree.map(lambda leaf: leaf * scale, updates)
         return optax.apply_updates(params, updates), state, jnp.zeros((), bool)
 
     params, state, _ = jax.lax.while_loop(lambda carry: carry[2], turn, (params, state, take))

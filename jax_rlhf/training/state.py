@@ -25,6 +25,8 @@ class PPOState:
       penalty: the controller of PPO-penalty's β.
       iteration: int32[], iterations done.
       skipped_updates: int32[], optimizer steps left out since something was not finite.
+      bad_steps: int32[], iterations in a row that had such a step.
+      lr_scale: float32[], what the actor's learning rate is multiplied by: 1 until a limit lowers it.
       entropy: float32[], of the actor on the last minibatch, in nats a token; 0 before the first.
     """
 
@@ -34,6 +36,8 @@ class PPOState:
     penalty: AdaptivePenalty
     iteration: Array
     skipped_updates: Array
+    bad_steps: Array
+    lr_scale: Array
     entropy: Array
 
 
@@ -100,5 +104,7 @@ def _create(config: PPOConfig, trained: Trained) -> PPOState:
         penalty=AdaptivePenalty(jnp.float32(config.penalty_coef), jnp.float32(config.penalty_target)),
         iteration=jnp.int32(0),
         skipped_updates=jnp.int32(0),
+        bad_steps=jnp.int32(0),
+        lr_scale=jnp.float32(1),
         entropy=jnp.float32(0),
     )

@@ -43,12 +43,14 @@ class SupervisedState:
       optimizer: the optax state.
       step: int32[], steps done.
       skipped_updates: int32[], steps left out since something was not finite.
+      bad_steps: int32[], such steps in a row.
     """
 
     trainable: Params
     optimizer: Any
     step: Array
     skipped_updates: Array
+    bad_steps: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +110,7 @@ def state_places(how: Supervised, trainable: Params, layout: Layout) -> Supervis
         optimizer=moment_places(_optimizer(how), abstract_state(how, trainable).optimizer, trainable, everywhere),
         step=everywhere,
         skipped_updates=everywhere,
+        bad_steps=everywhere,
     )
 
 
@@ -126,13 +129,13 @@ def abstract_state(how: Supervised, trainable: Params) -> SupervisedState:
 
 def _create(how: Supervised, trainable: Params) -> SupervisedState:
     masters = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trainable)
-    return SupervisedState(masters, _optimizer(how).init(masters), jnp.int32(0), jnp.int32(0))
+    return SupervisedState(masters, _optimizer(how).init(masters), jnp.int32(0), jnp.int32(0), jnp.int32(0))
 
 
 def update(
     how: Supervised, state: SupervisedState, frozen: Params, batch: Any
 ) -> tuple[SupervisedState, dict[str, Array]]:
-    """One optimizer step; the state is donated.
+    """One optimizer step; the state is donated, but for where NaNs are looked for (`jax_debug_nans`).
 
     Args:
       how: what and how.
@@ -143,7 +146,9 @@ def update(
     Returns:
       (state, metrics): the loss's means, the gradient's norm, the learning rate, the batch's tokens.
     """
-    return step(how, places_of(state), state, frozen, batch)
+    # JAX's NaN checks run a program again to find the place, and must find its arguments.
+    run = _step_kept if jax.config.jax_debug_nans else step
+    return run(how, places_of(state), state, frozen, batch)
 
 
 def evaluate(how: Supervised, state: SupervisedState, frozen: Params, batch: Any) -> Sums:
@@ -193,15 +198,20 @@ def step(
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
     trainable, optimizer = apply_gradient(_optimizer(how), gradient, state.optimizer, state.trainable, finite)
+    bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
     metrics = {name: value / count for name, value in sums.items() if name != "count"} | {
         "count": sums["count"],
         "tokens": real_tokens(batch),
         "grad_norm": norm,
         "lr": jnp.float32(learning_rate_schedule(how.optimizer)(state.step)),
         "skipped_updates": (state.skipped_updates + ~finite).astype(jnp.float32),
+        "bad_steps": bad_steps.astype(jnp.float32),
     }
-    state = SupervisedState(trainable, optimizer, state.step + 1, state.skipped_updates + ~finite)
+    state = SupervisedState(trainable, optimizer, state.step + 1, state.skipped_updates + ~finite, bad_steps)
     return kept_in_place(state, places), metrics
+
+
+_step_kept = jax.jit(step.__wrapped__, static_argnums=(0, 1))
 
 
 def _optimizer(how: Supervised) -> optax.GradientTransformation:

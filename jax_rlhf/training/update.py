@@ -101,6 +101,7 @@ def ppo_update(
         boundary = networks.actor.boundary(SplitParams(frozen.actor, {}), pretraining.tokens, pretraining.mask)
         pretraining = _grouped(pretraining.replace(boundary=boundary), (config.num_minibatches, per_minibatch // micro))
     learn_actor = state.iteration >= config.critic_warmup_iterations
+    skipped_before = state.skipped_updates
 
     def order(epoch: Array) -> Array:
         shuffled = jax.random.permutation(jax.random.fold_in(key, epoch), rows)
@@ -134,9 +135,27 @@ def ppo_update(
         last = order(jnp.int32(config.ppo_epochs - 1))[-1]
         kl = _penalty_kl(networks, config, trained, frozen, experience, last)
         state = state.replace(penalty=state.penalty.update(kl))
+    bad = state.skipped_updates > skipped_before
+    state = state.replace(bad_steps=jnp.where(bad, state.bad_steps + 1, 0))
     metrics = experience_metrics(experience, state.kl.value) | _update_metrics(config, state, sums, norms, done)
+    state, limits = _limited(config, state, metrics)
+    metrics |= limits
     state = state.replace(kl=state.kl.update(metrics["objective/kl"], rows), iteration=state.iteration + 1)
     return _with_moving_average(config, trained), state, metrics
+
+
+def _limited(config: PPOConfig, state: PPOState, metrics: dict[str, Array]) -> tuple[PPOState, dict[str, Array]]:
+    """Where a limit is passed, the learning rate falls, or the run is told to stop; (state, metrics)."""
+    limits = {}
+    if config.kl_limit is not None:
+        limits["limit/kl"] = metrics["objective/kl"] > config.kl_limit
+    if config.ratio_limit is not None:  # the gap |ρ − 1| is above 1 only where ρ is above 2
+        limits["limit/ratio"] = metrics["val/largest_ratio_gap"] + 1 > config.ratio_limit
+    if limits and config.on_limit == "lower_lr":
+        passed = jnp.any(jnp.stack(list(limits.values())))
+        state = state.replace(lr_scale=jnp.where(passed, state.lr_scale * config.limit_lr_factor, state.lr_scale))
+        limits["limit/lr_scale"] = state.lr_scale
+    return state, {name: value.astype(jnp.float32) for name, value in limits.items()}
 
 
 def _with_moving_average(config: PPOConfig, trained: Trained) -> Trained:
@@ -203,10 +222,16 @@ def _update_minibatch(
 
     actor_norm, critic_norm = optax.tree.norm(grads[0]), optax.tree.norm(grads[1])
     finite = jnp.isfinite(actor_norm) & jnp.isfinite(critic_norm) & jnp.isfinite(sums.policy_loss + sums.value_loss)
+    finite &= jnp.all(jnp.isfinite(experience.scores[rows]))  # of an infinite one a clipped reward would not tell
     # Past the target the minibatch only serves to say so: its own update is not taken either.
     take = finite if config.target_kl is None else finite & (sums.approx_kl <= config.target_kl)
     actor, actor_optimizer = apply_gradient(
-        create_optimizer(config.actor_optimizer), grads[0], state.actor_optimizer, trained.actor, take & learn_actor
+        create_optimizer(config.actor_optimizer),
+        grads[0],
+        state.actor_optimizer,
+        trained.actor,
+        take & learn_actor,
+        state.lr_scale if config.on_limit == "lower_lr" else None,
     )
     critic, critic_optimizer = apply_gradient(
         create_optimizer(config.critic_optimizer), grads[1], state.critic_optimizer, trained.critic, take
@@ -372,8 +397,10 @@ def _update_metrics(
         "val/ratio_var": jnp.sum(jnp.where(done, jnp.square(sums.ratio - mean(sums.ratio)), 0)) / jnp.sum(done),
         "val/first_ratio_gap": sums.ratio_gap[0],
         "val/last_ratio_gap": sums.ratio_gap[-1],
+        "val/largest_ratio_gap": jnp.max(jnp.where(done, sums.ratio_gap, 0)),
         "val/updates": jnp.sum(done & norms["taken"]).astype(jnp.float32),
         "val/skipped_updates": state.skipped_updates.astype(jnp.float32),
+        "val/bad_steps": state.bad_steps.astype(jnp.float32),
         "lr": jnp.float32(learning_rate_schedule(config.actor_optimizer)(steps[0])),
         "lr_critic": jnp.float32(learning_rate_schedule(config.critic_optimizer)(steps[1])),
     }

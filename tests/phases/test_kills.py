@@ -15,7 +15,7 @@ from tests.phases import test_end_to_end as alone
 
 PHASES = ("sft", "reward", "ppo")
 TIMES = ("time", "second", "eps")
-LONG = ("--config.sft.steps=30", "--config.reward_training.steps=30", "--config.ppo.iterations=12")
+LONG = ("--config.sft.steps=60", "--config.reward_training.steps=60", "--config.ppo.iterations=250")
 
 
 def start(folder, *flags):

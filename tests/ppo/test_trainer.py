@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from jax_rlhf import PPOTrainer, RewardError, RLHFEngine
+from jax_rlhf import PPOTrainer, RLHFEngine
 from tests.ppo import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -170,17 +170,21 @@ def test_rows_that_cannot_be_divided_are_said_before_anything_runs(rows, devices
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_a_reward_model_that_gives_no_number_is_named_with_the_text_and_changes_nothing(devices):
+def test_a_reward_model_that_gives_no_number_is_named_with_the_text_and_changes_nothing(devices, caplog):
     mesh = None if devices == 1 else Mesh(np.array(jax.devices()), ("data",))
     trainer = tiny.trainer(scored_engine(mesh=mesh), reward=None)
     experience = trainer.generate_experience(tiny.ragged_prompts(ROWS))
-    before = jax.device_get((trainer.engine.trained, trainer.state))
+    before = jax.device_get(trainer.engine.trained)
     bad = experience.replace(scores=experience.scores.at[5].set(np.nan))
     row = np.asarray(experience.tokens[5, 5:])[np.asarray(experience.response_mask[5])]
     text = " ".join(tiny.WORDS[token] for token in row)
-    with pytest.raises(RewardError, match=f"reward model scored 1 of 16 .*row 5 with nan.*response '{text}'"):
-        trainer.train_rlhf(bad)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get((trainer.engine.trained, trainer.state)), before)
+    for bad_steps in (1, 2):
+        metrics = trainer.train_rlhf(bad)
+        assert metrics["val/bad_steps"] == metrics["val/skipped_updates"] == bad_steps
+    assert "1 of 16 responses have a score that is not finite, first row 5 with nan" in caplog.text
+    assert f"response '{text}'" in caplog.text
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(trainer.engine.trained), before)
+    assert trainer.train_rlhf(experience)["val/bad_steps"] == 0
 
 
 def test_prompts_that_cannot_be_sampled_from_are_named():

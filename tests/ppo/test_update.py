@@ -319,8 +319,30 @@ def test_updates_that_are_not_finite_are_left_out_and_counted(field, value):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((step, jax.device_get(trainer.state))))
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(step)) > 0
     assert int(trainer.state.actor_optimizer[0].count) == int(trainer.state.critic_optimizer[0].count) == 6
-    trainer.train_rlhf(made)
+    assert metrics["val/bad_steps"] == 1
+    assert trainer.train_rlhf(made)["val/bad_steps"] == 0
     assert int(trainer.state.skipped_updates) == 2
+
+
+def test_past_a_limit_the_learning_rate_falls_and_stays():
+    """The first iteration's policy is the reference; from the second on the KL is above a limit of nearly nothing."""
+    how = {"kl_limit": 1e-9, "ratio_limit": 1e9, "on_limit": "lower_lr", "limit_lr_factor": 0.25}
+    trainer, free = tiny.trainer(**how), tiny.trainer()
+    made = trainer.generate_experience(tiny.ragged_prompts(ROWS))
+    assert float(jnp.max(jnp.abs(made.logprobs - made.ref_logprobs))) == 0
+    metrics = trainer.train_rlhf(made)
+    free.train_rlhf(free.generate_experience(tiny.ragged_prompts(ROWS)))
+    assert (metrics["limit/kl"], metrics["limit/ratio"], metrics["limit/lr_scale"]) == (0, 0, 1)
+    jax.tree.map(np.testing.assert_array_equal, trainer.engine.trained, free.engine.trained)
+    apart = made.replace(ref_logprobs=made.ref_logprobs - 0.1 * made.response_mask)
+    metrics = trainer.train_rlhf(apart)  # says so; the next update is the first with the lower rate
+    assert (metrics["limit/kl"], metrics["limit/ratio"], metrics["limit/lr_scale"]) == (1, 0, 0.25)
+    free.train_rlhf(apart)
+    steps = [moved(each, made)[0] for each in (trainer, free)]
+    lowered, full = (step[0]["lm_head"]["kernel"] for step in steps)
+    np.testing.assert_allclose(lowered, 0.25 * full, rtol=0.1, atol=1e-3 * np.abs(full).max())
+    lowered, full = (step[1]["scalar_head"]["kernel"] for step in steps)
+    np.testing.assert_allclose(lowered, full, rtol=1e-4, atol=1e-6)
 
 
 def test_controllers_follow_what_was_measured():

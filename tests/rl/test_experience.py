@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from jax_rlhf import rl
+from jax_rlhf import Experience, rl
+from jax_rlhf.rl import check_experience
 from tests.rl import oracle
 
 LENGTHS = [1, 3, 5, 5]  # one token; a middle length; full with EOS; full without
@@ -70,3 +71,44 @@ def test_integer_scores_and_unknown_forms_are_errors():
         ours(SCORES.astype(int), LOGPROBS, REF, MASK)
     with pytest.raises(ValueError, match="median"):
         ours(SCORES, LOGPROBS, REF, MASK, kl_reduction="median")
+
+
+def whole_experience():
+    mask = np.array([[True, True, False], [True, True, True]])
+    zero = np.zeros((2, 3), np.float32)
+    return Experience(
+        tokens=np.ones((2, 5), np.int32),
+        prompt_mask=np.array([[False, True], [True, True]]),
+        response_mask=mask,
+        **dict.fromkeys(("logprobs", "sampler_logprobs", "ref_logprobs"), np.where(mask, -1, 0).astype(np.float32)),
+        **dict.fromkeys(("values", "rewards", "advantages", "returns"), zero),
+        scores=zero[:, 0],
+        ended=mask[:, 2],
+        kept_mass=np.where(mask, 1, 0).astype(np.float32),
+        actor_boundary=None,
+        critic_boundary=None,
+    )
+
+
+def changed(array, place, value):
+    array = array.copy()
+    array[place] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("field", "place", "value", "message"),
+    [
+        ("values", (0, 1), np.nan, "finite"),
+        ("scores", 1, np.inf, "finite"),
+        ("response_mask", (1, 1), False, "response_mask has a hole"),
+        ("prompt_mask", (1, 1), False, "prompt_mask has a hole"),
+        ("rewards", (0, 2), 0.5, "rewards is not 0 where"),
+        ("ref_logprobs", (1, 0), 0.5, "ref_logprobs is above 0"),
+    ],
+)
+def test_an_experience_that_is_not_what_it_should_be_is_said(field, place, value, message):
+    check_experience(whole_experience())
+    bad = whole_experience()
+    with pytest.raises(AssertionError, match=message):
+        check_experience(bad.replace(**{field: changed(getattr(bad, field), place, value)}))
