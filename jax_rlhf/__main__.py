@@ -1,6 +1,7 @@
 """`python -m jax_rlhf --config=FILE [--config.a.b=value …] --workdir=DIR`: runs the phases that the config names."""
 
 import difflib
+import errno
 import importlib.util
 import sys
 import traceback
@@ -18,7 +19,7 @@ from jax_rlhf.phases import run_config
 from jax_rlhf.phases.check import check_run
 from jax_rlhf.phases.faults import FaultError
 from jax_rlhf.phases.stop import Stopped, StopSignals
-from jax_rlhf.phases.workdir import check_shared, open_workdir, status
+from jax_rlhf.phases.workdir import check_shared, lock_workdir, open_workdir, status
 from jax_rlhf.rewards import RewardError
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="The config; --config.a.b=value overrides.")
@@ -36,6 +37,7 @@ _PROCESS_TIMEOUT = flags.DEFINE_integer(
     "process_timeout", 100, "Seconds of silence after which a process counts as dead, and the others end."
 )
 
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 _EXPECTED = (
     ValueError,
     FileNotFoundError,
@@ -78,7 +80,11 @@ def main(arguments: Sequence[str]) -> int:
     except Stopped as error:
         print(f"stopped ({error}); the same command goes on.", file=sys.stderr)
         return leave(SAVED, error)
-    except Exception as error:  # ours; where there are other processes, they must not wait for this one
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _DISK:
+            print(f"error: {error}. What was saved before stays; mended, the same command goes on.", file=sys.stderr)
+            return leave(1, error)
+        # Ours; where there are other processes, they must not wait for this one.
         traceback.print_exc()
         return leave(FAILED, error)
 
@@ -97,6 +103,7 @@ def _run(config: ConfigDict, workdir: Path, stop: StopSignals) -> int:
     changed = []
     with together(f"writing to {workdir}"):
         if first:
+            lock = lock_workdir(workdir)  # noqa: F841, held as long as it is known
             how = {"overwrite": overwrite, "accept_changes": accept_changes}
             changed = open_workdir(workdir, config, settings.phases, **how)
     for line in changed:

@@ -29,9 +29,10 @@ from jax_rlhf.parallel import (
     places_of,
     put_rows,
     row_shards,
+    summed,
     together,
 )
-from jax_rlhf.rewards import RewardFunction, score_texts
+from jax_rlhf.rewards import Failures, OnFailure, RewardFunction, score_texts
 from jax_rlhf.rl import Experience, Prompts
 from jax_rlhf.rollout import Samples, check_prompts
 from jax_rlhf.settings import from_mapping
@@ -70,13 +71,16 @@ class PPOTrainer:
           ValueError: an unknown field or bad value, no source of rewards, or functions over texts without a tokenizer.
         """
         functions = [reward_functions] if callable(reward_functions) else list(reward_functions)
-        self.reward_functions = tuple(f if isinstance(f, RewardFunction) else RewardFunction(f) for f in functions)
-        if engine.networks.reward is None and not self.reward_functions:
+        functions = [f if isinstance(f, RewardFunction) else RewardFunction(f) for f in functions]
+        if engine.networks.reward is None and not functions:
             raise ValueError("there is no source of rewards: give the engine a reward model, or reward_functions.")
-        if self.reward_functions and engine.tokenizer is None:
+        if functions and engine.tokenizer is None:
             raise ValueError("reward functions score texts, and the actor came without a tokenizer to make them.")
         self.engine = engine
         self.config = _completed(from_mapping(PPOConfig, config or {}, "config.ppo"), engine)
+        self.reward_functions = tuple(
+            f if f.timeout else dataclasses.replace(f, timeout=self.config.reward_timeout) for f in functions
+        )
         self.sampling = sampling_settings(self.config)
         if self.sampling.filtered:
             logging.warning(
@@ -90,6 +94,7 @@ class PPOTrainer:
         self.state = create_state(self.config, engine.trained, engine.layout)
         self._key = jax.random.key(self.config.seed)
         self._started = self._sampled = None
+        self._failures = Failures()
 
     def generate_experience(self, prompts: Prompts) -> Experience:
         """Samples a response to each prompt, and scores them.
@@ -103,7 +108,7 @@ class PPOTrainer:
 
         Raises:
           ValueError: prompts that cannot be sampled from, or a number of rows that cannot be divided as configured.
-          RewardError: a reward function returned something that is no reward.
+          RewardError: a reward function failed more often than config.reward_retries, and that is fatal.
         """
         self._started = time.perf_counter()
         engine, networks = self.engine, self.engine.networks
@@ -166,11 +171,19 @@ class PPOTrainer:
             pretraining,
             self._key,
         )
-        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()} | self._counted_failures()
         seconds = math.nan if self._started is None else time.perf_counter() - self._started
         if times:
             times["time/train"] = seconds - sum(times.values())
         return metrics | {"eps": rows / seconds, "time/iteration": seconds} | times
+
+    def _counted_failures(self) -> dict[str, float]:
+        """What went wrong with reward functions since the last update, in all processes."""
+        if not self.reward_functions:
+            return {}
+        counts, self._failures = np.array(dataclasses.astuple(self._failures), np.int32), Failures()
+        names = (f"reward/{field.name}" for field in dataclasses.fields(Failures))
+        return dict(zip(names, map(float, summed(counts)), strict=True))
 
     def _microbatch(self, rows: int, width: int) -> int:
         network = self.engine.networks.actor.model.config
@@ -213,13 +226,15 @@ class PPOTrainer:
         texts = [decode(row[real]) for row, real in zip(tokens[:, :width], np.asarray(prompts.mask), strict=True)]
         responses = [decode(row[real]) for row, real in zip(tokens[:, width:], mask, strict=True)]
         mine = np.flatnonzero(owned_rows(batch_rows(len(texts), self.engine.layout), self.engine.layout))
-        scores = np.zeros(len(texts), np.float32)
+        scores, config = np.zeros(len(texts), np.float32), self.config
         with together("scoring responses"):
             scores[mine] = score_texts(
                 self.reward_functions,
                 [texts[row] for row in mine],
                 [responses[row] for row in mine],
                 {name: [values[row] for row in mine] for name, values in prompts.columns.items()},
+                OnFailure(config.reward_retries, config.on_reward_failure, config.reward_failure_score),
+                self._failures,
             )
         everywhere = all_rows(scores, self.engine.layout)
         return put_rows(everywhere[held_rows(len(everywhere), self.engine.layout)], self.engine.layout)

@@ -3,7 +3,15 @@
 from jax_rlhf.parallel.layout import LOGICAL_TO_MESH, Layout, as_layout, constrained, reshard_steps, rollout_layout
 from jax_rlhf.parallel.mesh import MeshConfig, RolloutMeshConfig, create_layout, create_mesh
 from jax_rlhf.parallel.partition import gather_to_host, kept_in_place, padded_vocab_size, places_of, shardings
-from jax_rlhf.parallel.processes import ProcessError, any_process, leave, same_everywhere, start_processes, together
+from jax_rlhf.parallel.processes import (
+    ProcessError,
+    any_process,
+    leave,
+    same_everywhere,
+    start_processes,
+    summed,
+    together,
+)
 from jax_rlhf.parallel.rows import all_rows, batch_rows, held_rows, local_rows, owned_rows, put_rows, row_shards
 
 __all__ = [
@@ -34,5 +42,6 @@ __all__ = [
     "same_everywhere",
     "shardings",
     "start_processes",
+    "summed",
     "together",
 ]

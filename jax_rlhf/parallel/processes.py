@@ -190,6 +190,20 @@ def any_process(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
+def summed(counts: np.ndarray) -> np.ndarray:
+    """Counts of all processes together; all must call it.
+
+    Args:
+      counts: int32[n], this process's.
+
+    Returns:
+      int32[n].
+    """
+    if jax.process_count() == 1:
+        return counts
+    return np.sum(multihost_utils.process_allgather(counts).reshape(-1, len(counts)), axis=0)
+
+
 def leave(code: int, error: BaseException | None = None) -> int:
     """How a process ends.
 

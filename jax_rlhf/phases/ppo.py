@@ -64,10 +64,12 @@ def run(
         roles = {"model": actor, "reference": config.reference, "critic": config.critic, "reward": reward}
         engine = RLHFEngine.create(roles, layout)  # actor, reference, critic, reward
         settings = _completed(config, engine)
-        trainer = PPOTrainer(engine, settings, reward_functions=_functions(settings.reward_functions))
+        trainer = PPOTrainer(
+            engine, settings, reward_functions=_functions(settings.reward_functions, settings.reward_timeout)
+        )
         prompts = create_datasets(config.data_of("ppo"), engine.tokenizer, "ppo", seed=config.seed, mesh=layout)
         texts = _texts(config, engine) if settings.ptx_coef else None
-        judges = _functions(settings.eval_functions)
+        judges = _functions(settings.eval_functions, settings.reward_timeout)
         same_everywhere(prompts.digest, "the data")
         record.say(prompts.report)
         inputs = _inputs(engine, prompts, texts)
@@ -176,8 +178,9 @@ def _texts(config: RunConfig, engine: RLHFEngine) -> Datasets:
     )
 
 
-def _functions(names: Sequence[str]) -> list[RewardFunction]:
-    return [RewardFunction(imported(name, "config.ppo"), name=name.partition(":")[2]) for name in names]
+def _functions(names: Sequence[str], timeout: float | None) -> list[RewardFunction]:
+    where = "config.ppo"
+    return [RewardFunction(imported(name, where), name=name.partition(":")[2], timeout=timeout) for name in names]
 
 
 def _pretraining(texts: Datasets | None, iteration: int) -> PretrainingRows | None:

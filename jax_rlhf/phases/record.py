@@ -227,9 +227,11 @@ class Record:
     def _line(self, name: str, content: Mapping[str, Any]) -> None:
         if self._writes:
             file = self._file(name)
-            # A lone surrogate, which UTF-8 cannot hold, becomes the escape that JSON has for it.
-            file.write((json.dumps(content, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
-            file.flush()
+            try:  # a lone surrogate, which UTF-8 cannot hold, becomes the escape that JSON has for it
+                file.write((json.dumps(content, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
+                file.flush()
+            except OSError as error:  # which does not say of what
+                raise OSError(error.errno, f"{error.strerror}: {self.folder / name}.jsonl") from error
 
     def _open_boards(self) -> None:
         if not self._writes:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import logging
+from filelock import BaseFileLock, FileLock, Timeout
 from ml_collections import ConfigDict
 
 from jax_rlhf.data.formats import PHASES
@@ -88,6 +89,32 @@ def _can_change(name: str, states: Mapping[str, str]) -> bool:
         return True
     phase = _OF_A_PHASE.get(section)
     return phase is not None and name != "config.ppo.seed" and states[phase] != "finished"
+
+
+def lock_workdir(workdir: Path) -> BaseFileLock:
+    """Keeps other runs out of the workdir, as long as this process lives.
+
+    Args:
+      workdir: the folder; is made.
+
+    Returns:
+      The lock.
+
+    Raises:
+      WorkdirError: another run writes to it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(workdir / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise WorkdirError(
+            f"{workdir}: another run writes to it (it holds {workdir / '.lock'}). Wait for its end, or take another "
+            "--workdir."
+        ) from error
+    except NotImplementedError:
+        logging.warning("%s is on a file system without locks: see to it that no other run writes to it.", workdir)
+    return lock
 
 
 def check_shared(config: RunConfig, workdir: Path) -> None:

@@ -130,6 +130,7 @@ class Checkpoints:
         Raises:
           CheckpointError: this one, or the one before, could not be written.
         """
+        self.wait()  # orbax would; an error of the one before is not this one's
         leaves = _named(state)
         sums = checksums(leaves)
         arrays = {name: [list(leaf.shape), str(leaf.dtype), sums[name]] for name, leaf in leaves.items()}

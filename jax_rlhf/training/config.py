@@ -28,6 +28,11 @@ class PPOConfig:
       kl_horizon: episodes over which it adapts.
       reward_clip: scores are clipped to ± this; None = not.
       missing_eos_penalty: subtracted from the (clipped) score of a response without EOS.
+      reward_timeout: seconds that a call of a reward function may take; None = for ever.
+      reward_retries: how often a call is repeated that raised an exception, took too long, or did not return a finite
+        number for each response.
+      on_reward_failure: and then: "fatal", or "penalize": its responses without a score get `reward_failure_score`.
+      reward_failure_score: the score of those, instead of all functions' sum.
       truncation: a response without EOS is "terminal", or its end is "bootstrap"ped with the critic's value there.
       whiten_rewards: divides the rewards by their spread, keeping the mean.
 
@@ -88,6 +93,10 @@ class PPOConfig:
     kl_horizon: float = 10_000.0
     reward_clip: float | None = None
     missing_eos_penalty: float = 0.0
+    reward_timeout: float | None = 600.0
+    reward_retries: int = 2
+    on_reward_failure: Literal["fatal", "penalize"] = "fatal"
+    reward_failure_score: float = -1.0
     truncation: Literal["terminal", "bootstrap"] = "terminal"
     whiten_rewards: bool = False
 
@@ -130,14 +139,14 @@ class PPOConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "ppo_epochs", "num_minibatches", "max_new_tokens", "microbatch_size", "logprob_chunk")
         _at_least(self, 1, "iterations", "eval_rows")
-        _at_least(self, 0, "eval_every", "sample_rows")
+        _at_least(self, 0, "eval_every", "sample_rows", "reward_retries")
         _at_least(self, 0, "clip_range", "clip_range_high", "value_clip_range", "reward_clip", "ptx_coef")
         _at_least(self, 0, "critic_warmup_iterations", "kl_coef")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie within 0 and 1.")
         positive = ("kl_target", "kl_horizon", "target_kl", "penalty_coef", "penalty_target", "entropy_target")
-        for name in (*positive, "kl_limit"):
+        for name in (*positive, "kl_limit", "reward_timeout"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
         if self.entropy_target is not None and not self.entropy_coef:

@@ -198,6 +198,11 @@ def test_being_asked_to_stop_saves_all_and_says_so_by_the_exit_code(tmp_path, nu
         and (not metrics.exists() or '"step": 3,' not in metrics.read_text())
     ):
         time.sleep(0.2)
+    if number == signal.SIGTERM:
+        code, _, errors = run(tmp_path, *flags)
+        assert code == 1
+        assert "error:" in errors
+        assert "another run writes to it" in errors
     process.send_signal(number)
     printed, errors = process.communicate(timeout=100)
     assert process.returncode == 75, errors[-3000:]
@@ -207,6 +212,25 @@ def test_being_asked_to_stop_saves_all_and_says_so_by_the_exit_code(tmp_path, nu
     assert [file.name for file in (tmp_path / "run" / "sft" / "checkpoints").iterdir()] == [str(steps[-1])]
     assert (tmp_path / "run" / "sft" / "model").exists() == (number == signal.SIGINT)  # a preempted machine has seconds
     assert not (tmp_path / "run" / "sft" / "summary.json").exists()
+
+
+def test_a_full_disk_loses_nothing_that_was_saved(tmp_path):
+    """Where no file may grow past 40 KiB, as on a full disk: there is no checkpoint, and that is said."""
+    flags = ("--config.phases=sft", "--config.checkpoint.every=2")
+    limit = ["bash", "-c", 'ulimit -f 40; exec "$@"', "bash"]
+    full = {"cwd": tmp_path, "env": environment(), "capture_output": True, "text": True, "timeout": 200}
+    data.write(tmp_path / "none.jsonl", [])
+    command(tmp_path, *flags)
+    subprocess.run([sys.executable, "-c", (tmp_path / "config.py").read_text() + "get_config()"], **full, check=True)
+    done = subprocess.run(limit + command(tmp_path, *flags), **full, check=False)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "error: " in done.stderr.splitlines()[-1]
+    assert "the checkpoint of step 2 could not be written: " in done.stderr
+    assert "there is no complete one" in done.stderr
+    assert not list((tmp_path / "run" / "sft" / "checkpoints").glob("[0-9]"))
+    code, printed, errors = run(tmp_path, *flags)
+    assert code == 0, errors[-3000:]
+    assert "sft: steps 12" in printed
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):

@@ -192,3 +192,23 @@ def test_prompts_that_cannot_be_sampled_from_are_named():
     prompts.mask[2] = False
     with pytest.raises(ValueError, match="prompt 2 is empty"):
         tiny.trainer().generate_experience(prompts)
+
+
+def test_failures_of_reward_functions_are_counted_between_updates():
+    calls = []
+
+    def flaky(prompts, responses, **columns):
+        calls.append(len(responses))
+        if len(calls) in (1, 4, 5):
+            raise OSError("the judge is not at home")
+        return [1.0] * len(responses)
+
+    how = {"reward_retries": 1, "on_reward_failure": "penalize", "reward_failure_score": -3.0}
+    trainer = tiny.trainer(reward=flaky, **how)
+    counts = []
+    for _ in range(3):
+        experience = trainer.generate_experience(tiny.ragged_prompts(ROWS))
+        metrics = trainer.train_rlhf(experience)
+        counts.append([metrics[f"reward/{name}"] for name in ("failed_calls", "timeouts", "penalized")])
+        assert float(experience.scores[0]) == (-3 if len(calls) == 5 else 1)
+    assert counts == [[1, 0, 0], [0, 0, 0], [2, 0, ROWS]]
