@@ -139,12 +139,17 @@ def test_an_input_that_one_process_lacks_ends_both_with_its_words(folder, tmp_pa
     assert not (tmp_path / "run").exists()  # nothing was begun
 
 
-def test_a_process_that_dies_ends_the_other(folder, tmp_path):
-    flags = ("--config.phases=sft", "--config.sft.steps=100000")
-    first, second = start_two(folder, tmp_path / "run", *flags)
+def complete(folder):
+    """Steps of its complete checkpoints."""
+    return [int(file.name) for file in (folder / "checkpoints").glob("*") if file.name.isdigit()]
+
+
+def test_a_process_that_dies_ends_the_other_and_the_same_command_goes_on(folder, tmp_path):
+    flags = ("--config.phases=sft", "--config.checkpoint.every=2")
+    first, second = start_two(folder, tmp_path / "run", *flags, "--config.sft.steps=100000")
     file = tmp_path / "run" / "sft" / "metrics.jsonl"
     deadline = time.time() + 120
-    while time.time() < deadline and not (file.is_file() and len(alone.lines(file)) > 2):
+    while time.time() < deadline and not complete(tmp_path / "run" / "sft"):
         assert first.poll() is None, first.communicate()[0][-3000:]
         time.sleep(0.2)
     second.send_signal(signal.SIGKILL)
@@ -153,6 +158,12 @@ def test_a_process_that_dies_ends_the_other(folder, tmp_path):
     assert code != 0
     assert time.time() - killed < 50  # the time-out is 10 seconds
     assert len(output) > 0
+    steps = complete(tmp_path / "run" / "sft")
+    again = finish(start_two(folder, tmp_path / "run", *flags, f"--config.sft.steps={max(steps) + 3}"))
+    assert [code for _, code in again] == [0, 0], again[0][0][-3000:] + again[1][0][-3000:]
+    assert f"going on from the checkpoint of step {max(steps)}" in again[0][0]
+    rows = alone.lines(file)
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, max(steps) + 4))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
