@@ -166,7 +166,7 @@ def config_from_hub(config: Mapping[str, Any]) -> DecoderConfig:
       CheckpointError: an unknown `model_type`, or a setting that is not supported.
     """
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         hint = " For Gemma 3 with images, take a text-only checkpoint (gemma3_text)." if kind == "gemma3" else ""
         raise CheckpointError(
             f"config.json: model_type {kind!r} is not a supported architecture; {', '.join(FAMILIES)} are.{hint}"

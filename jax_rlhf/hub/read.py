@@ -37,6 +37,11 @@ def check_tensors(source: TensorSource, tensors: list[HubTensor], num_layers: in
     Raises:
       CheckpointError: tensors are missing, of a wrong shape or dtype, or unknown.
     """
+    if num_layers > len(source.shapes):  # before their names are listed: a config.json may claim any number
+        raise CheckpointError(
+            f"config.json asks for {num_layers} layers, and the checkpoint has {len(source.shapes)} tensors in all. "
+            "The file is incomplete, or its config.json describes another model."
+        )
     wanted = {name: tensor for tensor in tensors for name in _names(tensor, num_layers)}
     present = set(source.shapes)
     if missing := [name for name in wanted if name not in present]:

@@ -5,6 +5,8 @@ Face `config.json` into one. The model code reads only this class.
 """
 
 import dataclasses
+import math
+import numbers
 from typing import Any, Literal
 
 import jax
@@ -127,6 +129,15 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))  # one form: configs are compared and hashed
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+            _positive(name, getattr(self, name))
+        for name in ("head_dim", "max_positions", "embedding_size", "sliding_window"):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name))
+        for name in ("attention_scale", "attention_softcap", "norm_epsilon", "embedding_scale", "logit_softcap"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, numbers.Real) or not math.isfinite(value)):
+                raise ValueError(f"{name}={value!r} must be a finite number.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}: "
@@ -134,6 +145,9 @@ class DecoderConfig:
             )
         if self.position_kind == "rotary" and self.rotary is None:
             raise ValueError('position_kind="rotary" needs `rotary`; set position_kind="learned" for a position table.')
+        for rotary in (self.rotary, self.local_rotary):
+            if rotary is not None and rotary.dim + rotary.dim % 2 > self.head_dim:
+                raise ValueError(f"{rotary.dim} numbers of a head are rotated, in pairs, and it has {self.head_dim}.")
         if self.sliding_layers and len(self.sliding_layers) != self.num_layers:
             raise ValueError(
                 f"sliding_layers has {len(self.sliding_layers)} entries for {self.num_layers} layers; give one a layer."
@@ -163,3 +177,9 @@ class DecoderConfig:
     def replace(self, **changes: Any) -> "DecoderConfig":
         """A copy with these fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def _positive(name: str, value: Any) -> None:
+    # More than 32 bits no axis has, and a file may claim anything.
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not 0 < value < 2**31:
+        raise ValueError(f"{name}={value!r} must be a whole number from 1 to 2³¹ − 1.")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from typing import Literal
 
 import chex
@@ -44,6 +45,13 @@ class Rotary:
     attention_factor: float = 1.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        positive = ("theta", "dim", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
+        for name in (*positive, "attention_factor"):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+                raise ValueError(f"rotary embedding: {name}={value!r} must be a number above 0.")
 
 
 def frequencies(rotary: Rotary, *, long: bool = False) -> np.ndarray:
