@@ -37,11 +37,10 @@ def environment():
     return {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"} | ours
 
 
-def run(folder, *flags):
+def run(folder, *flags, config=None):
     """Exit code, stdout, stderr."""
-    done = subprocess.run(
-        command(folder, *flags), cwd=folder, env=environment(), capture_output=True, text=True, timeout=400, check=False
-    )
+    how = {"cwd": folder, "env": environment(), "capture_output": True, "text": True, "timeout": 900}
+    done = subprocess.run(command(folder, *flags, config=config), **how, check=False)
     return done.returncode, done.stdout, done.stderr
 
 
