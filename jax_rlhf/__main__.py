@@ -21,6 +21,7 @@ from jax_rlhf.phases.faults import FaultError
 from jax_rlhf.phases.stop import Stopped, StopSignals
 from jax_rlhf.phases.workdir import check_shared, lock_workdir, open_workdir, status
 from jax_rlhf.rewards import RewardError
+from jax_rlhf.text import printable_lines
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="The config; --config.a.b=value overrides.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder for models, metrics and samples.")
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
         return _run(CONFIG.value, Path(_WORKDIR.value).expanduser(), stop)
     except _EXPECTED as error:
         logging.debug("where it came from", exc_info=True)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable_lines(str(error))}", file=sys.stderr)
         return leave(1, error)
     except Stopped as error:
         print(f"stopped ({error}); the same command goes on.", file=sys.stderr)
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"error: {error}. What was saved before stays; mended, the same command goes on.", file=sys.stderr)
             return leave(1, error)
         # Ours; where there are other processes, they must not wait for this one.
-        traceback.print_exc()
+        print(printable_lines(traceback.format_exc()), file=sys.stderr)
         return leave(FAILED, error)
 
 

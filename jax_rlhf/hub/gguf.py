@@ -57,6 +57,17 @@ class GGUFSource:
             raise CheckpointError(
                 f"{file}: not a whole GGUF file ({type(error).__name__}: {error}); copy or download it again."
             ) from error
+        try:
+            self._describe(reader)
+        except CheckpointError:
+            raise
+        except Exception as error:  # metadata of another type, a tensor that is missing …
+            raise CheckpointError(
+                f"{file}: its metadata do not describe a llama model ({type(error).__name__}: {error}); copy or "
+                "download it again."
+            ) from error
+
+    def _describe(self, reader: gguf.GGUFReader) -> None:
         self._check_architecture()
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._divisors = tensors.pop(_ROTARY_DIVISORS, None)

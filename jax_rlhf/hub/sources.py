@@ -113,7 +113,7 @@ def _files(folder: Path, name: str) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not a safetensors index ({error!r}); copy or download it again.") from error
     for file in files:
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or file == ".." or Path(file).name != file:
             raise CheckpointError(f"{index}: names the file {file!r}, which is not in its folder.")
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / file} is missing; {index.name} names it. Copy or download it.")

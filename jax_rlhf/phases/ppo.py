@@ -27,12 +27,13 @@ from jax_rlhf.parallel import (
 from jax_rlhf.phases.config import RunConfig
 from jax_rlhf.phases.faults import check_step, debugged
 from jax_rlhf.phases.progress import Progress, digest, tokenizer_digest
-from jax_rlhf.phases.record import Record, printable
+from jax_rlhf.phases.record import Record
 from jax_rlhf.phases.stop import StopSignals
 from jax_rlhf.phases.supervised import microbatches, with_end
 from jax_rlhf.phases.workdir import reward_model, sft_model
 from jax_rlhf.rewards import RewardFunction
 from jax_rlhf.rl import Experience, Prompts, check_experience
+from jax_rlhf.text import printable
 from jax_rlhf.trainer import PPOTrainer, microbatch_rows
 from jax_rlhf.training import PPOConfig, PretrainingRows
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from jax_rlhf.phases.config import LogConfig
 from jax_rlhf.phases.stop import StopSignals
+from jax_rlhf.text import printable_lines
 
 _FILES = "metrics", "samples"
 
@@ -207,7 +208,7 @@ class Record:
           text: the line.
         """
         if self._writes:
-            tqdm.write(f"[{time.strftime('%H:%M:%S')}] {self.phase}: {text}", file=sys.stdout)
+            tqdm.write(f"[{time.strftime('%H:%M:%S')}] {self.phase}: {printable_lines(text)}", file=sys.stdout)
             sys.stdout.flush()
 
     def summary(self, values: Mapping[str, Any]) -> None:
@@ -255,17 +256,3 @@ def _import_wandb() -> Any:
     except ImportError as error:
         raise ValueError("config.log.wandb_project is set, and wandb is not installed: pip install wandb") from error
     return wandb
-
-
-def printable(text: str, length: int = 160) -> str:
-    """A text on one line of a terminal: without control characters, cut where it is long.
-
-    Args:
-      text: any text.
-      length: longest, in characters.
-
-    Returns:
-      The line.
-    """
-    line = "".join(character if character.isprintable() else " " for character in text)
-    return line if len(line) <= length else line[: length - 1] + "…"

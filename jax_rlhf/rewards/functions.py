@@ -11,6 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from absl import logging
 
+from jax_rlhf.text import printable
+
 ScoreTexts = Callable[..., Sequence[float] | np.ndarray]
 
 _HANGING = 16  # calls that never ended, after which it is no use to begin another
@@ -73,7 +75,8 @@ class RewardFunction:
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise RewardError(
-                f"reward function {name!r} failed, or did not return numbers: {type(error).__name__}: {error} "
+                f"reward function {name!r} failed, or did not return numbers: {type(error).__name__}: "
+                f"{printable(str(error), 400)} "
                 f"({place.filename}, line {place.lineno}). It is called as {name}(prompts, responses"
                 f"{''.join(f', {column}=…' for column in columns)}) and returns a float for each of {len(responses)} "
                 f"responses; the first was {responses[0]!r}."

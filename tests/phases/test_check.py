@@ -8,8 +8,9 @@ import pytest
 from jax_rlhf.phases import run_config
 from jax_rlhf.phases.check import check_run
 from jax_rlhf.phases.config import LogConfig
-from jax_rlhf.phases.record import Record, printable
+from jax_rlhf.phases.record import Record
 from jax_rlhf.phases.workdir import open_workdir, status
+from jax_rlhf.text import printable, printable_lines
 from tests.data import tiny as data
 from tests.phases import tiny
 
@@ -170,3 +171,4 @@ def test_weights_and_biases_must_be_installed(tmp_path):
 
 def test_control_characters_do_not_reach_the_terminal():
     assert printable("a\x1b[31mb\nc" + "d" * 300, 12) == "a [31mb cdd…"
+    assert printable_lines("a\x1b[31m\n\tb\u202e" + "c" * 300) == "a [31m\n    b " + "c" * 300

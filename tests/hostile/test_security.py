@@ -1,0 +1,114 @@
+"""What docs/security.md promises: nothing that comes with a checkpoint is run, no name leads out of its folder."""
+
+import ast
+import json
+import os
+
+import pytest
+from safetensors.numpy import save_file
+
+from jax_rlhf import CheckpointError, load_pretrained, save_pretrained
+from jax_rlhf.phases.config import LogConfig
+from jax_rlhf.phases.record import Record
+from tests.hub import tiny as hub
+from tests.phases import tiny
+from tests.processes import ROOT
+
+RUN_CODE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy", "code"}
+NODES = [node for file in (ROOT / "jax_rlhf").rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
+
+
+def test_nothing_is_unpickled_or_evaluated():
+    assert len(NODES) > 10_000
+    for node in NODES:
+        if isinstance(node, ast.Import):
+            assert not {alias.name.partition(".")[0] for alias in node.names} & RUN_CODE
+        if isinstance(node, ast.ImportFrom):
+            assert (node.module or "").partition(".")[0] not in RUN_CODE
+        if isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Name):
+                assert node.func.id not in ("eval", "exec", "compile", "__import__")
+            for argument in node.keywords:
+                if argument.arg in ("trust_remote_code", "allow_pickle"):
+                    assert isinstance(argument.value, ast.Constant)
+                    assert argument.value.value is False
+
+
+def test_code_that_lies_beside_a_checkpoint_is_not_run(tmp_path):
+    folder = tmp_path / "model"
+    tiny.checkpoint(folder)
+    code = f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\nclass Own: pass\n"
+    for name in ("modeling_own.py", "configuration_own.py", "tokenization_own.py"):
+        (folder / name).write_text(code)
+    for name, classes in (
+        ("config.json", {"AutoConfig": "configuration_own.Own", "AutoModelForCausalLM": "modeling_own.Own"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["tokenization_own.Own", "tokenization_own.Own"]}),
+    ):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | {"auto_map": classes}))
+    try:
+        load_pretrained(folder)
+    except CheckpointError as error:  # transformers may refuse it
+        print(error)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_chat_template_cannot_reach_python(tmp_path):
+    folder = tmp_path / "model"
+    tiny.checkpoint(folder)
+    touch = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    (folder / "chat_template.jinja").write_text(touch)
+    tokenizer = load_pretrained(folder).tokenizer
+    with pytest.raises(Exception, match=r"unsafe|not safe|access"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/inside.safetensors", "..", 7])
+def test_an_index_cannot_name_a_file_elsewhere(tmp_path, name):
+    folder = hub.write_checkpoint(tmp_path / "model", "llama")
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    names = dict.fromkeys(hub.tensors("llama"), name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(CheckpointError, match="which is not in its folder"):
+        load_pretrained(folder)
+
+
+def test_a_tensor_s_name_is_no_path(tmp_path):
+    folder = hub.write_checkpoint(tmp_path / "model", "llama")
+    save_file(
+        hub.tensors("llama") | {"../../escaped": hub.weight("x", (2,), around_one=False)}, folder / "model.safetensors"
+    )
+    with pytest.raises(CheckpointError, match=r"not part of the model.*\.\./\.\./escaped"):
+        load_pretrained(folder)
+    assert not list(tmp_path.parent.glob("escaped*"))
+
+
+def test_what_is_saved_has_no_code(tmp_path):
+    pretrained = load_pretrained(tiny.checkpoint(tmp_path / "base"))
+    save_pretrained(tmp_path / "saved", pretrained)
+    assert {file.suffix for file in (tmp_path / "saved").iterdir()} <= {".json", ".safetensors", ".jinja"}
+
+
+def test_texts_do_not_steer_the_terminal(tmp_path, capsys):
+    with Record(tmp_path / "ppo", LogConfig(tensorboard=False)) as record:
+        record.say("harmless \x1b]0;title\x07\x1b[2J\u202e\r text")
+        record.samples([{"response": "\x1b[31m</script>\ud800"}])
+    assert "\x1b" not in capsys.readouterr().out
+    (line,) = (tmp_path / "ppo" / "samples.jsonl").read_bytes().splitlines()
+    assert b"\x1b" not in line  # JSON has an escape for it
+    assert json.loads(line)["response"] == "\x1b[31m</script>\ud800"
+
+
+def test_tokens_of_the_environment_stay_there(tmp_path, monkeypatch):
+    from tests.phases import test_end_to_end as alone
+
+    secrets = {name: f"hf_secret_{name}" for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    done = alone.run(tmp_path, "--config.phases=sft", "--config.sft.steps=2", "--verbosity=1")
+    assert done[0] == 0, done[2][-3000:]
+    written = [file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert len(written) > 10
+    for content in (*written, done[1].encode(), done[2].encode()):
+        assert b"hf_secret" not in content
+    assert os.environ["HF_TOKEN"]
