@@ -18,13 +18,16 @@ from jax_rlhf.parallel import ProcessError, any_process, leave, same_everywhere,
 from jax_rlhf.phases import run_config
 from jax_rlhf.phases.check import check_run
 from jax_rlhf.phases.faults import FaultError
+from jax_rlhf.phases.mirror import open_workdir_at, put_up, refresh, remote_of
 from jax_rlhf.phases.stop import Stopped, StopSignals
 from jax_rlhf.phases.workdir import check_shared, lock_workdir, open_workdir, status
 from jax_rlhf.rewards import RewardError
 from jax_rlhf.text import printable_lines
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="The config; --config.a.b=value overrides.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder for models, metrics and samples.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The folder for checkpoints, models, metrics and samples; or gs://bucket/folder."
+)
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Repeat phases that the workdir has; what they left is deleted.")
 
 _ACCEPT_CHANGES = flags.DEFINE_bool(
@@ -73,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
         process = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
         start_processes(*process, timeout=_PROCESS_TIMEOUT.value)
         stop = StopSignals().listen()  # to the very end
-        return _run(CONFIG.value, Path(_WORKDIR.value).expanduser(), stop)
+        return _run(CONFIG.value, open_workdir_at(_WORKDIR.value), stop)
     except _EXPECTED as error:
         logging.debug("where it came from", exc_info=True)
         print(f"error: {printable_lines(str(error))}", file=sys.stderr)
@@ -110,6 +113,7 @@ def _run(config: ConfigDict, workdir: Path, stop: StopSignals) -> int:
     for line in changed:
         print(f"changed: {line}")
     with together(f"looking at {workdir}"):
+        refresh(workdir)
         check_shared(settings, workdir)
     results = {}
     for phase in settings.phases:
@@ -119,9 +123,13 @@ def _run(config: ConfigDict, workdir: Path, stop: StopSignals) -> int:
                 print(f"{phase}: finished before, in {workdir / phase}; --overwrite repeats it.")
             continue
         results[phase] = phases[phase](settings, workdir, stop=stop, accept_changes=accept_changes)
+        with together(f"putting {phase} up"):
+            put_up(workdir, phase, models=True)
+        with together(f"fetching what {phase} made"):
+            refresh(workdir)
     for phase, result in results.items() if first else ():
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
-        print(f"{phase}: {numbers}; model in {workdir / phase / 'model'}")
+        print(f"{phase}: {numbers}; model in {(remote_of(workdir) or workdir) / phase / 'model'}")
     return 0
 
 

@@ -15,11 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from jax_rlhf.hub import CheckpointError
 from jax_rlhf.phases.config import RunConfig
 from jax_rlhf.phases.faults import FaultError
+from jax_rlhf.phases.mirror import checkpoints_of, put_up
 from jax_rlhf.phases.record import Record
 from jax_rlhf.phases.stop import Stopped
 from jax_rlhf.training.checkpoint import Checkpoints, abstract, checksums
-
-FOLDER = "checkpoints"
 
 # What was trained is no good then; and after FloatingPointError (debug) JAX has given its memory away without a word.
 _NUMBERS = (FaultError, FloatingPointError)
@@ -52,7 +51,7 @@ class Progress:
         self._record, self._run, self._config = record, config, config.checkpoint
         self._inputs, self._accept_changes = dict(inputs), accept_changes
         self._checkpoints = Checkpoints(
-            (record.folder / FOLDER).resolve(), config.checkpoint, asynchronous=not config.debug, say=record.say
+            checkpoints_of(record.folder), config.checkpoint, asynchronous=not config.debug, say=record.say
         )
         self._saved, self._saved_at = 0, time.monotonic()
         self._position: dict[str, Any] = {}
@@ -166,6 +165,7 @@ class Progress:
             "evaluated": self._evaluated,
             "config": dataclasses.asdict(self._run),
         }
+        put_up(self._record.folder.parent, self._record.phase)  # so that a checkpoint's position is there before it
         self._checkpoints.save(self.step, self.state, notes, self._metric)
         self._saved, self._saved_at = self.step, time.monotonic()
 
@@ -193,6 +193,7 @@ class Progress:
         self._checkpoints.wait()
         self._checkpoints.close()
         export()
+        put_up(self._record.folder.parent, self._record.phase, models=True)
 
     def _rescue(self, error: BaseException, export: Callable[[], None]) -> None:
         try:
@@ -203,12 +204,13 @@ class Progress:
             self._checkpoints.close()
         if not self._saved:
             return
-        where = self._record.folder / FOLDER
+        where = checkpoints_of(self._record.folder)
         self._record.say(f"step {self._saved} is saved in {where}; the same command goes on from there.")
         # Who is preempted has seconds; who pressed Ctrl-C may want to look at the model.
         preempted = isinstance(error, Stopped) and self._record.stop.reason in ("SIGTERM", "preemption")
         if not preempted and not isinstance(error, _NUMBERS):
             export()
+            put_up(self._record.folder.parent, self._record.phase, models=True)
 
 
 def digest(*parts: Any) -> str:

@@ -1,7 +1,6 @@
 """A run's folder: where each phase finds the former's result, and whether it is this config's folder at all."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from ml_collections import ConfigDict
 
 from jax_rlhf.data.formats import PHASES
 from jax_rlhf.phases.config import RunConfig
+from jax_rlhf.phases.mirror import delete, put_up
 
 _FREE = ("phases", "log", "checkpoint", "max_bad_steps", "debug")  # may differ from run to run in one workdir
 _OF_A_PHASE = {"sft": "sft", "reward_training": "reward", "ppo": "ppo"}  # a section → the phase that it alone concerns
@@ -75,10 +75,11 @@ def open_workdir(
     workdir.mkdir(parents=True, exist_ok=True)
     if overwrite:
         for phase in phases:
-            shutil.rmtree(workdir / phase, ignore_errors=True)
+            delete(workdir, phase)
     partial = file.with_name("config.json.partial")
     partial.write_text(json.dumps(wanted, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     partial.replace(file)
+    put_up(workdir)
     return list(changed.values())
 
 
