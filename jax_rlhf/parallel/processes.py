@@ -194,14 +194,15 @@ def summed(counts: np.ndarray) -> np.ndarray:
     """Counts of all processes together; all must call it.
 
     Args:
-      counts: int32[n], this process's.
+      counts: int[n], this process's.
 
     Returns:
-      int32[n].
+      int[n], of the same type.
     """
     if jax.process_count() == 1:
         return counts
-    return np.sum(multihost_utils.process_allgather(counts).reshape(-1, len(counts)), axis=0)
+    every = multihost_utils.process_allgather(counts).reshape(-1, len(counts))
+    return np.sum(every, axis=0, dtype=counts.dtype)
 
 
 def leave(code: int, error: BaseException | None = None) -> int:

@@ -18,7 +18,8 @@ from jax_rlhf.phases.faults import FaultError
 from jax_rlhf.phases.mirror import checkpoints_of, put_up
 from jax_rlhf.phases.record import Record
 from jax_rlhf.phases.stop import Stopped
-from jax_rlhf.training.checkpoint import Checkpoints, abstract, checksums
+from jax_rlhf.training.checkpoint import Checkpoints, abstract, named
+from jax_rlhf.training.checksum import checksums
 
 # What was trained is no good then; and after FloatingPointError (debug) JAX has given its memory away without a word.
 _NUMBERS = (FaultError, FloatingPointError)
@@ -222,7 +223,7 @@ def digest(*parts: Any) -> str:
     Returns:
       32 hexadecimal digits.
     """
-    content = [part if isinstance(part, str) else sorted(checksums(part).items()) for part in parts]
+    content = [part if isinstance(part, str) else sorted(checksums(named(part)).items()) for part in parts]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 

@@ -4,13 +4,12 @@
     <folder>/<step>/notes     JSON: what is not an array, and a checksum of every array
     <folder>.damaged/<step>   checkpoints whose checksums are wrong, moved out of the way
 
-Checksums are taken of the arrays on the devices before they are written and after they are read, so that no disk,
+Checksums (`checksum.py`) are taken of the arrays before they are written and after they are read, so that no disk,
 network or file system in between can change a bit unseen.
 """
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -18,16 +17,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax import Array
 from orbax.checkpoint import checkpoint_managers
 
 from jax_rlhf.hub import CheckpointError
 from jax_rlhf.parallel import together
+from jax_rlhf.training.checksum import checksums
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,7 +128,7 @@ class Checkpoints:
           CheckpointError: this one, or the one before, could not be written.
         """
         self.wait()  # orbax would; an error of the one before is not this one's
-        leaves = _named(state)
+        leaves = named(state)
         sums = checksums(leaves)
         arrays = {name: [list(leaf.shape), str(leaf.dtype), sums[name]] for name, leaf in leaves.items()}
         # As JSON will give it back; and a copy, since it is written while the caller goes on.
@@ -205,7 +202,7 @@ class Checkpoints:
         digest = content.pop("digest", None)
         if digest != _digest(content):
             raise ValueError("its notes have another checksum than when they were written")
-        wanted = _named(like)
+        wanted = named(like)
         _check_arrays(content["arrays"], wanted)
         arguments = ocp.args.PyTreeRestore(
             item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
@@ -265,8 +262,15 @@ def _check_arrays(written: Mapping[str, Any], wanted: Mapping[str, Any]) -> None
         )
 
 
-def _named(tree: Any) -> dict[str, Any]:
-    """Leaf by the path to it."""
+def named(tree: Any) -> dict[str, Any]:
+    """Leaves by the path to them.
+
+    Args:
+      tree: any.
+
+    Returns:
+      "a.b.c" → leaf.
+    """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
@@ -289,45 +293,3 @@ def abstract(tree: Any) -> Any:
       `jax.ShapeDtypeStruct`s with shardings.
     """
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
-
-
-def checksums(tree: Any) -> dict[str, int]:
-    """A checksum of each array's bits, the same on every mesh.
-
-    Σ bits[i] · h(i) mod 2³², where h is odd and differs from place to place: no change of a single word goes unseen,
-    and two words that change places do so with a probability of about 2⁻³².
-
-    Args:
-      tree: of arrays of at most 4 bytes an element, all processes' parts of them.
-
-    Returns:
-      Path to the array → checksum, 0 to 2³² − 1.
-    """
-    leaves = _named(tree)
-    # One at a time where they wait in the host's memory, so that they need not all fit on the devices.
-    waiting = {name: leaf for name, leaf in leaves.items() if leaf.sharding.memory_kind == "pinned_host"}
-    sums = dict(_checksums({name: leaf for name, leaf in leaves.items() if name not in waiting}))
-    for name, leaf in waiting.items():
-        sums |= _checksums({name: jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))})
-    return {name: int(value) for name, value in jax.device_get(sums).items()}
-
-
-@jax.jit
-def _checksums(leaves: dict[str, Array]) -> dict[str, Array]:
-    return {name: _checksum(leaf) for name, leaf in leaves.items()}
-
-
-def _checksum(leaf: Array) -> Array:
-    if leaf.dtype == jnp.bool_:
-        leaf = leaf.astype(jnp.uint8)
-    width = leaf.dtype.itemsize
-    words = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]).astype(jnp.uint32)
-    strides = [int(np.prod(leaf.shape[axis + 1 :], dtype=np.int64)) % 2**32 for axis in range(leaf.ndim)]
-    place = functools.reduce(  # of the element in the whole array, without a reshape, which would gather it
-        jnp.add,
-        (jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * np.uint32(s) for axis, s in enumerate(strides)),
-        jnp.uint32(0),
-    )
-    mixed = (place ^ (place >> 16)) * np.uint32(0x85EBCA6B)  # MurmurHash3's finalizer
-    mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
-    return jnp.sum(words * ((mixed ^ (mixed >> 16)) | np.uint32(1)), dtype=jnp.uint32)

@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there, and a bit that changed on the way is seen."""
 
+import math
 import resource
 
 import jax
@@ -10,7 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_rlhf.hub import CheckpointError
 from jax_rlhf.parallel import MeshConfig, create_mesh
-from jax_rlhf.training.checkpoint import CheckpointConfig, Checkpoints, abstract, checksums
+from jax_rlhf.training import checksum
+from jax_rlhf.training.checkpoint import CheckpointConfig, Checkpoints, abstract, named
+from jax_rlhf.training.checksum import checksums
 
 
 def tree(value=0.0):
@@ -70,7 +73,7 @@ def test_it_is_read_onto_another_mesh(tmp_path, before, after):
         return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), tree(7), places)
 
     one, other = placed(before), placed(after)
-    assert checksums(one) == checksums(other) == checksums(tree(7))
+    assert checksums(named(one)) == checksums(named(other)) == checksums(named(tree(7)))
     checkpoints = opened(tmp_path)
     checkpoints.save(1, one, {})
     checkpoints.wait()
@@ -91,6 +94,21 @@ def test_checksums_see_a_single_bit_and_an_exchange():
     changed = array.copy()
     changed[[3, 9]] = changed[[9, 3]]
     assert checksums({"a": jnp.asarray(changed)})["a"] != whole
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (2, 3, 1500), (4, 2000), (5, 2, 3, 4), (0, 3)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool", "uint8"])
+def test_checksums_are_what_they_say_on_host_and_devices(shape, dtype):
+    """Σ bits · weights, in Python's integers."""
+    array = jnp.asarray(np.random.RandomState(1).randn(*shape) * 50).astype(dtype)
+    bits = np.asarray(array).view({1: np.uint8, 2: np.uint16, 4: np.uint32}[array.dtype.itemsize])
+    weights = [checksum._weights(np, size, axis) for axis, size in enumerate(shape)]
+    assert all(np.all(weight % 2 == 1) for weight in weights)
+    wanted = 0
+    for place in np.ndindex(*shape):
+        wanted += int(bits[place]) * math.prod(int(weight[i]) for weight, i in zip(weights, place, strict=True))
+    assert checksum._on_host({"a": array})["a"] == wanted % 2**32
+    assert int(checksum._on_devices({"a": array})["a"]) == wanted % 2**32
 
 
 def files(folder, step):
