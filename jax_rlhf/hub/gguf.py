@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from jax_rlhf.hub.errors import CheckpointError
+from jax_rlhf.hub.gguf_header import check_header
 from jax_rlhf.models.rotary import Rotary, frequencies
 
 _NAMES = {
@@ -51,6 +52,7 @@ class GGUFSource:
     def __init__(self, file: Path):
         self.file = file
         try:
+            check_header(file)
             reader = gguf.GGUFReader(str(file))
             self._fields = {name: field.contents() for name, field in reader.fields.items()}
         except Exception as error:  # the package has no errors of its own: a broken file may raise anything
