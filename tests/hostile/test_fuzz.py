@@ -261,6 +261,6 @@ def test_headers_that_claim_terabytes_are_refused(tmp_path):
     for kind in (4, 8, 9):  # 2⁴⁰ numbers, texts, arrays
         field = key + struct.pack("<IIQ", 9, kind, 2**40)
         gguf.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field + b"\0" * 100)
-        with pytest.raises(CheckpointError, match="not a whole GGUF file .*claims"):
+        with pytest.raises(CheckpointError, match=r"not a whole GGUF file .*claims"):
             load_pretrained(gguf)
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < GROWTH
