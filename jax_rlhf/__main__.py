@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
+from filelock import BaseFileLock
 from ml_collections import ConfigDict, config_flags
 
 from jax_rlhf.data import DataError
@@ -20,7 +21,14 @@ from jax_rlhf.phases.check import check_run
 from jax_rlhf.phases.faults import FaultError
 from jax_rlhf.phases.mirror import open_workdir_at, put_up, refresh, remote_of
 from jax_rlhf.phases.stop import Stopped, StopSignals
-from jax_rlhf.phases.workdir import check_shared, lock_workdir, open_workdir, status
+from jax_rlhf.phases.workdir import (
+    check_shared,
+    forget_overwritten,
+    lock_workdir,
+    open_workdir,
+    overwritten,
+    status,
+)
 from jax_rlhf.rewards import RewardError
 from jax_rlhf.text import printable_lines
 
@@ -94,10 +102,29 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(config: ConfigDict, workdir: Path, stop: StopSignals) -> int:
+    locks: list[BaseFileLock] = []  # process 0's, once it has it: held until the end
+    try:
+        code = _run_phases(config, workdir, stop, locks)
+    except Stopped:
+        raise
+    except Exception:
+        if locks:
+            forget_overwritten(workdir)
+        raise
+    if locks:
+        forget_overwritten(workdir)
+    return code
+
+
+def _run_phases(config: ConfigDict, workdir: Path, stop: StopSignals, locks: list[BaseFileLock]) -> int:
     from jax_rlhf.phases import ppo, reward, sft
 
     phases = {"sft": sft.run, "reward": reward.run, "ppo": ppo.run}
     first, overwrite, accept_changes = jax.process_index() == 0, _OVERWRITE.value, _ACCEPT_CHANGES.value
+    if overwrite and any_process(first and overwritten(workdir, config)):
+        overwrite = False
+        if first:
+            print(f"--overwrite was done when this run began in {workdir}; it goes on.", flush=True)
     with together("checking settings, data and checkpoints"):
         settings = run_config(config)
         if first:
@@ -107,7 +134,7 @@ def _run(config: ConfigDict, workdir: Path, stop: StopSignals) -> int:
     changed = []
     with together(f"writing to {workdir}"):
         if first:
-            lock = lock_workdir(workdir)  # noqa: F841, held as long as it is known
+            locks.append(lock_workdir(workdir))
             how = {"overwrite": overwrite, "accept_changes": accept_changes}
             changed = open_workdir(workdir, config, settings.phases, **how)
     for line in changed:

@@ -166,7 +166,8 @@ class Progress:
             "evaluated": self._evaluated,
             "config": dataclasses.asdict(self._run),
         }
-        put_up(self._record.folder.parent, self._record.phase)  # so that a checkpoint's position is there before it
+        self._record.sync()  # what a checkpoint's position speaks of is there before it
+        put_up(self._record.folder.parent, self._record.phase)
         self._checkpoints.save(self.step, self.state, notes, self._metric)
         self._saved, self._saved_at = self.step, time.monotonic()
 

@@ -76,16 +76,13 @@ class Record:
             self._run.finish(exit_code=int(error is not None))
 
     def position(self) -> dict[str, Any]:
-        """How far the files are, for `continue_from`; what is written before it is on the disk.
+        """How far the files are, for `continue_from`.
 
         Returns:
           What JSON can hold: bytes of each file, seconds since the phase began. Only process 0's is of use.
         """
         if not self._writes:
             return {}
-        for file in map(self._file, _FILES):
-            file.flush()
-            os.fsync(file.fileno())
         sizes = {name: self._file(name).tell() for name in _FILES}
         run = {} if self._run is None else {"wandb": self._run.id}
         return {"seconds": self._seconds(), "bytes": sizes} | run
@@ -109,15 +106,10 @@ class Record:
                 file.truncate(size)
                 file.seek(size)
 
-    def rewind(self, position: Mapping[str, Any]) -> None:
-        """Drops what was written after a position.
-
-        Args:
-          position: of this record.
-        """
+    def sync(self) -> None:
+        """Waits until what was written is on the disk."""
         for name in _FILES if self._writes else ():
-            self._file(name).truncate(position["bytes"][name])
-            self._file(name).seek(position["bytes"][name])
+            os.fsync(self._file(name).fileno())
 
     def _seconds(self) -> float:
         return round(time.perf_counter() - self._started, 3)
@@ -220,7 +212,7 @@ class Record:
         if self._writes:
             content = {"finished": True, "seconds": round(self._seconds(), 1)}
             content |= {k: _json_number(v) if isinstance(v, float) else v for k, v in values.items()}
-            self.position()  # what it speaks of is on the disk before it is
+            self.sync()  # what it speaks of is on the disk before it is
             partial = self.folder / "summary.json.partial"
             partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             partial.replace(self.folder / "summary.json")

@@ -13,6 +13,7 @@ from jax_rlhf.data.formats import PHASES
 from jax_rlhf.phases.config import RunConfig
 from jax_rlhf.phases.mirror import delete, put_up
 
+_OVERWRITTEN = "overwritten.json"  # the config of the run that did it, as long as that has not ended
 _FREE = ("phases", "log", "checkpoint", "max_bad_steps", "debug")  # may differ from run to run in one workdir
 _OF_A_PHASE = {"sft": "sft", "reward_training": "reward", "ppo": "ppo"}  # a section → the phase that it alone concerns
 _OF_THE_MACHINE = (
@@ -74,6 +75,7 @@ def open_workdir(
             )
     workdir.mkdir(parents=True, exist_ok=True)
     if overwrite:
+        (workdir / _OVERWRITTEN).write_text(_as_text(config), encoding="utf-8")
         for phase in phases:
             delete(workdir, phase)
     partial = file.with_name("config.json.partial")
@@ -81,6 +83,37 @@ def open_workdir(
     partial.replace(file)
     put_up(workdir)
     return list(changed.values())
+
+
+def overwritten(workdir: Path, config: Mapping[str, Any] | ConfigDict) -> bool:
+    """Whether a run of this config has overwritten the workdir and was then stopped or killed.
+
+    It goes on then: a machine that starts the same command again, --overwrite and all, must not begin anew.
+
+    Args:
+      workdir: the folder.
+      config: the resolved config, nested.
+
+    Returns:
+      Whether.
+    """
+    try:
+        return (workdir / _OVERWRITTEN).read_text(encoding="utf-8") == _as_text(config)
+    except FileNotFoundError:
+        return False
+
+
+def forget_overwritten(workdir: Path) -> None:
+    """The run has ended by itself, well or not: the next --overwrite is meant anew.
+
+    Args:
+      workdir: the folder.
+    """
+    (workdir / _OVERWRITTEN).unlink(missing_ok=True)
+
+
+def _as_text(config: Mapping[str, Any] | ConfigDict) -> str:
+    return ConfigDict(config).to_json_best_effort(sort_keys=True)
 
 
 def _can_change(name: str, states: Mapping[str, str]) -> bool:

@@ -9,7 +9,7 @@ from jax_rlhf.phases import run_config
 from jax_rlhf.phases.check import check_run
 from jax_rlhf.phases.config import LogConfig
 from jax_rlhf.phases.record import Record
-from jax_rlhf.phases.workdir import open_workdir, status
+from jax_rlhf.phases.workdir import forget_overwritten, open_workdir, overwritten, status
 from jax_rlhf.text import printable, printable_lines
 from tests.data import tiny as data
 from tests.phases import tiny
@@ -156,6 +156,21 @@ def test_what_may_change_under_way(config, tmp_path, field, value, refused):
     else:
         (line,) = open_workdir(workdir, config, ("sft", "ppo"), overwrite=False)
         assert line.startswith(f"config.{field} was ")
+
+
+def test_a_run_that_overwrote_and_was_stopped_goes_on(config, tmp_path):
+    """With the same command, --overwrite and all; with another config, or once it has ended, it is meant anew."""
+    workdir = tmp_path / "run"
+    open_workdir(workdir, config, ("sft",), overwrite=False)
+    assert not overwritten(workdir, config)
+    open_workdir(workdir, config, ("sft",), overwrite=True)
+    assert overwritten(workdir, config)
+    other = config.copy_and_resolve_references()
+    other.sft.steps = 77
+    assert not overwritten(workdir, other)
+    forget_overwritten(workdir)
+    assert not overwritten(workdir, config)
+    forget_overwritten(workdir)
 
 
 def test_a_model_without_a_checkpoint_is_not_overwritten_in_silence(config, tmp_path):

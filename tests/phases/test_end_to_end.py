@@ -180,7 +180,7 @@ def test_a_wrong_command_stops_at_once(whole, flags, message):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_being_asked_to_stop_saves_all_and_says_so_by_the_exit_code(tmp_path, number):
-    flags = ("--config.phases=sft", "--config.sft.steps=100000")
+    flags = ("--config.phases=sft", "--config.sft.steps=100000", "--overwrite")
     process = subprocess.Popen(
         command(tmp_path, *flags),
         cwd=tmp_path,
@@ -211,6 +211,19 @@ def test_being_asked_to_stop_saves_all_and_says_so_by_the_exit_code(tmp_path, nu
     assert [file.name for file in (tmp_path / "run" / "sft" / "checkpoints").iterdir()] == [str(steps[-1])]
     assert (tmp_path / "run" / "sft" / "model").exists() == (number == signal.SIGINT)  # a preempted machine has seconds
     assert not (tmp_path / "run" / "sft" / "summary.json").exists()
+    if number == signal.SIGTERM:  # a launch script gives the same command again, --overwrite and all
+        again = subprocess.Popen(
+            command(tmp_path, *flags), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
+        )
+        seen = ""
+        while "going on" not in seen:
+            line = again.stdout.readline()
+            assert line, seen
+            seen += line
+        again.kill()
+        again.communicate()
+        assert "--overwrite was done when this run began" in seen
+        assert f"going on from the checkpoint of step {steps[-1]}" in seen
 
 
 def test_a_full_disk_loses_nothing_that_was_saved(tmp_path):
