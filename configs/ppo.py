@@ -57,6 +57,10 @@ def get_config() -> ConfigDict:
     ppo.kl_horizon = 10_000.0  # episodes over which it does
     # ppo.reward_clip = 5.0  # scores beyond ± this are clipped
     ppo.missing_eos_penalty = 0.0  # subtracted from responses that do not end
+    ppo.reward_timeout = 600.0  # seconds that a call of a reward function may take
+    ppo.reward_retries = 2  # how often a call that failed, hung, or gave no numbers is repeated
+    ppo.on_reward_failure = "fatal"  # and then; or "penalize": its responses get
+    ppo.reward_failure_score = -1.0  # this, instead of a score
     ppo.truncation = "terminal"  # of a response without EOS; or "bootstrap" with the critic's value
     ppo.whiten_rewards = False  # rewards by their spread
 
@@ -81,6 +85,10 @@ def get_config() -> ConfigDict:
     ppo.ptx_coef = 0.0  # weight of the SFT data's loss (PPO-ptx), a nat a token
     ppo.critic_warmup_iterations = 0  # in which only the critic learns
     # ppo.target_kl = 0.1  # nats a token; ends an iteration's updates
+    # ppo.kl_limit = 50.0  # nats a response, past which the run stops
+    # ppo.ratio_limit = 100.0  # the same for the largest probability ratio of an iteration
+    ppo.on_limit = "stop"  # or "lower_lr": multiply the actor's learning rate each time by
+    ppo.limit_lr_factor = 0.5  # this
     # ppo.ema_decay = 0.992  # keeps a moving average of the actor, in <workdir>/ppo/model_ema
     # ppo.logprob_chunk = 64  # positions whose logits exist at once; default: by vocabulary and device
 

@@ -17,6 +17,15 @@ def get_config() -> ConfigDict:
     config = default_config()  # has every field, so that flags can set any: --config.sft.epochs=3
     config.phases = ("sft",)  # of "sft", "reward", "ppo"
     config.seed = 0  # of everything random: data order, new heads, samples
+    config.checkpoint.minutes = 15.0  # after so long comes the next one; None: by steps alone
+    config.checkpoint.every = 0  # steps (PPO: iterations) between checkpoints; 0: by time alone
+    config.checkpoint.keep = 2  # the last so many
+    config.checkpoint.keep_every = 0  # those of steps that this divides stay as well
+    # config.checkpoint.best = "eval/loss"  # the one where this was best stays as well; needs eval_every
+    config.checkpoint.best_mode = "max"  # the highest is best; or "min"
+    config.max_bad_steps = 5  # steps in a row that are not finite, and left out, before the run stops
+    config.debug = False  # stop at the first NaN and say where; slower
+
     config.log.tensorboard = True  # files under <workdir>/sft/tensorboard
     # config.log.wandb_project = "my-project"  # Weights & Biases too, if it is installed
     config.log.table_rows = 4  # samples shown on the screen

@@ -11,6 +11,7 @@ from jax_rlhf.parallel import MeshConfig
 from jax_rlhf.phases import default_config, run_config
 from jax_rlhf.phases.config import LogConfig, RewardTrainingConfig, SFTConfig
 from jax_rlhf.training import OptimizerConfig, PPOConfig
+from jax_rlhf.training.checkpoint import CheckpointConfig
 from tests.processes import ROOT
 
 NAMES = sorted(file.stem for file in (ROOT / "configs").glob("*.py"))
@@ -32,7 +33,7 @@ def test_defaults_are_ones_that_work():
 @pytest.mark.parametrize(
     ("name", "kinds"),
     [
-        ("sft", (SFTConfig, DataConfig, ModelConfig, MeshConfig, LogConfig, OptimizerConfig)),
+        ("sft", (SFTConfig, DataConfig, ModelConfig, MeshConfig, LogConfig, OptimizerConfig, CheckpointConfig)),
         ("reward", (RewardTrainingConfig,)),
         ("ppo", (PPOConfig, CriticConfig, FrozenConfig)),
     ],
