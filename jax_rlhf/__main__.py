@@ -31,6 +31,7 @@ from jax_rlhf.phases.workdir import (
 )
 from jax_rlhf.rewards import RewardError
 from jax_rlhf.text import printable_lines
+from jax_rlhf.training.checkpoint import RestoreError
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="The config; --config.a.b=value overrides.")
 _WORKDIR = flags.DEFINE_string(
@@ -84,7 +85,8 @@ def main(arguments: Sequence[str]) -> int:
         process = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
         start_processes(*process, timeout=_PROCESS_TIMEOUT.value)
         stop = StopSignals().listen()  # to the very end
-        return _run(CONFIG.value, open_workdir_at(_WORKDIR.value), stop)
+        workdir, _lock = open_workdir_at(_WORKDIR.value)
+        return _run(CONFIG.value, workdir, stop)
     except _EXPECTED as error:
         logging.debug("where it came from", exc_info=True)
         print(f"error: {printable_lines(str(error))}", file=sys.stderr)
@@ -94,7 +96,10 @@ def main(arguments: Sequence[str]) -> int:
         return leave(SAVED, error)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _DISK:
-            print(f"error: {error}. What was saved before stays; mended, the same command goes on.", file=sys.stderr)
+            print(
+                f"error: {printable_lines(str(error))}. What was saved before stays; mended, the same command goes on.",
+                file=sys.stderr,
+            )
             return leave(1, error)
         # Ours; where there are other processes, they must not wait for this one.
         print(printable_lines(traceback.format_exc()), file=sys.stderr)
@@ -105,9 +110,7 @@ def _run(config: ConfigDict, workdir: Path, stop: StopSignals) -> int:
     locks: list[BaseFileLock] = []  # process 0's, once it has it: held until the end
     try:
         code = _run_phases(config, workdir, stop, locks)
-    except Stopped:
-        raise
-    except Exception:
+    except RestoreError:  # who is told to give --overwrite must be believed
         if locks:
             forget_overwritten(workdir)
         raise
@@ -138,7 +141,7 @@ def _run_phases(config: ConfigDict, workdir: Path, stop: StopSignals, locks: lis
             how = {"overwrite": overwrite, "accept_changes": accept_changes}
             changed = open_workdir(workdir, config, settings.phases, **how)
     for line in changed:
-        print(f"changed: {line}")
+        print(f"changed: {printable_lines(line)}")
     with together(f"looking at {workdir}"):
         refresh(workdir)
         check_shared(settings, workdir)

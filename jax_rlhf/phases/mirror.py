@@ -12,31 +12,39 @@ from pathlib import Path
 
 import jax
 from etils import epath
+from filelock import BaseFileLock, FileLock, Timeout
 
 _REMOTE = ".remote"  # in the local folder: where it is mirrored
 _MODELS = ("model", "model_ema", "critic")
 CHECKPOINTS = "checkpoints"
 
 
-def open_workdir_at(workdir: str) -> Path:
+def open_workdir_at(workdir: str) -> tuple[Path, BaseFileLock | None]:
     """The local folder of a workdir.
 
     Args:
       workdir: a path, or a bucket's: "gs://bucket/folder".
 
     Returns:
-      The path; for a bucket a folder under ~/.cache/jax_rlhf, one a process, fetched from there.
+      The path; for a bucket a folder under ~/.cache/jax_rlhf, one a process, fetched from there, and a lock that keeps
+      other runs out of it as long as it lives.
 
     Raises:
-      ValueError: the bucket cannot be reached; says why.
+      ValueError: the bucket cannot be reached, or another run on this machine uses it.
     """
     if "://" not in workdir:
-        return Path(workdir).expanduser()
+        return Path(workdir).expanduser(), None
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "jax_rlhf"
     name = hashlib.blake2b(workdir.encode(), digest_size=8).hexdigest()
     local = cache / f"{name}-{jax.process_index()}"
+    cache.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(local.with_suffix(".lock"))
     try:
-        return mirrored(epath.Path(workdir), local)
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise ValueError(f"--workdir={workdir}: another run on this machine writes to it.") from error
+    try:
+        return mirrored(epath.Path(workdir), local), lock
     except Exception as error:  # of gcsfs, s3fs, their absence, the network …
         raise ValueError(
             f"--workdir={workdir} cannot be read: {type(error).__name__}: {error}. gs:// needs `pip install gcsfs`, "
@@ -68,7 +76,7 @@ def _fetch(remote: epath.Path, local: Path) -> None:
         target = local / entry.name
         if entry.is_dir():
             target.mkdir(exist_ok=True)
-            if local.name != CHECKPOINTS:
+            if not local.name.startswith(CHECKPOINTS):
                 _fetch(entry, target)
         else:
             entry.copy(target, overwrite=True)
@@ -154,7 +162,8 @@ def delete(workdir: Path, part: str) -> None:
       workdir: the local folder.
       part: in it.
     """
-    shutil.rmtree(workdir / part, ignore_errors=True)
+    if (workdir / part).exists():
+        shutil.rmtree(workdir / part)
     remote = remote_of(workdir)
     if remote is not None and (remote / part).exists():
         (remote / part).rmtree()

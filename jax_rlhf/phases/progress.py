@@ -13,12 +13,13 @@ from absl import logging
 from transformers import PreTrainedTokenizerBase
 
 from jax_rlhf.hub import CheckpointError
+from jax_rlhf.parallel import together
 from jax_rlhf.phases.config import RunConfig
 from jax_rlhf.phases.faults import FaultError
 from jax_rlhf.phases.mirror import checkpoints_of, put_up
 from jax_rlhf.phases.record import Record
 from jax_rlhf.phases.stop import Stopped
-from jax_rlhf.training.checkpoint import Checkpoints, abstract, named
+from jax_rlhf.training.checkpoint import Checkpoints, RestoreError, abstract, named
 from jax_rlhf.training.checksum import checksums
 
 # What was trained is no good then; and after FloatingPointError (debug) JAX has given its memory away without a word.
@@ -68,7 +69,7 @@ class Progress:
           The state to go on with.
 
         Raises:
-          CheckpointError: the checkpoints are damaged, of another model, or the inputs are not those they began with.
+          RestoreError: the checkpoints are damaged, of another model, or the inputs are not those they began with.
         """
         like = abstract(state)
         if self._checkpoints.steps:
@@ -91,7 +92,7 @@ class Progress:
             return
         what = f"{', '.join(changed)}: not what step {self.step} of this phase was reached with"
         if not self._accept_changes:
-            raise CheckpointError(
+            raise RestoreError(
                 f"{self._record.folder}: {what}. Put it back as it was; or go on all the same with --accept_changes, "
                 "or begin anew with --overwrite."
             )
@@ -166,8 +167,9 @@ class Progress:
             "evaluated": self._evaluated,
             "config": dataclasses.asdict(self._run),
         }
-        self._record.sync()  # what a checkpoint's position speaks of is there before it
-        put_up(self._record.folder.parent, self._record.phase)
+        with together("writing metrics and samples"):  # what a checkpoint's position speaks of is there before it
+            self._record.sync()
+            put_up(self._record.folder.parent, self._record.phase)
         self._checkpoints.save(self.step, self.state, notes, self._metric)
         self._saved, self._saved_at = self.step, time.monotonic()
 
@@ -189,8 +191,10 @@ class Progress:
             if jax.process_count() == 1 or getattr(error, "agreed", False):
                 try:
                     self._rescue(error, export)
-                except Exception as second:  # the first is the one to be seen; its update may have eaten the parameters
+                except Exception as second:  # its update may have eaten the parameters
                     logging.error("%s: what was trained could not be saved: %s", self._record.folder, second)
+                    if isinstance(error, Stopped):  # which says that all is saved
+                        raise second from error
             raise
         self._checkpoints.wait()
         self._checkpoints.close()
@@ -199,15 +203,20 @@ class Progress:
 
     def _rescue(self, error: BaseException, export: Callable[[], None]) -> None:
         try:
+            self._checkpoints.wait()
+        except CheckpointError as former:  # of the one before; this one is tried all the same
+            logging.error("%s", former)
+        try:
             if self.step > self._saved and not isinstance(error, (CheckpointError, *_NUMBERS)):
                 self._save()
-        finally:
             self._checkpoints.wait()
+        finally:
             self._checkpoints.close()
-        if not self._saved:
+            put_up(self._record.folder.parent, self._record.phase)
+        if not self._checkpoints.steps:
             return
-        where = checkpoints_of(self._record.folder)
-        self._record.say(f"step {self._saved} is saved in {where}; the same command goes on from there.")
+        where, saved = checkpoints_of(self._record.folder), self._checkpoints.steps[-1]
+        self._record.say(f"step {saved} is saved in {where}; the same command goes on from there.")
         # Who is preempted has seconds; who pressed Ctrl-C may want to look at the model.
         preempted = isinstance(error, Stopped) and self._record.stop.reason in ("SIGTERM", "preemption")
         if not preempted and not isinstance(error, _NUMBERS):

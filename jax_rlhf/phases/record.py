@@ -220,8 +220,9 @@ class Record:
     def _line(self, name: str, content: Mapping[str, Any]) -> None:
         if self._writes:
             file = self._file(name)
-            try:  # a lone surrogate, which UTF-8 cannot hold, becomes the escape that JSON has for it
-                file.write((json.dumps(content, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
+            line = json.dumps(content, ensure_ascii=False)
+            try:  # what a terminal would obey, and what UTF-8 cannot hold, becomes the escape that JSON has for it
+                file.write(("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line) + "\n").encode())
                 file.flush()
             except OSError as error:  # which does not say of what
                 raise OSError(error.errno, f"{error.strerror}: {self.folder / name}.jsonl") from error

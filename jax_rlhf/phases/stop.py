@@ -31,7 +31,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.reason: str | None = None
         self._former: dict[int, Any] = {}
-        self._asked = 0
+        self._asked = 2**30  # orbax asks the same service with its steps, which must not be ahead
 
     def listen(self) -> "StopSignals":
         """Installs the handlers, in the main thread.
@@ -39,7 +39,7 @@ class StopSignals:
         Returns:
           Itself.
         """
-        served = jax.distributed.is_initialized()
+        served = jax.process_count() > 1 and jax.distributed.is_initialized()
         for number in (signal.SIGINT,) if served else (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # not in the main thread: signals are somebody else's
                 self._former[number] = signal.signal(number, self._note)

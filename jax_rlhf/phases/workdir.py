@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from jax_rlhf.data.formats import PHASES
 from jax_rlhf.phases.config import RunConfig
-from jax_rlhf.phases.mirror import delete, put_up
+from jax_rlhf.phases.mirror import delete, put_up, remote_of
 
 _OVERWRITTEN = "overwritten.json"  # the config of the run that did it, as long as that has not ended
 _FREE = ("phases", "log", "checkpoint", "max_bad_steps", "debug")  # may differ from run to run in one workdir
@@ -75,12 +75,13 @@ def open_workdir(
             )
     workdir.mkdir(parents=True, exist_ok=True)
     if overwrite:
-        (workdir / _OVERWRITTEN).write_text(_as_text(config), encoding="utf-8")
         for phase in phases:
             delete(workdir, phase)
     partial = file.with_name("config.json.partial")
     partial.write_text(json.dumps(wanted, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     partial.replace(file)
+    if overwrite:  # all is done
+        (workdir / _OVERWRITTEN).write_text(_as_text(config), encoding="utf-8")
     put_up(workdir)
     return list(changed.values())
 
@@ -110,6 +111,9 @@ def forget_overwritten(workdir: Path) -> None:
       workdir: the folder.
     """
     (workdir / _OVERWRITTEN).unlink(missing_ok=True)
+    remote = remote_of(workdir)
+    if remote is not None:
+        (remote / _OVERWRITTEN).unlink(missing_ok=True)
 
 
 def _as_text(config: Mapping[str, Any] | ConfigDict) -> str:

@@ -56,6 +56,10 @@ class CheckpointConfig:
             raise ValueError(f"config.checkpoint.minutes={self.minutes} must be above 0, or None.")
 
 
+class RestoreError(CheckpointError):
+    """The checkpoints of a run are damaged, or not of this run; the message says how to mend it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Restored:
     """What a checkpoint held.
@@ -95,10 +99,12 @@ class Checkpoints:
             kept.append(policies.EveryNSteps(config.keep_every))
         if config.best is not None:
             best = {"reverse": config.best_mode == "min", "n": 1, "keep_checkpoints_without_metrics": False}
-            kept.append(policies.BestN(get_metric_fn=lambda metrics: metrics["value"], **best))
+            kept.append(policies.BestN(get_metric_fn=_value, **best))
         self.folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept),
+            best_fn=None if config.best is None else _value,  # else metrics are not written, and lost at a restart
+            best_mode=config.best_mode,
             enable_async_checkpointing=asynchronous,
             cleanup_tmp_directories=True,
         )
@@ -147,8 +153,8 @@ class Checkpoints:
         Raises:
           CheckpointError: says why, and which checkpoint is the last complete one.
         """
-        with self._explained(self._latest):
-            self._manager.check_for_errors()
+        if not self.saving:
+            self.wait()
 
     def wait(self) -> None:
         """Until all is written.
@@ -173,30 +179,45 @@ class Checkpoints:
           What it held; None where the folder has no checkpoint.
 
         Raises:
-          CheckpointError: all that there are are damaged, or are of another model or optimizer.
+          RestoreError: all that there are are damaged, or are of another model or optimizer.
         """
         found = self.steps
         for step in reversed(found):
-            restored = None
             try:
-                with together(f"reading the checkpoint of step {step}"):
-                    restored = self._read(step, like)
+                restored = self._read(step, like)
             except _OtherArraysError as error:
-                raise CheckpointError(f"{self.folder / str(step)}: {error}") from error
+                raise RestoreError(f"{self.folder / str(step)}: {error}") from error
             except Exception as error:  # orbax and tensorstore have many words for a file that is not as it was
                 logging.debug("where it came from", exc_info=True)
                 self._say(f"{self.folder / str(step)} is damaged: {_first_line(error)}")
-            if restored is not None:
-                self._move_away([other for other in found if other > step])
-                return restored
+                continue
+            self._move_away([other for other in found if other > step])
+            return restored
         if found:
-            raise CheckpointError(
+            raise RestoreError(
                 f"{self.folder}: none of the checkpoints ({', '.join(map(str, found))}) can be read. Put one back "
                 "from a copy, or begin anew with --overwrite."
             )
         return None
 
     def _read(self, step: int, like: Any) -> Restored:
+        """In two parts, since one process may find its files damaged while the others' are whole."""
+        with together(f"reading the checkpoint of step {step}"):
+            try:
+                content, leaves = self._read_files(step, like)
+            except _OtherArraysError:
+                raise
+            except Exception:  # once more: a network's file system may have been away for a moment
+                logging.warning("%s could not be read; trying once more.", self.folder / str(step))
+                content, leaves = self._read_files(step, like)
+        found = checksums(leaves)
+        wrong = [name for name, (_, _, written) in content["arrays"].items() if found[name] != written]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong[:3])} has another checksum than when it was written")
+        tree = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in named(like)])
+        return Restored(content["step"], tree, content["notes"])
+
+    def _read_files(self, step: int, like: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         folder = self.folder / str(step)
         content = ocp.JsonCheckpointHandler().restore(folder / "notes")
         digest = content.pop("digest", None)
@@ -208,13 +229,7 @@ class Checkpoints:
             item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
         )
         # Not the manager's restore: it waits for all processes at its end, and for ever where another one failed.
-        leaves = ocp.PyTreeCheckpointHandler().restore(folder / "state", args=arguments)
-        found = checksums(leaves)
-        wrong = [name for name, (_, _, written) in content["arrays"].items() if found[name] != written]
-        if wrong:
-            raise ValueError(f"{', '.join(wrong[:3])} has another checksum than when it was written")
-        tree = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in wanted])
-        return Restored(content["step"], tree, content["notes"])
+        return content, ocp.PyTreeCheckpointHandler().restore(folder / "state", args=arguments)
 
     def _move_away(self, steps: list[int]) -> None:
         aside = self.folder.with_name(f"{self.folder.name}.damaged")
@@ -241,6 +256,10 @@ class Checkpoints:
                 f"{self.folder}: the checkpoint of step {step} could not be written: {_first_line(error)}; {left}. "
                 "Once this is mended (is the disk full?), the same command goes on from there."
             ) from error
+
+
+def _value(metrics: Mapping[str, float]) -> float:
+    return metrics["value"]
 
 
 class _OtherArraysError(Exception):

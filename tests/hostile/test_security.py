@@ -92,11 +92,12 @@ def test_what_is_saved_has_no_code(tmp_path):
 def test_texts_do_not_steer_the_terminal(tmp_path, capsys):
     with Record(tmp_path / "ppo", LogConfig(tensorboard=False)) as record:
         record.say("harmless \x1b]0;title\x07\x1b[2J\u202e\r text")
-        record.samples([{"response": "\x1b[31m</script>\ud800"}])
+        record.samples([{"response": "\x1b[31m</script>\ud800\x9b\u202eö€😀"}])
     assert "\x1b" not in capsys.readouterr().out
     (line,) = (tmp_path / "ppo" / "samples.jsonl").read_bytes().splitlines()
-    assert b"\x1b" not in line  # JSON has an escape for it
-    assert json.loads(line)["response"] == "\x1b[31m</script>\ud800"
+    assert line.decode().isprintable()  # JSON has escapes for what is not
+    assert "ö€😀" in line.decode()
+    assert json.loads(line)["response"] == "\x1b[31m</script>\ud800\x9b\u202eö€😀"
 
 
 def test_tokens_of_the_environment_stay_there(tmp_path, monkeypatch):

@@ -19,13 +19,9 @@ LONG = ("--config.sft.steps=60", "--config.reward_training.steps=60", "--config.
 
 
 def start(folder, *flags):
-    environment = alone.environment() | {
-        "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
     command = alone.command(folder, "--config.checkpoint.every=1", *flags, config=folder.parent / "config.py")
     return subprocess.Popen(
-        command, cwd=folder.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=folder.parent, env=alone.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 

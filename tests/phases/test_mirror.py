@@ -41,7 +41,10 @@ def bucket(monkeypatch, tmp_path):
 
 
 def test_files_go_to_the_bucket_and_come_back(bucket):
-    workdir = open_workdir_at(bucket)
+    workdir, lock = open_workdir_at(bucket)
+    with pytest.raises(ValueError, match="another run on this machine"):
+        open_workdir_at(bucket)
+    lock.release()
     assert str(remote_of(workdir)) == bucket
     assert str(checkpoints_of(workdir / "sft")) == f"{bucket}/sft/checkpoints"
     (workdir / "sft" / "model").mkdir(parents=True)
@@ -60,7 +63,7 @@ def test_files_go_to_the_bucket_and_come_back(bucket):
     put_up(workdir, "sft", models=True)
     (workdir / "sft" / "metrics.jsonl").write_text("lost with the machine")
 
-    workdir = open_workdir_at(bucket)  # as another machine does
+    workdir, _ = open_workdir_at(bucket)  # as another machine does
     files = {str(path.relative_to(workdir)) for path in workdir.rglob("*") if path.is_file()}
     assert files == {".remote", "config.json", "sft/metrics.jsonl", "sft/summary.json", "sft/model/a.safetensors"}
     assert (workdir / "sft" / "metrics.jsonl").read_text() == "metrics.jsonl"
@@ -77,7 +80,7 @@ def test_a_bucket_that_cannot_be_reached_is_said(monkeypatch, tmp_path):
 
 
 def test_a_plain_path_has_no_mirror(tmp_path):
-    assert open_workdir_at(str(tmp_path / "run")) == tmp_path / "run"
+    assert open_workdir_at(str(tmp_path / "run")) == (tmp_path / "run", None)
     assert remote_of(tmp_path / "run") is None
 
 

@@ -207,6 +207,7 @@ def test_a_reward_function_that_fails_loses_nothing(settings, straight, tmp_path
     former_phases(straight, tmp_path, "ppo")
     config = settings.copy_and_resolve_references()
     config.ppo.reward_functions, config.checkpoint.every = ("tests.phases.test_resume:half_a_point",), 0
+    config.ppo.reward_retries = 0
     wanted = tmp_path / "wanted"
     shutil.copytree(tmp_path, wanted, ignore=lambda *_: ["wanted"])
     ppo.run(run_config(config), wanted)

@@ -187,6 +187,12 @@ def test_what_is_kept(tmp_path):
     checkpoints.wait()
     assert checkpoints.steps == [3, 4, 8, 9, 10]
     checkpoints.close()
+    checkpoints = opened(tmp_path, keep=2, keep_every=4, best="eval/score")  # after a restart
+    for step in range(11, 14):
+        checkpoints.save(step, tree(step), {}, 0.7)
+    checkpoints.wait()
+    assert checkpoints.steps == [3, 4, 8, 12, 13]
+    checkpoints.close()
 
 
 def test_the_lowest_can_be_best(tmp_path):
