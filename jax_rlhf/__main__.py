@@ -144,7 +144,7 @@ def _run_phases(config: ConfigDict, workdir: Path, stop: StopSignals, locks: lis
         print(f"changed: {printable_lines(line)}")
     with together(f"looking at {workdir}"):
         refresh(workdir)
-        check_shared(settings, workdir)
+        check_shared(workdir)
     results = {}
     for phase in settings.phases:
         stop.check()

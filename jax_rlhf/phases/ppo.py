@@ -31,7 +31,7 @@ from jax_rlhf.phases.record import Record
 from jax_rlhf.phases.stop import StopSignals
 from jax_rlhf.phases.supervised import microbatches, with_end
 from jax_rlhf.phases.workdir import reward_model, sft_model
-from jax_rlhf.rewards import RewardFunction
+from jax_rlhf.rewards import OnFailure, RewardFunction, score_texts
 from jax_rlhf.rl import Experience, Prompts, check_experience
 from jax_rlhf.text import printable
 from jax_rlhf.trainer import PPOTrainer, microbatch_rows
@@ -242,14 +242,17 @@ def _rows(
     ]
 
 
-def _verdicts(judge: RewardFunction, answered: list[dict[str, Any]], prompts: Prompts, layout: Layout | None) -> Any:
+def _verdicts(judge: RewardFunction, answered: list[dict[str, Any]], prompts: Prompts, trainer: PPOTrainer) -> Any:
     """What a judge says of all responses; each process asks it about those that it owns."""
+    config, layout = trainer.config, trainer.engine.layout
+    how = OnFailure(config.reward_retries, config.on_reward_failure, config.reward_failure_score)
     held, mine = held_rows(len(answered), layout), owned_rows(len(answered), layout)
     rows = [answered[row] for row in held[mine]]
     columns = {name: [values[row] for row in np.flatnonzero(mine)] for name, values in prompts.columns.items()}
     verdicts = np.zeros(len(held), np.float32)
     with together(f"asking {judge.name}"):
-        verdicts[mine] = judge([row["prompt"] for row in rows], [row["response"] for row in rows], columns)
+        texts = [row["prompt"] for row in rows], [row["response"] for row in rows]
+        verdicts[mine] = score_texts([judge], *texts, columns, how)
     return all_rows(verdicts, layout)
 
 
@@ -261,7 +264,7 @@ def _evaluate(
     for batch in record.watched(prompts.eval, "evaluating"):
         answered = _rows(trainer, trainer.generate_experience(batch), step, "eval", everywhere=True)
         for judge in judges:
-            for row, verdict in zip(answered, _verdicts(judge, answered, batch, trainer.engine.layout), strict=True):
+            for row, verdict in zip(answered, _verdicts(judge, answered, batch, trainer), strict=True):
                 row[judge.name] = float(verdict)
         rows += answered
     rows = rows[: prompts.eval_rows]

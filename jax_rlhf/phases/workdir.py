@@ -155,21 +155,20 @@ def lock_workdir(workdir: Path) -> BaseFileLock:
     return lock
 
 
-def check_shared(config: RunConfig, workdir: Path) -> None:
-    """Raises where this process does not see what process 0 writes, and will have to.
+def check_shared(workdir: Path) -> None:
+    """Raises where this process does not see what process 0 writes.
 
     Args:
-      config: the run's.
       workdir: its folder, which process 0 has made.
 
     Raises:
-      WorkdirError: a phase will read the former's model, and the workdir is this machine's own.
+      WorkdirError: the workdir is this machine's own.
     """
-    if (workdir / "config.json").is_file() or len(config.phases) == 1:
+    if (workdir / "config.json").is_file():
         return
     raise WorkdirError(
-        f"{workdir} is not the folder that process 0 writes to, and each phase reads the former's model there: take a "
-        "folder on a file system that all machines share, or run the phases one by one."
+        f"{workdir} is not the folder that process 0 writes to, and all processes write their parts of checkpoints "
+        "there: take a folder on a file system that all machines share, or a bucket (gs://)."
     )
 
 
