@@ -1,6 +1,6 @@
 """How long saving a checkpoint blocks, and how long it takes; one JSON line.
 
-    python -m benchmarks.checkpoint --megabytes=1200 --folder=/tmp/checkpoints
+    python -m benchmarks.checkpoint --megabytes=1200 --folder=FOLDER
 
 Random float32 arrays, as of a model of 100 million parameters with Adam, while a loop of matrix products goes on.
 """

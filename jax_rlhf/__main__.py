@@ -90,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
     except _EXPECTED as error:
         logging.debug("where it came from", exc_info=True)
         print(f"error: {printable_lines(str(error))}", file=sys.stderr)
-        return leave(1, error)
+        return leave(FAILED if getattr(error, "ours", False) else 1, error)
     except Stopped as error:
         print(f"stopped ({error}); the same command goes on.", file=sys.stderr)
         return leave(SAVED, error)

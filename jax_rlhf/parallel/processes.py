@@ -15,13 +15,22 @@ from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 
 _TEXT_BYTES = 4096
 
 
 class ProcessError(RuntimeError):
-    """Another process failed; the message says which, and what it said."""
+    """Another process failed; the message says which, and what it said.
+
+    Attributes:
+      ours: it failed by something that was not given to it: a bug, a lost machine.
+    """
+
+    def __init__(self, message: str, *, ours: bool = False) -> None:
+        super().__init__(message)
+        self.ours = ours
 
 
 def start_processes(
@@ -64,6 +73,18 @@ def start_processes(
         jax.distributed.initialize(*explicit, cluster_detection_method=method, heartbeat_timeout_seconds=timeout)
     else:
         jax.distributed.initialize(*explicit, cluster_detection_method="deactivate", heartbeat_timeout_seconds=timeout)
+    _compile_collectives_anew()
+
+
+def _compile_collectives_anew() -> None:
+    """On CPUs of several processes, where a program from the compilation cache can wait for ever.
+
+    Seen with jax 0.10.2: PPO's update of two processes ran where it was compiled, and never ended where both had read
+    it from JAX_COMPILATION_CACHE_DIR; one process of eight devices is not concerned.
+    """
+    if jax.process_count() > 1 and jax.default_backend() == "cpu" and jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_enable_compilation_cache", False)
+        logging.warning("several processes on CPUs: the compilation cache is not used, since its programs can hang.")
 
 
 def _leave_threads_for_collectives() -> None:
@@ -123,10 +144,13 @@ def together(what: str) -> Iterator[None]:
     except Exception as error:
         failure = error
     if jax.process_count() > 1:
-        texts = gathered_texts("" if failure is None else f"{type(failure).__name__}: {failure}")
+        given = isinstance(failure, ValueError | OSError) or type(failure).__module__.startswith("jax_rlhf.")
+        kind = "given" if given else "ours"
+        texts = gathered_texts("" if failure is None else f"{kind} {type(failure).__name__}: {failure}")
         failed = [index for index, text in enumerate(texts) if text]
         if failure is None and failed:
-            failure = ProcessError(f"process {failed[0]}, {what}: {texts[failed[0]]}")
+            kind, _, text = texts[failed[0]].partition(" ")
+            failure = ProcessError(f"process {failed[0]}, {what}: {text}", ours=kind == "ours")
         if failure is not None:
             failure.agreed = True
     if failure is not None:

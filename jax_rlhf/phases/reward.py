@@ -18,15 +18,14 @@ from jax_rlhf.models import Decoder
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.parallel import Layout, create_layout, put_rows, same_everywhere
 from jax_rlhf.phases.config import RewardTrainingConfig, RunConfig
-from jax_rlhf.phases.progress import Progress, digest, tokenizer_digest
 from jax_rlhf.phases.record import Record
 from jax_rlhf.phases.stop import StopSignals
-from jax_rlhf.phases.supervised import microbatches, total_steps, train, with_end
+from jax_rlhf.phases.supervised import begun, microbatches, total_steps, train, with_end
 from jax_rlhf.phases.workdir import sft_model
 from jax_rlhf.rollout import sample
 from jax_rlhf.training.networks import text_scores
 from jax_rlhf.training.reward import RewardLoss, pair_scores, reward_start
-from jax_rlhf.training.supervised import Supervised, create_state
+from jax_rlhf.training.supervised import Supervised
 
 
 def run(
@@ -62,13 +61,8 @@ def run(
         record.say(datasets.report)
         steps = total_steps(settings.steps, settings.epochs, datasets)
         how = how_to_train(settings, pretrained.model, datasets.batch_size, steps)
-        state, frozen = create_state(how, pretrained, layout)
+        progress, frozen = begun(record, config, how, pretrained, datasets, layout, accept_changes=accept_changes)
         pretrained = dataclasses.replace(pretrained, params={})  # those that train have been copied
-        inputs = {"the data": datasets.digest, "the tokenizer": tokenizer_digest(policy.tokenizer)}
-        inputs["the frozen parameters of config.reward_training"] = digest(frozen)
-        progress = Progress(record, config, inputs, accept_changes=accept_changes)
-        progress.restore(state)
-        del state  # donated from step to step
 
         def params() -> SplitParams:
             return SplitParams(frozen, progress.state.trainable)
@@ -86,20 +80,8 @@ def run(
                 progress.notes.update(held_out)
             return held_out
 
-        record.say("compiling the first step")
-        with progress.saving(save):
-            train(
-                config,
-                how,
-                progress,
-                frozen,
-                datasets,
-                steps,
-                record,
-                layout,
-                evaluate=report,
-                eval_every=settings.eval_every,
-            )
+        how_often = {"evaluate": report, "eval_every": settings.eval_every}
+        train(config, how, progress, frozen, datasets, steps, record, layout, **how_often, export=save)
         result = {"steps": progress.step} | progress.notes
         if policy_path is not None:
             record.stop.check()

@@ -14,13 +14,12 @@ from jax_rlhf.models import Decoder
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.parallel import all_rows, create_layout, gather_to_host, same_everywhere
 from jax_rlhf.phases.config import RunConfig
-from jax_rlhf.phases.progress import Progress, digest, tokenizer_digest
 from jax_rlhf.phases.record import Record
 from jax_rlhf.phases.stop import StopSignals
-from jax_rlhf.phases.supervised import evaluated, microbatches, total_steps, train, with_end
+from jax_rlhf.phases.supervised import begun, evaluated, microbatches, total_steps, train, with_end
 from jax_rlhf.rollout import sample
 from jax_rlhf.training.sft import SFTLoss
-from jax_rlhf.training.supervised import Supervised, create_state
+from jax_rlhf.training.supervised import Supervised
 
 
 def run(
@@ -54,13 +53,8 @@ def run(
         record.say(datasets.report)
         steps = total_steps(settings.steps, settings.epochs, datasets)
         how = how_to_train(config, pretrained.model, datasets.batch_size, steps)
-        state, frozen = create_state(how, pretrained, layout)
+        progress, frozen = begun(record, config, how, pretrained, datasets, layout, accept_changes=accept_changes)
         pretrained = dataclasses.replace(pretrained, params={})  # those that train have been copied
-        inputs = {"the data": datasets.digest, "the tokenizer": tokenizer_digest(pretrained.tokenizer)}
-        inputs["the frozen parameters of config.model"] = digest(frozen)
-        progress = Progress(record, config, inputs, accept_changes=accept_changes)
-        progress.restore(state)
-        del state  # donated from step to step
 
         def trained() -> Pretrained:
             params = how.network.join(SplitParams(frozen, progress.state.trainable))
@@ -82,20 +76,12 @@ def run(
 
         if progress.step == 0:
             report(0)
-        record.say("compiling the first step")
-        with progress.saving(lambda: save_pretrained(folder / "model", trained())):
-            train(
-                config,
-                how,
-                progress,
-                frozen,
-                datasets,
-                steps,
-                record,
-                layout,
-                evaluate=report,
-                eval_every=settings.eval_every,
-            )
+
+        def save() -> None:
+            save_pretrained(folder / "model", trained())
+
+        how_often = {"evaluate": report, "eval_every": settings.eval_every}
+        train(config, how, progress, frozen, datasets, steps, record, layout, **how_often, export=save)
         if settings.sample_rows and datasets.eval:
             record.stop.check()
             _write_samples(config, trained(), datasets, record)

@@ -9,14 +9,15 @@ from typing import Any
 import jax
 
 from jax_rlhf.data import Datasets
+from jax_rlhf.hub import Pretrained
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.parallel import Layout, put_rows, row_shards
 from jax_rlhf.phases.config import RunConfig
 from jax_rlhf.phases.faults import check_step, debugged
-from jax_rlhf.phases.progress import Progress
+from jax_rlhf.phases.progress import Progress, digest, tokenizer_digest
 from jax_rlhf.phases.record import Record
 from jax_rlhf.training import OptimizerConfig
-from jax_rlhf.training.supervised import Supervised, SupervisedState, evaluate, update
+from jax_rlhf.training.supervised import Supervised, SupervisedState, create_state, evaluate, update
 
 
 def total_steps(steps: int | None, epochs: float, datasets: Datasets) -> int:
@@ -101,6 +102,38 @@ def evaluated(
     return {name: total / max(count, 1) for name, total in totals.items()}
 
 
+def begun(
+    record: Record,
+    config: RunConfig,
+    how: Supervised,
+    pretrained: Pretrained,
+    datasets: Datasets,
+    layout: Layout | None,
+    *,
+    accept_changes: bool,
+) -> tuple[Progress, Params]:
+    """The phase's state: that of its last checkpoint, where there is one.
+
+    Args:
+      record: of the phase.
+      config: the run's.
+      how: what and how.
+      pretrained: the model that the phase starts from.
+      datasets: the data.
+      layout: the mesh; None = one device.
+      accept_changes: go on with other data, tokenizer or frozen parameters.
+
+    Returns:
+      (progress, whose state is a `SupervisedState`; frozen parameters).
+    """
+    state, frozen = create_state(how, pretrained, layout)
+    inputs = {"the data": datasets.digest, "the tokenizer": tokenizer_digest(pretrained.tokenizer)}
+    inputs[f"the frozen parameters of the {record.phase} phase"] = digest(frozen)
+    progress = Progress(record, config, inputs, accept_changes=accept_changes)
+    progress.restore(state)
+    return progress, frozen
+
+
 def train(
     config: RunConfig,
     how: Supervised,
@@ -113,8 +146,9 @@ def train(
     *,
     evaluate: Callable[[int], Mapping[str, float]],
     eval_every: int,
+    export: Callable[[], None],
 ) -> None:
-    """Runs the steps that are left; `progress.state` is a `SupervisedState`, donated from step to step.
+    """Runs the steps that are left, and saves the model; the state is donated from step to step.
 
     Args:
       config: the run's.
@@ -127,18 +161,21 @@ def train(
       layout: the mesh; None = one device.
       evaluate: (steps done) → metrics of `progress.state`.
       eval_every: steps between evaluations; 0 = only after the last.
+      export: writes the model.
     """
+    record.say("compiling the first step")
     batches = datasets.batches(progress.step, steps)
-    for step in progress.steps(steps, "step", evaluate, eval_every):
-        started = time.perf_counter()
-        batch = next(batches)
-        one_step = functools.partial(_step, how, progress.state, frozen, batch, layout)
-        state, numbers = debugged(config.debug, one_step)
-        numbers["tokens_per_second"] = numbers["tokens"] / (time.perf_counter() - started)
-        shown = {name: numbers[name] for name in ("loss", "accuracy") if name in numbers}
-        shown["tokens/s"] = numbers["tokens_per_second"]
-        record.metrics(step + 1, {f"train/{name}": value for name, value in numbers.items()}, **shown)
-        progress.done(state, good=check_step(config, record, step + 1, numbers, batch))
+    with progress.saving(export):
+        for step in progress.steps(steps, "step", evaluate, eval_every):
+            started = time.perf_counter()
+            batch = next(batches)
+            one_step = functools.partial(_step, how, progress.state, frozen, batch, layout)
+            state, numbers = debugged(config.debug, one_step)
+            numbers["tokens_per_second"] = numbers["tokens"] / (time.perf_counter() - started)
+            shown = {name: numbers[name] for name in ("loss", "accuracy") if name in numbers}
+            shown["tokens/s"] = numbers["tokens_per_second"]
+            record.metrics(step + 1, {f"train/{name}": value for name, value in numbers.items()}, **shown)
+            progress.done(state, good=check_step(config, record, step + 1, numbers, batch))
 
 
 def _step(

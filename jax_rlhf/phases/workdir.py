@@ -141,14 +141,18 @@ def lock_workdir(workdir: Path) -> BaseFileLock:
     Raises:
       WorkdirError: another run writes to it.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(workdir / ".lock")
     try:
+        workdir.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout as error:
         raise WorkdirError(
             f"{workdir}: another run writes to it (it holds {workdir / '.lock'}). Wait for its end, or take another "
             "--workdir."
+        ) from error
+    except OSError as error:
+        raise WorkdirError(
+            f"{workdir} cannot be written ({error.strerror}); take another --workdir, or change its owner or its mount."
         ) from error
     except NotImplementedError:
         logging.warning("%s is on a file system without locks: see to it that no other run writes to it.", workdir)
@@ -195,7 +199,7 @@ def status(workdir: Path, phase: str) -> str:
     try:
         if json.loads((folder / "summary.json").read_text(encoding="utf-8")).get("finished"):
             return "finished"
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except (ValueError, AttributeError):
         logging.warning("%s is not what this program writes.", folder / "summary.json")

@@ -15,7 +15,8 @@ import transformers
 
 from jax_rlhf import load_pretrained
 from tests.data import tiny as data
-from tests.processes import ROOT
+from tests.phases import tiny
+from tests.processes import ROOT, free_port
 
 CONFIG = """
 from pathlib import Path
@@ -185,8 +186,11 @@ def test_a_wrong_command_stops_at_once(whole, flags, message):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_being_asked_to_stop_saves_all_and_says_so_by_the_exit_code(tmp_path, number):
     flags = ("--config.phases=sft", "--config.sft.steps=100000", "--overwrite")
+    tiny.config(tmp_path)
+    # Alone in a cluster, as on a TPU VM of one host, JAX's preemption service would have SIGTERM, and nobody ask it.
+    cluster = (f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=1", "--process_id=0")
     process = subprocess.Popen(
-        command(tmp_path, *flags),
+        command(tmp_path, *flags, *(cluster if number == signal.SIGTERM else ())),
         cwd=tmp_path,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -201,6 +205,7 @@ def test_being_asked_to_stop_saves_all_and_says_so_by_the_exit_code(tmp_path, nu
         and (not metrics.exists() or '"step": 3,' not in metrics.read_text())
     ):
         time.sleep(0.2)
+    assert process.poll() is None, process.communicate()[1][-3000:]
     if number == signal.SIGTERM:
         code, _, errors = run(tmp_path, *flags)
         assert code == 1
@@ -247,6 +252,16 @@ def test_a_full_disk_loses_nothing_that_was_saved(tmp_path):
     code, printed, errors = run(tmp_path, *flags)
     assert code == 0, errors[-3000:]
     assert "sft: steps 12" in printed
+
+
+@pytest.mark.parametrize("folder", ["/sys/jax_rlhf", "base/config.json/run"])
+def test_a_workdir_that_cannot_be_written_is_said_at_the_start(tmp_path, folder):
+    tiny.config(tmp_path)
+    workdir = folder if folder.startswith("/") else tmp_path / folder
+    code, printed, errors = run(tmp_path, "--config.phases=sft", f"--workdir={workdir}")
+    assert code == 1, errors[-3000:]
+    assert errors.splitlines()[-1].startswith(f"error: {workdir} cannot be written")
+    assert "loading" not in printed
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):

@@ -40,7 +40,6 @@ def start(folder, workdir, *flags, devices, asked, cwd=None):
     environment = alone.environment() | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "ASKED": str(asked),
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),  # its own: with programs of former runs two processes hung
     }
     command = [*alone.command(folder, config=folder / "config.py")[:-1], f"--workdir={workdir}", *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

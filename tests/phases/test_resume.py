@@ -6,11 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
+from etils import epath
 from safetensors.numpy import load_file
 
 from jax_rlhf.hub import CheckpointError
 from jax_rlhf.phases import ppo, reward, run_config, sft
+from jax_rlhf.phases.mirror import mirrored, put_up
 from jax_rlhf.phases.stop import Stopped, StopSignals
+from jax_rlhf.phases.workdir import open_workdir, status
 from jax_rlhf.training.checkpoint import CheckpointConfig, Checkpoints
 from tests.phases import tiny
 
@@ -154,7 +157,7 @@ def other_reward_model(folder, straight):
     ("phase", "field", "value", "message"),
     [
         ("sft", "data.paths", others, "the data: not what step 3 of this phase was reached with"),
-        ("sft", "model.path", other_model, "the frozen parameters of config.model: not what"),
+        ("sft", "model.path", other_model, "the frozen parameters of the sft phase: not what"),
         ("sft", "model.trainable_layers", lambda *_: 1, "another model, number of trainable layers, or optimizer"),
         ("sft", "sft.optimizer.first_moment_dtype", lambda *_: "bfloat16", "was .*float32.* and would be .*bfloat16"),
         ("ppo", "reference.path", other_model, "the reference: not what"),
@@ -191,6 +194,28 @@ def test_another_tokenizer_is_named(settings, straight, tmp_path):
         sft.run(run_config(other), tmp_path)
 
 
+def test_another_machine_goes_on_from_a_bucket(settings, straight, tmp_path):
+    """PPO, stopped on one machine and ended on another that has nothing but the bucket, here a folder."""
+    bucket = epath.Path(tmp_path / "bucket")
+    workdir = mirrored(bucket, tmp_path / "first")
+    open_workdir(workdir, settings, ("ppo",), overwrite=False)
+    former_phases(straight, workdir, "ppo")
+    for former in ("sft", "reward"):
+        put_up(workdir, former, models=True)
+    with pytest.raises(Stopped):
+        ppo.run(run_config(settings), workdir, stop=StopAt(8))
+    shutil.rmtree(workdir)
+    workdir = mirrored(bucket, tmp_path / "second")
+    assert [status(workdir, phase) for phase in PHASES] == ["finished", "finished", "interrupted"]
+    assert open_workdir(workdir, settings, ("ppo",), overwrite=False) == []
+    ppo.run(run_config(settings), workdir)
+    put_up(workdir, "ppo", models=True)
+    wanted, got = results(straight / "ppo"), results(tmp_path / "bucket" / "ppo")
+    assert wanted.keys() == got.keys()
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
 def test_a_changed_setting_of_its_own_is_taken(settings, straight, tmp_path):
     stopped("sft", settings, straight, tmp_path)
     other = settings.copy_and_resolve_references()
@@ -207,7 +232,7 @@ def test_a_reward_function_that_fails_loses_nothing(settings, straight, tmp_path
     former_phases(straight, tmp_path, "ppo")
     config = settings.copy_and_resolve_references()
     config.ppo.reward_functions, config.checkpoint.every = ("tests.phases.test_resume:half_a_point",), 0
-    config.ppo.reward_retries = 0
+    config.ppo.reward_retries, config.ppo.iterations = 0, 3
     wanted = tmp_path / "wanted"
     shutil.copytree(tmp_path, wanted, ignore=lambda *_: ["wanted"])
     ppo.run(run_config(config), wanted)
