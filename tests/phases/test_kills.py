@@ -65,6 +65,8 @@ def run_with(number, kills, folder, seed, *flags):
         gone_on = re.search(r"(\w+): going on from the checkpoint of step (\d+)", output)
         if gone_on:  # from the last complete one
             assert known[gone_on[1]] == int(gone_on[2])
+        for phase, step in known.items():  # and never from the start, which would end alike
+            assert not step or f"{phase}: compiling" not in output or (gone_on and gone_on[1] == phase), output[-3000:]
         if process.returncode == 0:
             assert sent == kills, "it ended before it was killed often enough: make the run longer"
             return lost
