@@ -46,7 +46,15 @@ def masked_variance(x: Array, mask: Array) -> Array:
     Returns:
       float[], 0 if the mask is empty.
     """
-    return masked_mean(jnp.square(x - masked_mean(x, mask)), mask)
+    centred, _ = _centred(x, mask)
+    return masked_mean(jnp.square(centred), mask)
+
+
+def _centred(x: Array, mask: Array) -> tuple[Array, Array]:
+    """(x − mean, mean), in two passes: of equal large numbers 0, not their sum's rounding, which whitening blows up."""
+    mean = masked_mean(x, mask)
+    left = masked_mean(x - mean, mask)
+    return x - mean - left, mean + left
 
 
 def masked_whiten(x: Array, mask: Array, *, shift_mean: bool = True) -> Array:
@@ -63,6 +71,6 @@ def masked_whiten(x: Array, mask: Array, *, shift_mean: bool = True) -> Array:
     Source: Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", detail 6 (reward and advantage
     whitening); variance biased as in OpenAI's lm-human-preferences.
     """
-    mean = masked_mean(x, mask)
-    whitened = (x - mean) / jnp.sqrt(masked_variance(x, mask) + 1e-8)
+    centred, mean = _centred(x, mask)
+    whitened = centred / jnp.sqrt(masked_mean(jnp.square(centred), mask) + 1e-8)
     return jnp.where(mask, whitened if shift_mean else whitened + mean, 0)

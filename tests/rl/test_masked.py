@@ -45,6 +45,15 @@ def check_that_devices_change_nothing(one, eight):
     np.testing.assert_allclose(eight(x, MASK), one(x, MASK), atol=1e-6)
 
 
+@pytest.mark.parametrize("value", [51_234.56, 7.3e6 / 3])
+@pytest.mark.parametrize("wrap", [jax.jit, lambda f: f])
+def test_whitening_equal_numbers_gives_zeros(value, wrap):
+    """The rounding of their mean is no spread, however large they are."""
+    for count in range(1, 40):
+        x = jnp.full((1, count), value, jnp.float32)
+        np.testing.assert_array_equal(wrap(rl.masked_whiten)(x, jnp.ones((1, count), bool)), np.zeros((1, count)))
+
+
 def test_whitening_is_global_over_devices():
     check_that_devices_change_nothing(rl.masked_whiten, lambda x, m: sharded(rl.masked_whiten, x, m))
     per_device = jax.vmap(lambda x, m: rl.masked_whiten(x[None], m[None])[0])  # one row a device, each by itself
