@@ -94,7 +94,7 @@ class PPOTrainer:
         self.state = create_state(self.config, engine.trained, engine.layout)
         self._key = jax.random.key(self.config.seed)
         self._started = self._sampled = None
-        self._failures = Failures()
+        self.failures = Failures()
 
     def generate_experience(self, prompts: Prompts) -> Experience:
         """Samples a response to each prompt, and scores them.
@@ -171,18 +171,25 @@ class PPOTrainer:
             pretraining,
             self._key,
         )
-        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()} | self._counted_failures()
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if self.reward_functions:
+            metrics |= self.counted_failures("reward")
         seconds = math.nan if self._started is None else time.perf_counter() - self._started
         if times:
             times["time/train"] = seconds - sum(times.values())
         return metrics | {"eps": rows / seconds, "time/iteration": seconds} | times
 
-    def _counted_failures(self) -> dict[str, float]:
-        """What went wrong with reward functions since the last update, in all processes."""
-        if not self.reward_functions:
-            return {}
-        counts, self._failures = np.array(dataclasses.astuple(self._failures), np.int32), Failures()
-        names = (f"reward/{field.name}" for field in dataclasses.fields(Failures))
+    def counted_failures(self, prefix: str) -> dict[str, float]:
+        """What went wrong with other people's functions since the last call, in all processes; all must call it.
+
+        Args:
+          prefix: of the metrics' names.
+
+        Returns:
+          "<prefix>/failed_calls", "/timeouts", "/penalized" → count.
+        """
+        counts, self.failures = np.array(dataclasses.astuple(self.failures), np.int32), Failures()
+        names = (f"{prefix}/{field.name}" for field in dataclasses.fields(Failures))
         return dict(zip(names, map(float, summed(counts)), strict=True))
 
     def _microbatch(self, rows: int, width: int) -> int:
@@ -234,7 +241,7 @@ class PPOTrainer:
                 [responses[row] for row in mine],
                 {name: [values[row] for row in mine] for name, values in prompts.columns.items()},
                 OnFailure(config.reward_retries, config.on_reward_failure, config.reward_failure_score),
-                self._failures,
+                self.failures,
             )
         everywhere = all_rows(scores, self.engine.layout)
         return put_rows(everywhere[held_rows(len(everywhere), self.engine.layout)], self.engine.layout)

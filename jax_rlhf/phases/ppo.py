@@ -252,7 +252,7 @@ def _verdicts(judge: RewardFunction, answered: list[dict[str, Any]], prompts: Pr
     verdicts = np.zeros(len(held), np.float32)
     with together(f"asking {judge.name}"):
         texts = [row["prompt"] for row in rows], [row["response"] for row in rows]
-        verdicts[mine] = score_texts([judge], *texts, columns, how)
+        verdicts[mine] = score_texts([judge], *texts, columns, how, trainer.failures)
     return all_rows(verdicts, layout)
 
 
@@ -277,7 +277,8 @@ def _evaluate(
         "eval/distinct_1": len(set(words)) / max(len(words), 1),
         "eval/distinct_responses": len({row["response"] for row in rows}) / len(rows),
     }
-    record.metrics(step, metrics)
+    failures = trainer.counted_failures("eval") if judges or trainer.reward_functions else {}
+    record.metrics(step, metrics | failures)
     record.samples(rows)
     numbers = ", ".join(f"{name.removeprefix('eval/')} {value:.3g}" for name, value in metrics.items())
     record.say(f"iteration {step}, {len(rows)} held-out prompts: {numbers}")

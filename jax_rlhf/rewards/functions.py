@@ -68,7 +68,7 @@ class RewardFunction:
         """
         name = self.title
         try:
-            returned = _in_time(lambda: self.function(prompts, responses, **columns), self.timeout, name)
+            returned = _in_time(lambda: self.function(prompts, responses, **columns), self.timeout, name, responses)
             scores = np.asarray(returned, dtype=np.float32)
         except RewardError:
             raise
@@ -98,7 +98,7 @@ class RewardFunction:
         return self.weight * scores
 
 
-def _in_time(call: Callable[[], Any], timeout: float | None, name: str) -> Any:
+def _in_time(call: Callable[[], Any], timeout: float | None, name: str, responses: Sequence[str]) -> Any:
     """What a call returns, or its exception; RewardError where it takes too long."""
     if timeout is None:
         return call()
@@ -118,7 +118,10 @@ def _in_time(call: Callable[[], Any], timeout: float | None, name: str) -> Any:
     try:
         value, error = answers.get(timeout=timeout)
     except queue.Empty:
-        late = RewardError(f"reward function {name!r} took more than {timeout:g} seconds.")
+        late = RewardError(
+            f"reward function {name!r} took more than {timeout:g} seconds for {len(responses)} responses; the "
+            f"first was {responses[0]!r}."
+        )
         late.timed_out = True
         raise late from None
     if isinstance(error, Exception):
