@@ -21,8 +21,8 @@ def get_config() -> ConfigDict:
     config.checkpoint.every = 0  # steps (PPO: iterations) between checkpoints; 0: by time alone
     config.checkpoint.keep = 2  # the last so many
     config.checkpoint.keep_every = 0  # those of steps that this divides stay as well
-    # config.checkpoint.best = "eval/loss"  # the one where this was best stays as well; needs eval_every
-    config.checkpoint.best_mode = "max"  # the highest is best; or "min"
+    # config.checkpoint.best = "eval/loss"  # the one where this was best is saved, and stays as well; needs eval_every
+    config.checkpoint.best_mode = "min"  # the lowest is best, or the highest: "max"
     config.max_bad_steps = 5  # steps in a row that are not finite, and left out, before the run stops
     config.debug = False  # stop at the first NaN and say where; slower
 

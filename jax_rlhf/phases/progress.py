@@ -143,7 +143,7 @@ class Progress:
             self._metric = metric
         waited = time.monotonic() - self._saved_at
         due = minutes is not None and waited >= 60 * minutes and not self._checkpoints.saving
-        stop, due = self._record.stop.agreed(due)
+        stop, due = self._record.stop.agreed(due or self._checkpoints.improves(self._metric))
         if last or (good and (due or (every and self.step % every == 0))):
             self._save()
         if stop and not last:
@@ -204,8 +204,9 @@ class Progress:
     def _rescue(self, error: BaseException, export: Callable[[], None]) -> None:
         try:
             self._checkpoints.wait()
-        except CheckpointError as former:  # of the one before; this one is tried all the same
+        except CheckpointError as former:  # perhaps of this very step, which is tried once more
             logging.error("%s", former)
+            self._saved = max(self._checkpoints.steps, default=0)
         try:
             if self.step > self._saved and not isinstance(error, (CheckpointError, *_NUMBERS)):
                 self._save()

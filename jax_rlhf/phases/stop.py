@@ -31,7 +31,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.reason: str | None = None
         self._former: dict[int, Any] = {}
-        self._asked = 2**30  # orbax asks the same service with its steps, which must not be ahead
+        self._asked = 0
 
     def listen(self) -> "StopSignals":
         """Installs the handlers, in the main thread.

@@ -12,7 +12,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from jax_rlhf.hub import CheckpointError
-from jax_rlhf.parallel import together
+from jax_rlhf.parallel import ProcessError, together
 from jax_rlhf.training.checksum import checksums
 
 
@@ -75,6 +76,35 @@ class Restored:
     notes: dict[str, Any]
 
 
+class _Manager(ocp.CheckpointManager):
+    """Never asks JAX's preemption service, which knows of each process only what it asked last: `StopSignals` asks."""
+
+    def reached_preemption(self, step: int) -> bool:
+        del step
+        return False
+
+
+@dataclasses.dataclass
+class _Best(checkpoint_managers.PreservationPolicy):
+    """Keeps the checkpoint whose metric is best.
+
+    Not orbax's BestN: that reads metrics from files of their own, without a checksum, and a damaged one ends it.
+    """
+
+    mode: Literal["max", "min"]
+    metrics: dict[int, float] = dataclasses.field(default_factory=dict)  # by step
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        del context
+        found = {one.step: self.metrics[one.step] for one in checkpoints if one.step in self.metrics}
+        best = {"max": max, "min": min}[self.mode](found, key=found.__getitem__, default=None)
+        return [one.step == best for one in checkpoints]
+
+    def improves(self, metric: float, steps: Sequence[int]) -> bool:
+        others = [self.metrics[step] for step in steps if step in self.metrics]
+        return all(metric > other if self.mode == "max" else metric < other for other in others)
+
+
 class Checkpoints:
     """A folder of checkpoints; of several processes all must call everything, in the same order."""
 
@@ -97,19 +127,19 @@ class Checkpoints:
         kept: list[Any] = [policies.LatestN(config.keep)]
         if config.keep_every:
             kept.append(policies.EveryNSteps(config.keep_every))
+        self._best = _Best(config.best_mode)
         if config.best is not None:
-            best = {"reverse": config.best_mode == "min", "n": 1, "keep_checkpoints_without_metrics": False}
-            kept.append(policies.BestN(get_metric_fn=_value, **best))
+            kept.append(self._best)
         self.folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept),
-            best_fn=None if config.best is None else _value,  # else metrics are not written, and lost at a restart
-            best_mode=config.best_mode,
             enable_async_checkpointing=asynchronous,
             cleanup_tmp_directories=True,
         )
-        self._manager = ocp.CheckpointManager(self.folder, item_names=("state", "notes"), options=options)
+        self._manager = _Manager(self.folder, item_names=("state", "notes"), options=options)
         self._latest = self._manager.latest_step()
+        if config.best is not None:
+            self._best.metrics = {step: metric for step in self.steps if (metric := self._metric(step)) is not None}
 
     @property
     def steps(self) -> list[int]:
@@ -121,6 +151,17 @@ class Checkpoints:
         """Whether one is being written in the background."""
         return self._manager.is_saving_in_progress()
 
+    def improves(self, metric: float | None) -> bool:
+        """Whether the best checkpoint would be this one.
+
+        Args:
+          metric: of `config.best`; None, or not finite: no.
+
+        Returns:
+          Whether.
+        """
+        return metric is not None and math.isfinite(metric) and self._best.improves(metric, self.steps)
+
     def save(self, step: int, state: Any, notes: Mapping[str, Any], metric: float | None = None) -> None:
         """Begins a checkpoint: the arrays are copied to the host now, and written in the background.
 
@@ -128,7 +169,7 @@ class Checkpoints:
           step: steps done.
           state: a tree of arrays; the caller may donate them as soon as this returns.
           notes: what JSON can hold.
-          metric: of `config.best`.
+          metric: of `config.best`; None, or not finite: it has none.
 
         Raises:
           CheckpointError: this one, or the one before, could not be written.
@@ -138,13 +179,15 @@ class Checkpoints:
         sums = checksums(leaves)
         arrays = {name: [list(leaf.shape), str(leaf.dtype), sums[name]] for name, leaf in leaves.items()}
         # As JSON will give it back; and a copy, since it is written while the caller goes on.
-        content = json.loads(json.dumps({"step": step, "arrays": arrays, "notes": dict(notes)}))
+        metric = float(metric) if metric is not None and math.isfinite(metric) else None
+        content = json.loads(json.dumps({"step": step, "arrays": arrays, "metric": metric, "notes": dict(notes)}))
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(leaves), notes=ocp.args.JsonSave({"digest": _digest(content), **content})
         )
-        metrics = None if metric is None else {"value": float(metric)}
+        if metric is not None:
+            self._best.metrics[step] = metric
         with self._explained(step):
-            self._manager.save(step, args=items, metrics=metrics, force=True)
+            self._manager.save(step, args=items, force=True)
         self._latest = step
 
     def check(self) -> None:
@@ -180,6 +223,7 @@ class Checkpoints:
 
         Raises:
           RestoreError: all that there are are damaged, or are of another model or optimizer.
+          jax.errors.JaxRuntimeError: another process was lost, memory is short: nothing is wrong with the checkpoint.
         """
         found = self.steps
         for step in reversed(found):
@@ -187,7 +231,9 @@ class Checkpoints:
                 restored = self._read(step, like)
             except _OtherArraysError as error:
                 raise RestoreError(f"{self.folder / str(step)}: {error}") from error
-            except Exception as error:  # orbax and tensorstore have many words for a file that is not as it was
+            except (_DamagedError, ProcessError) as error:
+                if getattr(error, "ours", False):  # of another process, and no damage
+                    raise
                 logging.debug("where it came from", exc_info=True)
                 self._say(f"{self.folder / str(step)} is damaged: {_first_line(error)}")
                 continue
@@ -205,31 +251,42 @@ class Checkpoints:
         with together(f"reading the checkpoint of step {step}"):
             try:
                 content, leaves = self._read_files(step, like)
-            except _OtherArraysError:
-                raise
-            except Exception:  # once more: a network's file system may have been away for a moment
+            except _DamagedError:  # once more: a network's file system may have been away for a moment
                 logging.warning("%s could not be read; trying once more.", self.folder / str(step))
                 content, leaves = self._read_files(step, like)
         found = checksums(leaves)
         wrong = [name for name, (_, _, written) in content["arrays"].items() if found[name] != written]
         if wrong:
-            raise ValueError(f"{', '.join(wrong[:3])} has another checksum than when it was written")
+            raise _DamagedError(f"{', '.join(wrong[:3])} has another checksum than when it was written")
         tree = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in named(like)])
         return Restored(content["step"], tree, content["notes"])
 
     def _read_files(self, step: int, like: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        folder = self.folder / str(step)
-        content = ocp.JsonCheckpointHandler().restore(folder / "notes")
-        digest = content.pop("digest", None)
-        if digest != _digest(content):
-            raise ValueError("its notes have another checksum than when they were written")
+        with _damage():
+            content = self._read_notes(step)
         wanted = named(like)
         _check_arrays(content["arrays"], wanted)
         arguments = ocp.args.PyTreeRestore(
             item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
         )
-        # Not the manager's restore: it waits for all processes at its end, and for ever where another one failed.
-        return content, ocp.PyTreeCheckpointHandler().restore(folder / "state", args=arguments)
+        with _damage():
+            # Not the manager's restore: it waits for all processes at its end, and for ever where another one failed.
+            return content, ocp.PyTreeCheckpointHandler().restore(self.folder / str(step) / "state", args=arguments)
+
+    def _read_notes(self, step: int) -> dict[str, Any]:
+        content = ocp.JsonCheckpointHandler().restore(self.folder / str(step) / "notes")
+        digest = content.pop("digest", None)
+        if digest != _digest(content):
+            raise _DamagedError("its notes have another checksum than when they were written")
+        return content
+
+    def _metric(self, step: int) -> float | None:
+        try:
+            with _damage():
+                return self._read_notes(step)["metric"]
+        except _DamagedError as error:  # whether it can be read at all is seen where it is needed
+            logging.warning("%s: its metric cannot be read: %s", self.folder / str(step), error)
+            return None
 
     def _move_away(self, steps: list[int]) -> None:
         aside = self.folder.with_name(f"{self.folder.name}.damaged")
@@ -249,7 +306,11 @@ class Checkpoints:
         """Names the checkpoint that an error of orbax is about, and the one that is left."""
         try:
             yield
+        except (jax.errors.JaxRuntimeError, TimeoutError):  # another process is lost: no fault of disk or user
+            raise
         except Exception as error:
+            with contextlib.suppress(OSError):
+                self._manager.reload()  # it has counted on this one
             whole = [other for other in self.steps if other != step]
             left = f"the last complete one is of step {whole[-1]}" if whole else "there is no complete one"
             raise CheckpointError(
@@ -258,8 +319,19 @@ class Checkpoints:
             ) from error
 
 
-def _value(metrics: Mapping[str, float]) -> float:
-    return metrics["value"]
+class _DamagedError(Exception):
+    """Files that are not as they were written."""
+
+
+@contextlib.contextmanager
+def _damage() -> Iterator[None]:
+    """Reading files: orbax and tensorstore have many words for one that is not as it was."""
+    try:
+        yield
+    except (_DamagedError, jax.errors.JaxRuntimeError, MemoryError):  # the latter are of devices, network and host
+        raise
+    except Exception as error:
+        raise _DamagedError(_first_line(error)) from error
 
 
 class _OtherArraysError(Exception):

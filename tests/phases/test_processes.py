@@ -143,7 +143,7 @@ def complete(folder):
 
 
 def test_a_process_that_dies_ends_the_other_and_the_same_command_goes_on(folder, tmp_path):
-    flags = ("--config.phases=sft", "--config.checkpoint.every=2")
+    flags = ("--config.phases=sft", "--config.checkpoint.every=1")  # it dies in a save, or near one
     first, second = start_two(folder, tmp_path / "run", *flags, "--config.sft.steps=100000")
     file = tmp_path / "run" / "sft" / "metrics.jsonl"
     deadline = time.time() + 120
@@ -153,9 +153,9 @@ def test_a_process_that_dies_ends_the_other_and_the_same_command_goes_on(folder,
     second.send_signal(signal.SIGKILL)
     killed = time.time()
     (output, code), _ = finish([first, second], timeout=60)
-    assert code != 0
+    assert code == 70 or code < 0, output[-3000:]  # what launch scripts start again after
     assert time.time() - killed < 50  # the time-out is 10 seconds
-    assert len(output) > 0
+    assert "disk full" not in output
     steps = complete(tmp_path / "run" / "sft")
     again = finish(start_two(folder, tmp_path / "run", *flags, f"--config.sft.steps={max(steps) + 3}"))
     assert [code for _, code in again] == [0, 0], again[0][0][-3000:] + again[1][0][-3000:]
@@ -166,7 +166,9 @@ def test_a_process_that_dies_ends_the_other_and_the_same_command_goes_on(folder,
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopping_one_process_ends_all_at_the_same_step(folder, tmp_path, number):
-    flags = ("--config.phases=sft", "--config.sft.steps=100000")
+    # A save must not keep the notice from those who wait for it.
+    every = f"--config.checkpoint.every={1 if number == signal.SIGTERM else 0}"
+    flags = ("--config.phases=sft", "--config.sft.steps=100000", every)
     processes = start_two(folder, tmp_path / "run", *flags)
     file = tmp_path / "run" / "sft" / "metrics.jsonl"
     deadline = time.time() + 120
@@ -175,7 +177,6 @@ def test_stopping_one_process_ends_all_at_the_same_step(folder, tmp_path, number
     processes[1].send_signal(number)
     for output, code in finish(processes, timeout=120):
         assert code == 75, output[-3000:]
-    (checkpoint,) = (tmp_path / "run" / "sft" / "checkpoints").iterdir()
-    assert int(checkpoint.name) == alone.lines(file)[-1]["step"]
+    assert max(complete(tmp_path / "run" / "sft")) == alone.lines(file)[-1]["step"]
     if number == signal.SIGINT:
         load_pretrained(tmp_path / "run" / "sft" / "model")

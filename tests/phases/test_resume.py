@@ -5,6 +5,7 @@ import json
 import shutil
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from safetensors.numpy import load_file
@@ -227,12 +228,43 @@ def test_a_changed_setting_of_its_own_is_taken(settings, straight, tmp_path):
     assert rows[0]["train/lr"] == pytest.approx(1e-2)
 
 
+def test_the_best_is_saved_whenever_it_is(settings, tmp_path):
+    """Not only where one is due. The highest loss is that of the first evaluation, so that it is not the last one's."""
+    config = settings.copy_and_resolve_references()
+    config.checkpoint.every, config.checkpoint.keep = 0, 1
+    config.checkpoint.best, config.checkpoint.best_mode = "eval/loss", "max"
+    sft.run(run_config(config), tmp_path)
+    losses = {row["step"]: row["eval/loss"] for row in lines(tmp_path / "sft" / "metrics.jsonl") if "eval/loss" in row}
+    assert max((2, 4, 6), key=losses.__getitem__) == 2
+    assert sorted(file.name for file in (tmp_path / "sft" / "checkpoints").iterdir()) == ["2", "6"]
+
+
+@pytest.mark.parametrize("failures", [1, 9])
+def test_a_stop_does_not_say_saved_where_the_write_failed(settings, tmp_path, monkeypatch, failures):
+    left, finalize = [failures], ocp.PyTreeCheckpointHandler.finalize
+
+    def failing(handler, folder):  # in the background
+        if folder.parent.name.startswith("3.") and left[0]:
+            left[0] -= 1
+            raise OSError("no space")
+        return finalize(handler, folder)
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "finalize", failing)
+    config = settings.copy_and_resolve_references()
+    config.checkpoint.every = 1
+    with pytest.raises(Stopped if failures == 1 else CheckpointError):  # in the first case it is written once more
+        sft.run(run_config(config), tmp_path, stop=StopAt(8))
+    assert max(int(f.name) for f in (tmp_path / "sft" / "checkpoints").iterdir() if f.name.isdigit()) == (
+        3 if failures == 1 else 2
+    )
+
+
 def test_a_reward_function_that_fails_loses_nothing(settings, straight, tmp_path, monkeypatch):
     """Mended, the same command goes on with the iteration that it failed in."""
     former_phases(straight, tmp_path, "ppo")
     config = settings.copy_and_resolve_references()
     config.ppo.reward_functions, config.checkpoint.every = ("tests.phases.test_resume:half_a_point",), 0
-    config.ppo.reward_retries, config.ppo.iterations = 0, 3
+    config.ppo.reward_retries, config.ppo.iterations = 1, 3
     wanted = tmp_path / "wanted"
     shutil.copytree(tmp_path, wanted, ignore=lambda *_: ["wanted"])
     ppo.run(run_config(config), wanted)
@@ -240,7 +272,7 @@ def test_a_reward_function_that_fails_loses_nothing(settings, straight, tmp_path
 
     def broken(prompts, responses, **columns):
         calls.append(1)
-        if len(calls) == 5:  # evaluation of two batches, then iterations
+        if len(calls) == 1 or len(calls) > 5:  # evaluation of two batches, the first of them twice; then iterations
             raise OSError("the judge is not at home")
         return half_a_point_again(prompts, responses, **columns)
 
@@ -250,6 +282,8 @@ def test_a_reward_function_that_fails_loses_nothing(settings, straight, tmp_path
         ppo.run(run_config(config), tmp_path)
     monkeypatch.undo()
     assert [file.name for file in (tmp_path / "ppo" / "checkpoints").iterdir()] == ["2"]
+    evaluated, first, *_ = lines(tmp_path / "ppo" / "metrics.jsonl")
+    assert (evaluated["eval/failed_calls"], first["reward/failed_calls"]) == (1, 0)
     ppo.run(run_config(config), tmp_path)
     assert results(wanted / "ppo")["arrays"] == results(tmp_path / "ppo")["arrays"]
 

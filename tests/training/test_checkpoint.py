@@ -6,7 +6,9 @@ import resource
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_rlhf.hub import CheckpointError
@@ -147,6 +149,51 @@ def test_a_damaged_checkpoint_is_moved_away_and_the_one_before_is_taken(tmp_path
     assert opened(tmp_path, keep=3).restore(abstract(tree())).step == 3
 
 
+def test_no_damaged_file_keeps_a_whole_checkpoint_from_being_found(tmp_path):
+    """Whichever of a checkpoint's files it is; what no array hangs on may be as it will."""
+    how = {"keep": 3, "best": "eval/score"}
+    saved(tmp_path, 1, 2, 3, **how)
+    every = files(tmp_path, 3)
+    assert len(every) > 5
+    found = []
+    for file in every:
+        whole = file.read_bytes()
+        truncate(file)
+        checkpoints = opened(tmp_path, **how)
+        restored = checkpoints.restore(abstract(tree()))
+        checkpoints.close()
+        found.append(restored.step)
+        equal(restored.state, tree(restored.step))
+        aside = tmp_path / "checkpoints.damaged" / "3"
+        if aside.exists():
+            aside.rename(tmp_path / "checkpoints" / "3")
+        file.write_bytes(whole)
+    assert set(found) == {2, 3}
+
+
+@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("Connection closed by peer"), MemoryError("no more")])
+def test_a_lost_process_or_short_memory_is_no_damage(tmp_path, monkeypatch, error):
+    saved(tmp_path, 1, 2)
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", fails)
+    with pytest.raises(type(error), match=str(error)):
+        opened(tmp_path).restore(abstract(tree()))
+    assert opened(tmp_path).steps == [1, 2]
+    monkeypatch.setattr(ocp.CheckpointManager, "save", fails)
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            opened(tmp_path).save(3, tree(), {})
+
+
+def test_saving_leaves_the_preemption_service_to_who_stops_the_run(tmp_path, monkeypatch):
+    """It knows of each process what was asked last; a notice that comes after a save's question would be lost."""
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: pytest.fail(f"asked of {step}"))
+    saved(tmp_path, 1, 2)
+
+
 def test_where_all_are_damaged_nothing_begins_anew_in_silence(tmp_path):
     saved(tmp_path, 1, 2)
     for step in (1, 2):
@@ -181,13 +228,15 @@ def test_a_half_written_one_counts_for_nothing(tmp_path):
 
 def test_what_is_kept(tmp_path):
     checkpoints = opened(tmp_path, keep=2, keep_every=4, best="eval/score")
-    scores = {2: 0.5, 3: 0.9, 5: 0.1, 6: None, 9: 0.8}
+    scores = {2: 0.5, 3: 0.9, 5: 0.1, 6: None, 7: math.nan, 9: 0.8}
     for step in range(1, 11):
+        assert checkpoints.improves(scores.get(step)) == (step in (2, 3))
         checkpoints.save(step, tree(step), {}, scores.get(step))
     checkpoints.wait()
     assert checkpoints.steps == [3, 4, 8, 9, 10]
     checkpoints.close()
     checkpoints = opened(tmp_path, keep=2, keep_every=4, best="eval/score")  # after a restart
+    assert [checkpoints.improves(score) for score in (0.89, 0.91)] == [False, True]
     for step in range(11, 14):
         checkpoints.save(step, tree(step), {}, 0.7)
     checkpoints.wait()
