@@ -36,12 +36,10 @@ def check_header(file: Path) -> None:
             raise ValueError(f"version {version}, or big-endian; 2 and 3 are read, little-endian")
         if fields * 13 > left or tensors * 25 > left:  # the least that one takes
             raise ValueError(f"it claims {fields} fields and {tensors} tensors, and has {left} bytes")
-        entries = 0
+        room = _MAX_ENTRIES
         for _ in range(fields):
             _skip_text(stream, left)
-            entries += _skip_value(stream, left, *_numbers(stream, "<I"))
-            if entries > _MAX_ENTRIES:
-                raise ValueError(f"its arrays have more than {_MAX_ENTRIES:,} entries")
+            room = _skip_value(stream, left, room, *_numbers(stream, "<I"))
         for _ in range(tensors):
             _skip_text(stream, left)
             (dimensions,) = _numbers(stream, "<I")
@@ -64,20 +62,22 @@ def _skip_text(stream: BinaryIO, end: int) -> None:
     _skip(stream, end, *_numbers(stream, "<Q"))
 
 
-def _skip_value(stream: BinaryIO, end: int, kind: int, depth: int = 0) -> int:
-    """Returns how many entries of arrays there were."""
+def _skip_value(stream: BinaryIO, end: int, room: int, kind: int, depth: int = 0) -> int:
+    """Returns for how many more entries of arrays there is room."""
     if kind == _STRING:
         _skip_text(stream, end)
     elif kind in _SIZES:
         _skip(stream, end, _SIZES[kind])
     elif kind == _ARRAY and depth < _MAX_DEPTH:
         inner, count = _numbers(stream, "<IQ")
+        room -= count
+        if room < 0:
+            raise ValueError(f"an array claims {count:,} entries; all together may have {_MAX_ENTRIES:,}")
         if inner in _SIZES:
             _skip(stream, end, count * _SIZES[inner])
-            return count
-        if count * 8 > end:  # a text or an array has its length, at least
-            raise ValueError(f"an array claims {count} entries")
-        return count + sum(_skip_value(stream, end, inner, depth + 1) for _ in range(count))
+        else:
+            for _ in range(count):
+                room = _skip_value(stream, end, room, inner, depth + 1)
     else:
         raise ValueError(f"a field of the type {kind}")
-    return 0
+    return room
