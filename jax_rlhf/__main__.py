@@ -77,6 +77,7 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
       The exit code: 0, 1 after an error in what the user gave, 70 after another one, 75 where it was asked to stop.
     """
+    _quieten_writers()
     try:
         if len(arguments) > 1:
             raise ValueError(f"{arguments[1]!r} is no flag; fields are given as --config.name=value.")
@@ -104,6 +105,18 @@ def main(arguments: Sequence[str]) -> int:
         # Ours; where there are other processes, they must not wait for this one.
         print(printable_lines(traceback.format_exc()), file=sys.stderr)
         return leave(FAILED, error)
+
+
+def _quieten_writers() -> None:
+    """Of a write that fails orbax's and tensorstore's threads print hundreds of lines, some after ours.
+
+    What went wrong in them is raised in this thread too. --verbosity=1 shows all.
+    """
+    if logging.get_verbosity() >= logging.DEBUG:
+        return
+    logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "/orbax/" in record.pathname))
+    former = sys.unraisablehook
+    sys.unraisablehook = lambda args: None if str(args.exc_value) == "Event loop is closed" else former(args)
 
 
 def _run(config: ConfigDict, workdir: Path, stop: StopSignals) -> int:

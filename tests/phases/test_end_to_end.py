@@ -248,6 +248,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(tmp_path):
     assert "error: " in done.stderr.splitlines()[-1]
     assert "the checkpoint of step 2 could not be written: " in done.stderr
     assert "there is no complete one" in done.stderr
+    assert "Traceback" not in done.stderr
     assert not list((tmp_path / "run" / "sft" / "checkpoints").glob("[0-9]"))
     code, printed, errors = run(tmp_path, *flags)
     assert code == 0, errors[-3000:]
