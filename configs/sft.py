@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.checkpoint.keep = 2  # the last so many
     config.checkpoint.keep_every = 0  # those of steps that this divides stay as well
     # config.checkpoint.best = "eval/loss"  # the one where this was best is saved, and stays as well; needs eval_every
-    config.checkpoint.best_mode = "min"  # the lowest is best, or the highest: "max"
+    # config.checkpoint.best_mode = "min"  # the lowest is best, or "max"; default: of a loss or perplexity the lowest
     config.max_bad_steps = 5  # steps in a row that are not finite, and left out, before the run stops
     config.debug = False  # stop at the first NaN and say where; slower
 

@@ -39,7 +39,8 @@ class CheckpointConfig:
       keep: the last so many.
       keep_every: those of steps that this divides stay as well; 0 = none.
       best: a metric of evaluations, such as "eval/score": the checkpoint where it was best stays as well; None = none.
-      best_mode: whether the highest ("max") or the lowest ("min") is best.
+      best_mode: whether the highest ("max") or the lowest ("min") is best; None = the lowest of what is called loss or
+        perplexity, the highest of all else.
     """
 
     every: int = 0
@@ -47,7 +48,7 @@ class CheckpointConfig:
     keep: int = 2
     keep_every: int = 0
     best: str | None = None
-    best_mode: Literal["max", "min"] = "max"
+    best_mode: Literal["max", "min"] | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("every", 0), ("keep", 1), ("keep_every", 0)):
@@ -55,6 +56,13 @@ class CheckpointConfig:
                 raise ValueError(f"config.checkpoint.{name}={getattr(self, name)} must be {least} or more.")
         if self.minutes is not None and self.minutes <= 0:
             raise ValueError(f"config.checkpoint.minutes={self.minutes} must be above 0, or None.")
+
+    @property
+    def lowest_is_best(self) -> bool:
+        """Of the metric `best`."""
+        if self.best_mode is None:
+            return self.best is not None and self.best.endswith(("loss", "perplexity"))
+        return self.best_mode == "min"
 
 
 class RestoreError(CheckpointError):
@@ -91,18 +99,18 @@ class _Best(checkpoint_managers.PreservationPolicy):
     Not orbax's BestN: that reads metrics from files of their own, without a checksum, and a damaged one ends it.
     """
 
-    mode: Literal["max", "min"]
+    lowest: bool
     metrics: dict[int, float] = dataclasses.field(default_factory=dict)  # by step
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         del context
         found = {one.step: self.metrics[one.step] for one in checkpoints if one.step in self.metrics}
-        best = {"max": max, "min": min}[self.mode](found, key=found.__getitem__, default=None)
+        best = (min if self.lowest else max)(found, key=found.__getitem__, default=None)
         return [one.step == best for one in checkpoints]
 
     def improves(self, metric: float, steps: Sequence[int]) -> bool:
         others = [self.metrics[step] for step in steps if step in self.metrics]
-        return all(metric > other if self.mode == "max" else metric < other for other in others)
+        return all(metric < other if self.lowest else metric > other for other in others)
 
 
 class Checkpoints:
@@ -127,7 +135,7 @@ class Checkpoints:
         kept: list[Any] = [policies.LatestN(config.keep)]
         if config.keep_every:
             kept.append(policies.EveryNSteps(config.keep_every))
-        self._best = _Best(config.best_mode)
+        self._best = _Best(config.lowest_is_best)
         if config.best is not None:
             kept.append(self._best)
         self.folder.mkdir(parents=True, exist_ok=True)

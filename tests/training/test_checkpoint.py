@@ -182,16 +182,25 @@ def test_a_lost_process_or_short_memory_is_no_damage(tmp_path, monkeypatch, erro
     with pytest.raises(type(error), match=str(error)):
         opened(tmp_path).restore(abstract(tree()))
     assert opened(tmp_path).steps == [1, 2]
+
+
+@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("Connection closed by peer"), TimeoutError("no answer")])
+def test_a_process_lost_in_a_save_is_no_full_disk(tmp_path, monkeypatch, error):
+    def fails(*_, **__):
+        raise error
+
     monkeypatch.setattr(ocp.CheckpointManager, "save", fails)
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        with pytest.raises(jax.errors.JaxRuntimeError):
-            opened(tmp_path).save(3, tree(), {})
+    with pytest.raises(type(error), match=str(error)):
+        opened(tmp_path).save(1, tree(), {})
 
 
 def test_saving_leaves_the_preemption_service_to_who_stops_the_run(tmp_path, monkeypatch):
     """It knows of each process what was asked last; a notice that comes after a save's question would be lost."""
-    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: pytest.fail(f"asked of {step}"))
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
     saved(tmp_path, 1, 2)
+    assert opened(tmp_path).steps == [1, 2]
+    assert asked == []
 
 
 def test_where_all_are_damaged_nothing_begins_anew_in_silence(tmp_path):
@@ -244,12 +253,15 @@ def test_what_is_kept(tmp_path):
     checkpoints.close()
 
 
-def test_the_lowest_can_be_best(tmp_path):
-    checkpoints = opened(tmp_path, keep=1, best="eval/loss", best_mode="min")
-    for step, loss in enumerate([3.0, 1.0, 2.0, 2.5], 1):
+@pytest.mark.parametrize(
+    ("best", "mode", "kept"), [("eval/loss", None, 2), ("eval/auc", "min", 2), ("eval/loss", "max", 3)]
+)
+def test_what_is_best_is_known_by_its_name_or_said(tmp_path, best, mode, kept):
+    checkpoints = opened(tmp_path, keep=1, best=best, best_mode=mode)
+    for step, loss in enumerate([2.0, 1.0, 3.0, 2.5], 1):
         checkpoints.save(step, tree(step), {}, loss)
     checkpoints.wait()
-    assert checkpoints.steps == [2, 4]
+    assert checkpoints.steps == [kept, 4]
     checkpoints.close()
 
 
