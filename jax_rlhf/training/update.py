@@ -10,6 +10,7 @@ All three loops are scans, so that the program is as long with 4 × 4 as with 1 
 by the count of the whole minibatch: splitting rows over microbatches or devices does not change the gradient.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -206,20 +207,7 @@ def _update_minibatch(
         )
         return (networks.actor.held(actor), networks.critic.held(critic)), sums.replace(**value_sums)
 
-    def add(total: tuple, inputs: tuple) -> tuple[tuple, None]:
-        grads, sums = gradients(inputs)
-        added = jax.tree.map(jnp.add, total, (grads, sums))
-        gap = jnp.maximum(total[1].ratio_gap, sums.ratio_gap)
-        return (added[0], added[1].replace(ratio_gap=gap)), None
-
-    inputs = (rows, pretraining)
-    if len(rows) == 1:
-        grads, sums = gradients(jax.tree.map(lambda leaf: leaf[0], inputs))
-    else:
-        shapes = jax.eval_shape(gradients, jax.tree.map(lambda leaf: leaf[0], inputs))
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        (grads, sums), _ = jax.lax.scan(add, zeros, inputs)
-
+    grads, sums = _over_microbatches(gradients, (rows, pretraining))
     actor_norm, critic_norm = optax.tree.norm(grads[0]), optax.tree.norm(grads[1])
     finite = jnp.isfinite(actor_norm) & jnp.isfinite(critic_norm) & jnp.isfinite(sums.policy_loss + sums.value_loss)
     finite &= jnp.all(jnp.isfinite(experience.scores[rows]))  # of an infinite one a clipped reward would not tell
@@ -244,6 +232,22 @@ def _update_minibatch(
     )
     norms = {"actor": actor_norm, "critic": critic_norm, "taken": take}
     return trained.replace(actor=actor, critic=critic), state, sums, norms
+
+
+def _over_microbatches(gradients: Callable[[tuple], tuple[Any, _Sums]], inputs: tuple) -> tuple[Any, _Sums]:
+    """Gradients and sums of all microbatches, one after the other, added up; of the ratio gaps the largest."""
+    first = jax.tree.map(lambda leaf: leaf[0], inputs)
+    if len(inputs[0]) == 1:
+        return gradients(first)
+
+    def add(total: tuple, inputs: tuple) -> tuple[tuple, None]:
+        grads, sums = gradients(inputs)
+        added = jax.tree.map(jnp.add, total, (grads, sums))
+        gap = jnp.maximum(total[1].ratio_gap, sums.ratio_gap)
+        return (added[0], added[1].replace(ratio_gap=gap)), None
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradients, first))
+    return jax.lax.scan(add, zeros, inputs)[0]
 
 
 def _entropy_coef(config: PPOConfig, entropy: Array) -> Array | float:
