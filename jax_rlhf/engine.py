@@ -231,6 +231,7 @@ _sample = jax.jit(sample_responses, static_argnums=(0, 1))
 def _score(
     networks: Networks, start: int, temperature: float, trained: Trained, frozen: Frozen, tokens: Array, mask: Array
 ) -> tuple[Array, Array, Array]:
+    frozen = networks.fetched(frozen)
     bottom = boundaries(networks, frozen, tokens, mask).actor
     how = {"start": start, "temperature": temperature, "chunk": None}
     actor = SplitParams(frozen.actor, trained.actor)
@@ -241,14 +242,13 @@ def _score(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _values(networks: Networks, trained: Trained, frozen: Frozen, tokens: Array, mask: Array) -> Array:
-    bottom = boundaries(networks, frozen, tokens, mask).critic
     critic = SplitParams(frozen.critic, trained.critic)
-    return critic_values(networks.critic, critic, tokens, mask, bottom, start=1, bias=frozen.critic_bias)
+    return critic_values(networks.critic, critic, tokens, mask, None, start=1, bias=frozen.critic_bias)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _reward(networks: Networks, frozen: Frozen, tokens: Array, mask: Array) -> Array:
-    return reward_scores(networks, frozen, tokens, mask, boundaries(networks, frozen, tokens, mask).critic)
+    return reward_scores(networks, networks.fetched(frozen), tokens, mask, None)
 
 
 # ---- building ------------------------------------------------------------------------------------------------------

@@ -39,8 +39,8 @@ from jax_rlhf.settings import from_mapping
 from jax_rlhf.training import programs
 from jax_rlhf.training.collect import sampling_settings
 from jax_rlhf.training.config import PPOConfig
+from jax_rlhf.training.objective import PretrainingRows
 from jax_rlhf.training.state import create_state
-from jax_rlhf.training.update import PretrainingRows
 
 
 class PPOTrainer:
@@ -114,19 +114,19 @@ class PPOTrainer:
         engine, networks = self.engine, self.engine.networks
         mask = np.asarray(prompts.mask)
         check_prompts(networks.actor.model, mask, self.sampling)
-        self._microbatch(batch_rows(len(mask), engine.layout), mask.shape[1])
+        config = self._divided(batch_rows(len(mask), engine.layout), mask.shape[1])
         rows = (np.asarray(prompts.tokens, np.int32), mask, np.asarray(prompts.row_ids, np.int32))
         tokens, mask, row_ids = put_rows(rows, engine.layout)
         key = programs.iteration_key(self._key, self.state.iteration)
         arguments = (networks, self.sampling, engine.trained, engine.frozen, tokens, mask, row_ids, key)
         if not self.reward_functions and programs.in_one_program(networks, self.config):
-            return programs.generate(*arguments, self.config, self.state.kl.value)
+            return programs.generate(*arguments, config, self.state.kl.value)
         samples = programs.sample(*arguments)
         if self.config.time_phases:
             jax.block_until_ready(samples)
             self._sampled = time.perf_counter()
         scores = self._function_scores(samples, prompts) if self.reward_functions else None
-        scored = (networks, self.config, engine.trained, engine.frozen, samples, mask, scores)
+        scored = (networks, config, engine.trained, engine.frozen, samples, mask, scores)
         return programs.score(*scored, self.state.kl.value)
 
     def train_rlhf(self, experience: Experience, pretraining: PretrainingRows | None = None) -> dict[str, float]:
@@ -148,11 +148,7 @@ class PPOTrainer:
             jax.block_until_ready(experience)
             scored = time.perf_counter()
             times = {"time/generate": self._sampled - self._started, "time/score": scored - self._sampled}
-        if not programs.all_finite(experience.scores):
-            logging.warning("%s", self._bad_score(experience))
-        config = dataclasses.replace(
-            self.config, microbatch_size=self._microbatch(rows, experience.prompt_mask.shape[1])
-        )
+        config = self._divided(rows, experience.prompt_mask.shape[1])
         self._check_pretraining(pretraining, rows // config.microbatch_size)
         pretraining = None if pretraining is None else put_rows(pretraining, engine.layout)
         # JAX's NaN checks run a program again to find the place, and must find its arguments.
@@ -172,6 +168,8 @@ class PPOTrainer:
             self._key,
         )
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if metrics["val/bad_scores"]:
+            logging.warning("%s", self._bad_score(experience))
         if self.reward_functions:
             metrics |= self.counted_failures("reward")
         seconds = math.nan if self._started is None else time.perf_counter() - self._started
@@ -192,9 +190,11 @@ class PPOTrainer:
         names = (f"{prefix}/{field.name}" for field in dataclasses.fields(Failures))
         return dict(zip(names, map(float, summed(counts)), strict=True))
 
-    def _microbatch(self, rows: int, width: int) -> int:
-        network = self.engine.networks.actor.model.config
-        return minibatch_part(self.config, rows, width, self.engine.layout, network.platform)
+    def _divided(self, rows: int, width: int) -> PPOConfig:
+        """The settings, with the microbatches that rows of such prompts are cut into."""
+        platform = self.engine.networks.actor.model.config.platform
+        size = minibatch_part(self.config, rows, width, self.engine.layout, platform)
+        return dataclasses.replace(self.config, microbatch_size=size)
 
     def _check_pretraining(self, pretraining: PretrainingRows | None, groups: int) -> None:
         if (pretraining is not None) != (self.config.ptx_coef > 0):

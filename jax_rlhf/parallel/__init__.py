@@ -12,7 +12,18 @@ from jax_rlhf.parallel.processes import (
     summed,
     together,
 )
-from jax_rlhf.parallel.rows import all_rows, batch_rows, held_rows, local_rows, owned_rows, put_rows, row_shards
+from jax_rlhf.parallel.rows import (
+    all_rows,
+    batch_rows,
+    held_rows,
+    joined_groups,
+    local_rows,
+    map_row_groups,
+    owned_rows,
+    put_rows,
+    row_groups,
+    row_shards,
+)
 
 __all__ = [
     "LOGICAL_TO_MESH",
@@ -29,15 +40,18 @@ __all__ = [
     "create_mesh",
     "gather_to_host",
     "held_rows",
+    "joined_groups",
     "kept_in_place",
     "leave",
     "local_rows",
+    "map_row_groups",
     "owned_rows",
     "padded_vocab_size",
     "places_of",
     "put_rows",
     "reshard_steps",
     "rollout_layout",
+    "row_groups",
     "row_shards",
     "same_everywhere",
     "shardings",

@@ -5,6 +5,7 @@ the same rows; the first of them *owns* them: what must be done once a row (a re
 done there, and told to the others.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -87,6 +88,62 @@ def batch_rows(held: int, mesh: Mesh | Layout | None) -> int:
     """
     shards = row_shards(mesh)
     return held * shards // len(_parts(shards, mesh)[0])
+
+
+def row_groups(rows: Any, count: int, mesh: Mesh | Layout | None) -> Any:
+    """Rows of a batch in groups, each with as many rows of every device as any other: nothing moves between devices.
+
+    Args:
+      rows: a tree of arrays [B, ...].
+      count: n, of groups.
+      mesh: the mesh, whose row shards divide B / n; None = one device.
+
+    Returns:
+      The tree of arrays [n, B / n, ...].
+    """
+    shards = row_shards(mesh)
+
+    def split(leaf: Array) -> Array:
+        parts = leaf.reshape(shards, count, -1, *leaf.shape[1:])
+        return parts.swapaxes(0, 1).reshape(count, -1, *leaf.shape[1:])
+
+    return jax.tree.map(split, rows)
+
+
+def joined_groups(groups: Any, mesh: Mesh | Layout | None) -> Any:
+    """What `row_groups` was given.
+
+    Args:
+      groups: a tree of arrays [n, B / n, ...].
+      mesh: as there.
+
+    Returns:
+      The tree of arrays [B, ...].
+    """
+    shards = row_shards(mesh)
+
+    def join(leaf: Array) -> Array:
+        parts = leaf.reshape(len(leaf), shards, -1, *leaf.shape[2:])
+        return parts.swapaxes(0, 1).reshape(-1, *leaf.shape[2:])
+
+    return jax.tree.map(join, groups)
+
+
+def map_row_groups(function: Callable[[Any], Any], rows: Any, count: int, mesh: Mesh | Layout | None) -> Any:
+    """A function of rows, over one group of them after the other, so that only one group's activations exist.
+
+    Args:
+      function: a tree of arrays [b, ...] → a tree of arrays [b, ...], each row of it by itself; under `jit`.
+      rows: a tree of arrays [B, ...].
+      count: of groups.
+      mesh: as in `row_groups`.
+
+    Returns:
+      The function's results, [B, ...].
+    """
+    if count == 1:
+        return function(rows)
+    return joined_groups(jax.lax.map(function, row_groups(rows, count, mesh)), mesh)
 
 
 def put_rows(rows: Any, mesh: Mesh | Layout | None) -> Any:

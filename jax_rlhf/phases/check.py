@@ -9,7 +9,7 @@ from jax_rlhf.hub import describe_pretrained
 from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.parallel import create_layout, row_shards
 from jax_rlhf.phases.config import RunConfig
-from jax_rlhf.phases.ppo import ppo_microbatch
+from jax_rlhf.phases.ppo import ppo_microbatch, with_schedule_ends
 from jax_rlhf.phases.supervised import microbatches, with_end
 from jax_rlhf.phases.workdir import WorkdirError, reward_model, sft_model, status
 from jax_rlhf.training.optimizer import learning_rate_schedule
@@ -161,13 +161,13 @@ def _check_batches(config: RunConfig, phases: list[str]) -> None:
 
 def _check_schedules(config: RunConfig, phases: list[str]) -> None:
     """Schedules end after their warm-up (where the number of steps is known before the data is)."""
-    ppo, sft, reward = config.ppo, config.sft, config.reward_training
-    updates = ppo.iterations * ppo.ppo_epochs * ppo.num_minibatches
+    sft, reward = config.sft, config.reward_training
+    ppo = with_schedule_ends(config.ppo) if "ppo" in phases else config.ppo
     for phase, field, steps, optimizer in (
         ("sft", "sft.optimizer", sft.steps, sft.optimizer),
         ("reward", "reward_training.optimizer", reward.steps, reward.optimizer),
-        ("ppo", "ppo.actor_optimizer", updates, ppo.actor_optimizer),
-        ("ppo", "ppo.critic_optimizer", updates, ppo.critic_optimizer),
+        ("ppo", "ppo.actor_optimizer", ppo.actor_optimizer.total_steps, ppo.actor_optimizer),
+        ("ppo", "ppo.critic_optimizer", ppo.critic_optimizer.total_steps, ppo.critic_optimizer),
     ):
         if phase in phases and steps is not None:
             try:

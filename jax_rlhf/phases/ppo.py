@@ -94,7 +94,7 @@ def run(
                     config.debug, functools.partial(_iteration, trainer, batch, text, check=config.debug)
                 )
                 record.metrics(iteration + 1, metrics | _shares(metrics), **_shown(metrics))
-                record.samples(_rows(trainer, experience, iteration + 1, "train")[: settings.sample_rows])
+                record.samples(_rows(trainer, experience, iteration + 1, "train", count=settings.sample_rows))
                 good = check_step(config, record, iteration + 1, metrics, experience)
                 progress.done((engine.trained, trainer.state), good=good)
 
@@ -129,13 +129,36 @@ def _inputs(engine: RLHFEngine, prompts: Datasets, texts: Datasets | None) -> di
 def _completed(config: RunConfig, engine: RLHFEngine) -> PPOConfig:
     """PPO's settings with what only the run knows: the pad id, and where the schedules end."""
     settings = config.ppo
-    steps = settings.iterations * settings.ppo_epochs * settings.num_minibatches
     return dataclasses.replace(
-        settings,
+        with_schedule_ends(settings),
         microbatch_size=ppo_microbatch(config, engine.layout),
         pad_id=pad_id(engine.tokenizer, config.data) if settings.pad_id is None else settings.pad_id,
-        actor_optimizer=with_end(settings.actor_optimizer, steps),
-        critic_optimizer=with_end(settings.critic_optimizer, steps),
+    )
+
+
+def with_schedule_ends(settings: PPOConfig) -> PPOConfig:
+    """The settings, whose schedules end with the run where they do not say when.
+
+    Args:
+      settings: PPO's; the actor's steps begin after `critic_warmup_iterations`.
+
+    Returns:
+      The settings.
+
+    Raises:
+      ValueError: no iteration is left to the actor.
+    """
+    per_iteration, learning = settings.ppo_epochs * settings.num_minibatches, settings.iterations
+    learning -= settings.critic_warmup_iterations
+    if learning < 1:
+        raise ValueError(
+            f"config.ppo.critic_warmup_iterations={settings.critic_warmup_iterations} leaves the actor none of "
+            f"config.ppo.iterations={settings.iterations}; make it smaller, or have more iterations."
+        )
+    return dataclasses.replace(
+        settings,
+        actor_optimizer=with_end(settings.actor_optimizer, learning * per_iteration),
+        critic_optimizer=with_end(settings.critic_optimizer, settings.iterations * per_iteration),
     )
 
 
@@ -217,13 +240,20 @@ def _shares(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def _rows(
-    trainer: PPOTrainer, experience: Experience, step: int, split: str, *, everywhere: bool = False
+    trainer: PPOTrainer,
+    experience: Experience,
+    step: int,
+    split: str,
+    *,
+    count: int | None = None,
+    everywhere: bool = False,
 ) -> list[dict[str, Any]]:
-    """This process's responses, or those of all processes, as texts, with score and KL."""
+    """The first `count` of this process's responses (or of all processes'), as texts, with score and KL."""
     tokenizer, layout = trainer.engine.tokenizer, trainer.engine.layout
 
     def read(array: Array) -> np.ndarray:
-        return all_rows(local_rows(array), layout) if everywhere else local_rows(array)
+        rows = all_rows(local_rows(array), layout) if everywhere else local_rows(array)
+        return rows[:count]
 
     tokens, prompt_mask, mask = map(read, (experience.tokens, experience.prompt_mask, experience.response_mask))
     width, scores = prompt_mask.shape[1], read(experience.scores)

@@ -11,18 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jax_rlhf.data import Datasets, create_datasets
+from jax_rlhf.data import Datasets, PackedPairs, PairBatch, create_datasets
 from jax_rlhf.engine import load_model
 from jax_rlhf.hub import Pretrained, describe_pretrained, save_pretrained
 from jax_rlhf.models import Decoder
 from jax_rlhf.models.split import SplitModel, SplitParams
-from jax_rlhf.parallel import Layout, create_layout, put_rows, same_everywhere
+from jax_rlhf.parallel import Layout, create_layout, map_row_groups, put_rows, same_everywhere
 from jax_rlhf.phases.config import RewardTrainingConfig, RunConfig
 from jax_rlhf.phases.record import Record
 from jax_rlhf.phases.stop import StopSignals
 from jax_rlhf.phases.supervised import begun, microbatches, total_steps, train, with_end
 from jax_rlhf.phases.workdir import sft_model
 from jax_rlhf.rollout import sample
+from jax_rlhf.trainer import minibatch_part
 from jax_rlhf.training.networks import text_scores
 from jax_rlhf.training.reward import RewardLoss, pair_scores, reward_start
 from jax_rlhf.training.supervised import Supervised
@@ -71,7 +72,7 @@ def run(
             save_pretrained(folder / "model", _calibrated(how.network, params(), pretrained, **calibration))
 
         def report(step: int) -> dict[str, float]:
-            held_out = _held_out(how.network, params(), datasets, record, layout)
+            held_out = _held_out(how, params(), datasets, record, layout)
             if held_out:
                 record.metrics(step, held_out)
                 record.say(
@@ -131,13 +132,13 @@ def how_to_train(settings: RewardTrainingConfig, model: Decoder, batch_size: int
 
 
 def _held_out(
-    network: SplitModel, params: SplitParams, datasets: Datasets, record: Record, layout: Layout | None
+    how: Supervised, params: SplitParams, datasets: Datasets, record: Record, layout: Layout | None
 ) -> dict[str, float]:
     """Accuracy on pairs, AUC over all chosen × rejected, and what the scores look like."""
     if not datasets.eval:
         return {}
     batches = record.watched(datasets.eval, "evaluating")
-    pairs = [_pair_scores(network, params, put_rows(batch, layout)) for batch in batches]
+    pairs = [_pair_scores(how.network, how.microbatches, params, put_rows(batch, layout)) for batch in batches]
     chosen, rejected, real = (np.concatenate([_everywhere(pair[part]) for pair in pairs]) for part in range(3))
     chosen, rejected = chosen[real], rejected[real]
     difference = chosen[:, None] - rejected[None]
@@ -183,7 +184,9 @@ def _policy_scores(
         )
         last = samples.response_mask & jnp.isin(samples.tokens[:, mask.shape[1] :], jnp.asarray(ends, jnp.int32))
         mask = jnp.concatenate([mask, samples.response_mask], axis=1)
-        batch = samples.tokens, mask, _text_scores(network, params, samples.tokens, mask), jnp.any(last, axis=1)
+        groups = len(mask) // minibatch_part(ppo, len(mask), batch.mask.shape[1], layout, policy.model.config.platform)
+        found = _text_scores(network, groups, params, samples.tokens, mask)
+        batch = samples.tokens, mask, found, jnp.any(last, axis=1)
         batch = [_everywhere(part) for part in batch]
         scores.append(batch[2])
         ended.append(batch[3])
@@ -213,12 +216,18 @@ def calibration(scores: np.ndarray, ended: np.ndarray) -> dict[str, float]:
     return {"gain": gain, "bias": -float(np.mean(scores)) * gain, "missing_eos_bias": gap * gain}
 
 
-_pair_scores = jax.jit(pair_scores, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _pair_scores(
+    network: SplitModel, groups: int, params: SplitParams, batch: PairBatch | PackedPairs
+) -> tuple[Array, Array, Array]:
+    scores = functools.partial(pair_scores, network, params)
+    return map_row_groups(scores, batch, groups, network.model.config.layout)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _text_scores(network: SplitModel, params: SplitParams, tokens: Array, mask: Array) -> Array:
-    return text_scores(network, params, tokens, mask, network.boundary(SplitParams(params.frozen, {}), tokens, mask))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _text_scores(network: SplitModel, groups: int, params: SplitParams, tokens: Array, mask: Array) -> Array:
+    scores = lambda rows: text_scores(network, params, *rows, None)  # noqa: E731
+    return map_row_groups(scores, (tokens, mask), groups, network.model.config.layout)
 
 
 def _everywhere(array: Array) -> np.ndarray:

@@ -21,8 +21,7 @@ from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.parallel import Layout, padded_vocab_size, places_of
 from jax_rlhf.phases import reward, sft
 from jax_rlhf.phases.config import RunConfig
-from jax_rlhf.phases.ppo import ppo_microbatch
-from jax_rlhf.phases.supervised import with_end
+from jax_rlhf.phases.ppo import ppo_microbatch, with_schedule_ends
 from jax_rlhf.plan.presets import model_shape
 from jax_rlhf.rollout import sampling_layout
 from jax_rlhf.trainer import minibatch_part
@@ -228,14 +227,11 @@ def _engine(config: RunConfig, layout: Layout) -> _Engine:
 def _settings(config: RunConfig, vocab_size: int, layout: Layout) -> PPOConfig:
     """PPO's settings, with what the tokenizer would say made up: it changes no shape."""
     settings, data = config.ppo, config.data
-    steps = settings.iterations * settings.ppo_epochs * settings.num_minibatches
     settings = dataclasses.replace(
-        settings,
+        with_schedule_ends(settings),
         microbatch_size=ppo_microbatch(config, layout),
         eos_ids=settings.eos_ids or (vocab_size - 1,),
         pad_id=settings.pad_id or 0,
-        actor_optimizer=with_end(settings.actor_optimizer, steps),
-        critic_optimizer=with_end(settings.critic_optimizer, steps),
     )
     micro = minibatch_part(settings, data.ppo_batch_size, _prompt_width(config), layout, layout.platform)
     return dataclasses.replace(settings, microbatch_size=micro)

@@ -9,6 +9,8 @@ from jax import Array
 
 from jax_rlhf.rl.losses import MAX_LOG_RATIO
 
+_LEAST, _MOST = 1e-8, 1e8  # bounds of an adaptive coefficient, from where it can come back
+
 KLKind = Literal["k1", "k2", "k3", "abs"]
 
 
@@ -66,10 +68,12 @@ class FixedKL:
 class AdaptiveKL:
     """A KL coefficient that steers KL towards a target.
 
-    β ← β (1 + clip(KL / target − 1, ±0.2) · n_episodes / horizon)
+    β ← β · max(1 + clip(KL / target − 1, ±0.2) · n_episodes / horizon, 0.1)
+
+    The bound is not in the paper: with more than 5 · horizon episodes in a batch the other factor is negative.
 
     Attributes:
-      value: β, reward units per nat.
+      value: β, reward units per nat, kept within 1e-8 to 1e8.
       target: KL wanted, in nats a response.
       horizon: episodes over which β may change by 20 %.
 
@@ -92,7 +96,8 @@ class AdaptiveKL:
           A new controller.
         """
         error = jnp.clip(kl / self.target - 1, -0.2, 0.2)
-        value = self.value * (1 + error * n_episodes / self.horizon)
+        factor = jnp.maximum(1 + error * n_episodes / self.horizon, 0.1)
+        value = jnp.clip(self.value * factor, _LEAST, _MOST)
         return self.replace(value=jnp.where(jnp.isfinite(kl), value, self.value))
 
 
@@ -122,4 +127,4 @@ class AdaptivePenalty:
         too_small = kl < self.target / 1.5
         too_large = jnp.logical_not(kl <= 1.5 * self.target)
         value = self.value * jnp.where(too_large, 2.0, jnp.where(too_small, 0.5, 1.0))
-        return self.replace(value=jnp.clip(value, 1e-8, 1e8))
+        return self.replace(value=jnp.clip(value, _LEAST, _MOST))

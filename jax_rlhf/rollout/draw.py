@@ -63,11 +63,12 @@ def draw_tokens(
     allowed = _allowed(logits, top_k, top_p, banned, ban)
     candidates = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
 
-    # Block sums of exp(logit − the row's maximum): with them the log-normaliser falls out.
+    # Block sums of exp(logit − the largest that may be drawn): of exp(logit − the largest) all would underflow where a
+    # banned token leads by far. With them the log-normaliser falls out.
     size = 1 << math.ceil(math.log2(vocab) / 2)
     blocks = _blocks(candidates, size)
-    peak = jnp.max(logits, axis=1)
-    sums = jnp.sum(jnp.exp(blocks - peak[:, None, None]), axis=2)
+    peak, kept_peak = jnp.max(logits, axis=1), jnp.max(candidates, axis=1)
+    sums = jnp.sum(jnp.exp(blocks - kept_peak[:, None, None]), axis=2)
     kept = jnp.sum(sums, axis=1)
     total = kept if allowed is None else jnp.sum(jnp.exp(logits - peak[:, None]), axis=1)
 
@@ -83,7 +84,7 @@ def draw_tokens(
         tokens = block * size + offset
         margin = jnp.minimum(margin, block_margin)
     logprobs = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0] - peak - jnp.log(total)
-    return Draw(tokens, logprobs, kept / total, margin)
+    return Draw(tokens, logprobs, jnp.exp(kept_peak - peak) * kept / total, margin)
 
 
 def _allowed(logits: Array, top_k: int, top_p: float, banned: tuple[int, ...], ban: Array | bool) -> Array | None:

@@ -2,9 +2,9 @@
 
 from jax_rlhf.settings import from_mapping
 from jax_rlhf.training.config import PPOConfig
+from jax_rlhf.training.objective import PretrainingRows
 from jax_rlhf.training.optimizer import OptimizerConfig, create_optimizer, learning_rate_schedule
 from jax_rlhf.training.state import PPOState
-from jax_rlhf.training.update import PretrainingRows
 
 __all__ = [
     "OptimizerConfig",

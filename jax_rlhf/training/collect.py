@@ -1,6 +1,9 @@
 """The first program of an iteration: prompts → responses → log-probs, values, scores → rewards → advantages."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -8,6 +11,7 @@ from jax import Array
 from jax_rlhf.models import Decoder
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.models.split import SplitParams
+from jax_rlhf.parallel import map_row_groups
 from jax_rlhf.rl import Experience, gae, masked_whiten, token_rewards
 from jax_rlhf.rollout import Samples, Sampling, in_rows, reshard, rollout
 from jax_rlhf.training.config import PPOConfig
@@ -103,7 +107,7 @@ def score_samples(
 
     Args:
       networks: the models.
-      config: PPO's.
+      config: PPO's; of `microbatch_size` rows, all where None, the activations exist at once.
       trained, frozen: parameters.
       samples: what the actor sampled.
       prompt_mask: bool[B, P].
@@ -115,21 +119,25 @@ def score_samples(
     """
     tokens, response_mask = samples.tokens, samples.response_mask
     mask = jnp.concatenate([prompt_mask, response_mask], axis=1)
-    start = prompt_mask.shape[1]
-    bottom = boundaries(networks, frozen, tokens, mask)
+    start, frozen = prompt_mask.shape[1], networks.fetched(frozen)
     how = {"start": start, "temperature": config.temperature, "chunk": config.logprob_chunk}
+    groups = len(tokens) // (config.microbatch_size or len(tokens))
 
+    def by_groups(function: Callable, *more: Array | None) -> Any:  # one model after the other, some rows at a time
+        each = lambda rows: function(*rows)  # noqa: E731
+        return map_row_groups(each, (tokens, mask, *more), groups, networks.actor.model.config.layout)
+
+    bottom = by_groups(functools.partial(boundaries, networks, frozen))
     actor = SplitParams(frozen.actor, trained.actor)
-    logprobs, _ = policy_logprobs(networks.actor, actor, tokens, mask, bottom.actor, **how)
-    ref_logprobs = reference_logprobs(networks, frozen, tokens, mask, bottom.actor, **how)
-    critic = SplitParams(frozen.critic, trained.critic)
-    bias = frozen.critic_bias
-    values = critic_values(networks.critic, critic, tokens, mask, bottom.critic, start=start, bias=bias)
+    logprobs = by_groups(lambda *rows: policy_logprobs(networks.actor, actor, *rows, **how)[0], bottom.actor)
+    ref_logprobs = by_groups(lambda *rows: reference_logprobs(networks, frozen, *rows, **how), bottom.actor)
+    critic = functools.partial(critic_values, networks.critic, SplitParams(frozen.critic, trained.critic))
+    values = by_groups(functools.partial(critic, start=start, bias=frozen.critic_bias), bottom.critic)
 
     ended = jnp.any(response_mask & jnp.isin(tokens[:, start:], jnp.asarray(config.eos_ids or (), jnp.int32)), axis=1)
     scores = jnp.zeros(len(tokens), jnp.float32) if function_scores is None else function_scores
     if networks.reward is not None:
-        scores = scores + reward_scores(networks, frozen, tokens, mask, bottom.critic)
+        scores = scores + by_groups(functools.partial(reward_scores, networks, frozen), bottom.critic)
         scores = scores - frozen.missing_eos_bias * ~ended
     experience = Experience(
         tokens=tokens,

@@ -149,6 +149,8 @@ class PPOConfig:
         for name in (*positive, "kl_limit", "reward_timeout"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+        if self.kl_target is not None and not self.kl_coef > 0:
+            raise ValueError(f"kl_target={self.kl_target} adapts kl_coef by factors: start it above 0, not at 0.")
         if self.entropy_target is not None and not self.entropy_coef:
             raise ValueError(f"entropy_target={self.entropy_target} steers the bonus: set entropy_coef above 0.")
         _at_least(self, 2, "ratio_limit")

@@ -24,6 +24,7 @@ def experience_metrics(experience: Experience, kl_coef: Array) -> dict[str, Arra
         val/explained_variance: 1 − var(returns − values) / var(returns).
         val/sampler_logprob_gap: the largest |log π of the sampler − of the scorer|.
         val/kept_mass: mean probability that the sampler's filters left.
+        val/bad_scores: responses whose score is not finite.
     """
     mask = experience.response_mask
     log_ratio = jnp.where(mask, experience.logprobs - experience.ref_logprobs, 0)
@@ -49,4 +50,5 @@ def experience_metrics(experience: Experience, kl_coef: Array) -> dict[str, Arra
             jnp.abs(experience.logprobs - experience.sampler_logprobs), where=mask, initial=0
         ),
         "val/kept_mass": masked_mean(experience.kept_mass, mask),
+        "val/bad_scores": jnp.sum(~jnp.isfinite(experience.scores)).astype(jnp.float32),
     }

@@ -38,11 +38,10 @@ class Networks:
     reward_shares: bool
     offloaded: tuple[str, ...] = ()
 
-    def fetched(self, role: str, params: SplitParams) -> SplitParams:
-        """The parameters on the device, from where they wait, under jit."""
-        if role not in self.offloaded:
-            return params
-        return jax.device_put(params, jax.memory.Space.Device)
+    def fetched(self, frozen: "Frozen") -> "Frozen":
+        """The frozen parameters on the devices, from where they wait, under jit; before any loop that reads them."""
+        on_device = {role: jax.device_put(getattr(frozen, role), jax.memory.Space.Device) for role in self.offloaded}
+        return frozen.replace(**on_device)
 
 
 @struct.dataclass
@@ -103,9 +102,22 @@ def boundaries(networks: Networks, frozen: Frozen, tokens: Array, mask: Array) -
       The outputs.
     """
     actor = networks.actor.boundary(SplitParams(frozen.actor, {}), tokens, mask)
-    if networks.critic_shares:
+    if networks.critic_shares and _same_forward(networks.critic, networks.actor):
         return Boundaries(actor, actor)
     return Boundaries(actor, networks.critic.boundary(SplitParams(frozen.critic, {}), tokens, mask))
+
+
+def _same_forward(network: SplitModel, other: SplitModel) -> bool:
+    """Whether two models of the same frozen bottom make the same of it: in one dtype, by one form of attention."""
+    config = other.model.config
+    return network.model.config.replace(remat=config.remat) == config
+
+
+def _hidden_states(
+    network: SplitModel, params: SplitParams, tokens: Array, mask: Array, boundary: Array | None
+) -> Array:
+    boundary = network.boundary(params, tokens, mask) if boundary is None else boundary
+    return network.hidden_states(params, tokens, mask, boundary)
 
 
 def policy_logprobs(
@@ -126,7 +138,7 @@ def policy_logprobs(
       params: its parameters.
       tokens: int[B, T].
       mask: bool[B, T].
-      boundary: output of its frozen bottom, or None.
+      boundary: output of its frozen bottom; None = it runs here.
       start: P, the first slot of the response; 1 or more.
       temperature: τ, as sampled.
       chunk: positions at once; None chooses.
@@ -134,7 +146,7 @@ def policy_logprobs(
     Returns:
       (logprobs, entropy), each float32[B, T − start], in nats. What stands at pads means nothing.
     """
-    hidden = network.hidden_states(params, tokens, mask, boundary)[:, start - 1 : -1]
+    hidden = _hidden_states(network, params, tokens, mask, boundary)[:, start - 1 : -1]
     head = network.head_params(params)
     return score_hidden(network.model, head, hidden, tokens[:, start:], temperature=temperature, chunk=chunk)
 
@@ -154,18 +166,19 @@ def reference_logprobs(
 
     Args:
       networks: the models.
-      frozen: their parameters.
+      frozen: their parameters, `Networks.fetched`.
       tokens: int[B, T].
       mask: bool[B, T].
-      actor_boundary: output of the actor's frozen bottom, used where the two share it.
+      actor_boundary: output of the actor's frozen bottom, used where the reference's is the same.
       start, temperature, chunk: as in `policy_logprobs`.
 
     Returns:
       float32[B, T − start], in nats.
     """
-    network, params, boundary = networks.reference, networks.fetched("reference", frozen.reference), None
+    network, params, boundary = networks.reference, frozen.reference, None
     if networks.reference_shares:
-        params, boundary = SplitParams(frozen.actor, params.trainable), actor_boundary
+        params = SplitParams(frozen.actor, params.trainable)
+        boundary = actor_boundary if _same_forward(network, networks.actor) else None
     how = {"start": start, "temperature": temperature, "chunk": chunk}
     return policy_logprobs(network, params, tokens, mask, boundary, **how)[0]
 
@@ -187,14 +200,14 @@ def critic_values(
       params: its parameters.
       tokens: int[B, T].
       mask: bool[B, T].
-      boundary: output of its frozen bottom, or None.
+      boundary: output of its frozen bottom; None = it runs here.
       start: P.
       bias: float32[], added to the head's values.
 
     Returns:
       float32[B, R + 1], R = T − start, in reward units.
     """
-    hidden = network.hidden_states(params, tokens, mask, boundary)[:, start - 1 :]
+    hidden = _hidden_states(network, params, tokens, mask, boundary)[:, start - 1 :]
     return network.model.apply({"params": network.head_params(params)}, hidden, method="apply_head") + bias
 
 
@@ -205,17 +218,18 @@ def reward_scores(
 
     Args:
       networks: with a reward model.
-      frozen: its parameters.
+      frozen: its parameters, `Networks.fetched`.
       tokens: int[B, T], the very ids that were sampled.
       mask: bool[B, T].
-      critic_boundary: of the critic's frozen bottom, used where the two share it.
+      critic_boundary: of the critic's frozen bottom, used where the reward model's is the same.
 
     Returns:
       float32[B], bias added.
     """
-    network, params, boundary = networks.reward, networks.fetched("reward", frozen.reward), None
+    network, params, boundary = networks.reward, frozen.reward, None
     if networks.reward_shares:
-        params, boundary = SplitParams(frozen.critic, params.trainable), critic_boundary
+        params = SplitParams(frozen.critic, params.trainable)
+        boundary = critic_boundary if _same_forward(network, networks.critic) else None
     return text_scores(network, params, tokens, mask, boundary) + frozen.reward_bias
 
 
@@ -227,12 +241,12 @@ def text_scores(network: SplitModel, params: SplitParams, tokens: Array, mask: A
       params: its parameters.
       tokens: int[B, T].
       mask: bool[B, T].
-      boundary: output of its frozen bottom, or None.
+      boundary: output of its frozen bottom; None = it runs here.
 
     Returns:
       float32[B].
     """
-    hidden = network.hidden_states(params, tokens, mask, boundary)
+    hidden = _hidden_states(network, params, tokens, mask, boundary)
     last = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     return network.model.apply({"params": network.head_params(params)}, hidden, method="apply_head")

@@ -1,7 +1,7 @@
 """AdamW with a schedule and gradient clipping, from optax."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,9 @@ class OptimizerConfig:
       learning_rate: the highest that the schedule reaches.
       schedule: after the warm-up "constant", or down to `final_fraction` "linear" or as a "cosine".
       warmup_steps: optimizer steps from learning_rate / warmup_steps up; no step has rate 0.
-      total_steps: optimizer steps (iterations × epochs × minibatches) at which "linear" and "cosine" end; None = the
-        phase's last one, where `python -m jax_rlhf` trains.
+      total_steps: steps (iterations × epochs × minibatches) at which "linear" and "cosine" end; None = the phase's last
+        one, where `python -m jax_rlhf` trains. Steps that are left out (not finite, past `target_kl`) count too. The
+        actor's are counted from the end of the critic's warm-up.
       final_fraction: of learning_rate, where they end.
       beta1, beta2: decay of Adam's moments.
       eps: Adam's ε.
@@ -52,7 +53,7 @@ class OptimizerConfig:
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
-    """The learning rate as a function of the optimizer step, counted from 0.
+    """The learning rate as a function of the step, counted from 0.
 
     Args:
       config: its fields.
@@ -83,7 +84,7 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
 
 def create_optimizer(
     config: OptimizerConfig, *, head_learning_rate: float | None = None
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Clip by global norm → Adam → decoupled weight decay → learning rate.
 
     Args:
@@ -91,7 +92,8 @@ def create_optimizer(
       head_learning_rate: of a scalar head, whose schedule has the same shape; None = as all else.
 
     Returns:
-      An optax transformation.
+      An optax transformation. Its `update` takes the schedule's place as an argument, `step`, and a factor on the
+      learning rate, `scale`.
 
     Source: Kingma & Ba 2015; Loshchilov & Hutter 2019.
     """
@@ -103,7 +105,30 @@ def create_optimizer(
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
     if head_learning_rate is not None:
         parts.append(optax.masked(optax.scale(head_learning_rate / config.learning_rate), _of_scalar_head))
-    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate_schedule(config)))
+    return optax.chain(*parts, _scale_by_learning_rate_at_step(learning_rate_schedule(config)))
+
+
+def _scale_by_learning_rate_at_step(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """−schedule(step) · scale · updates.
+
+    The caller names the step. optax's own schedules count the updates that were taken, so that one which ends with the
+    phase would not reach its end where updates are left out.
+    """
+
+    def update(
+        updates: optax.Updates,
+        state: optax.EmptyState,
+        params: optax.Params | None = None,
+        *,
+        step: Array | int,
+        scale: Array | float = 1.0,
+        **_: Any,
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        del params
+        rate = schedule(step) * scale
+        return jax.tree.map(lambda leaf: -rate * leaf, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
 def _of_scalar_head(params: optax.Params) -> optax.Params:
@@ -111,12 +136,14 @@ def _of_scalar_head(params: optax.Params) -> optax.Params:
 
 
 def apply_gradient(
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     gradient: optax.Params,
     state: optax.OptState,
     params: optax.Params,
+    *,
     take: Array,
-    scale: Array | None = None,
+    step: Array,
+    scale: Array | float = 1.0,
 ) -> tuple[optax.Params, optax.OptState]:
     """The optimizer's step, or nothing.
 
@@ -124,12 +151,13 @@ def apply_gradient(
     update of a model of 97 million parameters took 680 MB more.
 
     Args:
-      optimizer: the optimizer.
+      optimizer: from `create_optimizer`.
       gradient: of the parameters.
       state: the optimizer's.
       params: the parameters.
       take: bool[], whether to step.
-      scale: float32[], what the learning rate is multiplied by; None = 1.
+      step: int32[], where the learning rate's schedule is.
+      scale: float32[], what the learning rate is multiplied by.
 
     Returns:
       (params, state).
@@ -137,8 +165,7 @@ def apply_gradient(
 
     def turn(carry: tuple) -> tuple:
         params, state, _ = carry
-        updates, state = optimizer.update(gradient, state, params)
-        updates = updates if scale is None else jax.tree.map(lambda leaf: leaf * scale, updates)
+        updates, state = optimizer.update(gradient, state, params, step=step, scale=scale)
         return optax.apply_updates(params, updates), state, jnp.zeros((), bool)
 
     params, state, _ = jax.lax.while_loop(lambda carry: carry[2], turn, (params, state, take))

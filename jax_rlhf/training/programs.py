@@ -7,7 +7,6 @@ update                      all epochs and minibatches of an iteration; paramete
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -17,13 +16,13 @@ from jax_rlhf.rollout import Sampling
 from jax_rlhf.training.collect import sample_responses, score_samples
 from jax_rlhf.training.config import PPOConfig
 from jax_rlhf.training.networks import Frozen, Networks, Trained
+from jax_rlhf.training.objective import PretrainingRows
 from jax_rlhf.training.state import PPOState
-from jax_rlhf.training.update import PretrainingRows, ppo_update
+from jax_rlhf.training.update import ppo_update
 
 _ORDER_ADDRESS = np.uint32(0xFFFFFFFF)  # of the row orders' key, among the row ids that address the samples' keys
 
 iteration_key = jax.jit(jax.random.fold_in)
-all_finite = jax.jit(lambda scores: jnp.all(jnp.isfinite(scores)))  # over all processes' rows
 sample = jax.jit(sample_responses, static_argnums=(0, 1))
 score = jax.jit(score_samples, static_argnums=(0, 1))
 

@@ -20,7 +20,7 @@ from jax_rlhf.data import real_tokens
 from jax_rlhf.hub import Pretrained
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.models.split import SplitModel, SplitParams
-from jax_rlhf.parallel import Layout, as_layout, kept_in_place, places_of
+from jax_rlhf.parallel import Layout, as_layout, kept_in_place, places_of, row_groups
 from jax_rlhf.training.optimizer import (
     OptimizerConfig,
     apply_gradient,
@@ -152,10 +152,10 @@ def update(
 
 
 def evaluate(how: Supervised, state: SupervisedState, frozen: Params, batch: Any) -> Sums:
-    """The loss's sums over a batch.
+    """The loss's sums over a batch, a microbatch after the other.
 
     Args:
-      how: what.
+      how: what and how.
       state: the parameters.
       frozen: the frozen ones.
       batch: rows.
@@ -163,12 +163,26 @@ def evaluate(how: Supervised, state: SupervisedState, frozen: Params, batch: Any
     Returns:
       Sums, float32[] each.
     """
-    return _evaluate(how.network, how.loss, state.trainable, frozen, batch)
+    return _evaluate(how.network, how.loss, how.microbatches, state.trainable, frozen, batch)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _evaluate(network: SplitModel, loss: Loss, trainable: Params, frozen: Params, batch: Any) -> Sums:
-    return loss(network, SplitParams(frozen, trainable), batch)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _evaluate(
+    network: SplitModel, loss: Loss, microbatches: int, trainable: Params, frozen: Params, batch: Any
+) -> Sums:
+    params = SplitParams(frozen, trainable)
+    return _added_up(lambda part: loss(network, params, part), batch, microbatches, network.model.config.layout)
+
+
+def _added_up(function: Callable[[Any], Any], batch: Any, microbatches: int, layout: Layout | None) -> Any:
+    """Σ function(microbatch), of one after the other."""
+    if microbatches == 1:
+        return function(batch)
+    parts = row_groups(batch, microbatches, layout)
+    shapes = jax.eval_shape(function, jax.tree.map(lambda leaf: leaf[0], parts))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    add = lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None)  # noqa: E731
+    return jax.lax.scan(add, zeros, parts)[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
@@ -185,19 +199,15 @@ def step(
         (_, sums), gradient = jax.value_and_grad(total, has_aux=True)(state.trainable)
         return how.network.held(gradient), sums
 
-    if how.microbatches == 1:
-        gradient, sums = gradients(batch)
-    else:
-        parts = jax.tree.map(lambda leaf: leaf.reshape(how.microbatches, -1, *leaf.shape[1:]), batch)
-        shapes = jax.eval_shape(gradients, jax.tree.map(lambda leaf: leaf[0], parts))
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        add = lambda total, part: (jax.tree.map(jnp.add, total, gradients(part)), None)  # noqa: E731
-        (gradient, sums), _ = jax.lax.scan(add, zeros, parts)
+    layout = how.network.model.config.layout
+    gradient, sums = _added_up(gradients, batch, how.microbatches, layout)
     count = jnp.maximum(sums["count"], 1)
     gradient = jax.tree.map(lambda leaf: leaf / count, gradient)
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
-    trainable, optimizer = apply_gradient(_optimizer(how), gradient, state.optimizer, state.trainable, finite)
+    trainable, optimizer = apply_gradient(
+        _optimizer(how), gradient, state.optimizer, state.trainable, take=finite, step=state.step
+    )
     bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
     metrics = {name: value / count for name, value in sums.items() if name != "count"} | {
         "count": sums["count"],

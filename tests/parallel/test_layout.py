@@ -209,6 +209,6 @@ def test_the_first_moment_may_be_kept_in_bfloat16():
             moments = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (4, 4)]
             assert sorted(str(leaf.dtype) for leaf in moments) == sorted([dtype, "float32"])
             gradient = jax.tree.map(lambda leaf: 0.3 * leaf, params)
-            steps.append(optimizer.update(gradient, state, params)[0]["kernel"])
+            steps.append(optimizer.update(gradient, state, params, step=0)[0]["kernel"])
         np.testing.assert_allclose(steps[0], steps[1], rtol=1e-2)
         assert (steps[0] != 0).all()

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from jax_rlhf import PPOTrainer, RLHFEngine
-from jax_rlhf.training import PretrainingRows, programs, update
+from jax_rlhf import RLHFEngine
+from jax_rlhf.training import PretrainingRows, update
 from tests.ppo import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -360,21 +360,3 @@ def test_controllers_follow_what_was_measured():
         trainer = tiny.trainer(policy_loss="penalty", penalty_coef=3.0, penalty_target=target)
         trainer.train_rlhf(made)
         assert float(trainer.state.penalty.value) == 3.0 * factor
-
-
-def test_the_update_never_holds_the_logits_of_all_positions():
-    """B 8, T 512, V 50,000, a tiny trunk, shipped defaults: temporaries below a quarter of B·T·V·4 bytes."""
-    start = tiny.policy(vocab_size=50_000, hidden_size=16, intermediate_size=16, num_heads=2, num_kv_heads=2)
-    engine = RLHFEngine(start)
-    trainer = PPOTrainer(engine, {"max_new_tokens": 256, "eos_ids": [2]}, reward_functions=tiny.fractional_reward)
-    rows = jax.tree.map(lambda x: x[:8], experience())
-
-    def shape(field):
-        leaf, wide = getattr(rows, field.name), {"tokens": 512}.get(field.name, 256)
-        return leaf if leaf is None else jax.ShapeDtypeStruct((8, wide)[: leaf.ndim], leaf.dtype)
-
-    shapes = dataclasses.replace(rows, **{field.name: shape(field) for field in dataclasses.fields(rows)})
-    config = dataclasses.replace(trainer.config, microbatch_size=trainer._microbatch(8, 256))
-    arguments = (engine.trained, trainer.state, engine.frozen, shapes, None, trainer._key)
-    lowered = programs.update.lower(engine.networks, config, None, *arguments)
-    assert lowered.compile().memory_analysis().temp_size_in_bytes < 8 * 512 * 50_000 * 4 / 4

@@ -64,6 +64,17 @@ def test_adaptive_kl_by_hand(wrap):
     assert controller.value == 0.15  # pure
 
 
+@pytest.mark.parametrize("kl", [-1e9, 0.0, 1e9])
+def test_an_adaptive_coefficient_stays_positive_however_many_episodes_a_batch_has(kl):
+    """512 episodes over a horizon of 100: 1 − 0.2 · 5.12 is negative; it falls to a tenth and no further."""
+    controller = rl.AdaptiveKL(0.15, 6.0, 100.0)
+    assert float(controller.update(kl, 512).value) == pytest.approx(0.15 * (1 + 0.2 * 5.12 if kl > 6 else 0.1))
+    for _ in range(200):
+        controller = controller.update(kl, 512)
+    assert 0 < float(controller.value) <= 1e8
+    assert float(controller.update(6.6, 512).value) > 0
+
+
 def test_fixed_kl_stays():
     assert rl.FixedKL(0.1).update(1e9, 64) == rl.FixedKL(0.1)
 

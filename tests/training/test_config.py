@@ -41,6 +41,7 @@ def test_a_mapping_overrides_the_defaults():
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"kl_target": 0.0}, "kl_target"),
         ({"entropy_target": 2.0}, "set entropy_coef"),
+        ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_target=6.0 adapts kl_coef by factors: start it above 0"),
         ({"dual_clip": 1.0}, "dual_clip"),
         ({"clip_range": -0.1}, "clip_range"),
         ({"value_clip_range": -0.1}, "value_clip_range"),

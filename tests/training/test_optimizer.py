@@ -32,8 +32,8 @@ def test_adam_follows_the_manuals(form):
     config = OptimizerConfig(learning_rate=0.1, eps=1e-3, eps_form=form, max_grad_norm=None, weight_decay=0.01)
     optimizer, params = create_optimizer(config), {"kernel": jnp.ones(())}
     state, trajectory = optimizer.init(params), []
-    for gradient in gradients:
-        updates, state = optimizer.update({"kernel": jnp.float32(gradient)}, state, params)
+    for step, gradient in enumerate(gradients):
+        updates, state = optimizer.update({"kernel": jnp.float32(gradient)}, state, params, step=step)
         params = optax.apply_updates(params, updates)
         trajectory.append(float(params["kernel"]))
     np.testing.assert_allclose(trajectory, adam(gradients, form=form, decay=0.01), rtol=1e-5)
@@ -55,8 +55,8 @@ def test_the_gradient_is_clipped_by_its_global_norm():
     params = {"kernel": jnp.zeros(2)}
     optimizer = create_optimizer(OptimizerConfig(max_grad_norm=1.0))
     state = optimizer.init(params)
-    _, first = optimizer.update({"kernel": jnp.array([30.0, 40.0])}, state, params)
-    _, same = optimizer.update({"kernel": jnp.array([0.6, 0.8])}, state, params)
+    _, first = optimizer.update({"kernel": jnp.array([30.0, 40.0])}, state, params, step=0)
+    _, same = optimizer.update({"kernel": jnp.array([0.6, 0.8])}, state, params, step=0)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), first, same)
 
 
@@ -98,6 +98,6 @@ def test_a_schedule_that_ends_must_know_where(fields, message):
 def test_the_head_has_a_learning_rate_of_its_own():
     params = {"scalar_head": {"kernel": jnp.ones(3)}, "layers": {"kernel": jnp.ones(3)}}
     optimizer = create_optimizer(OptimizerConfig(learning_rate=1e-3, max_grad_norm=None), head_learning_rate=1e-2)
-    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params, step=0)
     np.testing.assert_allclose(updates["scalar_head"]["kernel"], 10 * updates["layers"]["kernel"], rtol=1e-5)
     np.testing.assert_allclose(updates["layers"]["kernel"], -1e-3, rtol=1e-4)

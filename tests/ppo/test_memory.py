@@ -1,0 +1,82 @@
+"""What compiled programs hold at once: read from the compiler, nothing runs."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from jax_rlhf import PPOTrainer, RLHFEngine
+from jax_rlhf.parallel import as_layout
+from jax_rlhf.rollout import Samples
+from jax_rlhf.training import programs
+from tests.ppo import tiny
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+WIDTH, LENGTH = 128, 128  # of prompts and responses, in tokens
+
+
+def arrays(rows, mesh=None):
+    """A function that makes a batch's array of some shape, without its contents."""
+    sharding = None if mesh is None else as_layout(mesh).sharding(("rows",))
+    return lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
+
+
+def temporaries(function, *arguments):
+    """Bytes of a device, beside arguments and results."""
+    return function.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+
+def scoring(engine, trainer, rows, mesh=None):
+    array, config, length = arrays(rows, mesh), trainer._divided(rows, WIDTH), trainer.config.max_new_tokens
+    per_token = [array(jnp.float32, length) for _ in range(2)]
+    samples = Samples(array(jnp.int32, WIDTH + length), array(jnp.bool_, length), *per_token)
+    arguments = engine.networks, config, engine.trained, engine.frozen, samples, array(jnp.bool_, WIDTH)
+    return programs.score, *arguments, array(jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+
+
+def updating(engine, trainer, rows):
+    score, *arguments = scoring(engine, trainer, rows)
+    made = score.eval_shape(*arguments)
+    arguments = engine.trained, trainer.state, engine.frozen, made, None, trainer._key
+    return programs.update, engine.networks, trainer._divided(rows, WIDTH), None, *arguments
+
+
+def size(tree):
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def trainer(engine, **config):
+    settings = {"max_new_tokens": LENGTH, "eos_ids": [2], **config}
+    return PPOTrainer(engine, settings, reward_functions=tiny.fractional_reward)
+
+
+@pytest.mark.parametrize("option", [{"target_kl": 0.1}, {"critic_warmup_iterations": 1}, {"policy_loss": "penalty"}])
+def test_an_option_of_the_update_costs_no_second_copy_of_what_trains(option):
+    """A `cond` over the parameters and the optimizer states would hold them twice."""
+    engine = RLHFEngine(tiny.policy(hidden_size=128, intermediate_size=512, num_heads=4, num_kv_heads=4, head_dim=32))
+    state = size((engine.trained, trainer(engine).state.actor_optimizer, trainer(engine).state.critic_optimizer))
+    how = {"num_minibatches": 2, "ppo_epochs": 2, "microbatch_size": 1}
+    without, with_option = (temporaries(*updating(engine, trainer(engine, **how, **more), 4)) for more in ({}, option))
+    assert with_option - without < 0.2 * state
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("trainable_layers", [None, 1])
+def test_scoring_holds_one_microbatch_however_many_rows_there_are(devices, trainable_layers):
+    mesh = None if devices == 1 else Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "fsdp"))
+    start, reward = tiny.policy(hidden_size=64), tiny.policy(5, head="scalar", hidden_size=64)
+    layers = {"trainable_layers": trainable_layers, "critic_trainable_layers": trainable_layers}
+    engine = RLHFEngine(start, reward=reward, mesh=mesh, **layers)
+    few, many = (temporaries(*scoring(engine, trainer(engine), rows, mesh)) for rows in (32, 128))
+    assert many < 1.1 * few
+
+
+def test_the_update_never_holds_the_logits_of_all_positions():
+    """B 8, T 512, V 50,000, a tiny trunk, shipped defaults: temporaries below a quarter of B·T·V·4 bytes."""
+    start = tiny.policy(vocab_size=50_000, hidden_size=16, intermediate_size=16, num_heads=2, num_kv_heads=2)
+    engine = RLHFEngine(start)
+    assert temporaries(*updating(engine, trainer(engine, max_new_tokens=512 - WIDTH), 8)) < 8 * 512 * 50_000 * 4 / 4

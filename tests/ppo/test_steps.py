@@ -1,0 +1,129 @@
+"""What an update does where it rests, stops or slows down: coefficients, schedules, and the metrics that say so."""
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_rlhf import RLHFEngine
+from jax_rlhf.training import programs
+from tests.ppo import tiny
+from tests.ppo.test_update import ROWS, assert_close, experience, moved, on_device
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def test_coefficients_rest_while_the_actor_does():
+    """In a warm-up of the critic, and where every update is left out, KL(old ‖ new) = 0 says nothing of β."""
+    made = on_device(experience())
+    bad = made.replace(scores=made.scores.at[0].set(jnp.nan))
+    how = {"policy_loss": "penalty", "penalty_coef": 3.0, "penalty_target": 1e3, "kl_coef": 0.1, "kl_target": 1e3}
+    for options, rows in (({"critic_warmup_iterations": 1}, made), ({}, bad)):
+        trainer = tiny.trainer(**how, **options)
+        trainer.train_rlhf(rows)
+        assert float(trainer.state.penalty.value) == 3.0
+        assert float(trainer.state.kl.value) == np.float32(0.1)
+        trainer.train_rlhf(made)
+        assert float(trainer.state.penalty.value) == 1.5
+        assert float(trainer.state.kl.value) < 0.1
+
+
+def test_the_penalty_clips_nothing():
+    """PPO-clip counts the tokens that it holds; PPO-penalty holds none, whatever their ratios."""
+    made = on_device(experience())
+    assert tiny.trainer(policy_loss="penalty").train_rlhf(made)["policy/clipfrac_avg"] == 0
+    random = np.asarray(made.logprobs) - np.asarray(
+        tiny.trainer().generate_experience(tiny.ragged_prompts(ROWS)).logprobs
+    )
+    ratio, mask, advantages = np.exp(-random), np.asarray(made.response_mask), np.asarray(made.advantages)
+    held = ((advantages < 0) & (ratio < 1 - 0.1)) | ((advantages > 0) & (ratio > 1 + 0.3))
+    metrics = tiny.trainer(clip_range=0.1, clip_range_high=0.3).train_rlhf(made)
+    np.testing.assert_allclose(metrics["policy/clipfrac_avg"], held[mask].mean(), atol=1e-6)
+
+
+def test_a_warm_up_of_the_critic_computes_no_gradient_of_the_actor():
+    """The products of the branch that learns are those of forward and backward; of the one that rests, forward's."""
+    engine = RLHFEngine(tiny.policy())
+    trainer = tiny.trainer(engine, critic_warmup_iterations=1, microbatch_size=4)
+    arguments = engine.trained, trainer.state, engine.frozen, on_device(experience()), None, trainer._key
+    config = trainer._divided(ROWS, 5)
+    traced = programs.update.trace(engine.networks, config, None, *arguments).jaxpr
+    branches = [
+        sorted(count_products(branch.jaxpr) for branch in equation.params["branches"])
+        for equation in equations(traced.jaxpr)
+        if equation.primitive.name == "cond"
+    ]
+    forward, both = max(branches)
+    assert both > 2 * forward > 0
+
+
+def equations(jaxpr):
+    """All equations, those of inner programs too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+def count_products(jaxpr):
+    return sum(equation.primitive.name == "dot_general" for equation in equations(jaxpr))
+
+
+def rates(trainer, made, iterations):
+    metrics = [trainer.train_rlhf(made) for _ in range(iterations)]
+    return [metric["lr"] for metric in metrics], [metric["lr_critic"] for metric in metrics]
+
+
+def test_schedules_end_with_the_run_whatever_is_left_out():
+    """Linear from 1 to 0 over 3 iterations of 4 steps; `lr` is the rate of an iteration's last step."""
+    linear = {"learning_rate": 1.0, "schedule": "linear", "eps": 1e3, "max_grad_norm": None}
+    how = {"ppo_epochs": 2, "num_minibatches": 2, "critic_optimizer": linear | {"total_steps": 12}}
+    made, wanted = on_device(experience()), [1 - 3 / 12, 1 - 7 / 12, 1 - 11 / 12]
+    bad = made.replace(scores=made.scores.at[0].set(jnp.nan))  # one of two minibatches is left out
+    plain = {"actor_optimizer": linear | {"total_steps": 12}}
+    np.testing.assert_allclose(rates(tiny.trainer(**how, **plain), made, 3), [wanted] * 2, rtol=1e-5)
+    np.testing.assert_allclose(rates(tiny.trainer(**how, **plain), bad, 3), [wanted] * 2, rtol=1e-5)
+    # A stop at the second step: the rate is that of the last step that was looked at.
+    stopped = tiny.trainer(**how, **plain, target_kl=1e-12)
+    fresh = stopped.generate_experience(tiny.ragged_prompts(ROWS))
+    np.testing.assert_allclose(rates(stopped, fresh, 1)[0], [1 - 1 / 12], rtol=1e-5)
+    np.testing.assert_allclose(rates(stopped, made, 1)[0], [1 - 4 / 12], rtol=1e-5)
+    # The actor's 8 steps begin after the critic's warm-up.
+    warm = {"actor_optimizer": linear | {"total_steps": 8}, "critic_warmup_iterations": 1}
+    actor, critic = rates(tiny.trainer(**how, **warm), made, 3)
+    np.testing.assert_allclose(actor, [0, 1 - 3 / 8, 1 - 7 / 8], rtol=1e-5)
+    np.testing.assert_allclose(critic, wanted, rtol=1e-5)
+
+
+def test_the_rate_that_is_shown_is_the_rate_that_is_taken():
+    """Steps are linear in the gradient here: half the rate, by the schedule or by a limit, is half the step."""
+    made = on_device(experience())
+    linear = {"learning_rate": 300.0, "eps": 1e3, "max_grad_norm": None, "beta1": 0.0, "beta2": 0.0}
+    full, _ = moved(tiny.trainer(actor_optimizer=linear), made)
+    halved = tiny.trainer(actor_optimizer=linear | {"schedule": "linear", "total_steps": 2, "final_fraction": 0.0})
+    halved.state = halved.state.replace(iteration=jnp.int32(1))
+    step, metrics = moved(halved, made)
+    assert metrics["lr"] == 150
+    assert_close(jax.tree.map(lambda leaf: 2 * leaf, step[0]), full[0], 2e-3)
+    scaled = tiny.trainer(actor_optimizer=linear, kl_limit=1e9, on_limit="lower_lr")
+    scaled.state = scaled.state.replace(lr_scale=jnp.float32(0.5))
+    step, metrics = moved(scaled, made)
+    assert metrics["lr"] == 150
+    assert_close(jax.tree.map(lambda leaf: 2 * leaf, step[0]), full[0], 2e-3)
+
+
+def test_the_last_ratio_gap_is_that_of_the_last_minibatch_that_was_looked_at():
+    trainer = tiny.trainer(target_kl=1e-9, ppo_epochs=4, num_minibatches=2)
+    metrics = trainer.train_rlhf(trainer.generate_experience(tiny.ragged_prompts(ROWS)))
+    assert metrics["val/updates"] == 1
+    assert metrics["val/last_ratio_gap"] == metrics["val/largest_ratio_gap"] > 0
+
+
+def test_a_trainer_without_a_moving_average_leaves_that_of_another():
+    engine = RLHFEngine(tiny.policy())
+    tiny.trainer(engine, ema_decay=0.5)
+    average = jax.device_get(engine.trained.actor_ema)
+    step, _ = moved(tiny.trainer(engine), on_device(experience()))
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(step[0])) > 0
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(engine.trained.actor_ema), average)
