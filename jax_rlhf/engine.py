@@ -6,15 +6,17 @@ critic and reward model where the one started as the other, by actor and critic 
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax import Array
 from jax.sharding import Mesh
 
 from jax_rlhf.hub import Pretrained, load_pretrained
+from jax_rlhf.models import model_jit
 from jax_rlhf.models.config import AttentionForm, DecoderConfig, RematPolicy
 from jax_rlhf.models.decoder import Head, Params
 from jax_rlhf.models.flash import check_flash
@@ -48,7 +50,10 @@ class ModelConfig:
       dtype: compute dtype, "float32" or "bfloat16"; None = bfloat16 on GPU and TPU, float32 on CPU.
       remat: what the backward pass computes again: "none", "full" or "dots"; None = "dots" on CPU, as fast as "none"
         in less memory, else "full".
-      attention: "xla", or "flash": cuDNN's or splash, which hold no scores, where it runs on GPU or TPU.
+      attention: "xla", or "flash": cuDNN's or splash, which hold no scores, where it runs on GPU or TPU; None = "xla".
+
+    A reference or critic without a path, which starts as another model, has these three as set for it, and where they
+    are None, as config.model has them.
     """
 
     path: str | None = None
@@ -56,7 +61,7 @@ class ModelConfig:
     trainable_layers: int | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     remat: RematPolicy | None = None
-    attention: AttentionForm = "xla"
+    attention: AttentionForm | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,6 +115,8 @@ class RLHFEngine:
         critic_trainable_layers: int | None = None,
         critic_zero_head: bool = False,
         offloaded: Sequence[str] = (),
+        reference_config: DecoderConfig | None = None,
+        critic_config: DecoderConfig | None = None,
         mesh: Mesh | Layout | None = None,
     ) -> None:
         """Builds the engine from parameters in memory; arguments are copied where they train, else shared.
@@ -122,6 +129,8 @@ class RLHFEngine:
           trainable_layers, critic_trainable_layers: from the top; None = all parameters.
           critic_zero_head: the critic's head starts at zero, whatever it starts as.
           offloaded: of "reference" and "reward", those whose parameters wait in host memory between uses.
+          reference_config, critic_config: how these run (dtype, remat, attention) where they start as another model;
+            None = as that one.
           mesh: the mesh; None = one device.
 
         Raises:
@@ -129,7 +138,8 @@ class RLHFEngine:
         """
         self.layout = as_layout(mesh)
         layers = trainable_layers, critic_trainable_layers
-        start = Start(actor, reference, critic, reward, *layers, critic_zero_head, tuple(offloaded))
+        runs = reference_config, critic_config
+        start = Start(actor, reference, critic, reward, *layers, critic_zero_head, tuple(offloaded), *runs)
         check_start(start)
         self.networks = networks_of(start, self.layout)
         self.trained, self.frozen = assign_parameters(self.networks, start)
@@ -139,6 +149,7 @@ class RLHFEngine:
             self.trained = jax.device_put(self.trained, places)
         else:
             self.trained = jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), self.trained)
+        self._decoder = actor.model.config  # with all ids that it knows, for what is saved
         self.tokenizer = actor.tokenizer
         self.generation_config = actor.generation_config
 
@@ -166,12 +177,16 @@ class RLHFEngine:
                 "trainable_layers is a field of config.model and config.critic; reference and reward model are frozen "
                 "in PPO and are cut where the actor and the critic are."
             )
+        check_roles(roles)
         load = functools.partial(load_model, mesh=mesh)
+        actor, reward = load(roles["model"], "lm"), load(roles["reward"], "scalar")
         return cls(
-            load(roles["model"], "lm"),
+            actor,
             reference=load(roles["reference"], "lm"),
             critic=load(roles["critic"], "scalar"),
-            reward=load(roles["reward"], "scalar"),
+            reward=reward,
+            reference_config=running_as(actor.model.config, roles["reference"], roles["model"]),
+            critic_config=running_as((reward or actor).model.config, roles["critic"], roles["model"]),
             trainable_layers=roles["model"].trainable_layers,
             critic_trainable_layers=roles["critic"].trainable_layers,
             critic_zero_head=roles["critic"].zero_head,
@@ -198,8 +213,10 @@ class RLHFEngine:
         return dataclasses.replace(critic, generation_config=None, reward_bias=float(self.frozen.critic_bias))
 
     def _pretrained(self, network: SplitModel, frozen: Params, trainable: Params) -> Pretrained:
-        params = _join(network, SplitParams(frozen, trainable))
-        return Pretrained(network.model, params, self.tokenizer, self.generation_config)
+        params, model = _join(network, SplitParams(frozen, trainable)), network.model
+        if model.head == "lm":
+            model = model.clone(config=model.config.replace(vocab_size=self._decoder.vocab_size))
+        return Pretrained(model, params, self.tokenizer, self.generation_config)
 
     def sample(self, prompts: Array, prompt_mask: Array, row_ids: Array, key: Array, sampling: Sampling) -> Samples:
         """The actor's responses; arguments as in `jax_rlhf.sample`."""
@@ -224,10 +241,10 @@ class RLHFEngine:
 
 # ---- the jitted functions ------------------------------------------------------------------------------------------
 
-_sample = jax.jit(sample_responses, static_argnums=(0, 1))
+_sample = model_jit(sample_responses, static_argnums=(0, 1))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(model_jit, static_argnums=(0, 1, 2))
 def _score(
     networks: Networks, start: int, temperature: float, trained: Trained, frozen: Frozen, tokens: Array, mask: Array
 ) -> tuple[Array, Array, Array]:
@@ -240,13 +257,13 @@ def _score(
     return logprobs, ref_logprobs, entropy
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(model_jit, static_argnums=0)
 def _values(networks: Networks, trained: Trained, frozen: Frozen, tokens: Array, mask: Array) -> Array:
     critic = SplitParams(frozen.critic, trained.critic)
     return critic_values(networks.critic, critic, tokens, mask, None, start=1, bias=frozen.critic_bias)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(model_jit, static_argnums=0)
 def _reward(networks: Networks, frozen: Frozen, tokens: Array, mask: Array) -> Array:
     return reward_scores(networks, networks.fetched(frozen), tokens, mask, None)
 
@@ -296,6 +313,44 @@ def running(decoder: DecoderConfig, config: ModelConfig) -> DecoderConfig:
     on_cpu = decoder.platform == "cpu"
     dtype = config.dtype or ("float32" if on_cpu else "bfloat16")
     remat = config.remat or ("dots" if on_cpu else "full")
-    decoder = decoder.replace(dtype=dtype, remat=remat, attention=config.attention)
+    decoder = decoder.replace(dtype=dtype, remat=remat, attention=config.attention or "xla")
     check_flash(decoder)
     return decoder
+
+
+def running_as(decoder: DecoderConfig, config: ModelConfig, policy: ModelConfig) -> DecoderConfig | None:
+    """How a reference or critic runs that starts as another model.
+
+    Args:
+      decoder: of the model that it starts as.
+      config: its own settings.
+      policy: the actor's, which count where its own are None.
+
+    Returns:
+      The decoder's config; None where the settings name a checkpoint, which runs as they say.
+
+    Raises:
+      ValueError: flash attention that this model cannot have there.
+    """
+    if config.path is not None:
+        return None
+    names = ("dtype", "remat", "attention")
+    unset = {name: getattr(policy, name) for name in names if getattr(config, name) is None}
+    return running(decoder, dataclasses.replace(config, **unset))
+
+
+def check_roles(roles: Mapping[str, ModelConfig]) -> None:
+    """Stops where a role has settings that nothing would read.
+
+    Args:
+      roles: "model", "reference", "critic", "reward" → settings.
+
+    Raises:
+      ValueError: says which, and what to do.
+    """
+    for role, config in roles.items():
+        if config.path is None and config.revision is not None:
+            raise ValueError(f"config.{role}.revision={config.revision!r} is of a hub id; set config.{role}.path too.")
+    reward = roles["reward"]
+    if reward.path is None and (reward.offload or reward.dtype or reward.remat or reward.attention):
+        logging.warning("config.reward has no path, so no reward model runs: its other settings change nothing.")

@@ -114,6 +114,7 @@ class PPOTrainer:
         engine, networks = self.engine, self.engine.networks
         mask = np.asarray(prompts.mask)
         check_prompts(networks.actor.model, mask, self.sampling)
+        networks.check_prompts(np.asarray(prompts.tokens), mask, self.sampling.max_new_tokens)
         config = self._divided(batch_rows(len(mask), engine.layout), mask.shape[1])
         rows = (np.asarray(prompts.tokens, np.int32), mask, np.asarray(prompts.row_ids, np.int32))
         tokens, mask, row_ids = put_rows(rows, engine.layout)

@@ -10,6 +10,7 @@ from jax_rlhf.models.decoder import (
     logical_axes,
     unstack_layers,
 )
+from jax_rlhf.models.precision import model_jit, traced
 from jax_rlhf.models.rotary import Rotary
 
 __all__ = [
@@ -22,5 +23,7 @@ __all__ = [
     "init_params",
     "kernels_by_output",
     "logical_axes",
+    "model_jit",
+    "traced",
     "unstack_layers",
 ]

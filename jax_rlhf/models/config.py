@@ -174,6 +174,10 @@ class DecoderConfig:
         """What it runs on: "cpu", "gpu" or "tpu"."""
         return jax.default_backend() if self.layout is None else self.layout.platform
 
+    def limited_to(self, vocab_size: int) -> "DecoderConfig":
+        """The same decoder over fewer ids: those from `vocab_size` on have no logits, so no probability."""
+        return self.replace(vocab_size=min(vocab_size, self.vocab_size), padded_vocab_size=self.table_rows)
+
     def replace(self, **changes: Any) -> "DecoderConfig":
         """A copy with these fields changed."""
         return dataclasses.replace(self, **changes)

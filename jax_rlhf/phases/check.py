@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jax_rlhf.data import DataError, create_datasets, imported
 from jax_rlhf.data.formats import PHASES
+from jax_rlhf.engine import check_roles
 from jax_rlhf.hub import describe_pretrained
 from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.parallel import create_layout, row_shards
@@ -38,6 +39,7 @@ def check_run(config: RunConfig, workdir: Path, *, overwrite: bool) -> None:
         return
     if overwrite:
         _check_overwrite(config, workdir)
+    check_roles({role: getattr(config, role) for role in ("model", "reference", "critic", "reward")})
     if config.model.path is None:
         raise ValueError("config.model.path is not set; it names the checkpoint: --config.model.path=FOLDER_OR_HUB_ID")
     _check_inputs(config, workdir, phases)
@@ -46,6 +48,7 @@ def check_run(config: RunConfig, workdir: Path, *, overwrite: bool) -> None:
         raise DataError(f"{config.model.path} came without a tokenizer; put its files into the same folder.")
     _check_layers(config, policy.config, phases, workdir)
     _check_vocabularies(config, policy.tokenizer)
+    _check_positions(config, policy.config, phases)
     _check_batches(config, phases)
     _check_schedules(config, phases)
     for name in (*config.ppo.reward_functions, *config.ppo.eval_functions):
@@ -136,6 +139,29 @@ def _check_vocabularies(config: RunConfig, tokenizer: object) -> None:
                 "are carried from one to the other. Take a model of the same tokenizer; a model of another one can "
                 "score texts as a function: config.ppo.reward_functions."
             )
+
+
+def _check_positions(config: RunConfig, policy: DecoderConfig, phases: list[str]) -> None:
+    """No row is longer than a learned table of positions, past which a model's outputs are NaN."""
+    data, response = config.data, config.ppo.max_new_tokens
+    prompt = data.max_prompt_tokens if data.prompt_tokens is None else data.prompt_tokens
+    wanted = {"sft": ("data.max_tokens", data.max_tokens), "reward": ("data.max_tokens", data.max_tokens)}
+    wanted["ppo"] = ("data.max_prompt_tokens + config.ppo.max_new_tokens", prompt + response)
+    normalizing = "reward" in phases and config.reward_training.normalize_rows > 0  # by responses to PPO's prompts
+    models = [("model.path", policy, list(dict.fromkeys([*phases, "ppo"])) if normalizing else phases)]
+    for field, path, revision in _checkpoints(config):
+        if path is not None:
+            phase = "reward" if field == "reward_training.path" else "ppo"
+            described = describe_pretrained(path, revision=revision).config
+            models.append((field, described, [phase] if phase in phases else []))
+    for field, decoder, which in models:
+        for phase in which:
+            name, tokens = wanted[phase]
+            if decoder.position_kind == "learned" and tokens > decoder.max_positions:
+                raise ValueError(
+                    f"config.{name}={tokens} tokens is more than the {decoder.max_positions} positions that "
+                    f"config.{field} has; the {phase} phase needs shorter rows, or a model with more positions."
+                )
 
 
 def _check_batches(config: RunConfig, phases: list[str]) -> None:

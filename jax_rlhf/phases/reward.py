@@ -14,7 +14,7 @@ from jax import Array
 from jax_rlhf.data import Datasets, PackedPairs, PairBatch, create_datasets
 from jax_rlhf.engine import load_model
 from jax_rlhf.hub import Pretrained, describe_pretrained, save_pretrained
-from jax_rlhf.models import Decoder
+from jax_rlhf.models import Decoder, model_jit
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.parallel import Layout, create_layout, map_row_groups, put_rows, same_everywhere
 from jax_rlhf.phases.config import RewardTrainingConfig, RunConfig
@@ -163,13 +163,14 @@ def _policy_scores(
 ) -> tuple[np.ndarray, np.ndarray, list[Mapping[str, Any]]]:
     """The reward model's scores of the SFT policy's responses to the PPO phase's prompts, and which of them ended."""
     prompts = create_datasets(config.data_of("ppo"), policy.tokenizer, "ppo", seed=config.seed, mesh=layout)
-    ppo = config.ppo
+    ppo, known = config.ppo, network.model.config.vocab_size
+    answering = policy.model.clone(config=policy.model.config.limited_to(known))  # ids that both know
     scores, ended, rows = [], [], []
     for step in record.watched(range(-(-config.reward_training.normalize_rows // prompts.batch_size)), "scoring"):
         batch = prompts.train[step]
         tokens, mask, row_ids = put_rows((batch.tokens, batch.mask, batch.row_ids), layout)
         samples = sample(
-            policy.model,
+            answering,
             policy.params,
             tokens,
             mask,
@@ -216,7 +217,7 @@ def calibration(scores: np.ndarray, ended: np.ndarray) -> dict[str, float]:
     return {"gain": gain, "bias": -float(np.mean(scores)) * gain, "missing_eos_bias": gap * gain}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(model_jit, static_argnums=(0, 1))
 def _pair_scores(
     network: SplitModel, groups: int, params: SplitParams, batch: PairBatch | PackedPairs
 ) -> tuple[Array, Array, Array]:
@@ -224,7 +225,7 @@ def _pair_scores(
     return map_row_groups(scores, batch, groups, network.model.config.layout)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(model_jit, static_argnums=(0, 1))
 def _text_scores(network: SplitModel, groups: int, params: SplitParams, tokens: Array, mask: Array) -> Array:
     scores = lambda rows: text_scores(network, params, *rows, None)  # noqa: E731
     return map_row_groups(scores, (tokens, mask), groups, network.model.config.layout)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jax_rlhf.data import PackedPairs, PairBatch, TextBatch
-from jax_rlhf.engine import ModelConfig, running
+from jax_rlhf.engine import ModelConfig, running, running_as
 from jax_rlhf.hub import Pretrained
 from jax_rlhf.models import Decoder, abstract_params, logical_axes
 from jax_rlhf.models.decoder import Head
@@ -207,6 +207,8 @@ def _engine(config: RunConfig, layout: Layout) -> _Engine:
         "critic_trainable_layers": config.critic.trainable_layers,
         "critic_zero_head": config.critic.zero_head,
         "offloaded": tuple(role for role in ("reference", "reward") if getattr(config, role).offload),
+        "reference_config": running_as(models["actor"].model.config, config.reference, config.model),
+        "critic_config": running_as((models["reward"] or models["actor"]).model.config, config.critic, config.model),
     }
     networks = networks_of(Start(**models, **layers), layout)
 

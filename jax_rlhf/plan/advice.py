@@ -95,7 +95,8 @@ def _changes(settings: RunConfig, one: Account, devices: int) -> Iterator[dict[s
     for role in ("model", "critic", "reward", "reference"):
         if getattr(settings, role).remat in ("none", "dots"):
             yield {f"{role}.remat": "full"}
-    plain = [role for role in ("model", "critic", "reward", "reference") if getattr(settings, role).attention == "xla"]
+    roles = ("model", "critic", "reward", "reference")
+    plain = [role for role in roles if getattr(settings, role).attention in (None, "xla")]
     if plain:
         yield {f"{role}.attention": "flash" for role in plain}
     mesh = settings.mesh
@@ -107,7 +108,7 @@ def _changes(settings: RunConfig, one: Account, devices: int) -> Iterator[dict[s
         "reward": settings.data.reward_batch_size,
         "ppo": settings.data.ppo_batch_size // settings.ppo.num_minibatches,
     }[one.phase]
-    if one.name in ("step", "update"):
+    if one.name != "rollout":
         micro = getattr(settings, section).microbatch_size or rows
         while micro > 1:
             micro //= 2

@@ -24,7 +24,7 @@ from flax import struct
 from jax import Array
 from jax.sharding import NamedSharding
 
-from jax_rlhf.models import Decoder, create_cache, kernels_by_output
+from jax_rlhf.models import Decoder, create_cache, kernels_by_output, model_jit, traced
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.parallel import Layout, constrained
 from jax_rlhf.rollout.draw import draw_tokens
@@ -139,8 +139,8 @@ def sample(
     )
     prompts, prompt_mask = jnp.asarray(prompts), jnp.asarray(prompt_mask)
     row_ids = jnp.arange(len(prompts)) if row_ids is None else jnp.asarray(row_ids)
-    if isinstance(prompt_mask, jax.core.Tracer):
-        return _sample(model, params, prompts, prompt_mask, key, row_ids, sampling)
+    if traced(params, prompts, prompt_mask, key, row_ids):
+        return _sample_inside(model, params, prompts, prompt_mask, key, row_ids, sampling)
     if prompt_mask.is_fully_addressable:
         check_prompts(model, np.asarray(prompt_mask), sampling)
     rows, layout = len(prompts), model.config.layout
@@ -188,12 +188,15 @@ def check_prompts(model: Decoder, prompt_mask: np.ndarray, sampling: Sampling) -
         raise ValueError(f"eos_id {outside[0]} is not among the model's {config.vocab_size} tokens.")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6))
+@functools.partial(model_jit, static_argnums=(0, 6))
 def _sample(
     model: Decoder, params: Params, prompts: Array, prompt_mask: Array, key: Array, row_ids: Array, sampling: Sampling
 ) -> Samples:
     samples = rollout(*rollout_form(model, params), prompts, prompt_mask, key, row_ids, sampling)
     return in_rows(samples, model.config.layout)
+
+
+_sample_inside = jax.jit(_sample.__wrapped__, static_argnums=(0, 6))  # under another `jit`
 
 
 def in_rows(samples: Samples, layout: Layout | None) -> Samples:

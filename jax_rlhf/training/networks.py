@@ -7,6 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 
@@ -42,6 +43,33 @@ class Networks:
         """The frozen parameters on the devices, from where they wait, under jit; before any loop that reads them."""
         on_device = {role: jax.device_put(getattr(frozen, role), jax.memory.Space.Device) for role in self.offloaded}
         return frozen.replace(**on_device)
+
+    def check_prompts(self, tokens: np.ndarray, mask: np.ndarray, max_new_tokens: int) -> None:
+        """Raises where one of the four models cannot run over these prompts and their responses.
+
+        Args:
+          tokens: int[B, P], on the host.
+          mask: bool[B, P].
+          max_new_tokens: R, in tokens.
+
+        Raises:
+          ValueError: an id that not all models know, or a row that is longer than a table of positions; says which.
+        """
+        lengths, known = mask.sum(axis=1), self.actor.model.config.vocab_size
+        unknown = mask & ((tokens < 0) | (tokens >= known))
+        if unknown.any():
+            row, column = np.argwhere(unknown)[0]
+            raise ValueError(f"prompt {row} has the id {tokens[row, column]}; the models know {known} ids.")
+        for role in ("actor", "reference", "critic", "reward"):
+            network = getattr(self, role)
+            config = None if network is None else network.model.config
+            if config is None or config.position_kind != "learned":
+                continue
+            if lengths.max() + max_new_tokens > config.max_positions:
+                raise ValueError(
+                    f"prompt {int(np.argmax(lengths))} has {lengths.max()} tokens; with max_new_tokens="
+                    f"{max_new_tokens} it runs past the {config.max_positions} positions of the {role} model."
+                )
 
 
 @struct.dataclass

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from jax_rlhf.models import model_jit
 from jax_rlhf.parallel import kept_in_place
 from jax_rlhf.rl import Experience
 from jax_rlhf.rollout import Sampling
@@ -23,8 +24,8 @@ from jax_rlhf.training.update import ppo_update
 _ORDER_ADDRESS = np.uint32(0xFFFFFFFF)  # of the row orders' key, among the row ids that address the samples' keys
 
 iteration_key = jax.jit(jax.random.fold_in)
-sample = jax.jit(sample_responses, static_argnums=(0, 1))
-score = jax.jit(score_samples, static_argnums=(0, 1))
+sample = model_jit(sample_responses, static_argnums=(0, 1))
+score = model_jit(score_samples, static_argnums=(0, 1))
 
 
 def in_one_program(networks: Networks, config: PPOConfig) -> bool:
@@ -45,7 +46,7 @@ def in_one_program(networks: Networks, config: PPOConfig) -> bool:
     return not (config.reward_functions or config.time_phases or cudnn)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 8))
+@functools.partial(model_jit, static_argnums=(0, 1, 8))
 def generate(
     networks: Networks,
     sampling: Sampling,
@@ -63,7 +64,7 @@ def generate(
     return score_samples(networks, config, trained, frozen, samples, mask, None, kl_coef)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
+@functools.partial(model_jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
 def update(
     networks: Networks,
     config: PPOConfig,
@@ -83,4 +84,4 @@ def update(
     return trained, state, metrics
 
 
-update_kept = jax.jit(update.__wrapped__, static_argnums=(0, 1, 2))  # the same, and its arguments stay
+update_kept = model_jit(update.__wrapped__, static_argnums=(0, 1, 2))  # the same, and its arguments stay

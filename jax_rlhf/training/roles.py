@@ -4,6 +4,9 @@ actor       trains                     as given
 reference   frozen                     as given, or the actor's weights at the start (no second copy)
 critic      trains                     as given, or the reward model, or the actor's trunk with a zero head
 reward      frozen                     as given, or none where Python functions score
+
+Only ids that all four know are sampled: actor and reference have no probability on others, in sampling, log-probs and
+entropy alike.
 """
 
 import dataclasses
@@ -12,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_rlhf.hub import Pretrained
-from jax_rlhf.models import Decoder
+from jax_rlhf.models import Decoder, DecoderConfig
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.parallel import Layout
@@ -29,6 +32,8 @@ class Start:
       trainable_layers, critic_trainable_layers: from the top; None = all parameters.
       critic_zero_head: the critic's head starts at zero, whatever it starts as.
       offloaded: of "reference" and "reward", those whose parameters wait in host memory.
+      reference_config, critic_config: how these run (dtype, remat, attention) where they start as another model; None =
+        as that one.
     """
 
     actor: Pretrained
@@ -39,13 +44,16 @@ class Start:
     critic_trainable_layers: int | None = None
     critic_zero_head: bool = False
     offloaded: tuple[str, ...] = ()
+    reference_config: DecoderConfig | None = None
+    critic_config: DecoderConfig | None = None
 
 
 def networks_of(start: Start, layout: Layout | None) -> Networks:
     """The models, on a mesh.
 
     Args:
-      start: what they start as.
+      start: what they start as. A model in float16 computes in float32 on CPU, else in bfloat16: gradients of float16
+        underflow.
       layout: the mesh; None = one device.
 
     Returns:
@@ -54,17 +62,27 @@ def networks_of(start: Start, layout: Layout | None) -> Networks:
     Raises:
       ValueError: layers out of range.
     """
+    known = min(given.model.config.vocab_size for given in _given(start))
 
-    def network(pretrained: Pretrained, layers: int | None = None) -> SplitModel:
-        return SplitModel(on_layout(pretrained.model, layout), layers)
+    def network(pretrained: Pretrained, layers: int | None = None, runs_as: DecoderConfig | None = None) -> SplitModel:
+        config = pretrained.model.config if runs_as is None else runs_as
+        if config.dtype == jnp.float16:
+            config = config.replace(dtype=jnp.float32 if config.platform == "cpu" else jnp.bfloat16)
+        if pretrained.model.head == "lm":
+            config = config.limited_to(known)
+        return SplitModel(on_layout(pretrained.model.clone(config=config), layout), layers)
 
     actor = network(start.actor, start.trainable_layers)
-    critic = network(start.critic or start.reward or _zero_head(start.actor), start.critic_trainable_layers)
+    critic_start, critic_layers = start.critic or start.reward or _zero_head(start.actor), start.critic_trainable_layers
+    critic = network(critic_start, critic_layers, start.critic_config if start.critic is None else None)
     alone = start.critic is None and start.reward is None
-    reference = actor if start.reference is None else network(start.reference)
+    if start.reference is None:
+        reference = network(start.actor, start.trainable_layers, start.reference_config)
+    else:
+        reference = network(start.reference)
     reward = None
     if start.reward is not None:
-        reward = critic if start.critic is None else network(start.reward)
+        reward = network(start.reward, critic_layers if start.critic is None else None)
     return Networks(
         actor=actor,
         reference=reference,
@@ -77,6 +95,10 @@ def networks_of(start: Start, layout: Layout | None) -> Networks:
         reward_shares=start.reward is not None and start.critic is None,
         offloaded=tuple(role for role in start.offloaded if role == "reference" or start.reward is not None),
     )
+
+
+def _given(start: Start) -> list[Pretrained]:
+    return [given for given in (start.actor, start.reference, start.critic, start.reward) if given is not None]
 
 
 def on_layout(model: Decoder, layout: Layout | None) -> Decoder:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from jax_rlhf.data import real_tokens
 from jax_rlhf.hub import Pretrained
+from jax_rlhf.models import model_jit
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.parallel import Layout, as_layout, kept_in_place, places_of, row_groups
@@ -166,7 +167,7 @@ def evaluate(how: Supervised, state: SupervisedState, frozen: Params, batch: Any
     return _evaluate(how.network, how.loss, how.microbatches, state.trainable, frozen, batch)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(model_jit, static_argnums=(0, 1, 2))
 def _evaluate(
     network: SplitModel, loss: Loss, microbatches: int, trainable: Params, frozen: Params, batch: Any
 ) -> Sums:
@@ -185,7 +186,7 @@ def _added_up(function: Callable[[Any], Any], batch: Any, microbatches: int, lay
     return jax.lax.scan(add, zeros, parts)[0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@functools.partial(model_jit, static_argnums=(0, 1), donate_argnums=2)
 def step(
     how: Supervised, places: tuple, state: SupervisedState, frozen: Params, batch: Any
 ) -> tuple[SupervisedState, dict[str, Array]]:
@@ -221,7 +222,7 @@ def step(
     return kept_in_place(state, places), metrics
 
 
-_step_kept = jax.jit(step.__wrapped__, static_argnums=(0, 1))
+_step_kept = model_jit(step.__wrapped__, static_argnums=(0, 1))
 
 
 def _optimizer(how: Supervised) -> optax.GradientTransformation:

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh
 
 from jax_rlhf import RLHFEngine, load_pretrained, sample, save_pretrained, token_logprobs
-from jax_rlhf.models import Decoder, init_params
+from jax_rlhf.models import Decoder, init_params, model_jit
 from jax_rlhf.rollout import Sampling
 from tests.ppo import tiny
 
@@ -179,3 +179,110 @@ def test_untied_heads_follow_their_part():
     assert "lm_head" not in engine.trained.actor
     untied = RLHFEngine(tiny.policy(tie_embeddings=False), trainable_layers=1)
     assert "lm_head" in untied.trained.actor
+
+
+# ---- how each model runs, and which ids it knows -------------------------------------------------------------------
+
+
+def how_it_runs(network):
+    config = network.model.config
+    return config.dtype.name, config.remat, config.attention
+
+
+def test_a_model_without_a_path_of_its_own_runs_as_its_own_settings_say(folders):
+    """Unset ones are the policy's; what the reward model is set to is not passed on to the critic."""
+    model = {"path": str(folders / "actor"), "remat": "none"}
+    reward = {"path": str(folders / "reward"), "dtype": "bfloat16", "remat": "full"}
+    engine = RLHFEngine.create({"model": model, "reward": reward})
+    runs = {role: how_it_runs(getattr(engine.networks, role)) for role in ("actor", "reference", "critic", "reward")}
+    plain = "float32", "none", "xla"
+    assert runs == {"actor": plain, "reference": plain, "critic": plain, "reward": ("bfloat16", "full", "xla")}
+    own = {"critic": {"dtype": "bfloat16", "remat": "full"}, "reference": {"dtype": "bfloat16", "attention": "flash"}}
+    for models in ({"model": model, "reward": reward}, {"model": model}):
+        engine = RLHFEngine.create(models | own)
+        assert how_it_runs(engine.networks.critic) == ("bfloat16", "full", "xla")
+        assert how_it_runs(engine.networks.reference) == ("bfloat16", "none", "flash")
+        assert how_it_runs(engine.networks.actor) == plain
+    with pytest.raises(ValueError, match=r"config\.critic\.revision='main' is of a hub id; set config\.critic\.path"):
+        RLHFEngine.create({"model": model, "critic": {"revision": "main"}})
+
+
+@pytest.mark.parametrize("trainable_layers", [None, 1])
+def test_models_of_one_trunk_in_two_dtypes_compute_each_in_its_own(folders, trainable_layers):
+    """The frozen bottom's parameters are shared, its output only where both would make the same of it."""
+    layers = {"trainable_layers": trainable_layers}
+    models = {"model": {"path": str(folders / "actor"), **layers}, "reward": {"path": str(folders / "reward")}}
+    models |= {"critic": layers, "reference": {"dtype": "bfloat16"}}
+    models["reward"]["dtype"] = "bfloat16"
+    engine = RLHFEngine.create(models)
+    tokens, mask = batch()
+    made = tiny.trainer(engine, reward=None).generate_experience(tiny.ragged_prompts(4))
+    tokens, mask = np.asarray(made.tokens), np.concatenate([made.prompt_mask, made.response_mask], axis=1)
+    reward = load_pretrained(folders / "reward", head="scalar")
+    half = reward.model.clone(config=reward.model.config.replace(dtype="bfloat16"))
+    alone = model_jit(half.apply)({"params": reward.params}, tokens, mask=mask)
+    last = np.array([np.flatnonzero(row)[-1] for row in mask])
+    np.testing.assert_allclose(made.scores, np.asarray(alone)[np.arange(4), last], atol=1e-3)
+    half, full = RLHFEngine.create({"model": models["model"] | {"dtype": "bfloat16"}}), np.asarray(made.logprobs)
+    ours, wanted = np.asarray(made.ref_logprobs), np.asarray(half.score(tokens, mask, start=5)[1])
+    real = np.asarray(made.response_mask)
+    np.testing.assert_allclose(ours[real], wanted[real], atol=1e-6)
+    assert np.abs(ours - full)[real].max() > 1e-4  # in bfloat16 indeed
+    values = engine.values(tokens, mask)
+    whole = load_pretrained(folders / "reward", head="scalar")
+    exact = jax.jit(whole.model.apply)({"params": whole.params}, tokens, mask=mask)
+    np.testing.assert_allclose(np.asarray(values)[mask], np.asarray(exact)[mask], atol=1e-5)
+
+
+def test_only_ids_that_all_models_know_are_sampled_and_have_probability(tmp_path):
+    """A reward model with 6 rows in its table beside a policy with 8: a ninth of the mass would score NaN."""
+    policy, reward = tiny.policy(), dataclasses.replace(tiny.policy(5, head="scalar", vocab_size=6), tokenizer=None)
+    policy = dataclasses.replace(policy, tokenizer=None)
+    engine = RLHFEngine(policy, reward=reward)
+    prompts = tiny.ragged_prompts(64)
+    prompts = dataclasses.replace(prompts, tokens=prompts.tokens % 6)
+    made = tiny.trainer(engine, reward=None).generate_experience(prompts)
+    assert np.asarray(made.tokens).max() == 5
+    assert np.isfinite(made.scores).all()
+    mask = np.concatenate([made.prompt_mask, made.response_mask], axis=1)
+    logits = jax.jit(policy.model.apply)({"params": policy.params}, made.tokens, mask=mask)[:, 4:-1, :6]
+    wanted = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.asarray(made.tokens)[:, 5:, None], axis=-1)
+    real = np.asarray(made.response_mask)
+    for ours in (made.logprobs, made.sampler_logprobs, made.ref_logprobs):
+        np.testing.assert_allclose(np.asarray(ours)[real], wanted[..., 0][real], atol=1e-5)
+    entropy = np.asarray(engine.score(made.tokens, mask, start=5)[2])
+    plain = np.asarray(-jnp.sum(jax.nn.softmax(logits) * jax.nn.log_softmax(logits), axis=-1))
+    np.testing.assert_allclose(entropy[real], plain[real], atol=1e-5)
+    assert engine.actor.model.config.vocab_size == 8  # what is saved has lost nothing
+    save_pretrained(tmp_path / "actor", engine.actor)
+    again = load_pretrained(tmp_path / "actor")
+    jax.tree.map(np.testing.assert_array_equal, again.params, jax.device_get(engine.actor.params))
+    prompts.tokens[3, -1] = 7
+    with pytest.raises(ValueError, match=r"prompt 3 has the id 7; the models know 6 ids"):
+        tiny.trainer(engine, reward=None).generate_experience(prompts)
+
+
+@pytest.mark.parametrize("role", ["actor", "reference", "critic", "reward"])
+def test_no_row_may_run_past_the_positions_of_any_model(role):
+    """Five prompt tokens and six of the response: ten positions are too few, in whichever model."""
+    models = {"actor": tiny.policy(), "reference": tiny.policy(3)}
+    models |= {name: tiny.policy(4, head="scalar") for name in ("critic", "reward")}
+    for positions, fits in ((11, True), (10, False)):
+        head = models[role].model.head
+        models[role] = tiny.policy(4, head=head, position_kind="learned", rotary=None, max_positions=positions)
+        trainer = tiny.trainer(RLHFEngine(models["actor"], **{k: v for k, v in models.items() if k != "actor"}))
+        if fits:
+            assert np.isfinite(trainer.generate_experience(tiny.ragged_prompts(4)).scores).all()
+        else:
+            with pytest.raises(ValueError, match=f"it runs past the 10 positions of the {role} model"):
+                trainer.generate_experience(tiny.ragged_prompts(4))
+
+
+def test_a_model_in_float16_trains_in_float32_on_cpu():
+    start = tiny.policy(dtype=jnp.float16)
+    engine = RLHFEngine(start, reward=tiny.policy(5, head="scalar", dtype=jnp.float16))
+    for role in ("actor", "reference", "critic", "reward"):
+        assert getattr(engine.networks, role).model.config.dtype == jnp.float32
+    tokens, mask = batch()
+    exact = RLHFEngine(tiny.policy()).score(tokens, mask)[0]
+    np.testing.assert_array_equal(engine.score(tokens, mask)[0], exact)

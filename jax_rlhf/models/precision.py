@@ -1,0 +1,45 @@
+"""What numbers mean, whatever program they are computed in.
+
+bfloat16: XLA may leave out the rounding between two operations that it fuses (`xla_allow_excess_precision`). Which it
+fuses depends on the program, so that the sampler, the scorer and the update would each compute other log-probs of the
+same tokens. `model_jit` forbids it: each operation rounds as the code says, in every program.
+
+float32: a product of float32 matrices is computed from bfloat16 parts on TPU and from TensorFloat-32 on GPU, unless a
+precision is asked for. `product_precision` asks for float32 where JAX's `jax_default_matmul_precision` is not set.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+model_jit = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
+"""`jax.jit` for functions that run a model. It cannot be called under another `jit`, whose options would count."""
+
+
+def traced(*trees: Any) -> bool:
+    """Whether a function is called by a transformation of JAX.
+
+    Args:
+      trees: its arguments.
+
+    Returns:
+      Whether any leaf is a tracer.
+    """
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def product_precision(dtype: Any) -> jax.lax.Precision | None:
+    """The precision of a product of two arrays of a dtype.
+
+    Args:
+      dtype: of both.
+
+    Returns:
+      The highest for float32; None, JAX's default, for other dtypes, whose products are exact in float32, and where
+      `jax_default_matmul_precision` (or the context manager of that name) says what is wanted.
+    """
+    if jnp.dtype(dtype) != jnp.float32 or jax.config.jax_default_matmul_precision is not None:
+        return None
+    return jax.lax.Precision.HIGHEST
