@@ -19,12 +19,19 @@ from jax_rlhf.data.config import DataConfig, shares
 from jax_rlhf.data.errors import DataError
 from jax_rlhf.data.formats import PHASES, row_texts
 from jax_rlhf.data.sources import Row, is_reader, read_rows
+from jax_rlhf.data.splits import ONE_IN, Group, Source, drawn, grouped, share
 from jax_rlhf.data.tokens import Example, pad_id, tokenized
 from jax_rlhf.hub import end_ids
 from jax_rlhf.parallel import Layout, held_rows
 from jax_rlhf.settings import from_mapping
 
 Phase = Literal["sft", "reward", "ppo"]
+_HELD_OUT = "held out as well; --config.data.deduplicate=false keeps them"
+_NOTHING_DRAWN = (
+    "nothing of paths is held out: whole prompts would be more than eval_rows, or more than a tenth; "
+    "--config.data.eval_paths can name rows"
+)
+_TRAINED_ON = "held out, but in tokens as a prompt that is trained on"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +76,7 @@ def create_datasets(
     *,
     seed: int,
     eos_ids: Sequence[int] | None = None,
+    eval_rows: int | None = None,
     mesh: Mesh | Layout | None = None,
 ) -> Datasets:
     """Reads, splits, filters, tokenizes and batches the data of one phase.
@@ -79,6 +87,8 @@ def create_datasets(
       phase: "sft" (batches are `TextBatch`), "reward" (`PairBatch`; packed `PackedPairs`) or "ppo" (`Prompts`).
       seed: of the split and of the order.
       eos_ids: tokens that end an answer; None = the tokenizer's EOS.
+      eval_rows: of what is held out, the phase evaluates on at most so many rows a path; None = config.eval_rows. What
+        is drawn from `paths` and not trained on is a matter of config.eval_rows, the same for all phases.
       mesh: where batches go. A process lays out the rows that its devices hold; it reads all, since the split, the
         order and the widths are those of the whole.
 
@@ -96,37 +106,115 @@ def create_datasets(
     if not config.paths:
         raise DataError("config.data.paths is empty; it names the data: --config.data.paths=preferences.jsonl")
     pad, eos_ids = pad_id(tokenizer, config), end_ids(tokenizer) if eos_ids is None else eos_ids
-    dropped: collections.Counter = collections.Counter()
-    read, train, held_out = 0, [], []
-    for path in config.paths:
-        rows = read_rows(path, phase=phase, split="train", hub_split=config.split, revision=config.revision)
-        read += len(rows)
-        rows = _share(_distinct(rows, config, dropped), phase, config, seed, dropped)
-        examples = _shuffled(_examples(rows, phase, tokenizer, config, dropped, eos_ids), seed)
-        count = 0 if config.eval_paths or is_reader(path) else min(config.eval_rows, len(examples) // 10)
-        train.append(examples[count:])
-        held_out += examples[:count]
-    for path in config.eval_paths or filter(is_reader, config.paths):
-        rows = read_rows(path, phase=phase, split="eval", hub_split=config.eval_split, revision=config.revision)
-        read += len(rows)
-        examples = _shuffled(_examples(rows, phase, tokenizer, config, dropped, eos_ids), seed)
-        dropped[f"more to hold out than eval_rows={config.eval_rows}"] += max(0, len(examples) - config.eval_rows)
-        held_out += examples[: config.eval_rows]
-    if config.deduplicate:
-        train = [_without(held_out, examples, dropped) for examples in train]
+    eval_rows = config.eval_rows if eval_rows is None else eval_rows
+    made = _Examples(phase, config, tokenizer, seed, eos_ids, eval_rows)
+    train, held_out = made.train_and_held_out()
     for path, examples in zip(config.paths, train, strict=True):
         if not examples:
-            raise DataError(f"{path}: no row is left for the {phase} phase. {_report(read, 0, len(held_out), dropped)}")
-    report = f"{phase} data: " + _report(read, sum(map(len, train)), len(held_out), dropped)
+            raise DataError(f"{path}: no row is left for the {phase} phase. {made.report(0, len(held_out))}")
+    report = f"{phase} data: " + made.report(sum(map(len, train)), len(held_out))
     mine = _my_rows(getattr(config, f"{phase}_batch_size"), mesh)
     return _batched(train, held_out, config, phase, pad, seed, report, mine)
 
 
-def _report(read: int, used: int, held_out: int, dropped: collections.Counter) -> str:
-    parts = [f"{read:,} rows read, {used:,} to train on, {held_out:,} held out"]
-    return (
-        "; ".join(parts + [f"left out: {count:,} ({reason})" for reason, count in dropped.most_common() if count]) + "."
-    )
+@dataclasses.dataclass
+class _Examples:
+    """From paths to examples, with a count of what became of the rows."""
+
+    phase: Phase
+    config: DataConfig
+    tokenizer: PreTrainedTokenizerBase
+    seed: int
+    eos_ids: Sequence[int]
+    eval_rows: int
+    read: int = 0
+    dropped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    note: str = ""
+
+    def train_and_held_out(self) -> tuple[list[list[Example]], list[Example]]:
+        """What to train on, of each path, and what is held out: with no prompt in common."""
+        config = self.config
+        sources = self._share([self._rows(path, "train", config.split) for path in config.paths])
+        readers = list(filter(is_reader, config.paths))
+        given = [self._rows(path, "eval", config.eval_split) for path in config.eval_paths or readers]
+        groups = set() if config.eval_paths else drawn(sources, config.eval_rows, self.seed)
+        if not (groups or config.eval_paths) and any(len(s.rows) >= ONE_IN and not is_reader(s.path) for s in sources):
+            self.note = _NOTHING_DRAWN
+        train = [self._without(source, groups, given) for source in sources]
+        from_paths = [s.where(group in groups for group in s.groups) for s in sources if not is_reader(s.path)]
+        held_out = [self._at_most(self._examples(source)) for source in given]
+        train = [self._examples(source) for source in train]
+        if config.deduplicate:
+            train = [self._unlike(held_out, examples, _HELD_OUT) for examples in train]
+        drawn_examples = [self._unlike(train, self._examples(source), _TRAINED_ON) for source in from_paths]
+        return train, list(itertools.chain(*map(self._at_most, drawn_examples), *held_out))
+
+    def report(self, used: int, held_out: int) -> str:
+        """Numbers that add up."""
+        parts = [f"{self.read:,} rows read, {used:,} to train on, {held_out:,} held out"]
+        parts += [f"left out: {count:,} ({reason})" for reason, count in self.dropped.most_common() if count]
+        return "; ".join([*parts, self.note] if self.note else parts) + "."
+
+    def _rows(self, path: str, split: str, hub_split: str) -> Source:
+        config = self.config
+        rows = read_rows(path, phase=self.phase, split=split, hub_split=hub_split, revision=config.revision)
+        self.read += len(rows)
+        if split == "train":
+            rows = _distinct(rows, config, self.dropped)
+        return grouped(path, rows, config, self.tokenizer)
+
+    def _share(self, sources: list[Source]) -> list[Source]:
+        split = shares(self.config.data_split)
+        if split is None:
+            return sources
+        chosen = share(sources, split, self.phase, self.seed)
+        for source, kept in zip(sources, chosen, strict=True):
+            if not kept.rows:
+                raise DataError(
+                    f"{source.path}: data_split={self.config.data_split!r} leaves none of {len(source.rows)} rows to "
+                    f"the {self.phase} phase (they have {len(set(source.groups))} prompts, and rows of one prompt stay "
+                    'together); give it a larger share, or all phases all rows: --config.data.data_split=""'
+                )
+            self.dropped["other phases' shares"] += len(source.rows) - len(kept.rows)
+        return chosen
+
+    def _without(self, source: Source, groups: set[Group], given: list[Source]) -> Source:
+        """Those rows whose prompt is not held out."""
+        kept = source.where(group not in groups for group in source.groups)
+        if is_reader(source.path):  # those of files are held out themselves
+            self.dropped["held out of another path"] += len(source.rows) - len(kept.rows)
+        if not self.config.deduplicate:
+            return kept
+        # A reader divides each phase's rows by itself, and only PPO takes openings for prompts.
+        known = set(itertools.chain(*(s.prompts if is_reader(s.path) else s.groups for s in given)))
+        unknown = kept.where(
+            group not in known and prompt not in known for group, prompt in zip(kept.groups, kept.prompts, strict=True)
+        )
+        self.dropped[_HELD_OUT] += len(kept.rows) - len(unknown.rows)
+        return unknown
+
+    def _examples(self, source: Source) -> list[Example]:
+        """In an order drawn by the seed."""
+        texts = [row_texts(row, self.phase, self.config, self.tokenizer) for row in source.rows]
+        examples = tokenized(source.rows, texts, self.tokenizer, self.config, self.dropped, self.eos_ids)
+        if self.config.deduplicate:
+            distinct: dict[tuple[bytes, ...], Example] = {}
+            for example in examples:  # prompts that several pairs share, openings that are alike
+                distinct.setdefault(_tokens_of(example), example)
+            self.dropped["the same prompt (and completion) as another row"] += len(examples) - len(distinct)
+            examples = list(distinct.values())
+        return [examples[index] for index in np.random.default_rng(self.seed).permutation(len(examples))]
+
+    def _unlike(self, others: list[list[Example]], examples: list[Example], reason: str) -> list[Example]:
+        """Those whose prompt no other has in tokens: cutting, or a chat template, can make two prompts one."""
+        known = {_prompt_of(other) for other in itertools.chain(*others)}
+        kept = [example for example in examples if _prompt_of(example) not in known]
+        self.dropped[reason] += len(examples) - len(kept)
+        return kept
+
+    def _at_most(self, examples: list[Example]) -> list[Example]:
+        self.dropped[f"more to hold out than eval_rows={self.eval_rows}"] += max(0, len(examples) - self.eval_rows)
+        return examples[: self.eval_rows]
 
 
 def _digest(content: Any) -> bytes:
@@ -145,62 +233,13 @@ def _distinct(rows: list[Row], config: DataConfig, dropped: collections.Counter)
     return list(first.values())
 
 
-def _share(rows: list[Row], phase: Phase, config: DataConfig, seed: int, dropped: collections.Counter) -> list[Row]:
-    """The phase's rows, drawn by the seed, in the order in which they were read."""
-    split = shares(config.data_split)
-    if split is None:
-        return rows
-    index = PHASES.index(phase)
-    ends = [round(sum(split[:n]) * len(rows)) for n in (index, index + 1)]
-    chosen = np.sort(_order(len(rows), seed)[ends[0] : ends[1]])
-    if not len(chosen):
-        raise DataError(
-            f"data_split={config.data_split!r} leaves none of {len(rows)} rows to the {phase} phase; give it a "
-            'larger share, or all phases all rows: --config.data.data_split=""'
-        )
-    dropped["other phases' shares"] += len(rows) - len(chosen)
-    return [rows[index] for index in chosen]
-
-
-def _order(count: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).permutation(count)
-
-
-def _shuffled(examples: list[Example], seed: int) -> list[Example]:
-    return [examples[index] for index in _order(len(examples), seed)]
-
-
-def _examples(
-    rows: list[Row],
-    phase: Phase,
-    tokenizer: PreTrainedTokenizerBase,
-    config: DataConfig,
-    dropped: collections.Counter,
-    eos_ids: Sequence[int],
-) -> list[Example]:
-    texts = [row_texts(row, phase, config, tokenizer) for row in rows]
-    examples = tokenized(rows, texts, tokenizer, config, dropped, eos_ids)
-    if not config.deduplicate:
-        return examples
-    distinct: dict[tuple[bytes, ...], Example] = {}
-    for example in examples:  # prompts that several pairs share, openings that are alike
-        distinct.setdefault(_tokens_of(example), example)
-    if len(distinct) < len(examples):
-        dropped["the same prompt (and completion) as another row"] += len(examples) - len(distinct)
-    return list(distinct.values())
-
-
-def _without(held_out: list[Example], examples: list[Example], dropped: collections.Counter) -> list[Example]:
-    """Those examples that are not held out too: what is trained on says nothing of what was learned."""
-    known = set(map(_tokens_of, held_out))
-    kept = [example for example in examples if _tokens_of(example) not in known]
-    if len(kept) < len(examples):
-        dropped["held out as well; --config.data.deduplicate=false keeps them"] += len(examples) - len(kept)
-    return kept
-
-
 def _tokens_of(example: Example) -> tuple[bytes, ...]:
     return tuple(part.tobytes() for part in (example.prompt, *example.completions))
+
+
+def _prompt_of(example: Example) -> tuple[bytes, ...]:
+    """What is held out of an example: its prompt, or all of it where it has none."""
+    return (example.prompt.tobytes(),) if example.has_prompt else _tokens_of(example)
 
 
 # ---- batches -------------------------------------------------------------------------------------------------------

@@ -11,11 +11,12 @@
 
 Each of prompt, completion, chosen, rejected is a text, or a list of chat messages {"role", "content"}, which the
 tokenizer's chat template turns into one. A prompt that is a text beside answers that are chats is what the user says,
-unless the chats begin alike: then that is the prompt.
+unless the chats begin alike: then that is the prompt. What two texts begin with ends before the word in which they
+differ, and in conversations written as HH writes them after the last "\\n\\nAssistant:" that both have.
 """
 
 import dataclasses
-import itertools
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,8 @@ from jax_rlhf.data.errors import DataError
 from jax_rlhf.data.sources import Row
 
 PHASES = ("sft", "reward", "ppo")
+_ANSWER_TURN = "\n\nAssistant:"
+"""What an answer begins with where conversations are written as texts, as in Anthropic's HH."""
 _NEEDED = {
     "sft": "text, or messages, or prompt and completion, or (prompt,) chosen and rejected",
     "reward": "(prompt,) chosen and rejected",
@@ -67,9 +70,8 @@ def row_texts(row: Row, phase: str, config: DataConfig, tokenizer: PreTrainedTok
     Raises:
       DataError: columns are missing, of a wrong type, or need a chat template that there is not.
     """
-    names = {kind: getattr(config, f"{kind}_column") for kind in ("prompt", "completion", "chosen", "rejected")}
-    names |= {kind: getattr(config, f"{kind}_column") for kind in ("text", "messages", "margin")}
-    found = {kind: row.content[name] for kind, name in names.items() if row.content.get(name) is not None}
+    names = _names(config)
+    found = _found(row, names)
     prompt, completions = _parts(found, phase, row)
     if prompt is None or (config.prompt_tokens is None and phase == "ppo" and "text" in found and len(found) == 1):
         raise DataError(
@@ -88,6 +90,50 @@ def row_texts(row: Row, phase: str, config: DataConfig, tokenizer: PreTrainedTok
     return Texts(*_templated(prompt, completions, row, tokenizer), True, float(margin), others)
 
 
+def own_prompt(row: Row, config: DataConfig) -> tuple[str, str]:
+    """What the row's prompt is, whichever phase reads it: rows that give the same text here share a prompt.
+
+    Args:
+      row: as read.
+      config: names of columns.
+
+    Returns:
+      (text, what it is: a "prompt"). White space around it does not count, and a chat of one message is the text of
+      that message. A row without a prompt (or with an empty one) gives what SFT would learn of it: its "text",
+      "completion" or "chosen".
+
+    Raises:
+      DataError: a part is neither a text nor a chat.
+    """
+    found = _with_prompt(_found(row, _names(config)), row)
+    for kind in ("prompt", "text", "completion", "chosen"):
+        if kind in found:
+            _check_part(found[kind], row)
+            text = _plain(found[kind])
+            if text:
+                return text, kind
+    return json.dumps(row.content, sort_keys=True, default=str), ""
+
+
+def _plain(part: str | list[dict]) -> str:
+    """One text for a text and for a chat of one message; chats of several are written out with their roles."""
+    if isinstance(part, str):
+        return part.strip()
+    if len(part) == 1 and part[0]["role"] in ("user", "assistant"):
+        return part[0]["content"].strip()
+    return json.dumps([[turn["role"], turn["content"].strip()] for turn in part]) if part else ""
+
+
+def _names(config: DataConfig) -> dict[str, str]:
+    kinds = ("prompt", "completion", "chosen", "rejected", "text", "messages", "margin")
+    return {kind: getattr(config, f"{kind}_column") for kind in kinds}
+
+
+def _found(row: Row, names: dict[str, str]) -> dict[str, Any]:
+    """The columns that mean something, by what they are."""
+    return {kind: row.content[name] for kind, name in names.items() if row.content.get(name) is not None}
+
+
 def _is_number(value: float | str) -> bool:
     try:
         return abs(float(value)) < float("inf")
@@ -95,8 +141,8 @@ def _is_number(value: float | str) -> bool:
         return False
 
 
-def _parts(found: dict[str, Any], phase: str, row: Row) -> tuple[Any, tuple]:
-    """(prompt, completions), prompt None where the phase cannot use such a row."""
+def _with_prompt(found: dict[str, Any], row: Row) -> dict[str, Any]:
+    """The columns, with the prompt that pairs and messages hold in a column of its own."""
     pair = "chosen" in found and "rejected" in found
     answers = [found[kind] for kind in ("completion", "chosen", "rejected") if kind in found]
     for answer in answers:
@@ -110,23 +156,32 @@ def _parts(found: dict[str, Any], phase: str, row: Row) -> tuple[Any, tuple]:
         chosen, rejected = found["chosen"], found["rejected"]
         shared = _shared_beginning(chosen, rejected)
         found = found | {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+    messages = found.get("messages")
+    if messages is None or "prompt" in found:
+        return found
+    _check_part(messages, row)
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{row.where}: messages must be a list of at least one chat message.")
+    answered = messages[-1]["role"] == "assistant"
+    return found | {"prompt": messages[:-1], "completion": messages[-1:]} if answered else found | {"prompt": messages}
+
+
+def _parts(found: dict[str, Any], phase: str, row: Row) -> tuple[Any, tuple]:
+    """(prompt, completions), prompt None where the phase cannot use such a row."""
+    pair = "chosen" in found and "rejected" in found
+    if phase == "reward" and not pair:
+        return None, ()
+    asked = "prompt" in found
+    found = _with_prompt(found, row)
     prompt = found.get("prompt")
     if phase == "reward":
-        return (prompt, (found["chosen"], found["rejected"])) if pair else (None, ())
-    messages = found.get("messages")
-    if messages is not None and prompt is None:
-        _check_part(messages, row)
-        if not isinstance(messages, list) or not messages:
-            raise DataError(f"{row.where}: messages must be a list of at least one chat message.")
-        answered = messages[-1]["role"] == "assistant"
-        if phase == "sft" and not answered:
-            raise DataError(
-                f"{row.where}: the last message is the {messages[-1]['role']}'s; the SFT phase learns the assistant's."
-            )
-        prompt = messages[:-1] if answered else messages
-        found = found | {"completion": messages[-1:]}
+        return prompt, (found["chosen"], found["rejected"])
     if phase == "ppo":
         return (found.get("text") if prompt is None else prompt), ()
+    if not asked and prompt is not None and prompt is found.get("messages"):
+        raise DataError(
+            f"{row.where}: the last message is the {prompt[-1]['role']}'s; the SFT phase learns the assistant's."
+        )
     if prompt is None:
         return ("", (found["text"],)) if "text" in found else (None, ())
     completion = found.get("completion", found.get("chosen") if pair else None)
@@ -135,19 +190,29 @@ def _parts(found: dict[str, Any], phase: str, row: Row) -> tuple[Any, tuple]:
 
 def _shared_beginning(chosen: Any, rejected: Any) -> int:
     """How many messages, or characters up to the end of a word, the two have in common at the beginning."""
-    shared = 0
-    for one, other in zip(chosen, rejected, strict=False):
-        if one != other:
-            break
-        shared += 1
-    if isinstance(chosen, list):  # an answer is at least one message
-        return max(0, min(shared, len(chosen) - 1, len(rejected) - 1))
-    if isinstance(chosen, str):  # "… so good" / "… so grim": the prompt ends before the word in which they differ
-        while shared > 0 and not chosen[shared - 1].isspace():
-            shared -= 1
-        while shared > 0 and chosen[shared - 1].isspace():
-            shared -= 1
-    return shared
+    if isinstance(chosen, list) and isinstance(rejected, list):  # an answer is at least one message
+        return max(0, min(_agree(chosen, rejected), len(chosen) - 1, len(rejected) - 1))
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        return 0
+    shared = _agree(chosen, rejected)
+    turn = chosen.rfind(_ANSWER_TURN, 0, shared)
+    if turn >= 0:  # pairs of one conversation have one prompt, also where both answers begin with the same words
+        return turn + len(_ANSWER_TURN)
+    while shared > 0 and not chosen[shared - 1].isspace():  # "… so good" / "… so grim": the prompt ends before the word
+        shared -= 1
+    return len(chosen[:shared].rstrip())
+
+
+def _agree(one: str | list, other: str | list) -> int:
+    """How many characters or messages are the same from the beginning on, found by halving."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _check_part(part: Any, row: Row) -> None:
@@ -191,8 +256,7 @@ def _templated(prompt: Any, completions: tuple, row: Row, tokenizer: PreTrainedT
 
 def _common_prefix(texts: list[str]) -> str:
     first, last = min(texts), max(texts)
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
-    return first[: sum(1 for _ in same)]
+    return first[: _agree(first, last)]
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict], *, ask: bool) -> str:

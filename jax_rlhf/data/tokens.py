@@ -23,12 +23,14 @@ class Example:
       completions: int32[c] each: none for PPO, one for SFT, (chosen, rejected) for the reward model.
       margin: in reward units.
       columns: the row's other columns.
+      has_prompt: whether the row has one; BOS alone is none.
     """
 
     prompt: np.ndarray
     completions: tuple[np.ndarray, ...]
     margin: float = 0.0
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    has_prompt: bool = True
 
     @property
     def length(self) -> int:
@@ -108,8 +110,27 @@ def tokenized(
         answers = [_ended(answer[index], eos_ids, added) for answer in completions]
         example = _fitted(prompt, answers, config, dropped, bos)
         if example is not None:
-            examples.append(dataclasses.replace(example, margin=text.margin, columns=text.columns))
+            more = {"margin": text.margin, "columns": text.columns, "has_prompt": bool(text.prompt.strip())}
+            examples.append(dataclasses.replace(example, **more))
     return examples
+
+
+def openings(texts: Sequence[Texts], tokenizer: PreTrainedTokenizerBase, count: int) -> list[np.ndarray]:
+    """The first tokens of prompts, as the PPO phase takes them with `prompt_tokens`.
+
+    Args:
+      texts: one each.
+      tokenizer: the tokenizer.
+      count: at most so many tokens, BOS among them.
+
+    Returns:
+      int32[count] each, or fewer.
+    """
+    prompts, bos = _ids([text.prompt for text in texts], tokenizer), _bos(tokenizer)
+    return [
+        _array((prompt if text.templated else bos + prompt)[:count])
+        for text, prompt in zip(texts, prompts, strict=True)
+    ]
 
 
 def _is_bad(row: Row, text: Texts, config: DataConfig, dropped: collections.Counter) -> bool:

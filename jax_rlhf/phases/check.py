@@ -57,8 +57,8 @@ def check_run(config: RunConfig, workdir: Path, *, overwrite: bool) -> None:
     if "reward" in phases and config.reward_training.normalize_rows:
         needed["ppo"] = None  # its prompts are answered, to normalise scores
     for phase in list(needed)[1:]:  # the first one's own start does it
-        data = config.data_of(phase)
-        create_datasets(data, policy.tokenizer, phase, seed=config.seed, eos_ids=config.ends(policy))
+        how = {"seed": config.seed, "eos_ids": config.ends(policy), "eval_rows": config.eval_rows_of(phase)}
+        create_datasets(config.data_of(phase), policy.tokenizer, phase, **how)
 
 
 def _check_overwrite(config: RunConfig, workdir: Path) -> None:

@@ -160,13 +160,22 @@ class RunConfig:
           phase: its name.
 
         Returns:
-          `data`, but for packing, which the token loss of pairs does not know, and for the held-out prompts of PPO.
+          `data`, but for packing, which the token loss of pairs does not know.
         """
         if phase == "reward" and self.reward_training.loss == "token":
             return dataclasses.replace(self.data, packing=False)
-        if phase == "ppo" and self.ppo.eval_rows is not None:
-            return dataclasses.replace(self.data, eval_rows=self.ppo.eval_rows)
         return self.data
+
+    def eval_rows_of(self, phase: str) -> int:
+        """How many held-out rows a phase evaluates on, at most; what is held out is the same in all phases.
+
+        Args:
+          phase: its name.
+
+        Returns:
+          `data.eval_rows`, or that of PPO.
+        """
+        return self.ppo.eval_rows if phase == "ppo" and self.ppo.eval_rows is not None else self.data.eval_rows
 
 
 def default_config() -> ConfigDict:

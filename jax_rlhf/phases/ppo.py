@@ -68,7 +68,8 @@ def run(
         trainer = PPOTrainer(
             engine, settings, reward_functions=_functions(settings.reward_functions, settings.reward_timeout)
         )
-        prompts = create_datasets(config.data_of("ppo"), engine.tokenizer, "ppo", seed=config.seed, mesh=layout)
+        most = config.eval_rows_of("ppo")
+        prompts = create_datasets(config.data, engine.tokenizer, "ppo", seed=config.seed, eval_rows=most, mesh=layout)
         texts = _texts(config, engine) if settings.ptx_coef else None
         judges = _functions(settings.eval_functions, settings.reward_timeout)
         same_everywhere(prompts.digest, "the data")

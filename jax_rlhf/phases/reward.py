@@ -162,7 +162,8 @@ def _policy_scores(
     record: Record,
 ) -> tuple[np.ndarray, np.ndarray, list[Mapping[str, Any]]]:
     """The reward model's scores of the SFT policy's responses to the PPO phase's prompts, and which of them ended."""
-    prompts = create_datasets(config.data_of("ppo"), policy.tokenizer, "ppo", seed=config.seed, mesh=layout)
+    most = config.eval_rows_of("ppo")
+    prompts = create_datasets(config.data, policy.tokenizer, "ppo", seed=config.seed, eval_rows=most, mesh=layout)
     ppo, known = config.ppo, network.model.config.vocab_size
     answering = policy.model.clone(config=policy.model.config.limited_to(known))  # ids that both know
     scores, ended, rows = [], [], []
