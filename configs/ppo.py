@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     ppo = config.ppo
     ppo.iterations = 100  # each samples a batch of prompts and updates
     ppo.eval_every = 0  # iterations between evaluations on held-out prompts; 0: before and after only
-    # ppo.eval_rows = 64  # held-out prompts to answer, at most; default: data.eval_rows
+    # ppo.eval_rows = 64  # of the held-out prompts, how many to answer, at most; default: data.eval_rows
     ppo.reward_functions = ()  # "package.module:function": f(prompts, responses, **columns) → scores, added
     ppo.eval_functions = ()  # the same, only reported
     ppo.sample_rows = 4  # of each iteration's responses into samples.jsonl

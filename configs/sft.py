@@ -49,11 +49,11 @@ def get_config() -> ConfigDict:
     data.paths = ()  # .jsonl, .json, .parquet, .csv files, data set ids, "package.module:function" readers
     data.weights = ()  # the share of each path in the mixture; empty: by size
     data.eval_paths = ()  # held-out rows; empty: eval_rows of each path's (a reader gives its own)
-    data.eval_rows = 256  # held out at most, and never more than a tenth of paths
+    data.eval_rows = 256  # held out at most: whole prompts, never more than a tenth of each path
     data.split = "train"  # of a Hugging Face data set, for paths
     data.eval_split = "test"  # the same for eval_paths
     # data.revision = "main"  # of a Hugging Face data set
-    data.data_split = ""  # "2,4,4": disjoint shares of each path for SFT, reward model and PPO; empty: all rows to each
+    data.data_split = ""  # "2,4,4": shares of each path for SFT, reward and PPO, no prompt in two; empty: all to each
     data.prompt_column = "prompt"  # columns, as they are called in the data
     data.completion_column = "completion"
     data.chosen_column = "chosen"
@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
     data.too_long = "filter"  # leave longer rows out and count them, or "truncate": prompts left, completions right
     data.on_bad_row = "error"  # at empty completions and chosen = rejected; or "drop" and count them
     # data.prompt_tokens = 8  # PPO's prompts are the first so many tokens of a text
-    data.deduplicate = True  # of rows that are alike, one stays; what is held out is not trained on
+    data.deduplicate = True  # of rows that are alike, one stays; prompts of eval_paths are not trained on
     # data.pad_token = "<|endoftext|>"  # for a tokenizer without one; any will do
     data.sft_batch_size = 16  # rows a step, of all devices together
     data.packing = False  # several texts share a row, without seeing each other

@@ -12,12 +12,14 @@ class DataConfig:
       paths: each a .jsonl, .json, .parquet or .csv file, the id of a Hugging Face data set (or a folder that `datasets`
         loads), or "package.module:function", a reader: f(phase=…, split="train" | "eval") → rows as dicts.
       weights: the share of each path in the mixture; empty = by their sizes.
-      eval_paths: held-out rows; empty = what each reader returns for "eval", and `eval_rows` of each other path's.
+      eval_paths: held-out rows; empty = what each reader returns for "eval", and `eval_rows` of each other path's. No
+        prompt that is held out is trained on, in any phase (docs/data.md says what a prompt is).
       split, eval_split: of a Hugging Face data set, for `paths` and `eval_paths`.
       revision: of a Hugging Face data set.
-      data_split: shares of each path for the phases, such as "2,4,4": disjoint, and drawn by the seed; "" = each phase
-        has all rows.
-      eval_rows: held-out rows a path and phase, at most; of `paths` never more than a tenth of the phase's share.
+      data_split: shares of each path for the phases, such as "2,4,4", drawn by the seed: no prompt is in two; "" = each
+        phase has all rows.
+      eval_rows: held-out rows a path and phase, at most; of `paths` whole prompts, and never more than a tenth of the
+        rows and of the prompts in the phase's share.
 
     Columns, as they are called in the data:
       prompt_column, completion_column, chosen_column, rejected_column, text_column, messages_column, margin_column.
@@ -29,8 +31,9 @@ class DataConfig:
         from the right.
       on_bad_row: an empty completion, or chosen = rejected: stop with an "error", or "drop" and count.
       prompt_tokens: prompts of the PPO phase are the first so many tokens of `text` (or of `prompt`); None = whole
-        prompts. Shorter ones are left out and counted.
-      deduplicate: of rows that are alike, one stays; of those that are held out too, none is trained on.
+        prompts. Shorter ones are left out and counted. In all phases rows with one opening have one prompt.
+      deduplicate: of rows that are alike, one stays; rows of `paths` that have a prompt of `eval_paths`' or of a
+        reader's "eval" rows are not trained on.
       pad_token: for a tokenizer that has none; any will do, since masks come from lengths.
 
     Batches, over all processes together:

@@ -70,7 +70,7 @@ class PPOConfig:
     The loop of `python -m jax_rlhf`, which `PPOTrainer` does not read:
       iterations: each samples config.data.ppo_batch_size prompts and updates.
       eval_every: iterations between evaluations on held-out prompts; 0 = only before the first and after the last.
-      eval_rows: held-out prompts to answer, at most; None = config.data.eval_rows.
+      eval_rows: held-out prompts to answer, at most; None = config.data.eval_rows, which says how many are drawn.
       reward_functions: "package.module:function" each, f(prompts, responses, **columns) → scores, added to the reward
         model's.
       eval_functions: the same, only reported.
