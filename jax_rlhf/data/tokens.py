@@ -14,7 +14,7 @@ from jax_rlhf.data.formats import Texts
 from jax_rlhf.data.sources import Row
 
 _OPENING_CHARACTERS = 8
-"""Of a token, at most: on average they have half as many."""
+"""Read for each token of an opening; on average a token has about half as many."""
 
 
 @dataclasses.dataclass(frozen=True)
