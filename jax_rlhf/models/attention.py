@@ -9,6 +9,8 @@ query order − key order < window. So pads take no room in a window and may sta
     query order   -1   0    1    1    2        c sees a, b, c; with window 2: b, c
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from jax import Array
 from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.models.flash import flash_attend, uses_flash
 from jax_rlhf.models.layers import Norm, Projection, softcap
+from jax_rlhf.models.precision import product_precision
 from jax_rlhf.models.rotary import rotate
 from jax_rlhf.parallel import constrained
 
@@ -103,10 +106,11 @@ def attend(
     # where the same einsum over separate G and T axes took 3.7 × as long (one token, 64 rows, 9 heads on 3, 2 cores).
     rows = query.reshape(batch, length, kv_heads, group, width).transpose(0, 2, 3, 1, 4)
     rows = rows.reshape(batch, kv_heads, group * length, width)
-    scores = jnp.einsum("bkmd,bksd->bkms", rows, key, preferred_element_type=jnp.float32) * scale
+    product = functools.partial(jnp.einsum, precision=product_precision(value.dtype))
+    scores = product("bkmd,bksd->bkms", rows, key, preferred_element_type=jnp.float32) * scale
     scores = softcap(scores, cap).reshape(batch, kv_heads, group, length, -1)
     weights = jax.nn.softmax(jnp.where(allowed[:, None, None], scores, MASKED_SCORE), axis=-1).astype(value.dtype)
-    mixed = jnp.einsum("bkms,bksd->bkmd", weights.reshape(batch, kv_heads, group * length, -1), value)
+    mixed = product("bkms,bksd->bkmd", weights.reshape(batch, kv_heads, group * length, -1), value)
     return mixed.reshape(batch, kv_heads, group, length, width).transpose(0, 3, 1, 2, 4).reshape(query.shape)
 
 

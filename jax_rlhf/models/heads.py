@@ -6,7 +6,7 @@ from jax import Array
 
 from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.models.layers import head_init, normal_init, softcap
-from jax_rlhf.models.products import look_up_logits
+from jax_rlhf.models.products import look_up_logits, project
 from jax_rlhf.parallel import constrained
 
 
@@ -49,4 +49,4 @@ class ScalarHead(nn.Module):
         """float[..., E] → float32[...]."""
         width = self.config.output_size
         kernel = self.param("kernel", nn.with_logical_partitioning(head_init(width), ("embed", None)), (width, 1))
-        return (hidden.astype(jnp.float32) @ kernel.astype(jnp.float32))[..., 0]
+        return project(hidden.astype(jnp.float32), kernel.astype(jnp.float32), 1)[..., 0]

@@ -8,11 +8,27 @@ first; [*outputs, *inputs] on the left (`project_by_output`) it reads as fast as
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.lax import dot_general
+
+from jax_rlhf.models.precision import product_precision
+
+
+def dot_general(x: Array, y: Array, dimension_numbers: Any, preferred_element_type: Any = None) -> Array:
+    """`jax.lax.dot_general`, in which float32 is float32 on every device.
+
+    Args:
+      x, y: of one dtype.
+      dimension_numbers, preferred_element_type: as there.
+
+    Returns:
+      The product.
+    """
+    how = {"precision": product_precision(x.dtype), "preferred_element_type": preferred_element_type}
+    return jax.lax.dot_general(x, y, dimension_numbers, **how)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -72,7 +88,8 @@ def _logits_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[A
     leading = tuple(range(hidden.ndim - 1))
     columns = dot_general(hidden, gradient, ((leading, leading), ((), ())))  # [E, rows]
     # The barrier keeps XLA from folding the transposition into the product, which is JAX's form again.
-    return gradient @ table, jax.lax.optimization_barrier(columns).T
+    rows = dot_general(gradient, table, ((_last(gradient, 1), (0,)), ((), ())))
+    return rows, jax.lax.optimization_barrier(columns).T
 
 
 look_up_logits.defvjp(_logits_forward, _logits_backward)
