@@ -46,6 +46,7 @@ class Datasets:
       batch_size: rows a batch, of all processes together.
       report: how many rows were read, and what became of them.
       digest: of all tokens, in order: processes that read other files differ in it.
+      widths: that batches may have, in tokens; each is compiled for when it first comes.
       prefetch: batches made ahead of their use.
     """
 
@@ -56,6 +57,7 @@ class Datasets:
     batch_size: int
     report: str
     digest: str
+    widths: tuple[int, ...]
     prefetch: int = 2
 
     @property
@@ -268,6 +270,7 @@ def _batched(
         longest *= 2 if phase == "reward" else 1  # a row holds both texts of a pair
         train, groups = [packed(examples, longest) for examples in train], packed(held_out, longest)
         slots = max(len(row) for examples in [*train, groups] for row in examples)
+    widths = (longest,) if packing else tuple(buckets)
     rows = sum(map(len, train))
     if rows < batch_size:
         raise DataError(
@@ -300,7 +303,7 @@ def _batched(
         filler = held_out[0] if phase == "ppo" else [] if packing else None
         filled[-1] = filled[-1] + [filler] * (batch_size - len(filled[-1]))
     evals = [batch(examples, FIRST_EVAL_ROW + index * batch_size) for index, examples in enumerate(filled)]
-    return Datasets(batches, evals, rows, len(held_out), batch_size, report, digest, config.prefetch)
+    return Datasets(batches, evals, rows, len(held_out), batch_size, report, digest, widths, config.prefetch)
 
 
 def _stream(examples: list, seed: int) -> grain.MapDataset:

@@ -29,7 +29,7 @@ from jax_rlhf.phases.faults import check_step, debugged
 from jax_rlhf.phases.progress import Progress, digest, tokenizer_digest
 from jax_rlhf.phases.record import Record
 from jax_rlhf.phases.stop import StopSignals
-from jax_rlhf.phases.supervised import microbatches, with_end
+from jax_rlhf.phases.supervised import microbatches, other_widths, with_end
 from jax_rlhf.phases.workdir import reward_model, sft_model
 from jax_rlhf.rewards import OnFailure, RewardFunction, score_texts
 from jax_rlhf.rl import Experience, Prompts, check_experience
@@ -84,13 +84,14 @@ def run(
             return metrics
 
         if progress.step == 0:
-            record.say("compiling, and evaluating the SFT policy")
+            record.say(f"compiling, and evaluating the SFT policy{other_widths(prompts)}")
             evaluate(0)
             progress.notes |= {"before": progress.notes["after"], "first": progress.notes["last"]}
         with progress.saving(lambda: _save(engine, folder)):
             batches = prompts.batches(progress.step, settings.iterations)
             for iteration in progress.steps(settings.iterations, "iteration", evaluate, settings.eval_every):
                 batch, text = next(batches), _pretraining(texts, iteration)
+                record.compiles_for(iteration, batch)
                 experience, metrics = debugged(
                     config.debug, functools.partial(_iteration, trainer, batch, text, check=config.debug)
                 )

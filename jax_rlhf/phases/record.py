@@ -51,6 +51,7 @@ class Record:
         self._bar: tqdm | None = None
         self._files: dict[str, BinaryIO] = {}
         self._board, self._run, self._begun = None, None, {}
+        self._widths: set[int] = set()
         if self._writes:
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -192,6 +193,18 @@ class Record:
         for row in rows:
             numbers = {k: _json_number(v) if isinstance(v, float) else v for k, v in row.items()}
             self._line("samples", numbers)
+
+    def compiles_for(self, step: int, batch: Any) -> None:
+        """Says that a step will take longer: its batch has a width that no former one had, for which XLA compiles.
+
+        Args:
+          step: steps done.
+          batch: a tree of arrays, the first of them [rows, tokens, …].
+        """
+        width = jax.tree.leaves(batch)[0].shape[1]
+        if self._widths and width not in self._widths:
+            self.say(f"step {step}: compiling for batches that are {width} tokens wide")
+        self._widths.add(width)
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar.

@@ -47,6 +47,21 @@ def with_end(optimizer: OptimizerConfig, steps: int) -> OptimizerConfig:
     return optimizer if optimizer.total_steps else dataclasses.replace(optimizer, total_steps=steps)
 
 
+def other_widths(datasets: Datasets) -> str:
+    """What is said of a phase whose batches have several widths.
+
+    Args:
+      datasets: the data.
+
+    Returns:
+      The end of a sentence; empty where all batches have one width.
+    """
+    if len(datasets.widths) == 1:
+        return ""
+    widths = ", ".join(map(str, datasets.widths))
+    return f"; batches may be {widths} tokens wide, and the first of each width compiles anew"
+
+
 def microbatches(batch_size: int, microbatch_size: int | None, layout: Layout | None, where: str) -> int:
     """Into how many parts a batch is cut.
 
@@ -163,12 +178,13 @@ def train(
       eval_every: steps between evaluations; 0 = only after the last.
       export: writes the model.
     """
-    record.say("compiling the first step")
+    record.say(f"compiling the first step{other_widths(datasets)}")
     batches = datasets.batches(progress.step, steps)
     with progress.saving(export):
         for step in progress.steps(steps, "step", evaluate, eval_every):
             started = time.perf_counter()
             batch = next(batches)
+            record.compiles_for(step, batch)
             one_step = functools.partial(_step, how, progress.state, frozen, batch, layout)
             state, numbers = debugged(config.debug, one_step)
             numbers["tokens_per_second"] = numbers["tokens"] / (time.perf_counter() - started)

@@ -268,6 +268,7 @@ def test_widths_are_few(tmp_path):
         for text in tiny.letters(4)
     ]
     datasets = create(tiny.write(tmp_path / "x.jsonl", rows), "sft", max_tokens=40)
+    assert datasets.widths == (10, 20, 40)
     assert {datasets.train[step].tokens.shape[1] for step in range(50)} <= {10, 20, 40}
     datasets = create(tiny.write(tmp_path / "x.jsonl", rows), "sft", max_tokens=40, length_buckets=(30, 50))
     assert {datasets.train[step].tokens.shape[1] for step in range(50)} <= {30, 40}

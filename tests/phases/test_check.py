@@ -3,8 +3,12 @@
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
+from jax_rlhf import Pretrained, save_pretrained
+from jax_rlhf.hub import config_from_hub
+from jax_rlhf.models import Decoder, init_params
 from jax_rlhf.phases import run_config
 from jax_rlhf.phases.check import check_run
 from jax_rlhf.phases.config import LogConfig
@@ -58,6 +62,8 @@ def set_field(config, path, value):
         ({"ppo.reward_functions": ("tests.phases.tiny:nobody",)}, "cannot be imported"),
         ({"mesh.data": 3}, "data=3 × fsdp=-1 × tensor=1 is not the 8 devices that there are"),
         ({"ppo.clip_range": -1.0}, "clip_range=-1.0 must be 0 or more"),
+        ({"ppo.critic_warmup_iterations": 3}, "critic_warmup_iterations=3 leaves the actor none of .*iterations=3"),
+        ({"critic.revision": "main"}, r"config.critic.revision='main' is of a hub id; set config.critic.path too"),
     ],
 )
 def test_what_cannot_work_is_said_at_the_start(config, tmp_path, changes, message):
@@ -89,6 +95,42 @@ def test_what_overwriting_would_delete_is_no_input(config, tmp_path):
 def test_a_reward_model_of_another_vocabulary(config, tmp_path):
     config.reward.path = tiny.checkpoint(tmp_path / "small", vocabulary=20)
     with pytest.raises(ValueError, match=r"config.reward.path=.* has another vocabulary than config.model.path"):
+        check(config, tmp_path)
+
+
+def learned_positions(folder, positions):
+    """A GPT-2 whose rows may have so many tokens."""
+    shape = {"model_type": "gpt2", "vocab_size": len(data.WORDS), "n_embd": 16, "n_layer": 3, "n_head": 2}
+    model = Decoder(config_from_hub(shape | {"n_positions": positions, "eos_token_id": data.EOS}))
+    save_pretrained(folder, Pretrained(model, init_params(model, jax.random.key(0)), data.tokenizer()))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("phase", "changes", "message"),
+    [
+        ("sft", {"data.max_tokens": 13}, "config.data.max_tokens=13 tokens is more than the 12 positions .* the sft"),
+        ("reward", {"data.max_tokens": 13}, "config.data.max_tokens=13 tokens .* the reward phase needs shorter rows"),
+        ("ppo", {"ppo.max_new_tokens": 9}, r"max_prompt_tokens \+ config.ppo.max_new_tokens=13 tokens .* the ppo"),
+        ("reward", {"ppo.max_new_tokens": 9}, r"config.ppo.max_new_tokens=13 tokens .* config.model.path has; the ppo"),
+        ("ppo", {"ppo.max_new_tokens": 8}, None),
+    ],
+)
+def test_rows_longer_than_a_table_of_positions_are_said_at_the_start(config, tmp_path, phase, changes, message):
+    config.model.path = config.sft_model_path = learned_positions(tmp_path / "gpt2", 12)
+    config.reward.path, config.data.max_tokens, config.phases = config.model.path, 12, (phase,)
+    for path, value in changes.items():
+        set_field(config, path, value)
+    if message is None:
+        check(config, tmp_path)
+        return
+    with pytest.raises(ValueError, match=message):
+        check(config, tmp_path)
+
+
+def test_a_reward_model_of_fewer_positions(config, tmp_path):
+    config.reward.path, config.data.max_tokens = learned_positions(tmp_path / "gpt2", 9), 9
+    with pytest.raises(ValueError, match=r"10 tokens is more than the 9 positions that config.reward.path has"):
         check(config, tmp_path)
 
 
