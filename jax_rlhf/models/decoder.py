@@ -23,6 +23,7 @@ from jax_rlhf.models.cache import KVCache, decoder_angles
 from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.models.heads import LMHead, ScalarHead, logits_from_table
 from jax_rlhf.models.layers import MLP, Norm, Projection, normal_init
+from jax_rlhf.models.lookup import look_up_rows
 from jax_rlhf.parallel import constrained
 
 Params = dict[str, Any]
@@ -52,13 +53,13 @@ class Embedding(nn.Module):
     def __call__(self, tokens: Array, positions: Array) -> Array:
         """int[B, T], int[B, T] → float[B, T, D]."""
         config = self.config
-        x = _rows(self.table, tokens).astype(config.dtype)
+        x = look_up_rows(self.table, tokens, config)
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, config.dtype)
         if config.embedding_size:
             x = self.project_in(x)
         if config.position_kind == "learned":
-            x = x + _rows(self.positions, positions + config.position_offset).astype(config.dtype)
+            x = x + look_up_rows(self.positions, positions + config.position_offset, config)
         return _residual(x, config)
 
     def attend(self, hidden: Array) -> Array:
@@ -68,11 +69,6 @@ class Embedding(nn.Module):
 
 def _residual(x: Array, config: DecoderConfig) -> Array:
     return constrained(x, config.layout, "rows", "length", "hidden")
-
-
-def _rows(table: Array, indices: Array) -> Array:
-    # An index outside the table gives NaN, which is seen, where clamping would give a plausible wrong row.
-    return table.at[indices].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 class DecoderLayer(nn.Module):

@@ -1,6 +1,14 @@
 """Where arrays live on a mesh."""
 
-from jax_rlhf.parallel.layout import LOGICAL_TO_MESH, Layout, as_layout, constrained, reshard_steps, rollout_layout
+from jax_rlhf.parallel.layout import (
+    LOGICAL_TO_MESH,
+    Layout,
+    as_layout,
+    constrained,
+    lookup_layout,
+    reshard_steps,
+    rollout_layout,
+)
 from jax_rlhf.parallel.mesh import MeshConfig, RolloutMeshConfig, create_layout, create_mesh
 from jax_rlhf.parallel.partition import gather_to_host, kept_in_place, padded_vocab_size, places_of, shardings
 from jax_rlhf.parallel.processes import (
@@ -44,6 +52,7 @@ __all__ = [
     "kept_in_place",
     "leave",
     "local_rows",
+    "lookup_layout",
     "map_row_groups",
     "owned_rows",
     "padded_vocab_size",

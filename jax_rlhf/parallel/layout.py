@@ -158,6 +158,23 @@ def constrained(x: Array, layout: Layout | None, *axes: str | None) -> Array:
     return x if layout is None else jax.lax.with_sharding_constraint(x, layout.sharding(axes, x.shape))
 
 
+def lookup_layout(layout: Layout | None) -> Layout | None:
+    """The layout in which rows of a table are looked up: a batch is not cut along the axes that cut the table.
+
+    Args:
+      layout: the model's; None = one device.
+
+    Returns:
+      A layout on the same mesh, or None.
+    """
+    if layout is None:
+        return None
+    of_table = {*layout.mesh_axes("vocab"), *layout.mesh_axes("embed")}
+    rows = tuple(axis for axis in layout.mesh_axes("rows") if axis not in of_table)
+    others = tuple(line for line in layout.overrides if line[0] != "rows")
+    return dataclasses.replace(layout, overrides=(*others, ("rows", rows)))
+
+
 def rollout_layout(layout: Layout, divided: Sequence[int]) -> Layout:
     """The layout to sample in: no weight is cut where decoding would have to gather it for every token.
 
