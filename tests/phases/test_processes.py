@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jax_rlhf import load_pretrained
 from tests.phases import test_end_to_end as alone
@@ -25,6 +26,15 @@ def get_config():
     config.ppo.time_phases = False
     return config
 """
+
+# Adam divides a gradient by its own size, and so makes rounding larger where a gradient is all but zero. With its ε at
+# 1,000 a step is linear in the gradient.
+LINEAR = [
+    f"--config.{phase}optimizer.{setting}"
+    for phase, rate in {"sft.": 100, "reward_training.": 100, "ppo.actor_": 30, "ppo.critic_": 30}.items()
+    for setting in ("eps=1e3", f"learning_rate={rate}")
+]
+MODELS = ("sft/model", "reward/model", "ppo/model", "ppo/critic")
 
 
 def half_a_point_an_a(prompts, responses, tag, **columns):
@@ -82,9 +92,24 @@ def metrics(workdir, phase):
     return [{name: value for name, value in row.items() if not any(word in name for word in timing)} for row in rows]
 
 
+def parameters(run):
+    """Of all models that a run leaves, by file and name."""
+    files = {model: load_file(run / model / "model.safetensors") for model in MODELS}
+    return {(model, name): leaf for model, leaves in files.items() for name, leaf in leaves.items()}
+
+
+def assert_same_up_to_rounding(wanted, got, started):
+    """Each parameter to 1e-6 of its array's largest; most have moved a thousand times as far."""
+    assert wanted.keys() == got.keys()
+    for name, leaf in wanted.items():
+        np.testing.assert_allclose(got[name], leaf, rtol=0, atol=1e-6 * np.abs(leaf).max(), err_msg=str(name))
+    moved = [np.abs(wanted["ppo/model", name] - leaf).max() / np.abs(leaf).max() for name, leaf in started.items()]
+    assert np.median(moved) > 1e-3
+
+
 def test_two_processes_run_all_phases_as_one_does(folder):
     # With tensor=2 on the processes' 4 devices each, rows lie along fsdp=4.
-    form = ("--config.mesh.tensor=2",)
+    form = ("--config.mesh.tensor=2", *LINEAR)
     printed = finish(start_two(folder, folder / "two", *form))
     assert [code for _, code in printed] == [0, 0], printed[0][0][-3000:] + printed[1][0][-3000:]
     ((output, code),) = finish([start(folder, folder / "one", *form, devices=8, asked=folder / "asked")])
@@ -102,12 +127,28 @@ def test_two_processes_run_all_phases_as_one_does(folder):
         texts = [[row.get("response") or row.get("text") for row in rows] for rows in samples]
         assert texts[0] == texts[1]
         load_pretrained(folder / "two" / phase / "model", head="scalar" if phase == "reward" else "lm")
+    started = load_file(folder / "base" / "model.safetensors")
+    assert_same_up_to_rounding(parameters(folder / "one"), parameters(folder / "two"), started)
     assert "ppo: iterations 2" in printed[0][0]
     assert "ppo: iterations 2" not in printed[1][0]  # what is said, process 0 says
     asked = [(folder / name).read_text().split() for name in ("asked", "asked0", "asked1")]
     assert set(asked[0]) == {"16"}  # each row once: evaluations and iterations
     assert set(asked[1]) == set(asked[2]) == {"8"}
     assert len(asked[0]) == len(asked[1]) == len(asked[2])
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_to_the_bit_where_sums_have_two_addends(folder):
+    """With Adam: order is all that rounding depends on, and two numbers have one order."""
+    who = (f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", "--process_timeout=10")
+    asked = folder / "asked_of_pair"
+    two = [start(folder, folder / "pair", *who, f"--process_id={index}", devices=1, asked=asked) for index in range(2)]
+    one = start(folder, folder / "both", devices=2, asked=asked)
+    for output, code in finish([*two, one]):
+        assert code == 0, output[-3000:]
+    wanted, got = parameters(folder / "both"), parameters(folder / "pair")
+    for name, leaf in wanted.items():
+        np.testing.assert_array_equal(got[name], leaf, err_msg=str(name))
 
 
 def test_a_process_with_other_data_is_named_by_all(folder, tmp_path):
