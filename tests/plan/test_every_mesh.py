@@ -1,0 +1,107 @@
+"""On no form of the mesh is the batch's embedding put together on a device, nor any array made whole to be cut again.
+
+XLA does not say so for TPU, so what it compiled is read as well.
+"""
+
+import contextlib
+import math
+import os
+import re
+import tempfile
+
+import jax
+import pytest
+
+from jax_rlhf.parallel import create_layout
+from jax_rlhf.plan.abstract import programs_of
+from jax_rlhf.plan.collectives import collectives
+from tests.plan import tiny
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+FORMS = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (2, 4, 1), (4, 1, 2), (2, 1, 4), (1, 4, 2), (1, 2, 4), (2, 2, 2)]
+ROWS, MICRO, TOKENS = 32, 16, 192  # no other array begins with these sizes
+LEARNED = {"model_type": "opt", "ffn_dim": 2048, "word_embed_proj_dim": 512, "activation_function": "relu"}
+
+
+@contextlib.contextmanager
+def standard_error():
+    """What is written there meanwhile, XLA's C++ included: a list of one text, filled at the end."""
+    said, kept = [], os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            said.append(file.read().decode(errors="replace"))
+
+
+def programs(folder, monkeypatch, chips, form, phases, **shape):
+    monkeypatch.setattr(tiny, "SHAPE", {**tiny.SHAPE, **shape})
+    flat = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), form, strict=True))
+    flat |= {"data.max_prompt_tokens": 64, "data.max_tokens": TOKENS, "ppo.microbatch_size": MICRO, "phases": phases}
+    settings = tiny.settings(folder, **flat)
+    devices = jax.devices() if chips == "cpu" else tiny.topology(chips).devices
+    return programs_of(settings, create_layout(settings.mesh, settings.rollout_mesh, devices))
+
+
+def whole_embeddings(text, form, rows):
+    """The lines of a compiled program that make more of the rows' embeddings than a device's share."""
+    share = rows * TOKENS * tiny.SHAPE["hidden_size"] // (form[0] * form[1])
+    found = []
+    for line in text.splitlines():
+        for sizes in re.findall(r"\b(?:f32|bf16)\[([\d,]+)\]", line.partition("(")[0]):
+            sizes = [int(size) for size in sizes.split(",")]
+            of_batch = sizes[:2] == [rows, TOKENS] or sizes[0] == rows * TOKENS
+            if of_batch and math.prod(sizes) > share:
+                found.append(line.strip()[:400])
+    return found
+
+
+def check(made, form):
+    """Compiles them; their texts by name."""
+    texts = {}
+    for program in made:
+        with standard_error() as said:
+            text = program.function.lower(*program.arguments).compile().as_text()
+        where = f"{program.phase} {program.name} on {form}"
+        reports = [line for line in said[0].splitlines() if "nvoluntary full rematerialization" in line]
+        assert not reports, f"{where}: {reports}"
+        rows = {"step": {"sft": ROWS, "reward": 2 * ROWS}.get(program.phase), "update": MICRO}.get(program.name, ROWS)
+        assert whole_embeddings(text, form, rows) == [], where
+        texts[program.name] = text
+    return texts
+
+
+@pytest.mark.parametrize("form", [(2, 2, 2), (2, 4, 1)])  # where data and fsdp are both above 1, both went wrong
+def test_each_device_looks_up_its_own_rows(tmp_path, monkeypatch, form):
+    made = programs(tmp_path, monkeypatch, "cpu", form, ("sft", "ppo"))
+    check([one for one in made if one.name != "update"], form)
+
+
+def test_learned_positions_and_a_narrow_embedding_too(tmp_path, monkeypatch):
+    made = programs(tmp_path, monkeypatch, "cpu", (2, 2, 2), ("sft",), **LEARNED)
+    check(made, (2, 2, 2))
+
+
+@pytest.mark.parametrize("chips", ["v5e:2x4", "h100:2x4"])
+def test_the_compilers_for_tpu_and_gpu_do_as_well(tmp_path, monkeypatch, chips):
+    made = programs(tmp_path, monkeypatch, chips, (2, 2, 2), ("sft",))
+    check(made, (2, 2, 2))
+
+
+def test_scoring_sends_no_rows_between_machines_where_each_has_its_own_copies(tmp_path, monkeypatch):
+    made = programs(tmp_path, monkeypatch, "h100:2x4", (2, 2, 2), ("ppo",))
+    texts = check([one for one in made if one.name == "scoring"], (2, 2, 2))
+    between = [one for one in collectives(texts["scoring"], devices=8, near=4) if one.near < one.group]
+    assert sum(one.count * one.bytes for one in between) < 1000  # means of metrics
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chips", ["cpu", "v5e:2x4", "h100:2x4"])
+@pytest.mark.parametrize("form", FORMS)
+def test_all_programs_on_all_forms(tmp_path, monkeypatch, chips, form):
+    check(programs(tmp_path, monkeypatch, chips, form, ("sft", "reward", "ppo")), form)
