@@ -72,7 +72,7 @@ def get_config() -> ConfigDict:
     # Updates.
     ppo.ppo_epochs = 4  # passes over the experience
     ppo.num_minibatches = 4  # optimizer steps a pass
-    # ppo.microbatch_size = 4  # rows whose activations exist at once; default: by the device
+    # ppo.microbatch_size = 4  # rows whose activations exist at once, to score and to update; default: by the device
     ppo.policy_loss = "clip"  # PPO-clip; or "penalty"
     ppo.clip_range = 0.2  # ε below 1, and above
     # ppo.clip_range_high = 0.28  # ε above, where it differs
@@ -84,7 +84,7 @@ def get_config() -> ConfigDict:
     # ppo.entropy_target = 2.0  # nats a token, above which there is no bonus
     ppo.ptx_coef = 0.0  # weight of the SFT data's loss (PPO-ptx), a nat a token
     ppo.critic_warmup_iterations = 0  # in which only the critic learns
-    # ppo.target_kl = 0.1  # nats a token; ends an iteration's updates
+    # ppo.target_kl = 0.1  # nats a token; ends an iteration's updates, the critic's too
     # ppo.kl_limit = 50.0  # nats a response, past which the run stops
     # ppo.ratio_limit = 100.0  # the same for the largest probability ratio of an iteration
     ppo.on_limit = "stop"  # or "lower_lr": multiply the actor's learning rate each time by

@@ -43,8 +43,8 @@ class PPOConfig:
     Updates:
       ppo_epochs: passes over the experience.
       num_minibatches: optimizer steps a pass; rows are reshuffled each pass.
-      microbatch_size: rows whose activations exist at once, on all devices together; None chooses (`microbatch_rows`).
-        It changes memory and speed, not the gradient.
+      microbatch_size: rows whose activations exist at once, in scoring and in updates, on all devices together; None
+        chooses (`microbatch_rows`). It changes memory and speed, not the gradient.
       policy_loss: "clip" (PPO-clip) or "penalty" (PPO-penalty).
       clip_range: ε of PPO-clip, below 1, and above where `clip_range_high` is None.
       dual_clip: c, the cap c |A| on the loss where A < 0; None = none.
@@ -54,9 +54,9 @@ class PPOConfig:
       entropy_target: nats a token; where the last minibatch had more entropy, there is no bonus, so that it holds the
         entropy up and does not drive it on; None = always a bonus.
       ptx_coef: weight of the pretraining loss (mean nats a token) where `train_rlhf` is given pretraining rows.
-      critic_warmup_iterations: iterations in which only the critic learns.
-      target_kl: the rest of an iteration's updates is left out once the approximate KL of a minibatch exceeds this, in
-        nats a token; None = never.
+      critic_warmup_iterations: iterations in which only the critic learns; the coefficients that adapt rest.
+      target_kl: the rest of an iteration's updates, of actor and critic, is left out once the approximate KL of a
+        minibatch exceeds this, in nats a token; None = never.
       kl_limit: nats a response; a mean KL over it is a fault. None = no limit.
       ratio_limit: the same for the largest probability ratio of an iteration's updates, 2 or more.
       on_limit: past a limit the run of `python -m jax_rlhf` "stop"s, its last good checkpoint kept; or each such
