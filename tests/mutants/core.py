@@ -280,7 +280,6 @@ MUTANTS = [
         ("jnp.where(running, drawn.tokens, sampling.pad_id)", "drawn.tokens"),
         ("jnp.where(running, drawn.logprobs, 0)", "drawn.logprobs"),
         ("jnp.where(running, drawn.kept_mass, 0)", "drawn.kept_mass"),
-        ('mask=carry["real"][:, None], method', 'mask=jnp.ones_like(carry["real"])[:, None], method'),
         ('"mask": carry["mask"].at[:, index].set(running)', '"mask": carry["mask"].at[:, index].set(True)'),
         ("config.vocab_size]", "config.table_rows]"),
     ),

@@ -31,25 +31,27 @@ def policy(model, params, tokens, mask, start, temperature):
 
 
 def sampled(model, params, prompts, config, iteration):
-    """(tokens, response mask, log-probs), a token at a time over the whole rows."""
+    """(tokens, response mask, log-probs, kept mass), a token at a time over the whole rows."""
     rows, width = prompts.tokens.shape
     tokens = np.concatenate([prompts.tokens, np.full((rows, config.max_new_tokens), config.pad_id)], axis=1)
     mask = np.concatenate([prompts.mask, np.zeros((rows, config.max_new_tokens), bool)], axis=1)
-    logprobs, running = np.zeros((rows, config.max_new_tokens)), np.ones(rows, bool)
+    (logprobs, kept), running = np.zeros((2, rows, config.max_new_tokens)), np.ones(rows, bool)
     key = jax.random.fold_in(jax.random.key(config.seed), iteration)
 
     @jax.jit
     def drawn(tokens, mask, index, ban):
         logits = jnp.take(logits_of(model, params, tokens, mask), width + index - 1, axis=1) / config.temperature
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), index))(prompts.row_ids)
-        return draw_tokens(logits, keys, banned=config.eos_ids, ban=ban)
+        how = {"top_k": config.top_k, "top_p": config.top_p, "banned": config.eos_ids, "ban": ban}
+        return draw_tokens(logits, keys, **how)
 
     for index in range(config.max_new_tokens):
         draw = jax.device_get(drawn(tokens, mask, index, index < config.min_new_tokens))
         tokens[running, width + index], logprobs[running, index] = draw.tokens[running], draw.logprobs[running]
+        kept[running, index] = draw.kept_mass[running]
         mask[running, width + index] = True
         running &= ~np.isin(tokens[:, width + index], config.eos_ids)
-    return tokens, mask[:, width:], logprobs
+    return tokens, mask[:, width:], logprobs, kept
 
 
 def collected(models, made, config, kl_coef):

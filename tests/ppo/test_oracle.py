@@ -67,6 +67,8 @@ COLLECTING = [
         "kl_coef": 0.2,
         "kl_kind": "k2",
         "kl_reduction": "mean",
+        "top_k": 6,
+        "top_p": 0.9,
         "whiten_advantages": False,
         "seed": 9,
     },
@@ -80,10 +82,11 @@ def test_an_experience_is_the_plain_one(settings):
     trainer.state = trainer.state.replace(iteration=jnp.int32(ITERATION))
     made, models = trainer.generate_experience(prompts()), four_models()
     actor = models["actor"].model, models["actor"].params
-    tokens, mask, logprobs = oracle.sampled(*actor, prompts(), trainer.config, ITERATION)
+    tokens, mask, logprobs, kept_mass = oracle.sampled(*actor, prompts(), trainer.config, ITERATION)
     np.testing.assert_array_equal(made.tokens, tokens)
     np.testing.assert_array_equal(made.response_mask, mask)
     np.testing.assert_allclose(made.sampler_logprobs, logprobs, atol=1e-4)
+    np.testing.assert_allclose(made.kept_mass, kept_mass, atol=1e-4)
     biases = {"reward": 0.3, "missing_eos": 0.7, "critic": 0.4 - 0.15}
     pairs = {role: (each.model, each.params) for role, each in models.items()}
     wanted = oracle.collected(pairs | {"biases": biases}, made, trainer.config, settings["kl_coef"])
@@ -186,6 +189,15 @@ def test_an_update_is_the_plain_one(form, layers):
     np.testing.assert_allclose(float(trainer.state.penalty.value), penalty, rtol=1e-6)
     np.testing.assert_allclose(float(trainer.state.entropy), after["entropy"], rtol=1e-3)
     assert int(trainer.state.iteration) == ITERATION + 1
+    if form == "penalty":  # a KL of other rows, or of other parameters, would not lie between these two
+        for target, factor in ((1.01 * after["penalty_kl"] / 1.5, 1.0), (0.99 * after["penalty_kl"] / 1.5, 2.0)):
+            again = tiny.trainer(engine_of(), reward=None, **steps, **settings)
+            controller = again.state.penalty.replace(target=jnp.float32(target))
+            again.state = again.state.replace(
+                iteration=jnp.int32(ITERATION), entropy=jnp.float32(1.6), penalty=controller
+            )
+            again.train_rlhf(made)
+            np.testing.assert_allclose(float(again.state.penalty.value), settings["penalty_coef"] * factor, rtol=1e-6)
     if form == "clip":
         assert 0.1 < metrics["policy/clipfrac_avg"] < 0.9
     assert 0.1 < metrics["val/clipfrac_avg"] < 0.9

@@ -118,6 +118,20 @@ def test_the_last_ratio_gap_is_that_of_the_last_minibatch_that_was_looked_at():
     metrics = trainer.train_rlhf(trainer.generate_experience(tiny.ragged_prompts(ROWS)))
     assert metrics["val/updates"] == 1
     assert metrics["val/last_ratio_gap"] == metrics["val/largest_ratio_gap"] > 0
+    assert metrics["val/skipped_updates"] == metrics["val/bad_steps"] == 0  # a stop is no fault
+    assert float(trainer.state.entropy) > 0.5 * metrics["policy/entropy_avg"]  # of what was looked at
+
+
+def test_limits_are_of_a_response_s_kl_and_of_the_largest_ratio():
+    """0.1 nats a token, so 0.1 × the length a response; one token's ratio is about 5."""
+    made = on_device(experience())
+    now = tiny.trainer().generate_experience(tiny.ragged_prompts(ROWS)).logprobs
+    made = made.replace(logprobs=now.at[2, 0].add(-np.log(5)), ref_logprobs=now - 0.1 * made.response_mask)
+    kl = tiny.trainer().train_rlhf(made)["objective/kl"]
+    assert 0.2 < kl < 1
+    for limits, wanted in (((0.95 * kl, 4.8), (1, 1)), ((1.05 * kl, 5.2), (0, 0))):
+        metrics = tiny.trainer(kl_limit=limits[0], ratio_limit=limits[1]).train_rlhf(made)
+        assert (metrics["limit/kl"], metrics["limit/ratio"]) == wanted
 
 
 def test_a_trainer_without_a_moving_average_leaves_that_of_another():
