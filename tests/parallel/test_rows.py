@@ -1,0 +1,34 @@
+"""Groups of a batch's rows: each device's share of a group is its own rows."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from jax_rlhf.parallel import joined_groups, map_row_groups, put_rows, row_groups
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_groups_are_made_of_the_rows_that_a_device_holds(shards, count):
+    mesh = None if shards == 1 else Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "fsdp"))
+    rows = np.arange(24 * 5, dtype=np.float32).reshape(24, 5)
+    groups = np.asarray(row_groups(put_rows(rows, mesh), count, mesh))
+    assert groups.shape == (count, 24 // count, 5)
+    np.testing.assert_array_equal(np.sort(groups.reshape(24, 5), axis=0), rows)
+    for group in groups:
+        for shard, part in enumerate(np.split(group[:, 0] // 5, shards)):
+            assert set(part // (24 // shards)) == {shard}
+    np.testing.assert_array_equal(joined_groups(row_groups(put_rows(rows, mesh), count, mesh), mesh), rows)
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_a_function_of_rows_is_the_same_by_groups(shards):
+    mesh = None if shards == 1 else Mesh(np.array(jax.devices()[:4]).reshape(4, 1), ("data", "fsdp"))
+    rows = np.random.RandomState(0).randn(16, 3).astype(np.float32)
+    run = jax.jit(lambda x: map_row_groups(lambda part: (part.sum(axis=1), -part), x, 4, mesh))
+    total, negative = run(put_rows(rows, mesh))
+    np.testing.assert_allclose(total, rows.sum(axis=1), rtol=1e-6)
+    np.testing.assert_array_equal(negative, -rows)
+    text = run.lower(put_rows(rows, mesh)).compile().as_text()
+    assert not any(name in text for name in ("all-gather", "all-to-all", "collective-permute"))  # nothing moves
