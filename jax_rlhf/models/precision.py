@@ -9,13 +9,34 @@ precision is asked for. `product_precision` asks for float32 where JAX's `jax_de
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-model_jit = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
-"""`jax.jit` for functions that run a model. It cannot be called under another `jit`, whose options would count."""
+_OPTIONS = {"xla_allow_excess_precision": False}
+
+
+def model_jit(function: Callable, **how: Any) -> Callable:
+    """`jax.jit` for functions that run a model: each operation rounds as the code says.
+
+    Args:
+      function: what to compile.
+      how: arguments of `jax.jit`.
+
+    Returns:
+      The function, with `lower`, `trace` and `eval_shape` as `jax.jit` has them. Under another `jit` that one's options
+      count, since JAX takes them for a whole program only.
+    """
+    compiled, inside = jax.jit(function, compiler_options=_OPTIONS, **how), jax.jit(function, **how)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (inside if traced(args, kwargs) else compiled)(*args, **kwargs)
+
+    call.lower, call.trace, call.eval_shape = compiled.lower, compiled.trace, compiled.eval_shape
+    return call
 
 
 def traced(*trees: Any) -> bool:

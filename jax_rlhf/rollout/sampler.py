@@ -140,7 +140,7 @@ def sample(
     prompts, prompt_mask = jnp.asarray(prompts), jnp.asarray(prompt_mask)
     row_ids = jnp.arange(len(prompts)) if row_ids is None else jnp.asarray(row_ids)
     if traced(params, prompts, prompt_mask, key, row_ids):
-        return _sample_inside(model, params, prompts, prompt_mask, key, row_ids, sampling)
+        return _sample(model, params, prompts, prompt_mask, key, row_ids, sampling)
     if prompt_mask.is_fully_addressable:
         check_prompts(model, np.asarray(prompt_mask), sampling)
     rows, layout = len(prompts), model.config.layout
@@ -194,9 +194,6 @@ def _sample(
 ) -> Samples:
     samples = rollout(*rollout_form(model, params), prompts, prompt_mask, key, row_ids, sampling)
     return in_rows(samples, model.config.layout)
-
-
-_sample_inside = jax.jit(_sample.__wrapped__, static_argnums=(0, 6))  # under another `jit`
 
 
 def in_rows(samples: Samples, layout: Layout | None) -> Samples:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_rlhf.models import Decoder, DecoderConfig, model_jit, traced
+from jax_rlhf.models import Decoder, DecoderConfig, model_jit
 from jax_rlhf.models.decoder import Params
 
 _SAVED = "log_normalizer_and_entropy"
@@ -33,9 +33,7 @@ def token_logprobs(
     Returns:
       float32[B, T − 1], of tokens[:, 1:], in nats; 0 for pads and for a row's first real token.
     """
-    tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
-    run = _token_logprobs_inside if traced(params, tokens, mask) else _token_logprobs
-    return run(model, params, tokens, mask, temperature, chunk)
+    return _token_logprobs(model, params, jnp.asarray(tokens), jnp.asarray(mask), temperature, chunk)
 
 
 @functools.partial(model_jit, static_argnums=(0, 4, 5))
@@ -50,9 +48,6 @@ def _token_logprobs(
     hidden = jnp.take_along_axis(hidden, slot[..., None], axis=1)
     logprobs, _ = score_hidden(model, params, hidden, tokens[:, 1:], temperature=temperature, chunk=chunk)
     return jnp.where(mask[:, 1:] & before, logprobs, 0)
-
-
-_token_logprobs_inside = jax.jit(_token_logprobs.__wrapped__, static_argnums=(0, 4, 5))  # under another `jit`
 
 
 def score_hidden(

@@ -3,8 +3,10 @@
 from tests.mutants import Mutant
 
 _RL = "tests/rl"
-_STEP = "tests/ppo/test_oracle.py tests/ppo/test_steps.py tests/ppo/test_update.py"
-_COLLECT = "tests/ppo/test_oracle.py tests/ppo/test_collect.py tests/ppo/test_engine.py"
+_STEP = "tests/ppo/test_oracle.py::test_an_update_is_the_plain_one tests/ppo/test_steps.py tests/ppo/test_update.py"
+_COLLECT = (
+    "tests/ppo/test_oracle.py::test_an_experience_is_the_plain_one tests/ppo/test_collect.py tests/ppo/test_engine.py"
+)
 _SAMPLE = "tests/rollout/test_draw.py tests/rollout/test_filters.py tests/rollout/test_sampler.py"
 _SCORE = "tests/rollout/test_scorer.py"
 
