@@ -1,0 +1,106 @@
+"""Runs the tests on each wrong variant and says which of them they let pass.
+
+    python -m tests.mutants                  all lists of this folder
+    python -m tests.mutants -k data          those whose list, file or text has "data" in it
+    python -m tests.mutants --jobs 4         four at a time
+
+The working tree is copied, and left as it is. The exit code is 1 where a variant survives or cannot be made.
+"""
+
+import argparse
+import concurrent.futures
+import importlib
+import os
+import pkgutil
+import queue
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import tests.mutants
+from tests.mutants import Mutant
+
+ROOT = Path(__file__).resolve().parents[2]
+COPIED = ("jax_rlhf", "tests", "configs", "docs", "pyproject.toml", "README.md")
+LONGEST = 900  # seconds; a variant that never ends is found
+
+
+def listed(word: str) -> list[tuple[str, Mutant]]:
+    """(list, mutant) of all whose description has the word."""
+    names = [module.name for module in pkgutil.iter_modules(tests.mutants.__path__) if module.name != "__main__"]
+    lists = {name: importlib.import_module(f"tests.mutants.{name}").MUTANTS for name in names}
+    return [(name, mutant) for name, mutants in lists.items() for mutant in mutants if word in f"{name} {mutant}"]
+
+
+def exit_code(tests_named: str, copy: Path) -> int:
+    """What pytest ends with in a copy of the tree; 1 where it does not end."""
+    # Programs that a variant does not touch are compiled once for all variants.
+    ours = {"JAX_COMPILATION_CACHE_DIR": str(copy.parent / "compiled")}
+    ours |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    ours |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests_named)]
+    try:
+        return subprocess.run(
+            command, cwd=copy, env=os.environ | ours, capture_output=True, timeout=LONGEST, check=False
+        ).returncode
+    except subprocess.TimeoutExpired:
+        return 1
+
+
+def verdict(mutant: Mutant, copy: Path) -> str:
+    """What the tests say of it, in a copy of the tree that is whole again afterwards."""
+    file = copy / mutant.file
+    whole = file.read_text()
+    if whole.count(mutant.old) != 1:
+        return f"NOT MADE: the old text stands there {whole.count(mutant.old)} times"
+    file.write_text(whole.replace(mutant.old, mutant.new))
+    try:
+        code = exit_code(mutant.tests, copy)
+    finally:
+        file.write_text(whole)
+    return {0: "SURVIVED", 1: "KILLED", 2: "KILLED"}.get(code, f"NOT RUN: pytest ended with {code}")
+
+
+def main() -> int:
+    """Runs all that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("-k", default="", metavar="WORD", help="only those with this in list, file or text")
+    parser.add_argument("--jobs", type=int, default=1, help="so many at a time")
+    arguments = parser.parse_args()
+    found, counts = listed(arguments.k), {"KILLED": 0, "SURVIVED": 0, "NOT": 0}
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        copies: queue.SimpleQueue = queue.SimpleQueue()
+        for index in range(arguments.jobs):
+            copy = Path(folder) / str(index)
+            for name in COPIED:
+                put = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+                copy.mkdir(exist_ok=True)
+                put(ROOT / name, copy / name)
+            copies.put(copy)
+        for named in dict.fromkeys(mutant.tests for _, mutant in found):
+            if code := exit_code(named, copy):
+                print(f"the tests fail without any change (pytest ended with {code}): {named}")
+                return 1
+
+        def tried(mutant: Mutant) -> tuple[str, float]:
+            copy, started = copies.get(), time.perf_counter()
+            try:
+                return verdict(mutant, copy), time.perf_counter() - started
+            finally:
+                copies.put(copy)
+
+        with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+            verdicts = pool.map(tried, [mutant for _, mutant in found])
+            for (name, mutant), (said, seconds) in zip(found, verdicts, strict=True):
+                counts[said.partition(" ")[0]] += 1
+                print(f"{said}  {name}  {mutant}  ({seconds:.0f} s)", flush=True)
+    print(f"{len(found)} variants: {counts['KILLED']} killed, {counts['SURVIVED']} survived, {counts['NOT']} not run")
+    return int(counts["SURVIVED"] + counts["NOT"] > 0 or not found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
