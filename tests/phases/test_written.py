@@ -162,6 +162,13 @@ def test_a_steps_tokens_a_second_are_all_of_its_batchs_tokens(whole, phase):
         assert row["train/tokens_per_second"] * between > row["train/tokens"]
 
 
+def test_an_iterations_seconds_and_samples_a_second_are_its_own(whole):
+    found = [row for row in alone.lines(whole[0] / "ppo" / "metrics.jsonl") if "time/iteration" in row]
+    for before, row in itertools.pairwise(found):
+        assert row["time/iteration"] < row["seconds"] - before["seconds"] + 0.002
+        assert row["eps"] * row["time/iteration"] == pytest.approx(8, rel=0.05)
+
+
 def test_held_out_pairs_are_measured_with_the_reward_model_as_trained(whole):
     """The gain that is put into its head later is divided out."""
     workdir, _ = whole

@@ -8,7 +8,7 @@ import pytest
 
 from jax_rlhf.models import Decoder, init_params
 from jax_rlhf.training import OptimizerConfig, create_optimizer, learning_rate_schedule
-from jax_rlhf.training.optimizer import decayed
+from jax_rlhf.training.optimizer import apply_gradient, decayed
 from tests.models.test_decoder import tiny_config
 
 
@@ -49,6 +49,61 @@ def test_schedules():
     cosine = {"schedule": "cosine", "total_steps": 10, "final_fraction": 0.1}
     np.testing.assert_allclose([rate(s, **cosine) for s in (0, 5, 10, 99)], [2, 1.1, 0.2, 0.2], rtol=1e-6)
     np.testing.assert_allclose(rate(0, warmup_steps=1), 2.0)
+    # With a warm-up, down to a share of the highest: half of the way is at step 9 of 4 to 14.
+    ends = {"warmup_steps": 4, "total_steps": 14, "final_fraction": 0.1}
+    for schedule in ("linear", "cosine"):
+        rates = [rate(step, schedule=schedule, **ends) for step in (0, 4, 9, 14, 99)]
+        np.testing.assert_allclose(rates, [0.5, 2, 1.1, 0.2, 0.2], rtol=1e-6)
+
+
+LINEAR = {"learning_rate": 2.0, "eps": 1e6, "beta1": 0.0, "beta2": 0.0}
+"""Adam whose step is the gradient times 2e-6: what happens to a gradient before it is not lost in its scale."""
+
+
+def stepped(params, gradient, *, step=0, scale=1.0, **fields):
+    """One step's updates, in millionths."""
+    optimizer = create_optimizer(OptimizerConfig(**LINEAR | fields))
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params, step=step, scale=scale)
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64) * 1e6, updates)
+
+
+def test_what_is_clipped_is_the_norm_of_the_whole_gradient_before_adam():
+    gradient = {"a": jnp.array([30.0, 0.0]), "b": jnp.array([0.0, 40.0])}
+    zeros = jax.tree.map(jnp.zeros_like, gradient)
+    for limit, factor in ((0.5, 0.01), (100.0, 1.0), (None, 1.0)):
+        updates = stepped(zeros, gradient, max_grad_norm=limit)
+        np.testing.assert_allclose(updates["a"], [-60 * factor, 0], rtol=1e-3)
+        np.testing.assert_allclose(updates["b"], [0, -80 * factor], rtol=1e-3)
+
+
+def test_the_rate_is_that_of_the_step_named_times_the_scale():
+    params, gradient = {"a": jnp.zeros(1)}, {"a": jnp.ones(1)}
+    falling = {"schedule": "linear", "total_steps": 10}
+    for step, scale, wanted in ((0, 1.0, -2.0), (5, 1.0, -1.0), (5, 0.5, -0.5), (9, 1.0, -0.2)):
+        updates = stepped(params, gradient, step=step, scale=scale, **falling)
+        np.testing.assert_allclose(updates["a"], [wanted], rtol=1e-3)
+        optimizer = create_optimizer(OptimizerConfig(**LINEAR | falling))
+        state, how = optimizer.init(params), {"step": jnp.int32(step), "scale": jnp.float32(scale)}
+        after, _ = apply_gradient(optimizer, gradient, state, params, take=jnp.bool_(True), **how)
+        np.testing.assert_allclose(np.asarray(after["a"]) * 1e6, [wanted], rtol=1e-3)
+        same, kept = apply_gradient(optimizer, gradient, state, params, take=jnp.bool_(False), **how)
+        jax.tree.map(np.testing.assert_array_equal, (same, kept), (params, state))
+
+
+def test_weights_decay_beside_adam_and_norms_and_biases_do_not():
+    params = {name: {kind: jnp.full(2, 3.0) for kind in ("kernel", "scale", "bias")} for name in ("norm", "dense")}
+    updates = stepped(params, jax.tree.map(jnp.zeros_like, params), weight_decay=0.01)
+    for part in updates.values():
+        np.testing.assert_allclose(part.pop("kernel"), [-2 * 0.01 * 3 * 1e6] * 2, rtol=1e-5)
+    assert all(not leaf.any() for leaf in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize("form", ["pytorch", "tensorflow"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_first_moment_is_kept_as_it_is_asked_for_and_the_second_in_float32(form, dtype):
+    config = OptimizerConfig(eps_form=form, first_moment_dtype=dtype, max_grad_norm=None)
+    adam_state = create_optimizer(config).init({"kernel": jnp.ones(3)})[0]
+    assert (adam_state.mu["kernel"].dtype, adam_state.nu["kernel"].dtype) == (jnp.dtype(dtype), jnp.dtype("float32"))
 
 
 def test_the_gradient_is_clipped_by_its_global_norm():

@@ -1,6 +1,7 @@
 """The SFT and the reward phase's step: losses against NumPy, and splitting a batch changes nothing."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -32,21 +33,35 @@ def sft(network_layers=None, loss_on="completion", microbatches=1):
     return how, policy
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _applied(model, params, tokens):
+    return model.apply({"params": params}, tokens)
+
+
+def alone(pretrained, ids):
+    """What a model says at each token of one text; what stands after it in the row, no token of it sees."""
+    row = np.zeros((1, 12), np.int32)
+    row[0, : len(ids)] = ids
+    return np.asarray(_applied(pretrained.model, pretrained.params, row)[0, : len(ids)], np.float64)
+
+
 def test_sft_loss_is_that_of_each_text_alone():
     rows = examples(8)
     for loss_on in ("completion", "all"):
         how, policy = sft(loss_on=loss_on)
-        total, count = 0.0, 0
+        total, count, entropy = 0.0, 0, 0.0
         for example in rows:
             ids = np.concatenate([example.prompt, *example.completions])
-            logits = np.asarray(policy.model.apply({"params": policy.params}, ids[None])[0], np.float64)
+            logits = alone(policy, ids)
             logprobs = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
             first = max(1, len(example.prompt) if loss_on == "completion" else 1)
             total -= sum(logprobs[t - 1, ids[t]] for t in range(first, len(ids)))
             count += len(ids) - first
+            entropy -= np.sum((np.exp(logprobs) * logprobs)[first - 1 : len(ids) - 1])
         sums = evaluate(how, *create_state(how, policy), text_batch([[row] for row in rows], 12, 0))
         assert float(sums["count"]) == count
         assert float(sums["loss"]) == pytest.approx(total, rel=1e-5)
+        assert float(sums["entropy"]) == pytest.approx(entropy, rel=1e-5)
 
 
 @pytest.mark.parametrize("layers", [None, 1])
@@ -59,6 +74,22 @@ def test_packed_texts_do_not_see_each_other(layers):
     assert float(together["count"]) == float(apart["count"])
     for name in apart:
         assert float(together[name]) == pytest.approx(float(apart[name]), rel=1e-5)
+
+
+def test_packed_texts_and_pairs_begin_at_position_0():
+    """Where positions have a table, it shows where a text begins; rotations say only how far apart two tokens are."""
+    learned = {"position_kind": "learned", "rotary": None, "max_positions": 64}
+    rows, policy = examples(3), tiny.policy(**learned)
+    how = Supervised(SplitModel(policy.model), SFTLoss("all"), LINEAR)
+    state, frozen = create_state(how, policy)
+    apart = evaluate(how, state, frozen, text_batch([[row] for row in rows], 12, 0))
+    together = evaluate(how, state, frozen, text_batch([rows], 40, 0))
+    assert float(together["loss"]) == pytest.approx(float(apart["loss"]), rel=1e-5)
+    pairs, start = examples(3, answers=2), tiny.policy(5, head="scalar", **learned)
+    network = SplitModel(start.model)
+    apart = pair_scores(network, network.split(start.params), pair_batch(pairs, 12, 0))
+    together = pair_scores(network, network.split(start.params), packed_pairs([pairs], 70, 3, 0))
+    np.testing.assert_allclose(together[:2], apart[:2], atol=1e-5)
 
 
 def compared(one, other):
@@ -99,7 +130,7 @@ def scores_by_hand(policy, pairs):
     scores = []
     for pair in pairs:
         texts = [np.concatenate([pair.prompt, answer]) for answer in pair.completions]
-        scores.append([float(policy.model.apply({"params": policy.params}, text[None])[0, -1]) for text in texts])
+        scores.append([float(alone(policy, text)[-1]) for text in texts])
     return np.array(scores, np.float64)
 
 
@@ -155,13 +186,17 @@ def test_the_token_loss_averages_from_the_first_difference():
     prompt, shared = np.array([1, 2], np.int32), np.array([3], np.int32)
     pair = Example(prompt, (np.append(shared, [4, 5]).astype(np.int32), np.append(shared, [6]).astype(np.int32)))
     how, start = reward(loss="token")
-    batch = pair_batch([pair], 6, 0)
+    batch = pair_batch([pair, None], 6, 0)  # the last row is no pair
     values = [
         np.asarray(start.model.apply({"params": start.params}, tokens, mask=mask)[0], np.float64)
         for tokens, mask in ((batch.chosen, batch.chosen_mask), (batch.rejected, batch.rejected_mask))
     ]
     wanted = np.mean(softplus(values[1] - values[0])[3:5])
-    assert float(evaluate(how, *create_state(how, start), batch)["loss"]) == pytest.approx(wanted, rel=1e-4)
+    sums = evaluate(how, *create_state(how, start), batch)
+    assert float(sums["loss"]) == pytest.approx(wanted, rel=1e-4)
+    scores = values[0][4], values[1][3]  # at the last tokens
+    assert float(sums["margin"]) == pytest.approx(scores[0] - scores[1], rel=1e-4)
+    assert (float(sums["accuracy"]), float(sums["count"])) == (float(scores[0] > scores[1]), 1)
 
 
 def test_a_cut_model_is_the_lower_layers():
