@@ -82,10 +82,24 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(tmp_path):
 def test_an_epoch_has_every_row_once_and_the_next_is_in_another_order(tmp_path):
     datasets = create(tiny.write(tmp_path / "x.jsonl", pairs(21)), "ppo", eval_rows=1)
     assert (datasets.train_rows, datasets.eval_rows, datasets.steps_per_epoch) == (20, 1, 10)
+    odd = create(tiny.write(tmp_path / "y.jsonl", pairs(22)), "ppo", eval_rows=1)
+    assert (odd.train_rows, odd.steps_per_epoch) == (21, 10)  # the last row begins the next
     rows = texts_of(datasets, 20)
     assert len(set(rows[:20])) == 20
     assert set(rows[20:]) == set(rows[:20])
     assert rows[20:] != rows[:20]
+
+
+def test_each_path_has_an_order_of_its_own(tmp_path):
+    """Two files of equally many rows: were they shuffled alike, rows of one place would always meet."""
+    files = [
+        tiny.write(tmp_path / f"{first}.jsonl", [{"prompt": f"{first} {text}"} for text in tiny.letters(20)])
+        for first in "yz"
+    ]
+    rows = texts_of(create(tuple(files), "ppo", eval_rows=1), 19)
+    one, other = ([row[1:] for row in rows if row[0] == tiny.ids(first)[0]] for first in "yz")
+    assert len(one) == len(other) == 19
+    assert one != other
 
 
 def test_data_split_gives_each_phase_its_own_rows(tmp_path):

@@ -90,6 +90,18 @@ def test_what_a_phase_holds_out_no_phase_trains_on(seed, tmp_path):
     assert [len(train) for train, _ in both] == [36] * 3
 
 
+def test_another_seed_draws_others(tmp_path):
+    file = tiny.write(tmp_path / "x.jsonl", pairs(60, 1))
+    for config in ({}, {"data_split": "1,1,1"}):
+        (train, held_out), (others, other_held_out) = (
+            prompts_of(create(file, "sft", seed=seed, **config)) for seed in (0, 1)
+        )
+        assert len(held_out) == len(other_held_out) > 1
+        assert held_out != other_held_out
+        if config:  # which share is whose
+            assert (train | held_out) != (others | other_held_out)
+
+
 class Salted(str):
     """A text that Python's sets put into another order, as another process would."""
 
@@ -240,6 +252,21 @@ def test_prompts_that_cutting_makes_one_are_not_both_trained_on_and_held_out(tmp
     datasets = create(file, "ppo", too_long="truncate", max_prompt_tokens=2)
     assert (datasets.train_rows, datasets.eval_rows) == (1, 0)
     assert "left out: 1 (held out, but in tokens as a prompt that is trained on)" in datasets.report
+
+    # Where the completions differ as well: a prompt is one all the same.
+    rows = [{"prompt": f"{text} x y", "completion": text} for text in tiny.letters(40)]
+    file = tiny.write(tmp_path / "y.jsonl", rows)
+    datasets = create(file, "sft", too_long="truncate", max_prompt_tokens=2, max_tokens=6)
+    assert (datasets.train_rows, datasets.eval_rows) == (36, 0)
+
+
+def test_a_readers_prompts_are_held_out_of_files_that_go_by_openings(tmp_path):
+    """Those too that are more than eval_rows: another phase may evaluate on them."""
+    file = tiny.write(tmp_path / "x.jsonl", pairs(40, 1))
+    datasets = create(("tests.data.test_splits:divided", file), "sft", prompt_tokens=2, eval_rows=2)
+    train, _ = prompts_of(datasets)
+    assert not train & {tuple(tiny.ids(text)) for text in tiny.letters(5)}
+    assert len(train) > 30
 
 
 @pytest.mark.parametrize("phase", PHASES)
