@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jax_rlhf.data import DataConfig, DataError, create_datasets
-from jax_rlhf.data.batches import FIRST_EVAL_ROW, packed
+from jax_rlhf.data.batches import FIRST_EVAL_ROW, packed, packed_pairs, pair_batch, real_tokens, text_batch
 from jax_rlhf.data.formats import Texts
 from jax_rlhf.data.sources import Row
 from jax_rlhf.data.tokens import Example, tokenized
@@ -148,6 +148,22 @@ def test_what_is_held_out_is_not_trained_on(tmp_path):
     assert create(file, "ppo", eval_paths=(held_out,), deduplicate=False).train_rows == 20
     with pytest.raises(DataError, match=r"no row is left.* 20 \(held out as well; --config.data.deduplicate=false"):
         create(file, "ppo", eval_paths=(file,))
+
+
+def test_the_digest_is_of_held_out_rows_too(tmp_path):
+    """Processes that read other files differ in it, or a run that goes on with others."""
+    file, digests = tiny.write(tmp_path / "x.jsonl", pairs(20)[6:]), set()
+    for name, rows in (("y", pairs(3)), ("z", pairs(4)), ("again", pairs(3))):
+        held_out = tiny.write(tmp_path / f"{name}.jsonl", rows)
+        digests.add(create(file, "sft", eval_paths=(held_out,)).digest)
+    assert len(digests) == 2
+
+
+def test_tokens_are_counted_without_pads():
+    pair = Example(np.arange(2), (np.arange(3), np.arange(1)))
+    assert int(real_tokens(pair_batch([pair, None], 8, 0))) == 5 + 3
+    assert int(real_tokens(packed_pairs([[pair, pair], []], 20, 2, 0))) == 2 * (5 + 3)
+    assert int(real_tokens(text_batch([[pair], []], 8, 0))) == 5
 
 
 def test_a_reader_gives_its_own_held_out_rows():

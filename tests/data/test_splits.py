@@ -131,6 +131,20 @@ def test_a_prompt_in_two_files_is_one(tmp_path):
     assert sum(map(len, shares)) == len(set().union(*shares)) == 60
 
 
+def test_what_another_file_gave_to_a_phase_counts_for_its_share():
+    """The second file has ten prompts that are SFT's already, and twenty new ones: ten for each other phase."""
+
+    def source(name, texts):
+        return grouped(name, [Row({"prompt": text}, name, 1) for text in texts], DataConfig(), tiny.tokenizer())
+
+    first = source("one.jsonl", tiny.letters(30))
+    (given,) = share([first], SPLITS["1,1,1"], "sft", 0)
+    second = source("other.jsonl", [*given.prompts, *tiny.letters(20, start=30)])
+    found = [share([first, second], SPLITS["1,1,1"], phase, 0)[1] for phase in PHASES]
+    assert [len(part.rows) for part in found] == [10, 10, 10]
+    assert set(found[0].prompts) == set(given.prompts)
+
+
 def test_one_prompt_in_all_its_forms():
     """A text, the same with white space around it, a chat of it, and pairs that begin with it."""
     whole = [user("a"), assistant("b")]

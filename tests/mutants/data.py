@@ -73,7 +73,6 @@ MUTANTS = [
         ("(-counts[group], _draw(group, seed))", "(-counts[group], group)"),
         ("key=lambda group: _draw(group, seed)):", "key=lambda group: _draw(group, 0)):"),
         ('f"{seed}:".encode() + content', "content"),
-        ("if text.prompt.strip():", "if True:"),
         ('if kind in ("prompt", "text")', 'if kind == "prompt"'),
         ("missing[phase_of[group]] -= counts[group]", "missing[phase_of[group]] -= 0"),
         ("            missing[index] -= counts[group]\n", "            missing[index] -= 1\n"),

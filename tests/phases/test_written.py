@@ -42,6 +42,7 @@ def test_scores_are_normalised_on_what_ppo_will_sample(whole):
     """By the SFT policy, at PPO's temperature and with its filters; each batch has noise of its own."""
     workdir, _ = whole
     policy, wanted = load_pretrained(workdir / "sft" / "model"), alone.lines(workdir / "reward" / "samples.jsonl")
+    assert len(wanted) == 64
     for step in range(8):
         rows = [row["text"] for row in wanted[8 * step : 8 * step + 8]]
         prompts = [" ".join(row.split()[:3]) for row in rows]
