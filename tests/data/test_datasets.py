@@ -52,6 +52,14 @@ def test_sft_rows_by_hand(tmp_path):
     assert batch.positions[long].tolist() == [*range(7), 0]
 
 
+def test_a_chat_has_the_special_tokens_of_its_template_and_no_others(tmp_path):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    file = tiny.write(tmp_path / "x.jsonl", [{"messages": messages}] * 2)
+    batch = create(file, "sft", tokenizer=tiny.tokenizer(bos=True), deduplicate=False).train[0]
+    assert batch.tokens[0, batch.mask[0]].tolist() == tiny.ids("<user> a <eos> <assistant> b <eos>")
+    assert batch.completion_mask[0].sum() == 2
+
+
 def test_reward_pairs_by_hand(tmp_path):
     rows = [{"prompt": "a", "chosen": "b c", "rejected": "d", "margin": 0.5}] * 2
     batch = create(tiny.write(tmp_path / "x.jsonl", rows), "reward", deduplicate=False).train[0]
@@ -68,6 +76,9 @@ def test_prompts_are_padded_on_the_left_and_bring_their_columns(tmp_path):
     assert batch.tokens[row].tolist() == [0, 0, 0, *tiny.ids("d")]
     assert batch.mask[row].tolist() == [False, False, False, True]
     assert batch.row_ids.tolist() == [0, 1]
+    rows = [{"prompt": "a b c", "answer": 1, "source": "x"}, {"prompt": "d", "answer": 2}]
+    batch = create(tiny.write(tmp_path / "y.jsonl", rows), "ppo").train[0]
+    assert set(batch.columns) == {"answer"}  # what every row has
 
 
 def test_a_batch_is_a_pure_function_of_seed_and_step(tmp_path):
@@ -257,13 +268,19 @@ def test_held_out_rows_fill_their_last_batch(tmp_path):
         assert getattr(last, mask).any(axis=1).tolist() == [True, False]
 
 
+def of_lengths(*lengths):
+    """Texts without a prompt, each of its number."""
+    return [Example(np.zeros(0, np.int32), (np.full(n, i, np.int32),)) for i, n in enumerate(lengths)]
+
+
 def test_packed_rows_hold_every_text_once():
     lengths = np.random.RandomState(0).randint(2, 20, 200)
-    examples = [Example(np.zeros(0, np.int32), (np.full(n, i, np.int32),)) for i, n in enumerate(lengths)]
+    examples = of_lengths(*lengths)
     rows = packed(examples, 32)
     assert sorted(example.completions[0][0] for row in rows for example in row) == [*range(200)]
     assert max(sum(example.length for example in row) for row in rows) <= 32
     assert len(rows) <= 1.02 * np.ceil(lengths.sum() / 32)
+    assert [[example.length for example in row] for row in packed(of_lengths(4, 4, 6, 6), 10)] == [[6, 4], [6, 4]]
 
 
 def test_packed_pairs_are_laid_out_one_after_the_other(tmp_path):

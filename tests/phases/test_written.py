@@ -52,7 +52,8 @@ def test_scores_are_normalised_on_what_ppo_will_sample(whole):
     assert len({row["text"][:5] for row in wanted}) > 40  # 64 of the 90 prompts
     reward = json.loads((workdir / "reward" / "summary.json").read_text())
     assert reward["missing_eos_bias"] > 0  # else nothing here would say whether it is written
-    assert load_pretrained(workdir / "reward" / "model", head="scalar").missing_eos_bias == reward["missing_eos_bias"]
+    model = load_pretrained(workdir / "reward" / "model", head="scalar")
+    assert (model.reward_bias, model.missing_eos_bias) == (reward["bias"], reward["missing_eos_bias"])
 
 
 @pytest.mark.parametrize(("step", "folder"), [(0, "sft/model"), (3, "ppo/model")])

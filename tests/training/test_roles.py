@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 @pytest.fixture(scope="module")
 def models():
     """All four, each with parameters of its own; critic and reward model with biases of their own."""
-    critic = dataclasses.replace(tiny.policy(3, head="scalar"), reward_bias=0.5, missing_eos_bias=0.2)
+    critic = dataclasses.replace(tiny.policy(3, head="scalar"), reward_bias=0.5, missing_eos_bias=0.1)
     reward = dataclasses.replace(tiny.policy(5, head="scalar"), reward_bias=0.9, missing_eos_bias=0.6)
     return {"actor": tiny.policy(), "reference": tiny.policy(7), "critic": critic, "reward": reward}
 
@@ -39,10 +39,10 @@ def test_each_role_has_its_own_parameters_and_biases(models):
     same(engine.frozen.reference.trainable, models["reference"].params)
     same(engine.frozen.reward.trainable, models["reward"].params)
     # The critic values unfinished texts: by its own biases, without its bonus for those.
-    assert float(engine.frozen.critic_bias) == pytest.approx(0.5 - 0.2)
+    assert float(engine.frozen.critic_bias) == pytest.approx(0.5 - 0.1)
     assert float(engine.frozen.reward_bias) == pytest.approx(0.9)
     assert float(engine.frozen.missing_eos_bias) == pytest.approx(0.6)
-    assert engine.critic.reward_bias == pytest.approx(0.3)
+    assert engine.critic.reward_bias == pytest.approx(0.4)
     start = RLHFEngine(models["actor"], reward=models["reward"])
     same(start.trained.critic, models["reward"].params)
     assert start.critic.reward_bias == pytest.approx(0.9 - 0.6)
@@ -85,7 +85,7 @@ def test_checkpoints_go_to_the_roles_that_name_them(models, tmp_path):
     config["critic"]["zero_head"] = True
     assert not RLHFEngine.create(config).trained.critic["scalar_head"]["kernel"].any()
     save_pretrained(tmp_path / "again", engine.critic)
-    assert load_pretrained(tmp_path / "again", head="scalar").reward_bias == pytest.approx(0.3)
+    assert load_pretrained(tmp_path / "again", head="scalar").reward_bias == pytest.approx(0.4)
 
 
 # ---- the trainer's texts and rows ----------------------------------------------------------------------------------
