@@ -141,11 +141,21 @@ def test_a_mixture_has_its_weights(tmp_path):
 def test_filters_count_what_they_leave_out(tmp_path):
     rows = [*pairs(30), *pairs(2), {"prompt": "a b c d e f g h", "chosen": "a", "rejected": "b"}]
     rows += [{"prompt": "z", "chosen": "a", "rejected": "a"}, {"prompt": "y", "chosen": " ", "rejected": "a"}]
+    first = rows
     datasets = create(tiny.write(tmp_path / "x.jsonl", rows), "reward", on_bad_row="drop")
     for reason in ("2 (a copy", "1 (longer than max_tokens=8)", "1 (chosen and rejected are", "1 (an empty completion"):
         assert f"left out: {reason}" in datasets.report
     assert "35 rows read" in datasets.report
-    datasets = create(tiny.write(tmp_path / "x.jsonl", rows), "ppo")
+    rows = [*pairs(30), {"prompt": "z", "chosen": "a", "rejected": " ".join("a" * 8)}]
+    datasets = create(tiny.write(tmp_path / "y.jsonl", rows), "reward")
+    assert "left out: 1 (longer than max_tokens=8)" in datasets.report
+    datasets = create(
+        tiny.write(tmp_path / "z.jsonl", [*({"text": "a b"} for _ in "abc"), {"text": "<eos>"}]),
+        "sft",
+        deduplicate=False,
+    )
+    assert "left out: 1 (a single token, before which nothing stands)" in datasets.report
+    datasets = create(tiny.write(tmp_path / "x.jsonl", first), "ppo")
     assert "1 (a prompt longer than max_prompt_tokens=4)" in datasets.report
 
 
@@ -234,6 +244,7 @@ def test_a_completion_is_what_follows_the_prompt():
         ("b <eos> <user>", (3, 1), "b <eos>"),
         ("b", (3, 1), "b <eos>"),
         ("b", (3,), "b <user>"),
+        ("<user> b c d", (3,), "<user> b c d <user>"),  # it is looked for near the end only
     ],
 )
 def test_a_completion_ends_as_answers_do(tmp_path, completion, eos_ids, wanted):

@@ -106,6 +106,7 @@ def test_a_template_that_changes_the_prompt_once_there_is_an_answer():
 def test_other_columns_come_along_and_margins_are_numbers():
     read = texts(PAIR | {"margin": 2, "source": "x"}, "reward")
     assert (read.margin, read.columns) == (2.0, {"source": "x"})
+    assert texts(PAIR | {"margin": -2}, "reward").margin == -2.0
     assert texts({"question": "a", "answer": "b"}, "sft", prompt_column="question", completion_column="answer").prompt
 
 

@@ -80,6 +80,8 @@ def test_steps_that_are_not_finite_change_nothing_but_the_counters_and_the_sched
         before = jax.device_get((state.trainable, state.optimizer))
         state, metrics = update(how, state, frozen, batch)
         numbers = [float(metrics[name]) for name in ("skipped_updates", "bad_steps", "lr")]
+        if len(seen) == 2:
+            moved = jax.device_get(state.trainable)
         seen.append((int(state.step), int(state.skipped_updates), int(state.bad_steps), *numbers))
         if batch is bad:
             assert np.isinf(metrics["loss"])
@@ -93,6 +95,7 @@ def test_steps_that_are_not_finite_change_nothing_but_the_counters_and_the_sched
     fresh, _ = update(how, first, frozen, good)
     other, _ = create_state(how, start)
     third, _ = update(how, other.replace(step=jnp.int32(2)), frozen, good)
+    jax.tree.map(np.testing.assert_array_equal, moved, jax.device_get(third.trainable))
     for a, b, c in zip(*(jax.tree.leaves(tree) for tree in (kept[0], fresh.trainable, third.trainable)), strict=True):
         np.testing.assert_allclose(np.asarray(b) - a, 2 * (np.asarray(c) - a), atol=1e-5)
 
