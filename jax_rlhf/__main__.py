@@ -4,9 +4,12 @@ import difflib
 import errno
 import importlib.util
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
+from logging import getLogger
 from pathlib import Path
+from types import TracebackType
 
 import jax
 from absl import app, flags, logging
@@ -115,8 +118,16 @@ def _quieten_writers() -> None:
     if logging.get_verbosity() >= logging.DEBUG:
         return
     logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "/orbax/" in record.pathname))
-    former = sys.unraisablehook
+    # What asyncio and Python's threads say of tasks and threads that end with an exception which nobody asks for.
+    getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.msg)
+    former, of_threads = sys.unraisablehook, threading.excepthook
     sys.unraisablehook = lambda args: None if str(args.exc_value) == "Event loop is closed" else former(args)
+    threading.excepthook = lambda args: None if _of_writers(args.exc_traceback) else of_threads(args)
+
+
+def _of_writers(trace: TracebackType | None) -> bool:
+    files = [frame.filename for frame in traceback.extract_tb(trace)]
+    return any("/orbax/" in file or "/tensorstore/" in file for file in files)
 
 
 def _run(config: ConfigDict, workdir: Path, stop: StopSignals) -> int:
