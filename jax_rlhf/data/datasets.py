@@ -46,7 +46,7 @@ class Datasets:
       batch_size: rows a batch, of all processes together.
       report: how many rows were read, and what became of them.
       digest: of all tokens, in order: processes that read other files differ in it.
-      widths: that batches may have, in tokens; each is compiled for when it first comes.
+      widths: that batches can have with these rows, in tokens; each is compiled for when it first comes.
       prefetch: batches made ahead of their use.
     """
 
@@ -270,7 +270,8 @@ def _batched(
         longest *= 2 if phase == "reward" else 1  # a row holds both texts of a pair
         train, groups = [packed(examples, longest) for examples in train], packed(held_out, longest)
         slots = max(len(row) for examples in [*train, groups] for row in examples)
-    widths = (longest,) if packing else tuple(buckets)
+    lengths = {example.length for example in itertools.chain(*([] if packing else [*train, held_out]))}
+    widths = (longest,) if packing else tuple(sorted({width(length, buckets) for length in lengths}))
     rows = sum(map(len, train))
     if rows < batch_size:
         raise DataError(

@@ -1,12 +1,21 @@
 """Sampling responses, and scoring tokens."""
 
 from jax_rlhf.rollout.reshard import reshard, rollout_form, sampling_layout
-from jax_rlhf.rollout.sampler import Samples, Sampling, check_prompts, in_rows, rollout, sample
+from jax_rlhf.rollout.sampler import (
+    Samples,
+    Sampling,
+    check_positions,
+    check_prompts,
+    in_rows,
+    rollout,
+    sample,
+)
 from jax_rlhf.rollout.scorer import score_hidden, token_logprobs
 
 __all__ = [
     "Samples",
     "Sampling",
+    "check_positions",
     "check_prompts",
     "in_rows",
     "reshard",

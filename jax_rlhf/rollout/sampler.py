@@ -24,7 +24,7 @@ from flax import struct
 from jax import Array
 from jax.sharding import NamedSharding
 
-from jax_rlhf.models import Decoder, create_cache, kernels_by_output, model_jit, traced
+from jax_rlhf.models import Decoder, DecoderConfig, create_cache, kernels_by_output, model_jit, traced
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.parallel import Layout, constrained
 from jax_rlhf.rollout.draw import draw_tokens
@@ -177,15 +177,33 @@ def check_prompts(model: Decoder, prompt_mask: np.ndarray, sampling: Sampling) -
     ragged = (np.diff(prompt_mask.astype(int), axis=1) < 0).any(axis=1)
     if ragged.any():
         raise ValueError(f"prompt {int(np.argmax(ragged))} is not padded on the left only (tokenizer.padding_side).")
-    longest = int(lengths.max()) + sampling.max_new_tokens - 1
-    if config.position_kind == "learned" and longest > config.max_positions:
-        raise ValueError(
-            f"prompt {int(np.argmax(lengths))} has {int(lengths.max())} tokens; with max_new_tokens="
-            f"{sampling.max_new_tokens} it runs past the model's {config.max_positions} positions."
-        )
+    check_positions(config, lengths, sampling.max_new_tokens, run=sampling.max_new_tokens - 1)  # not over the last one
     outside = [eos for eos in sampling.eos_ids if not 0 <= eos < config.vocab_size]
     if outside:
         raise ValueError(f"eos_id {outside[0]} is not among the model's {config.vocab_size} tokens.")
+
+
+def check_positions(
+    config: DecoderConfig, lengths: np.ndarray, max_new_tokens: int, *, run: int | None = None, whose: str = "model's"
+) -> None:
+    """Raises where a prompt and its response are longer than a learned table of positions.
+
+    Args:
+      config: the model's.
+      lengths: int[B], of the prompts, in tokens.
+      max_new_tokens: R.
+      run: how many of a response's tokens the model runs over; None = all.
+      whose: positions, for the message.
+
+    Raises:
+      ValueError: says which prompt.
+    """
+    longest = int(lengths.max()) + (max_new_tokens if run is None else run)
+    if config.position_kind == "learned" and longest > config.max_positions:
+        raise ValueError(
+            f"prompt {int(np.argmax(lengths))} has {int(lengths.max())} tokens; with max_new_tokens={max_new_tokens} "
+            f"it runs past the {whose} {config.max_positions} positions."
+        )
 
 
 @functools.partial(model_jit, static_argnums=(0, 6))

@@ -13,7 +13,7 @@ from jax import Array
 
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.models.split import SplitModel, SplitParams
-from jax_rlhf.rollout import score_hidden
+from jax_rlhf.rollout import check_positions, score_hidden
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +62,8 @@ class Networks:
             raise ValueError(f"prompt {row} has the id {tokens[row, column]}; the models know {known} ids.")
         for role in ("actor", "reference", "critic", "reward"):
             network = getattr(self, role)
-            config = None if network is None else network.model.config
-            if config is None or config.position_kind != "learned":
-                continue
-            if lengths.max() + max_new_tokens > config.max_positions:
-                raise ValueError(
-                    f"prompt {int(np.argmax(lengths))} has {lengths.max()} tokens; with max_new_tokens="
-                    f"{max_new_tokens} it runs past the {config.max_positions} positions of the {role} model."
-                )
+            if network is not None:
+                check_positions(network.model.config, lengths, max_new_tokens, whose=f"{role}'s")
 
 
 @struct.dataclass

@@ -62,6 +62,22 @@ class Sums:
     ratio_gap: Array
 
 
+@struct.dataclass
+class LossWeights:
+    """What the actor's losses are multiplied with and divided by, the same for all microbatches of a minibatch.
+
+    Attributes:
+      penalty: float32[], β of PPO-penalty.
+      entropy: float32[], the bonus's coefficient, per nat.
+      tokens, text_tokens: float32[], counted tokens of the whole minibatch, of responses and of texts.
+    """
+
+    penalty: Array
+    entropy: Array | float
+    tokens: Array
+    text_tokens: Array | int
+
+
 def actor_loss(
     networks: Networks,
     config: PPOConfig,
@@ -69,10 +85,7 @@ def actor_loss(
     frozen: Params,
     batch: Experience,
     text: PretrainingRows | None,
-    penalty: Array,
-    entropy_coef: Array | float,
-    count: Array,
-    ptx_count: Array,
+    weights: LossWeights,
 ) -> tuple[Array, Sums]:
     """The actor's loss on a microbatch.
 
@@ -81,19 +94,17 @@ def actor_loss(
       actor, frozen: the actor's trainable and frozen parameters.
       batch: rows of the experience.
       text: rows for the pretraining loss, or None.
-      penalty: float32[], β of PPO-penalty.
-      entropy_coef: float32[], per nat.
-      count, ptx_count: float32[], tokens of the whole minibatch that losses are divided by.
+      weights: of the whole minibatch.
 
     Returns:
       (loss, sums): float32[], and what is measured; `value_loss` and `value_clipped` are 0.
     """
-    params, mask = SplitParams(frozen, actor), batch.response_mask
+    params, mask, count = SplitParams(frozen, actor), batch.response_mask, weights.tokens
     logprobs, entropy = _new_logprobs(networks, config, params, batch)
     log_ratio = jnp.where(mask, logprobs - batch.logprobs, 0)
     old_to_new = kl_estimate(jnp.zeros_like(log_ratio), log_ratio, "k3")
     if config.policy_loss == "penalty":
-        per_token = penalized_surrogate(log_ratio, batch.advantages, old_to_new, beta=penalty)
+        per_token = penalized_surrogate(log_ratio, batch.advantages, old_to_new, beta=weights.penalty)
         low, high = jnp.inf, jnp.inf  # nothing is clipped
     else:
         low, high = config.clip_range, config.clip_range
@@ -103,10 +114,10 @@ def actor_loss(
         )
     policy_loss = masked_sum(per_token, mask) / count
     mean_entropy = masked_sum(entropy, mask) / count
-    loss = policy_loss - entropy_coef * mean_entropy if config.entropy_coef else policy_loss
+    loss = policy_loss - weights.entropy * mean_entropy if config.entropy_coef else policy_loss
     ptx_loss = jnp.float32(0)
     if text is not None:
-        ptx_loss = _pretraining_loss(networks, config, params, text) / ptx_count
+        ptx_loss = _pretraining_loss(networks, config, params, text) / weights.text_tokens
         loss = loss + config.ptx_coef * ptx_loss
     ratio, advantages = jnp.exp(log_ratio), batch.advantages
     clipped = ((advantages < 0) & (ratio < 1 - low)) | ((advantages > 0) & (ratio > 1 + high))

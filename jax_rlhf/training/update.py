@@ -10,6 +10,8 @@ All three loops are scans, so that the program is as long with 4 × 4 as with 1 
 by the count of the whole minibatch: splitting rows over microbatches or devices does not change the gradient.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +28,15 @@ from jax_rlhf.rl import Experience, masked_mean
 from jax_rlhf.training.config import PPOConfig
 from jax_rlhf.training.metrics import experience_metrics
 from jax_rlhf.training.networks import Frozen, Networks, Trained
-from jax_rlhf.training.objective import PretrainingRows, Sums, actor_loss, critic_loss, penalty_kl, predicted
+from jax_rlhf.training.objective import (
+    LossWeights,
+    PretrainingRows,
+    Sums,
+    actor_loss,
+    critic_loss,
+    penalty_kl,
+    predicted,
+)
 from jax_rlhf.training.optimizer import apply_gradient, create_optimizer, learning_rate_schedule
 from jax_rlhf.training.state import PPOState
 
@@ -48,6 +58,24 @@ class _Step:
     critic_norm: Array
     actor_lr: Array
     critic_lr: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Iteration:
+    """What all minibatches of an iteration have in common.
+
+    Attributes:
+      networks, config: the models and PPO's settings.
+      frozen: parameters that no update changes.
+      experience: B rows.
+      learn_actor: bool[], False in a warm-up of the critic.
+    """
+
+    networks: Networks
+    config: PPOConfig
+    frozen: Frozen
+    experience: Experience
+    learn_actor: Array
 
 
 def ppo_update(
@@ -83,6 +111,7 @@ def ppo_update(
         boundary = networks.actor.boundary(SplitParams(frozen.actor, {}), pretraining.tokens, pretraining.mask)
         pretraining = _grouped(pretraining.replace(boundary=boundary), (config.num_minibatches, per_minibatch // micro))
     learn_actor = state.iteration >= config.critic_warmup_iterations
+    iteration = _Iteration(networks, config, frozen, experience, learn_actor)
     skipped_before = state.skipped_updates
 
     def order(epoch: Array) -> Array:
@@ -92,9 +121,7 @@ def ppo_update(
     def minibatch(carry: tuple, inputs: tuple) -> tuple[tuple, tuple[Sums, _Step]]:
         trained, state, stopped = carry
         rows, text, index = inputs
-        trained, state, sums, step = _update_minibatch(
-            networks, config, trained, state, frozen, experience, rows, text, index, learn_actor, stopped
-        )
+        trained, state, sums, step = _update_minibatch(iteration, trained, state, rows, text, index, stopped)
         if config.target_kl is not None:
             stopped = stopped | (sums.approx_kl > config.target_kl)
         return (trained, state, stopped), (sums, step)
@@ -107,20 +134,29 @@ def ppo_update(
     (trained, state, _), measured = jax.lax.scan(epoch, start, jnp.arange(config.ppo_epochs))
     sums, steps = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), measured)
 
-    actor_moved = learn_actor & jnp.any(steps.taken)
+    last, bad = order(jnp.int32(config.ppo_epochs - 1))[-1], state.skipped_updates > skipped_before
+    state = state.replace(bad_steps=jnp.where(bad, state.bad_steps + 1, 0))
+    state, metrics = _finished(iteration, trained, state, sums, steps, last)
+    return _with_moving_average(config, trained), state, metrics
+
+
+def _finished(
+    iteration: _Iteration, trained: Trained, state: PPOState, sums: Sums, steps: _Step, last: Array
+) -> tuple[PPOState, dict[str, Array]]:
+    """Coefficients, limits and metrics after the updates; last int[microbatches, rows each]: the last minibatch's rows.
+
+    The coefficients answer to what the actor did: where it did not move, they rest.
+    """
+    networks, config, experience = iteration.networks, iteration.config, iteration.experience
+    actor_moved = iteration.learn_actor & jnp.any(steps.taken)
     if config.policy_loss == "penalty":
-        last = order(jnp.int32(config.ppo_epochs - 1))[-1]
-        measure = lambda: penalty_kl(networks, config, trained.actor, frozen.actor, experience, last)  # noqa: E731
+        measure = lambda: penalty_kl(networks, config, trained.actor, iteration.frozen.actor, experience, last)  # noqa: E731
         kl = jax.lax.cond(actor_moved, measure, lambda: jnp.float32(0))
         state = state.replace(penalty=_where(actor_moved, state.penalty.update(kl), state.penalty))
-    bad = state.skipped_updates > skipped_before
-    state = state.replace(bad_steps=jnp.where(bad, state.bad_steps + 1, 0))
     metrics = experience_metrics(experience, state.kl.value) | _update_metrics(state, sums, steps)
     state, limits = _limited(config, state, metrics)
-    metrics |= limits
-    # The coefficients answer to what the actor did: where it did not move, they rest.
-    kl = _where(actor_moved, state.kl.update(metrics["objective/kl"], rows), state.kl)
-    return _with_moving_average(config, trained), state.replace(kl=kl, iteration=state.iteration + 1), metrics
+    kl = _where(actor_moved, state.kl.update(metrics["objective/kl"], len(experience.tokens)), state.kl)
+    return state.replace(kl=kl, iteration=state.iteration + 1), metrics | limits
 
 
 def _where(condition: Array, chosen: Any, other: Any) -> Any:
@@ -156,25 +192,17 @@ def _grouped(rows: Any, groups: tuple[int, ...]) -> Any:
 
 
 def _update_minibatch(
-    networks: Networks,
-    config: PPOConfig,
+    iteration: _Iteration,
     trained: Trained,
     state: PPOState,
-    frozen: Frozen,
-    experience: Experience,
     rows: Array,
-    pretraining: PretrainingRows | None,
+    text: PretrainingRows | None,
     index: Array,
-    learn_actor: Array,
     stopped: Array,
 ) -> tuple[Trained, PPOState, Sums, _Step]:
     """One optimizer step of actor and critic, rows int[microbatches, rows each], the iteration's `index`-th."""
-
-    def gradients() -> tuple[tuple[Params, Params], Sums]:
-        return _minibatch_gradients(
-            networks, config, trained, state, frozen, experience, rows, pretraining, learn_actor
-        )
-
+    config, learn_actor = iteration.config, iteration.learn_actor
+    gradients = functools.partial(_minibatch_gradients, iteration, trained, state, rows, text)
     if config.target_kl is None:
         done, (grads, sums) = jnp.ones((), bool), gradients()
     else:  # only the gradients are conditional: a `cond` over parameters and optimizer states would hold them twice
@@ -182,7 +210,8 @@ def _update_minibatch(
     actor_norm, critic_norm = optax.tree.norm(grads[0]), optax.tree.norm(grads[1])
     finite = jnp.isfinite(critic_norm + sums.value_loss)
     finite &= jnp.isfinite(actor_norm + sums.policy_loss) | ~learn_actor
-    finite &= jnp.all(jnp.isfinite(experience.scores[rows]))  # of an infinite one a clipped reward would not tell
+    # Of a score that is not finite a clipped reward would not tell.
+    finite &= jnp.all(jnp.isfinite(iteration.experience.scores[rows]))
     # Past the target the minibatch only serves to say so: its own update is not taken either.
     take = finite & done if config.target_kl is None else finite & done & (sums.approx_kl <= config.target_kl)
 
@@ -220,29 +249,20 @@ def _update_minibatch(
 
 
 def _minibatch_gradients(
-    networks: Networks,
-    config: PPOConfig,
-    trained: Trained,
-    state: PPOState,
-    frozen: Frozen,
-    experience: Experience,
-    rows: Array,
-    pretraining: PretrainingRows | None,
-    learn_actor: Array,
+    iteration: _Iteration, trained: Trained, state: PPOState, rows: Array, text: PretrainingRows | None
 ) -> tuple[tuple[Params, Params], Sums]:
     """(gradients of actor and critic, sums); while only the critic learns, the actor's is 0 and not computed."""
-    count = jnp.maximum(jnp.sum(experience.response_mask[rows]), 1).astype(jnp.float32)
-    ptx_count = jnp.float32(1) if pretraining is None else jnp.maximum(jnp.sum(predicted(pretraining.mask)), 1)
-    entropy_coef = _entropy_coef(config, state.entropy)
+    networks, config, frozen = iteration.networks, iteration.config, iteration.frozen
+    weights = LossWeights(
+        penalty=state.penalty.value,
+        entropy=_entropy_coef(config, state.entropy),
+        tokens=jnp.maximum(jnp.sum(iteration.experience.response_mask[rows]), 1).astype(jnp.float32),
+        text_tokens=1 if text is None else jnp.maximum(jnp.sum(predicted(text.mask)), 1),
+    )
 
     def of_microbatch(inputs: tuple) -> tuple[tuple[Params, Params], Sums]:
-        batch, text = jax.tree.map(lambda leaf: leaf[inputs[0]], experience), inputs[1]
-
-        def loss(actor: Params) -> tuple[Array, Sums]:
-            counts = count, ptx_count
-            return actor_loss(
-                networks, config, actor, frozen.actor, batch, text, state.penalty.value, entropy_coef, *counts
-            )
+        batch, text = jax.tree.map(lambda leaf: leaf[inputs[0]], iteration.experience), inputs[1]
+        loss = lambda actor: actor_loss(networks, config, actor, frozen.actor, batch, text, weights)  # noqa: E731
 
         def gradient() -> tuple[Params, Sums]:
             actor, sums = jax.grad(loss, has_aux=True)(trained.actor)
@@ -251,13 +271,16 @@ def _minibatch_gradients(
         def measure() -> tuple[Params, Sums]:
             return networks.actor.held(jax.tree.map(jnp.zeros_like, trained.actor)), loss(trained.actor)[1]
 
-        actor, sums = jax.lax.cond(learn_actor, gradient, measure) if config.critic_warmup_iterations else gradient()
+        if config.critic_warmup_iterations:
+            actor, sums = jax.lax.cond(iteration.learn_actor, gradient, measure)
+        else:
+            actor, sums = gradient()
         critic, value_sums = jax.grad(critic_loss, argnums=2, has_aux=True)(
-            networks, config, trained.critic, frozen, batch, count
+            networks, config, trained.critic, frozen, batch, weights.tokens
         )
         return (actor, networks.critic.held(critic)), sums.replace(**value_sums)
 
-    return _over_microbatches(of_microbatch, (rows, pretraining))
+    return _over_microbatches(of_microbatch, (rows, text))
 
 
 def _zeros_like(function: Callable[[], Any]) -> Any:

@@ -265,6 +265,7 @@ def test_held_out_rows_are_drawn_not_the_first(tmp_path):
 def test_openings_of_texts(tmp_path):
     file = tiny.write(tmp_path / "x.jsonl", [{"text": "a b c d"}, {"text": "e f g"}, {"text": "h"}])
     datasets = create(file, "ppo", prompt_tokens=2)
+    assert datasets.widths == (2,)  # all prompts are of one length
     assert sorted(datasets.train[0].tokens.tolist()) == [tiny.ids("a b"), tiny.ids("e f")]
     assert "1 (shorter than prompt_tokens=2)" in datasets.report
 

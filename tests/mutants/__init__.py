@@ -21,3 +21,17 @@ class Mutant:
 
     def __str__(self) -> str:
         return f"{self.file}: {self.old.strip()!r} → {self.new.strip()!r}"
+
+
+def variants(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutant]:
+    """Wrong variants of one file.
+
+    Args:
+      file: of the package.
+      tests: arguments of pytest.
+      changes: (old text, new text) each.
+
+    Returns:
+      The mutants.
+    """
+    return [Mutant(f"jax_rlhf/{file}", old, new, tests) for old, new in changes]

@@ -1,6 +1,6 @@
 """PPO itself: losses, advantages, KL, the two programs of an iteration, the sampler and the scorer."""
 
-from tests.mutants import Mutant
+from tests.mutants import variants
 
 _RL = "tests/rl"
 _STEP = "tests/ppo/test_oracle.py::test_an_update_is_the_plain_one tests/ppo/test_steps.py tests/ppo/test_update.py"
@@ -11,12 +11,8 @@ _SAMPLE = "tests/rollout/test_draw.py tests/rollout/test_filters.py tests/rollou
 _SCORE = "tests/rollout/test_scorer.py"
 
 
-def _of(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutant]:
-    return [Mutant(f"jax_rlhf/{file}", old, new, tests) for old, new in changes]
-
-
 MUTANTS = [
-    *_of(
+    *variants(
         "rl/losses.py",
         _RL,
         ("jnp.maximum(-advantages * ratio, -adv", "jnp.minimum(-advantages * ratio, -adv"),
@@ -35,7 +31,7 @@ MUTANTS = [
         ("| (chosen_mask != rejected_mask))", ")"),
         ("jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)", "log_ratio"),
     ),
-    *_of(
+    *variants(
         "rl/advantages.py",
         _RL,
         ("reward + gamma * next_value - value", "reward + next_value - value"),
@@ -45,7 +41,7 @@ MUTANTS = [
         ("jnp.zeros_like(bootstrap), bootstrap", "bootstrap, jnp.zeros_like(bootstrap)"),
         ("jnp.where(mask, advantages + values, 0)", "jnp.where(mask, advantages - values, 0)"),
     ),
-    *_of(
+    *variants(
         "rl/kl.py",
         _RL,
         ("jnp.expm1(jnp.minimum(-k1, MAX_LOG_RATIO)) + k1", "jnp.expm1(jnp.minimum(k1, MAX_LOG_RATIO)) - k1"),
@@ -55,7 +51,7 @@ MUTANTS = [
         ("too_small = kl < self.target / 1.5", "too_small = kl < self.target / 2"),
         ("jnp.where(too_large, 2.0,", "jnp.where(too_large, 1.5,"),
     ),
-    *_of(
+    *variants(
         "rl/masked.py",
         _RL,
         ("jnp.sum(jnp.where(mask, x, 0))", "jnp.sum(x * mask)"),
@@ -64,7 +60,7 @@ MUTANTS = [
         ("mask) + 1e-8)", "mask) + 1e-4)"),
         ("whitened if shift_mean else whitened + mean", "whitened"),
     ),
-    *_of(
+    *variants(
         "rl/experience.py",
         _RL,
         (
@@ -75,7 +71,7 @@ MUTANTS = [
         ("return -kl_coef * kl + jnp", "return kl_coef * kl + jnp"),
         ("slot == jnp.max(jnp.where(mask, slot, -1)", "slot == 1 + jnp.max(jnp.where(mask, slot, -1)"),
     ),
-    *_of(
+    *variants(
         "training/collect.py",
         _COLLECT,
         ("min_new_tokens=config.min_new_tokens", "min_new_tokens=0"),
@@ -107,7 +103,7 @@ MUTANTS = [
         ("gamma=config.gamma, lam=config.lam", "gamma=config.lam, lam=config.gamma"),
         ("        advantages = masked_whiten(advantages, mask)", "        advantages = masked_whiten(returns, mask)"),
     ),
-    *_of(
+    *variants(
         "training/networks.py",
         _COLLECT,
         (
@@ -125,10 +121,13 @@ MUTANTS = [
         ("mask, boundary) + frozen.reward_bias", "mask, boundary) + frozen.critic_bias"),
         ("last = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)", "last = jnp.sum(mask, axis=1) - 1"),
         ('method="apply_head") + bias', 'method="apply_head")'),
-        ("lengths.max() + max_new_tokens > config", "lengths.max() + max_new_tokens - 1 > config"),
+        (
+            "check_positions(network.model.config, lengths, max",
+            "check_positions(network.model.config, lengths - 1, max",
+        ),
         ("(tokens >= known))", "(tokens > known))"),
     ),
-    *_of(
+    *variants(
         "training/roles.py",
         _COLLECT,
         ("config = config.limited_to(known)", "pass"),
@@ -138,7 +137,7 @@ MUTANTS = [
         ("start.trainable_layers, start.reference_config)", "start.trainable_layers)"),
         ("if config.dtype == jnp.float16:", "if False:"),
     ),
-    *_of(
+    *variants(
         "training/objective.py",
         _STEP,
         ("jnp.where(mask, logprobs - batch.logprobs, 0)", "jnp.where(mask, logprobs - batch.sampler_logprobs, 0)"),
@@ -147,12 +146,12 @@ MUTANTS = [
         ("high = high if config.clip_range_high is None else config.clip_range_high", "pass"),
         ("dual_clip=config.dual_clip", "dual_clip=None"),
         ("low, high = jnp.inf, jnp.inf", "low, high = -jnp.inf, jnp.inf"),
-        ("policy_loss - entropy_coef * mean_entropy if", "policy_loss + entropy_coef * mean_entropy if"),
+        ("policy_loss - weights.entropy * mean_entropy if", "policy_loss + weights.entropy * mean_entropy if"),
         ("policy_loss = masked_sum(per_token, mask) / count", "policy_loss = masked_mean(per_token, mask)"),
         ("mean_entropy = masked_sum(entropy, mask) / count", "mean_entropy = masked_sum(-logprobs, mask) / count"),
         ("loss + config.ptx_coef * ptx_loss", "loss + ptx_loss"),
         (
-            "_pretraining_loss(networks, config, params, text) / ptx_count",
+            "_pretraining_loss(networks, config, params, text) / weights.text_tokens",
             "_pretraining_loss(networks, config, params, text) / count",
         ),
         ("(advantages < 0) & (ratio < 1 - low)", "(advantages > 0) & (ratio < 1 - low)"),
@@ -173,7 +172,7 @@ MUTANTS = [
         ("clipped = per_token > 0.5 * jnp.square", "clipped = per_token >= 0.5 * jnp.square"),
         ("kl_estimate(batch.logprobs, logprobs", "kl_estimate(logprobs, batch.logprobs"),
     ),
-    *_of(
+    *variants(
         "training/update.py",
         _STEP,
         ("state.iteration >= config.critic_warmup_iterations\n", "state.iteration > config.critic_warmup_iterations\n"),
@@ -187,8 +186,8 @@ MUTANTS = [
         ("jnp.where(bad, state.bad_steps + 1, 0)", "state.bad_steps + bad"),
         ("experience_metrics(experience, state.kl.value) |", "experience_metrics(experience, state.penalty.value) |"),
         ("kl = _where(actor_moved, state.kl.update(metrics", "kl = _where(True, state.kl.update(metrics"),
-        ('metrics["objective/kl"], rows)', 'metrics["objective/kl"], per_minibatch)'),
-        ('metrics["objective/kl"], rows)', 'metrics["objective/kl_per_token"], rows)'),
+        ('metrics["objective/kl"], len(experience.tokens))', 'metrics["objective/kl"], len(last))'),
+        ('metrics["objective/kl"], len', 'metrics["objective/kl_per_token"], len'),
         ("iteration=state.iteration + 1)", "iteration=state.iteration)"),
         ('metrics["objective/kl"] > config.kl_limit', 'metrics["objective/kl_per_token"] > config.kl_limit'),
         ("state.lr_scale * config.limit_lr_factor", "state.lr_scale / config.limit_lr_factor"),
@@ -196,7 +195,7 @@ MUTANTS = [
         ("decay * old + (1 - decay) * new", "decay * new + (1 - decay) * old"),
         ("finite &= jnp.isfinite(actor_norm + sums.policy_loss) | ~learn_actor", "pass"),
         ("finite = jnp.isfinite(critic_norm + sums.value_loss)", "finite = jnp.isfinite(sums.value_loss)"),
-        ("finite &= jnp.all(jnp.isfinite(experience.scores[rows]))", "pass"),
+        ("finite &= jnp.all(jnp.isfinite(iteration.experience.scores[rows]))", "pass"),
         ("finite & done & (sums.approx_kl <= config.target_kl)", "finite & done"),
         ("jnp.maximum(state.iteration - config.critic_warmup_iterations, 0)", "state.iteration"),
         ("each * per_iteration + index for", "each + index for"),
@@ -212,9 +211,9 @@ MUTANTS = [
             "learning_rate_schedule(config.actor_optimizer)(actor_step) * scale",
         ),
         ("(config.critic_optimizer)(critic_step)", "(config.critic_optimizer)(actor_step)"),
-        ("count = jnp.maximum(jnp.sum(experience.response_mask[rows]), 1)", "count = jnp.float32(rows.size)"),
-        ("jnp.sum(predicted(pretraining.mask)), 1)", "jnp.sum(pretraining.mask), 1)"),
-        ("state.penalty.value, entropy_coef, *counts", "state.kl.value, entropy_coef, *counts"),
+        ("jnp.maximum(jnp.sum(iteration.experience.response_mask[rows]), 1)", "jnp.float32(rows.size)"),
+        ("jnp.sum(predicted(text.mask)), 1)", "jnp.sum(text.mask), 1)"),
+        ("penalty=state.penalty.value", "penalty=state.kl.value"),
         ("gap = jnp.maximum(total[1].ratio_gap, sums.ratio_gap)", "gap = total[1].ratio_gap + sums.ratio_gap"),
         ("jnp.where(entropy < config.entropy_target, config.entropy_coef, 0.0)", "config.entropy_coef"),
         ("jnp.where(entropy < config.entropy_target,", "jnp.where(entropy > config.entropy_target,"),
@@ -227,7 +226,7 @@ MUTANTS = [
             "masked_mean(jnp.square(sums.ratio - 1), steps.done)",
         ),
     ),
-    *_of(
+    *variants(
         "training/metrics.py",
         _STEP,
         ("experience.logprobs - experience.ref_logprobs, 0)", "experience.logprobs - experience.sampler_logprobs, 0)"),
@@ -242,7 +241,7 @@ MUTANTS = [
         ("experience.logprobs - experience.sampler_logprobs)", "experience.logprobs - experience.ref_logprobs)"),
         ("masked_mean(experience.kept_mass, mask)", "jnp.mean(experience.kept_mass)"),
     ),
-    *_of(
+    *variants(
         "trainer.py",
         "tests/ppo/test_oracle.py tests/ppo/test_trainer.py",
         ("programs.iteration_key(self._key, self.state.iteration)", "programs.iteration_key(self._key, 0)"),
@@ -250,7 +249,7 @@ MUTANTS = [
         ("np.asarray(prompts.row_ids, np.int32))", "np.arange(len(mask), dtype=np.int32))"),
         ('if metrics["val/bad_scores"]:', "if False:"),
     ),
-    *_of(
+    *variants(
         "training/programs.py",
         _STEP,
         (
@@ -258,7 +257,7 @@ MUTANTS = [
             "jax.random.fold_in(seed_key, _ORDER_ADDRESS)",
         ),
     ),
-    *_of(
+    *variants(
         "rollout/draw.py",
         _SAMPLE,
         (
@@ -271,7 +270,7 @@ MUTANTS = [
         ("jnp.log(sums) + noise[:, : blocks.shape[1]]", "sums + noise[:, : blocks.shape[1]]"),
         ("1 < top_k < logits.shape[1]", "1 < top_k < 0"),
     ),
-    *_of(
+    *variants(
         "rollout/sampler.py",
         f"{_SAMPLE} tests/ppo/test_oracle.py",
         ('method="apply_head") / sampling.temperature', 'method="apply_head")'),
@@ -285,7 +284,7 @@ MUTANTS = [
         ('"mask": carry["mask"].at[:, index].set(running)', '"mask": carry["mask"].at[:, index].set(True)'),
         ("config.vocab_size]", "config.table_rows]"),
     ),
-    *_of(
+    *variants(
         "rollout/scorer.py",
         _SCORE,
         ("categorical(logits / temperature, targets)", "categorical(logits, targets)"),
@@ -298,18 +297,18 @@ MUTANTS = [
         ("jnp.where(mask[:, 1:] & before, logprobs, 0)", "jnp.where(mask[:, 1:], logprobs, 0)"),
         ("jnp.take_along_axis(hidden, slot[..., None], axis=1)", "hidden[:, :-1]"),
     ),
-    *_of(
+    *variants(
         "models/attention.py",
         "tests/models/test_precision.py",
         ("rows, key, preferred_element_type=jnp.float32)", "rows, key)"),
     ),
-    *_of(
+    *variants(
         "models/products.py",
         "tests/models/test_precision.py",
         ("((), ())), preferred_element_type=jnp.float32)", "((), ())))"),
         ('"precision": product_precision(x.dtype)', '"precision": None'),
     ),
-    *_of(
+    *variants(
         "models/heads.py",
         "tests/models/test_precision.py",
         (
@@ -317,12 +316,12 @@ MUTANTS = [
             "project(hidden, kernel.astype(hidden.dtype), 1)",
         ),
     ),
-    *_of(
+    *variants(
         "models/layers.py",
         "tests/models/test_precision.py",
         ("y = x.astype(jnp.float32)", "y = x"),
     ),
-    *_of(
+    *variants(
         "models/precision.py",
         "tests/ppo/test_bfloat16.py",
         ('"xla_allow_excess_precision": False', '"xla_allow_excess_precision": True'),

@@ -1,19 +1,16 @@
 """Data: what is held out, order, shares, BOS and EOS, masks, cutting, widths, rows of processes."""
 
-from tests.mutants import Mutant
+from tests.mutants import variants
 
-_SETS, _SPLITS, _BATCHES = "jax_rlhf/data/datasets.py", "jax_rlhf/data/splits.py", "jax_rlhf/data/batches.py"
-_TOKENS, _FORMATS, _CONFIG = "jax_rlhf/data/tokens.py", "jax_rlhf/data/formats.py", "jax_rlhf/data/config.py"
+_SETS, _SPLITS, _BATCHES = "data/datasets.py", "data/splits.py", "data/batches.py"
+_TOKENS, _FORMATS, _CONFIG = "data/tokens.py", "data/formats.py", "data/config.py"
 _ALL = "tests/data/test_datasets.py tests/data/test_splits.py tests/data/test_formats.py"
 
 
-def _of(file: str, *changes: tuple[str, str]) -> list[Mutant]:
-    return [Mutant(file, old, new, _ALL) for old, new in changes]
-
-
 MUTANTS = [
-    *_of(
+    *variants(
         _SETS,
+        _ALL,
         ("seed + index)", "seed)"),
         (".seed(seed).shuffle()", ".seed(0).shuffle()"),
         (".shuffle().repeat()", ".repeat().shuffle()"),
@@ -62,8 +59,9 @@ MUTANTS = [
             "max((len(example.prompt) for example in examples if example is not None), default=1)",
         ),
     ),
-    *_of(
+    *variants(
         _SPLITS,
+        _ALL,
         ("ONE_IN = 10", "ONE_IN = 5"),
         (
             "rows_left = [min(eval_rows, count.total() // ONE_IN) for count in counts]",
@@ -77,8 +75,9 @@ MUTANTS = [
         ("missing[phase_of[group]] -= counts[group]", "missing[phase_of[group]] -= 0"),
         ("            missing[index] -= counts[group]\n", "            missing[index] -= 1\n"),
     ),
-    *_of(
+    *variants(
         _BATCHES,
+        _ALL,
         ("FIRST_EVAL_ROW = 1 << 24", "FIRST_EVAL_ROW = 0"),
         (
             "completion[r, begin + len(example.prompt) : end] = True",
@@ -111,8 +110,9 @@ MUTANTS = [
             "tokens[r, : len(example.prompt)], mask[r, : len(example.prompt)] =",
         ),
     ),
-    *_of(
+    *variants(
         _TOKENS,
+        _ALL,
         ("prompts[index] if text.templated else bos + prompts[index]", "bos + prompts[index]"),
         ("prompts[index] if text.templated else bos + prompts[index]", "prompts[index]"),
         ("begin = bos if bos and prompt[:1] == bos else []", "begin = []"),
@@ -142,8 +142,9 @@ MUTANTS = [
             "sum(len(completion) for completion in self.completions)",
         ),
     ),
-    *_of(
+    *variants(
         _FORMATS,
+        _ALL,
         ('return prompt, (found["chosen"], found["rejected"])', 'return prompt, (found["rejected"], found["chosen"])'),
         (
             'found.get("completion", found.get("chosen") if pair else None)',
@@ -159,8 +160,9 @@ MUTANTS = [
             'found = found | {"prompt": [{"role": "assistant", "content"',
         ),
     ),
-    *_of(
+    *variants(
         _CONFIG,
+        _ALL,
         ("tuple(number / sum(numbers) for number in numbers)", "tuple(number / max(numbers) for number in numbers)"),
     ),
 ]

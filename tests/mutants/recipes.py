@@ -1,6 +1,6 @@
 """The recipes: what is written, evaluation, normalisation, schedules, shares of time."""
 
-from tests.mutants import Mutant
+from tests.mutants import variants
 
 _AGAIN = "tests/phases/test_faults.py -k in_a_row"
 _PIECES = "tests/phases/test_pieces.py tests/phases/test_calibration.py"
@@ -8,13 +8,9 @@ _SHOWN = "tests/phases/test_end_to_end.py -k 'reports or leaves'"
 _WRITTEN = "tests/phases/test_written.py"
 
 
-def _of(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutant]:
-    return [Mutant(f"jax_rlhf/phases/{file}", old, new, tests) for old, new in changes]
-
-
 MUTANTS = [
-    *_of(
-        "ppo.py",
+    *variants(
+        "phases/ppo.py",
         _PIECES,
         (
             'f"time/{name}_share": seconds / metrics["time/iteration"]',
@@ -36,14 +32,14 @@ MUTANTS = [
             "PretrainingRows(batch.tokens, batch.mask & batch.completion_mask)",
         ),
     ),
-    *_of(
-        "ppo.py",
+    *variants(
+        "phases/ppo.py",
         _SHOWN,
         ('"before": progress.notes["after"], "first"', '"before": [], "first"'),
         ("count=settings.sample_rows", "count=None"),
     ),
-    *_of(
-        "ppo.py",
+    *variants(
+        "phases/ppo.py",
         _WRITTEN,
         ('    save_pretrained(folder / "critic", engine.critic)\n', ""),
         (
@@ -87,8 +83,8 @@ MUTANTS = [
         ),
         ("path=reward_model(config, workdir))", "path=None)"),
     ),
-    *_of(
-        "reward.py",
+    *variants(
+        "phases/reward.py",
         _PIECES,
         ("gap = 0.0 if few else max(0.0, float(", "gap = 0.0 if few else (float("),
         ("< 8\n", "< 9\n"),
@@ -107,8 +103,8 @@ MUTANTS = [
         ("RewardLoss(settings.loss, settings.compare)", "RewardLoss(settings.loss)"),
         ("SplitModel(model, settings.trainable_layers)", "SplitModel(model, None)"),
     ),
-    *_of(
-        "reward.py",
+    *variants(
+        "phases/reward.py",
         _WRITTEN,
         ("temperature=ppo.temperature,", "temperature=1.0,"),
         ("            temperature=ppo.temperature,\n", ""),
@@ -128,15 +124,15 @@ MUTANTS = [
         ("settings.num_layers, jax.random.key(config.seed))", "None, jax.random.key(config.seed))"),
         ("path=policy_path)", "path=config.model.path)"),
     ),
-    *_of(
-        "sft.py",
+    *variants(
+        "phases/sft.py",
         _PIECES,
         ("loss=SFTLoss(settings.loss_on)", "loss=SFTLoss()"),
         ("SplitModel(model, config.model.trainable_layers)", "SplitModel(model, None)"),
         ("optimizer=with_end(settings.optimizer, steps)", "optimizer=settings.optimizer"),
     ),
-    *_of(
-        "sft.py",
+    *variants(
+        "phases/sft.py",
         _WRITTEN,
         (
             'progress.notes.setdefault("eval/loss_before", held_out["loss"])',
@@ -150,21 +146,21 @@ MUTANTS = [
         ("max_new_tokens=config.sft.sample_tokens", "max_new_tokens=64"),
         ("eos_id=config.ends(pretrained),", ""),
     ),
-    *_of(
-        "supervised.py",
+    *variants(
+        "phases/supervised.py",
         _AGAIN,
         ("datasets.batches(progress.step, steps)", "datasets.batches(0, steps)"),
     ),
-    *_of(
-        "supervised.py",
+    *variants(
+        "phases/supervised.py",
         _PIECES,
         ("round(epochs * datasets.steps_per_epoch)) if", "round(datasets.steps_per_epoch)) if"),
         ("optimizer if optimizer.total_steps else", "optimizer if True else"),
         ("total_steps=steps)", "total_steps=steps - 1)"),
         ("return batch_size // micro", "return 1"),
     ),
-    *_of(
-        "supervised.py",
+    *variants(
+        "phases/supervised.py",
         _WRITTEN,
         ('count = totals.pop("count", 0.0)', 'count = len(datasets.eval) + 0 * totals.pop("count", 0.0)'),
         ("totals.get(name, 0.0) + float(value)", "float(value)"),

@@ -1,6 +1,6 @@
 """Supervised training, roles, engine, trainer and reward functions: each term dropped, turned or a neighbour's."""
 
-from tests.mutants import Mutant
+from tests.mutants import variants
 
 _LOSSES = "tests/training/test_supervised.py"
 _OPTIMIZER = "tests/training/test_optimizer.py"
@@ -9,13 +9,9 @@ _STEP = "tests/training/test_step.py"
 _FUNCTIONS = "tests/rewards/test_functions.py"
 
 
-def _of(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutant]:
-    return [Mutant(file, old, new, tests) for old, new in changes]
-
-
 MUTANTS = [
-    *_of(
-        "jax_rlhf/training/sft.py",
+    *variants(
+        "training/sft.py",
         f"{_LOSSES} -k 'alone or texts'",
         (" & (batch.positions[:, 1:] > 0)", ""),
         ("& batch.completion_mask[:, 1:]", "& batch.completion_mask[:, :-1]"),
@@ -27,8 +23,8 @@ MUTANTS = [
         ("masked_sum(entropy, counted)", "masked_sum(entropy, batch.mask[:, 1:])"),
         ('"count": jnp.sum(counted)', '"count": jnp.sum(batch.mask[:, 1:])'),
     ),
-    *_of(
-        "jax_rlhf/training/reward.py",
+    *variants(
+        "training/reward.py",
         f"{_LOSSES} {_STEP} -k 'pairs or bradley or token_loss or cut or head'",
         ("margin = batch.margin.reshape(-1) if", "margin = None if"),
         ('if self.compare == "pairs" else None', "if True else None"),
@@ -51,8 +47,8 @@ MUTANTS = [
         ("head_init(width)(key", "head_init(width - 1)(key"),
         ("jnp.any(batch.chosen_mask, axis=1)\n        else", "jnp.ones(len(loss), bool)\n        else"),
     ),
-    *_of(
-        "jax_rlhf/training/supervised.py",
+    *variants(
+        "training/supervised.py",
         _STEP,
         ("leaf / count, gradient)", "leaf, gradient)"),
         ("leaf / count, gradient)", "leaf / len(jax.tree.leaves(batch)[0]), gradient)"),
@@ -70,8 +66,8 @@ MUTANTS = [
         ("head_learning_rate=how.head_learning_rate)", "head_learning_rate=None)"),
         ("jnp.array(leaf, jnp.float32, copy=True)", "jnp.array(leaf, copy=True)"),
     ),
-    *_of(
-        "jax_rlhf/training/optimizer.py",
+    *variants(
+        "training/optimizer.py",
         _OPTIMIZER,
         (
             "parts.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))",
@@ -105,8 +101,8 @@ MUTANTS = [
         ("(jnp.sqrt(square) + eps)", "jnp.sqrt(square + eps)"),
         ('if config.eps_form == "pytorch" else', 'if config.eps_form == "tensorflow" else'),
     ),
-    *_of(
-        "jax_rlhf/training/roles.py",
+    *variants(
+        "training/roles.py",
         _ROLES,
         ("learned.reward_bias - learned.missing_eos_bias if", "learned.reward_bias if"),
         ("learned.reward_bias - learned.missing_eos_bias if", "-learned.missing_eos_bias if"),
@@ -129,8 +125,8 @@ MUTANTS = [
         ("jnp.float32, copy=True), params)", "jnp.float32, copy=False), params)"),
         ("return Trained(_copies(actor.trainable),", "return Trained(actor.trainable,"),
     ),
-    *_of(
-        "jax_rlhf/engine.py",
+    *variants(
+        "engine.py",
         _ROLES,
         ("reward_bias=float(self.frozen.critic_bias))", "reward_bias=0.0)"),
         ("self.frozen.actor, self.trained.actor_ema)", "self.frozen.actor, self.trained.actor)"),
@@ -144,8 +140,8 @@ MUTANTS = [
             'critic_trainable_layers=roles["model"].trainable_layers',
         ),
     ),
-    *_of(
-        "jax_rlhf/rewards/functions.py",
+    *variants(
+        "rewards/functions.py",
         _FUNCTIONS,
         ("        return self.weight * scores\n\n", "        return scores\n\n"),
         ("error.scores = self.weight * scores", "error.scores = scores"),
@@ -159,8 +155,8 @@ MUTANTS = [
         ("self.function(prompts, responses, **columns)", "self.function(responses, prompts, **columns)"),
         ("missing = ~np.isfinite(total)", "missing = np.isnan(scores).all(axis=0)"),
     ),
-    *_of(
-        "jax_rlhf/trainer.py",
+    *variants(
+        "trainer.py",
         _ROLES,
         ("tokens[:, :width], np.asarray(prompts.mask)", "tokens[:, width:], np.asarray(prompts.mask)"),
         (
@@ -183,19 +179,19 @@ MUTANTS = [
         ("f if f.timeout else dataclasses.replace", "f if True else dataclasses.replace"),
         ("eos_ids[0] if eos_ids else 0) if pad_id is None else pad_id", "eos_ids[0] if eos_ids else 0)"),
     ),
-    *_of(
-        "jax_rlhf/training/supervised.py",
+    *variants(
+        "training/supervised.py",
         f"{_LOSSES} -k microbatches",
         ("row_groups(batch, microbatches, layout)", "row_groups(batch, microbatches // 2, layout)"),
         ("jax.tree.map(jnp.add, total, function(part))", "function(part)"),
     ),
-    *_of(
-        "jax_rlhf/trainer.py",
+    *variants(
+        "trainer.py",
         "tests/ppo/test_trainer.py -k failures",
         ("(self.failures), np.int32), Failures()", "(self.failures), np.int32), self.failures"),
     ),
-    *_of(
-        "jax_rlhf/trainer.py",
+    *variants(
+        "trainer.py",
         "tests/phases/test_written.py",
         ("math.nan if self._started is None else time.perf_counter() - self._started", "1.0"),
     ),

@@ -274,7 +274,7 @@ def test_no_row_may_run_past_the_positions_of_any_model(role):
         if fits:
             assert np.isfinite(trainer.generate_experience(tiny.ragged_prompts(4)).scores).all()
         else:
-            with pytest.raises(ValueError, match=f"it runs past the 10 positions of the {role} model"):
+            with pytest.raises(ValueError, match=f"it runs past the {role}'s 10 positions"):
                 trainer.generate_experience(tiny.ragged_prompts(4))
 
 

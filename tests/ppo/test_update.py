@@ -175,9 +175,9 @@ def test_rows_are_reshuffled_each_epoch_and_iteration(monkeypatch):
     """Every row once an epoch, in another order each time."""
     seen, original = [], update._update_minibatch
 
-    def spied(networks, config, trained, state, frozen, made, rows, *rest):
+    def spied(iteration, trained, state, rows, *rest):
         jax.debug.callback(lambda rows: seen.append(np.array(rows).reshape(-1)), rows, ordered=True)
-        return original(networks, config, trained, state, frozen, made, rows, *rest)
+        return original(iteration, trained, state, rows, *rest)
 
     monkeypatch.setattr(update, "_update_minibatch", spied)
     trainer = tiny.trainer(ppo_epochs=3, num_minibatches=4, microbatch_size=2, seed=77)
