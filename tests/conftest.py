@@ -13,7 +13,12 @@ os.environ.setdefault("PJRT_NPROC", "32")
 import jax
 import pytest
 
+from tests.processes import COMPILED
+
 jax.config.update("jax_num_cpu_devices", 8)
+# Modules compile the same small programs: once for all of them, and for the processes that tests start.
+jax.config.update("jax_compilation_cache_dir", str(COMPILED))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @pytest.fixture(scope="module", autouse=True)

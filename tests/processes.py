@@ -4,9 +4,12 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+COMPILED = Path(tempfile.gettempdir()) / f"jax_rlhf-tests-{os.getuid()}"
+"""Where compiled programs are kept for all tests."""
 
 
 def start(program: str, *arguments: object, devices: int = 1) -> subprocess.Popen:

@@ -6,7 +6,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 
 import numpy as np
@@ -16,7 +15,7 @@ import transformers
 from jax_rlhf import load_pretrained
 from tests.data import tiny as data
 from tests.phases import tiny
-from tests.processes import ROOT, free_port
+from tests.processes import COMPILED, ROOT, free_port
 
 CONFIG = """
 from pathlib import Path
@@ -43,7 +42,7 @@ def environment():
     flags = "--xla_force_host_platform_device_count=1"
     ours = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     # Compiled once for all processes of all tests: compiling is most of what they do.
-    ours["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(tempfile.gettempdir()) / f"jax_rlhf-tests-{os.getuid()}")
+    ours["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
     ours["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     return {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"} | ours
 

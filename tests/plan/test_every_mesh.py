@@ -87,7 +87,7 @@ def test_learned_positions_and_a_narrow_embedding_too(tmp_path, monkeypatch):
     check(made, (2, 2, 2))
 
 
-@pytest.mark.parametrize("chips", ["v5e:2x4", "h100:2x4"])
+@pytest.mark.parametrize("chips", [pytest.param("v5e:2x4", marks=pytest.mark.slow), "h100:2x4"])
 def test_the_compilers_for_tpu_and_gpu_do_as_well(tmp_path, monkeypatch, chips):
     made = programs(tmp_path, monkeypatch, chips, (2, 2, 2), ("sft",))
     check(made, (2, 2, 2))

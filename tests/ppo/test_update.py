@@ -95,7 +95,7 @@ def plain_gradients(average="tokens"):
     )
 
 
-@pytest.mark.parametrize(("microbatch", "devices"), [(16, 1), (4, 1), (1, 1), (8, 8), (16, 8)])
+@pytest.mark.parametrize(("microbatch", "devices"), [(16, 1), (1, 1), (8, 8)])
 def test_the_step_is_the_gradient_of_the_global_token_mean(microbatch, devices):
     """With Adam's ε at 1,000 and a rate of 300 a step is −0.3 times the gradient, whatever the cut."""
     mesh = None if devices == 1 else Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"))
@@ -151,7 +151,7 @@ def test_a_row_without_a_real_token_and_a_microbatch_of_such_rows():
 # ---- old log-probs -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
+@pytest.mark.parametrize("temperature", [0.6, 1.3])
 def test_ratios_start_at_one_and_move(temperature):
     """|ρ − 1| < 1e-5 before the first step at any temperature, and not afterwards; KL to the reference starts at 0."""
     trainer = tiny.trainer(temperature=temperature, ppo_epochs=2, num_minibatches=4, clip_range=0.05)
