@@ -84,7 +84,7 @@ def get_config() -> ConfigDict:
     # ppo.entropy_target = 2.0  # nats a token, above which there is no bonus
     ppo.ptx_coef = 0.0  # weight of the SFT data's loss (PPO-ptx), a nat a token
     ppo.critic_warmup_iterations = 0  # in which only the critic learns
-    # ppo.target_kl = 0.1  # nats a token; ends an iteration's updates, the critic's too
+    # ppo.target_kl = 0.1  # nats per token; ends an iteration's updates, the critic's too
     # ppo.kl_limit = 50.0  # nats a response, past which the run stops
     # ppo.ratio_limit = 100.0  # the same for the largest probability ratio of an iteration
     ppo.on_limit = "stop"  # or "lower_lr": multiply the actor's learning rate each time by

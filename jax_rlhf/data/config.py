@@ -18,7 +18,7 @@ class DataConfig:
       revision: of a Hugging Face data set.
       data_split: shares of each path for the phases, such as "2,4,4", drawn by the seed: no prompt is in two; "" = each
         phase has all rows.
-      eval_rows: held-out rows a path and phase, at most; of `paths` whole prompts, and never more than a tenth of the
+      eval_rows: held-out rows per path and phase, at most; of `paths` whole prompts, and never more than a tenth of the
         rows and of the prompts in the phase's share.
 
     Columns, as they are called in the data:

@@ -125,7 +125,7 @@ def drawn(sources: Sequence[Source], eval_rows: int, seed: int) -> set[Group]:
 
     Args:
       sources: the phase's rows; those of readers, which hold out their own, do not count.
-      eval_rows: at most so many rows a file.
+      eval_rows: at most so many rows per file.
       seed: of the draw.
 
     Returns:

@@ -56,7 +56,7 @@ class PPOConfig:
       ptx_coef: weight of the pretraining loss (mean nats a token) where `train_rlhf` is given pretraining rows.
       critic_warmup_iterations: iterations in which only the critic learns; the coefficients that adapt rest.
       target_kl: the rest of an iteration's updates, of actor and critic, is left out once the approximate KL of a
-        minibatch exceeds this, in nats a token; None = never.
+        minibatch exceeds this, in nats per token; None = never.
       kl_limit: nats a response; a mean KL over it is a fault. None = no limit.
       ratio_limit: the same for the largest probability ratio of an iteration's updates, 2 or more.
       on_limit: past a limit the run of `python -m jax_rlhf` "stop"s, its last good checkpoint kept; or each such

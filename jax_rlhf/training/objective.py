@@ -221,7 +221,7 @@ def penalty_kl(
       rows: int[microbatches, rows each], those to measure.
 
     Returns:
-      float32[], in nats a token.
+      float32[], in nats per token.
     """
 
     def of(rows: Array) -> tuple[Array, Array]:

@@ -27,7 +27,7 @@ def create(paths, phase, *, seed=0, eval_rows=None, **config):
 
 
 def pairs(prompts, each=3, **columns):
-    """Several pairs a prompt, which come in turns."""
+    """Several pairs per prompt, which come in turns."""
     return [
         {"prompt": text, "chosen": f" {answer}", "rejected": " z"} | columns
         for answer in "abcdefgh"[:each]

@@ -123,7 +123,7 @@ def test_the_last_ratio_gap_is_that_of_the_last_minibatch_that_was_looked_at():
 
 
 def test_limits_are_of_a_response_s_kl_and_of_the_largest_ratio():
-    """0.1 nats a token, so 0.1 × the length a response; one token's ratio is about 5."""
+    """0.1 nats per token, so 0.1 × the length per response; one token's ratio is about 5."""
     made = on_device(experience())
     now = tiny.trainer().generate_experience(tiny.ragged_prompts(ROWS)).logprobs
     made = made.replace(logprobs=now.at[2, 0].add(-np.log(5)), ref_logprobs=now - 0.1 * made.response_mask)
