@@ -89,8 +89,8 @@ def create_datasets(
       phase: "sft" (batches are `TextBatch`), "reward" (`PairBatch`; packed `PackedPairs`) or "ppo" (`Prompts`).
       seed: of the split and of the order.
       eos_ids: tokens that end an answer; None = the tokenizer's EOS.
-      eval_rows: of what is held out, the phase evaluates on at most so many rows per path; None = config.eval_rows. What
-        is drawn from `paths` and not trained on is a matter of config.eval_rows, the same for all phases.
+      eval_rows: of what is held out, the phase evaluates on at most so many rows per path; None = config.eval_rows.
+        What is drawn from `paths` and not trained on is a matter of config.eval_rows, the same for all phases.
       mesh: where batches go. A process lays out the rows that its devices hold; it reads all, since the split, the
         order and the widths are those of the whole.
 
