@@ -9,6 +9,7 @@ The working tree is copied, and left as it is. The exit code is 1 where a varian
 
 import argparse
 import concurrent.futures
+import functools
 import importlib
 import os
 import pkgutil
@@ -19,7 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import tests.mutants
 from tests.mutants import Mutant
@@ -81,20 +84,22 @@ def main() -> int:
                 copy.mkdir(exist_ok=True)
                 put(ROOT / name, copy / name)
             copies.put(copy)
-        for named in dict.fromkeys(mutant.tests for _, mutant in found):
-            if code := exit_code(named, copy):
-                print(f"the tests fail without any change (pytest ended with {code}): {named}")
-                return 1
 
-        def tried(mutant: Mutant) -> tuple[str, float]:
+        def in_a_copy(run: Callable[[Any, Path], Any], what: Any) -> tuple[Any, float]:
             copy, started = copies.get(), time.perf_counter()
             try:
-                return verdict(mutant, copy), time.perf_counter() - started
+                return run(what, copy), time.perf_counter() - started
             finally:
                 copies.put(copy)
 
         with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-            verdicts = pool.map(tried, [mutant for _, mutant in found])
+            named = list(dict.fromkeys(mutant.tests for _, mutant in found))
+            codes = [code for code, _ in pool.map(functools.partial(in_a_copy, exit_code), named)]
+            if any(codes):
+                failed = [f"{code}: {tests}" for code, tests in zip(codes, named, strict=True) if code]
+                print("without any change pytest ends with", *failed, sep="\n")
+                return 1
+            verdicts = pool.map(functools.partial(in_a_copy, verdict), [mutant for _, mutant in found])
             for (name, mutant), (said, seconds) in zip(found, verdicts, strict=True):
                 counts[said.partition(" ")[0]] += 1
                 print(f"{said}  {name}  {mutant}  ({seconds:.0f} s)", flush=True)

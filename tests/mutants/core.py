@@ -54,7 +54,7 @@ MUTANTS = [
     *variants(
         "rl/masked.py",
         _RL,
-        ("jnp.sum(jnp.where(mask, x, 0))", "jnp.sum(x * mask)"),
+        ("jnp.sum(jnp.where(mask, x, 0))", "jnp.sum(x)"),
         ("jnp.maximum(jnp.sum(mask), 1)", "mask.size"),
         ("return x - mean - left, mean + left", "return x - mean, mean"),
         ("mask) + 1e-8)", "mask) + 1e-4)"),

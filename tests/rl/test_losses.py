@@ -73,11 +73,12 @@ def test_bradley_terry():
 
 
 def test_token_ranking_starts_at_the_first_difference_and_ends_with_the_longer_answer():
-    chosen_ids = np.array([[5, 6, 7, 8, 0, 0], [5, 6, 0, 0, 0, 0], [5, 0, 6, 6, 0, 0], [1, 2, 3, 0, 0, 0]])
-    rejected_ids = np.array([[5, 6, 9, 0, 0, 0], [5, 6, 4, 4, 4, 0], [5, 0, 6, 7, 7, 7], [1, 2, 3, 0, 0, 0]])
-    lengths = [(4, 3), (2, 5), (4, 6), (3, 3)]  # an id 0 inside the third pair is no pad
+    same, longer = [1, 2, 3, 0, 0, 0], [1, 2, 0, 5, 0, 0]  # the longer answer goes on with the padding id
+    chosen_ids = np.array([[5, 6, 7, 8, 0, 0], [5, 6, 0, 0, 0, 0], [5, 0, 6, 6, 0, 0], same, longer])
+    rejected_ids = np.array([[5, 6, 9, 0, 0, 0], [5, 6, 4, 4, 4, 0], [5, 0, 6, 7, 7, 7], same, [1, 2, 0, 0, 0, 0]])
+    lengths = [(4, 3), (2, 5), (4, 6), (3, 3), (4, 2)]  # an id 0 inside the third pair is no pad
     chosen_mask, rejected_mask = (np.arange(6) < np.array([pair[i] for pair in lengths])[:, None] for i in (0, 1))
-    chosen, rejected = RANDOM.randn(4, 6), RANDOM.randn(4, 6)
+    chosen, rejected = RANDOM.randn(5, 6), RANDOM.randn(5, 6)
     ours = jax.jit(rl.token_ranking_loss)(chosen, rejected, chosen_ids, rejected_ids, chosen_mask, rejected_mask)
     rows = zip(chosen, rejected, chosen_ids, rejected_ids, *np.transpose(lengths), strict=True)
     np.testing.assert_allclose(ours, [oracle.token_ranking(*row) for row in rows], atol=1e-12)
