@@ -234,6 +234,15 @@ def test_models_of_one_trunk_in_two_dtypes_compute_each_in_its_own(folders, trai
     np.testing.assert_allclose(np.asarray(values)[mask], np.asarray(exact)[mask], atol=1e-5)
 
 
+def test_a_critic_on_the_actors_frozen_bottom_computes_it_in_its_own_dtype(folders):
+    layers = {"trainable_layers": 1}
+    critic = layers | {"dtype": "bfloat16"}
+    engine = RLHFEngine.create({"model": {"path": str(folders / "actor")} | layers, "critic": critic})
+    assert engine.networks.critic_shares
+    made = tiny.trainer(engine).generate_experience(tiny.ragged_prompts(4))
+    assert (made.actor_boundary.dtype, made.critic_boundary.dtype) == (jnp.float32, jnp.bfloat16)
+
+
 def test_only_ids_that_all_models_know_are_sampled_and_have_probability(tmp_path):
     """A reward model with 6 rows in its table beside a policy with 8: a ninth of the mass would score NaN."""
     policy, reward = tiny.policy(), dataclasses.replace(tiny.policy(5, head="scalar", vocab_size=6), tokenizer=None)
@@ -257,9 +266,10 @@ def test_only_ids_that_all_models_know_are_sampled_and_have_probability(tmp_path
     save_pretrained(tmp_path / "actor", engine.actor)
     again = load_pretrained(tmp_path / "actor")
     jax.tree.map(np.testing.assert_array_equal, again.params, jax.device_get(engine.actor.params))
-    prompts.tokens[3, -1] = 7
-    with pytest.raises(ValueError, match=r"prompt 3 has the id 7; the models know 6 ids"):
-        tiny.trainer(engine, reward=None).generate_experience(prompts)
+    for unknown in (-1, 6):
+        prompts.tokens[3, -1] = unknown
+        with pytest.raises(ValueError, match=rf"prompt 3 has the id {unknown}; the models know 6 ids"):
+            tiny.trainer(engine, reward=None).generate_experience(prompts)
 
 
 @pytest.mark.parametrize("role", ["actor", "reference", "critic", "reward"])
