@@ -345,6 +345,21 @@ def test_past_a_limit_the_learning_rate_falls_and_stays():
     np.testing.assert_allclose(lowered, full, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("role", ["actor", "critic"])
+def test_a_gradient_that_overflows_is_left_out_though_the_losses_are_finite(role):
+    """What the head reads is 0, whatever its size, and what it hands back is not."""
+    models = {"actor": tiny.policy(), "critic": tiny.policy(4, head="scalar")}
+    params, head = dict(models[role].params), "lm_head" if role == "actor" else "scalar_head"
+    params["final_norm"] = jax.tree.map(jnp.zeros_like, params["final_norm"])
+    params[head] = jax.tree.map(lambda leaf: jnp.full_like(leaf, 3e38) * jnp.sign(leaf), params[head])
+    models[role] = dataclasses.replace(models[role], params=params)
+    engine = RLHFEngine(models["actor"], critic=models["critic"])
+    step, metrics = moved((trainer := tiny.trainer(engine)), trainer.generate_experience(tiny.ragged_prompts(ROWS)))
+    assert metrics["val/skipped_updates"] == 1
+    assert np.isfinite([metrics["loss/policy_avg"], metrics["loss/value_avg"]]).all()
+    assert not any(leaf.any() for leaf in jax.tree.leaves(step))
+
+
 def test_controllers_follow_what_was_measured():
     made = on_device(experience())
     kl = float(jnp.mean(jnp.sum(made.logprobs - made.ref_logprobs, axis=1)))
