@@ -195,6 +195,7 @@ MUTANTS = [
         ("decay * old + (1 - decay) * new", "decay * new + (1 - decay) * old"),
         ("finite &= jnp.isfinite(actor_norm + sums.policy_loss) | ~learn_actor", "pass"),
         ("finite = jnp.isfinite(critic_norm + sums.value_loss)", "finite = jnp.isfinite(sums.value_loss)"),
+        ("jnp.isfinite(actor_norm + sums.policy_loss)", "jnp.isfinite(sums.policy_loss)"),
         ("finite &= jnp.all(jnp.isfinite(iteration.experience.scores[rows]))", "pass"),
         ("finite & done & (sums.approx_kl <= config.target_kl)", "finite & done"),
         ("jnp.maximum(state.iteration - config.critic_warmup_iterations, 0)", "state.iteration"),

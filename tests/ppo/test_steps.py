@@ -122,6 +122,24 @@ def test_the_last_ratio_gap_is_that_of_the_last_minibatch_that_was_looked_at():
     assert float(trainer.state.entropy) > 0.5 * metrics["policy/entropy_avg"]  # of what was looked at
 
 
+def test_ratio_gaps_are_those_of_the_first_the_last_and_all_minibatches():
+    """One row of 16 whose old log-probs are 0.5 too small: it is in one of two minibatches, each of which has eight."""
+    still = {"learning_rate": 1e-12}
+    trainer = tiny.trainer(num_minibatches=2, actor_optimizer=still, critic_optimizer=still)
+    made = trainer.generate_experience(tiny.ragged_prompts(ROWS))
+    start, gaps = jax.tree.map(np.asarray, trainer.state), []
+    for row in range(ROWS):
+        trainer.state = jax.tree.map(jnp.asarray, start)
+        metrics = trainer.train_rlhf(made.replace(logprobs=made.logprobs.at[row].add(-0.5)))
+        gaps.append([metrics[f"val/{which}_ratio_gap"] for which in ("first", "last", "largest")])
+    gaps = np.array(gaps)
+    wide = gaps > 0.1
+    np.testing.assert_allclose(gaps[wide], np.exp(0.5) - 1, rtol=1e-4)
+    assert (gaps[~wide] < 1e-4).all()
+    assert wide.sum(axis=0).tolist() == [ROWS // 2, ROWS // 2, ROWS]
+    assert (wide[:, 0] != wide[:, 1]).all()
+
+
 def test_limits_are_of_a_response_s_kl_and_of_the_largest_ratio():
     """0.1 nats per token, so 0.1 × the length per response; one token's ratio is about 5."""
     made = on_device(experience())
