@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jax_rlhf.data import DataConfig, DataError, create_datasets
-from jax_rlhf.data.batches import FIRST_EVAL_ROW, packed, packed_pairs, pair_batch, real_tokens, text_batch
+from jax_rlhf.data.batches import packed, packed_pairs, pair_batch, real_tokens, text_batch
 from jax_rlhf.data.formats import Texts
 from jax_rlhf.data.sources import Row
 from jax_rlhf.data.tokens import Example, tokenized
@@ -274,7 +274,8 @@ def test_held_out_rows_fill_their_last_batch(tmp_path):
     file, held_out = tiny.write(tmp_path / "x.jsonl", pairs(7)[3:]), tiny.write(tmp_path / "y.jsonl", pairs(3))
     prompts = create(file, "ppo", eval_paths=(held_out,))
     assert (len(prompts.eval), prompts.eval_rows) == (2, 3)
-    assert prompts.eval[1].row_ids.tolist() == [FIRST_EVAL_ROW + 2, FIRST_EVAL_ROW + 3]
+    # Numbers from which noise is drawn, far above those of rows that are trained on.
+    assert prompts.eval[1].row_ids.tolist() == [2**24 + 2, 2**24 + 3]
     for phase, mask in (("sft", "mask"), ("reward", "chosen_mask")):
         last = create(file, phase, eval_paths=(held_out,)).eval[1]
         assert getattr(last, mask).any(axis=1).tolist() == [True, False]

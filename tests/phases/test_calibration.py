@@ -32,6 +32,12 @@ def test_a_few_responses_do_not_tell(cut):
     assert (np.mean(after), np.std(after)) == (pytest.approx(0, abs=1e-9), pytest.approx(1))
 
 
+@pytest.mark.parametrize("cut", [8, 52])
+def test_eight_responses_of_each_kind_tell(cut):
+    found, _ = calibrated(np.random.RandomState(0).randn(60) + 5.0 * (np.arange(60) < cut), np.arange(60) >= cut)
+    assert found["missing_eos_bias"] > 0
+
+
 def test_scores_that_are_all_alike():
     found, after = calibrated(np.full(20, 2.5), np.ones(20, bool))
     assert found["gain"] == 1e6

@@ -3,6 +3,7 @@
 import dataclasses
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -107,6 +108,24 @@ def test_texts_of_the_pretraining_loss_stand_one_to_a_row_where_the_sft_phase_pa
     batch = ppo._texts(run_config({"data": how, "ppo": {"eos_ids": (data.ASSISTANT,)}}), engine).train[0]
     assert batch.mask.sum(axis=1).tolist() == [6, 6]
     assert [row[5] for row in batch.tokens] == [data.ASSISTANT] * 2
+
+
+def test_a_sample_has_the_words_of_prompt_and_response_alone():
+    """Left out are special tokens, and what stands where there is no token: here "z", which is no special one."""
+    engine = types.SimpleNamespace(tokenizer=data.tokenizer(), layout=None)
+    experience = types.SimpleNamespace(
+        tokens=jnp.array([data.ids("z <bos> a b c <eos> z"), data.ids("<eos> <bos> d z z z z")]),
+        prompt_mask=jnp.array([[False, True, True], [True, True, True]]),
+        response_mask=jnp.array([[True, True, True, False], [True, False, False, False]]),
+        scores=jnp.array([0.5, 1.5]),
+        logprobs=jnp.array([[-1.0, -2, -3, 0], [-1, 0, 0, 0]]),
+        ref_logprobs=jnp.array([[-1.5, -2, -4, 0], [-3, 0, 0, 0]]),
+    )
+    trainer = types.SimpleNamespace(engine=engine)
+    first = {"step": 3, "split": "eval", "prompt": "a", "response": "b c", "score": 0.5, "kl": 1.5, "length": 3}
+    other = first | {"prompt": "d", "response": "z", "score": 1.5, "kl": 2.0, "length": 1}
+    assert ppo._rows(trainer, experience, 3, "eval") == [first, other]
+    assert ppo._rows(trainer, experience, 3, "eval", count=1) == [first]
 
 
 def test_what_is_shown_and_the_shares_of_an_iteration():

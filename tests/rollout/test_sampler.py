@@ -290,6 +290,15 @@ def test_bad_settings_are_named(changes, message):
         sample(model, params, prompts, mask, KEY, **{"max_new_tokens": 4, **changes})
 
 
+def test_an_eos_that_only_the_padded_table_has_is_named():
+    model, params = tiny()
+    few = model.clone(config=model.config.limited_to(20))
+    prompts, mask = ragged_prompts(2, 4)
+    with pytest.raises(ValueError, match="eos_id 20 is not among the model's 20 tokens"):
+        sample(few, params, prompts % 20, mask, KEY, max_new_tokens=4, eos_id=20)
+    assert sample(few, params, prompts % 20, mask, KEY, max_new_tokens=4, eos_id=19).tokens.max() < 20
+
+
 def test_bad_prompts_are_named():
     model, params = tiny(position_kind="learned", rotary=None, max_positions=16)
     prompts, mask = ragged_prompts(4, 6)
