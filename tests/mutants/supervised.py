@@ -122,7 +122,6 @@ MUTANTS = [
             "reward = SplitParams({}, _placed(start.critic, networks.reward))",
         ),
         ("jnp.zeros((model.config.output_size, 1)", "jnp.ones((model.config.output_size, 1)"),
-        ("jnp.float32, copy=True), params)", "jnp.float32, copy=False), params)"),
         ("return Trained(_copies(actor.trainable),", "return Trained(actor.trainable,"),
     ),
     *variants(
@@ -132,7 +131,6 @@ MUTANTS = [
         ("self.frozen.actor, self.trained.actor_ema)", "self.frozen.actor, self.trained.actor)"),
         ('critic_zero_head=roles["critic"].zero_head', "critic_zero_head=False"),
         ("start=1, bias=frozen.critic_bias)", "start=1, bias=0.0)"),
-        ("jax.tree.map(jnp.copy, network.join(params))", "network.join(params)"),
         ('reference=load(roles["reference"], "lm")', "reference=None"),
         ('critic=load(roles["critic"], "scalar")', "critic=None"),
         (

@@ -56,7 +56,7 @@ def config(folder, **changes):
     config.data.sft_batch_size = config.data.reward_batch_size = config.data.ppo_batch_size = 8
     config.data.eval_rows = 10
     config.sft.steps, config.sft.optimizer.learning_rate = 12, 1e-2
-    config.sft.sample_tokens = 6
+    config.sft.sample_tokens = 3
     config.reward_training.steps, config.reward_training.optimizer.learning_rate = 12, 3e-3
     config.reward_training.num_layers = 2
     config.reward_training.normalize_rows = 16

@@ -43,6 +43,10 @@ def test_each_role_has_its_own_parameters_and_biases(models):
     assert float(engine.frozen.reward_bias) == pytest.approx(0.9)
     assert float(engine.frozen.missing_eos_bias) == pytest.approx(0.6)
     assert engine.critic.reward_bias == pytest.approx(0.4)
+    prompts, model = tiny.ragged_prompts(4), models["critic"].model
+    plain = jax.jit(model.apply)({"params": models["critic"].params}, prompts.tokens, mask=prompts.mask)
+    values = engine.values(prompts.tokens, prompts.mask)
+    np.testing.assert_allclose(np.asarray(values - plain)[prompts.mask], 0.4, atol=1e-5)
     start = RLHFEngine(models["actor"], reward=models["reward"])
     same(start.trained.critic, models["reward"].params)
     assert start.critic.reward_bias == pytest.approx(0.9 - 0.6)
