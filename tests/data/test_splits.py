@@ -90,6 +90,16 @@ def test_what_a_phase_holds_out_no_phase_trains_on(seed, tmp_path):
     assert [len(train) for train, _ in both] == [36] * 3
 
 
+@pytest.mark.parametrize("each", [1, 3])
+def test_no_more_is_held_out_than_is_asked_for(each, tmp_path):
+    """What is not held out is trained on, though a tenth of the rows would be more."""
+    file = tiny.write(tmp_path / "x.jsonl", pairs(90 // each, each))
+    config = {"paths": (file,), "eval_rows": 6, **SIZES}
+    datasets = create_datasets(config, tiny.tokenizer(), "sft", seed=0)
+    assert (datasets.train_rows, datasets.eval_rows) == (84, 6)
+    assert "more to hold out" not in datasets.report
+
+
 def test_another_seed_draws_others(tmp_path):
     file = tiny.write(tmp_path / "x.jsonl", pairs(60, 1))
     for config in ({}, {"data_split": "1,1,1"}):

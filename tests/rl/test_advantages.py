@@ -63,6 +63,13 @@ def test_masked_steps_are_passed_over():
         check_that_passed_over_steps_have_no_effect(zeroing)
 
 
+def test_without_a_word_gamma_is_1_and_lambda_is_0_95():
+    for ours, stated in zip(
+        rl.gae(REWARDS, VALUES, MASK), rl.gae(REWARDS, VALUES, MASK, gamma=1.0, lam=0.95), strict=True
+    ):
+        np.testing.assert_array_equal(ours, stated)
+
+
 def test_a_bootstrap_is_what_one_more_step_would_have_said():
     """With λ = 1 the return of a row that goes on is its rewards plus the value at its end."""
     mask = np.ones(3, bool)

@@ -28,6 +28,12 @@ def test_clipped_surrogate_is_the_oracles(low, high, dual, wrap):
     np.testing.assert_allclose(ours(LOG_RATIO, ADVANTAGES), wanted, atol=1e-12)
 
 
+def test_a_ratio_is_at_most_e_to_the_20th():
+    for surrogate in (rl.clipped_surrogate, lambda x, a: rl.penalized_surrogate(x, a, jnp.zeros_like(x), beta=1.0)):
+        loss = surrogate(jnp.array([19.0, 20.0, 21.0, 800.0]), -jnp.ones(4))
+        np.testing.assert_allclose(loss, np.exp([19.0, 20.0, 20.0, 20.0]), rtol=1e-12)
+
+
 def check_value_loss(loss):
     wanted = np.vectorize(lambda v, o, r: oracle.clipped_value_loss(v, o, r, 0.2))(NEW, OLD, RETURNS)
     np.testing.assert_allclose(loss(NEW, OLD, RETURNS), wanted, atol=1e-12)

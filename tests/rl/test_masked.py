@@ -22,6 +22,11 @@ def test_whitening_is_the_oracles(shift_mean, wrap):
     np.testing.assert_allclose(ours, oracle.whiten(X, MASK, shift_mean), atol=1e-12)
 
 
+def test_the_variance_is_the_biased_one_of_real_elements():
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(rl.masked_variance(X, MASK), np.var(X[MASK]), atol=1e-12)
+
+
 def check_that_pads_change_nothing(whiten):
     x, mask = X.astype(np.float32), MASK
     wider = np.concatenate([x, np.full((8, 4), 77, np.float32)], axis=1)
