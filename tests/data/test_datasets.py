@@ -221,6 +221,8 @@ def test_a_prompt_that_is_cut_keeps_its_bos(tmp_path):
     how = {"tokenizer": tiny.tokenizer(bos=True), "too_long": "truncate", "deduplicate": False}
     assert create(file, "ppo", **how).train[0].tokens[0].tolist() == tiny.ids("<bos> d e f")
     assert create(file, "sft", **how).train[0].tokens[0].tolist()[:7] == tiny.ids("<bos> d e f g h <eos>")
+    one = create(file, "ppo", max_prompt_tokens=1, **how).train[0]
+    assert one.tokens[0].tolist() == tiny.ids("f")  # no room for both
 
 
 def test_a_completion_is_what_follows_the_prompt():

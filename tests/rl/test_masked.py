@@ -14,12 +14,13 @@ X = RANDOM.randn(8, 5) * 3 + 2
 MASK = np.arange(5) < np.array([5, 1, 3, 4, 2, 5, 1, 2])[:, None]
 
 
+@pytest.mark.parametrize("scale", [1, 1e-4])  # the second is as small as the ε under the root
 @pytest.mark.parametrize("shift_mean", [True, False])
 @pytest.mark.parametrize("wrap", [jax.jit, lambda f: f])
-def test_whitening_is_the_oracles(shift_mean, wrap):
+def test_whitening_is_the_oracles(shift_mean, wrap, scale):
     with jax.enable_x64(True):
-        ours = wrap(lambda x, m: rl.masked_whiten(x, m, shift_mean=shift_mean))(X, MASK)
-    np.testing.assert_allclose(ours, oracle.whiten(X, MASK, shift_mean), atol=1e-12)
+        ours = wrap(lambda x, m: rl.masked_whiten(x, m, shift_mean=shift_mean))(scale * X, MASK)
+    np.testing.assert_allclose(ours, oracle.whiten(scale * X, MASK, shift_mean), atol=1e-12)
 
 
 def test_the_variance_is_the_biased_one_of_real_elements():
