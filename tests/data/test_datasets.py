@@ -214,6 +214,9 @@ def test_long_rows_are_cut_where_that_is_wanted(tmp_path):
     assert batch.tokens[0].tolist() == tiny.ids("c d e f g h i j")
     batch = create(file, "ppo", too_long="truncate", deduplicate=False).train[0]
     assert batch.tokens[0].tolist() == tiny.ids("c d e f")
+    few = {"max_prompt_tokens": 9, "max_tokens": 4}  # one is kept for the completion
+    batch = create(file, "sft", too_long="truncate", deduplicate=False, **few).train[0]
+    assert batch.tokens[0].tolist() == tiny.ids("d e f g")
 
 
 def test_a_prompt_that_is_cut_keeps_its_bos(tmp_path):

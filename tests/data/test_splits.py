@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from jax_rlhf.data import DataConfig, DataError, create_datasets
+from jax_rlhf.data.formats import Texts
 from jax_rlhf.data.sources import Row
 from jax_rlhf.data.splits import ONE_IN, drawn, grouped, share
+from jax_rlhf.data.tokens import openings
 from jax_rlhf.phases.config import run_config
 from tests.data import tiny
 
@@ -246,6 +248,15 @@ def test_a_reader_that_looks_at_the_phase_is_divided_all_the_same():
         for phase in PHASES
     ]
     assert sum(map(len, found)) == len(set().union(*found))
+
+
+def test_an_opening_is_of_tokens_and_bos_is_one_of_them():
+    texts = [
+        Texts(text, (), templated, 0.0, {}) for text, templated in (("a b c d", False), ("a c", False), ("b", True))
+    ]
+    for bos, wanted in ((False, ["a b c", "a c", "b"]), (True, ["<bos> a b", "<bos> a c", "b"])):
+        found = openings(texts, tiny.tokenizer(bos=bos), 3)
+        assert [opening.tolist() for opening in found] == [tiny.ids(text) for text in wanted]
 
 
 def test_texts_go_by_themselves_and_by_their_openings(tmp_path):

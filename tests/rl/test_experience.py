@@ -77,8 +77,8 @@ def whole_experience():
     mask = np.array([[True, True, False], [True, True, True]])
     zero = np.zeros((2, 3), np.float32)
     return Experience(
-        tokens=np.ones((2, 5), np.int32),
-        prompt_mask=np.array([[False, True], [True, True]]),
+        tokens=np.ones((2, 6), np.int32),
+        prompt_mask=np.array([[False, True, True], [True, True, True]]),
         response_mask=mask,
         **dict.fromkeys(("logprobs", "sampler_logprobs", "ref_logprobs"), np.where(mask, -1, 0).astype(np.float32)),
         **dict.fromkeys(("values", "rewards", "advantages", "returns"), zero),
@@ -103,6 +103,7 @@ def changed(array, place, value):
         ("scores", 1, np.inf, "finite"),
         ("response_mask", (1, 1), False, "response_mask has a hole"),
         ("prompt_mask", (1, 1), False, "prompt_mask has a hole"),
+        ("prompt_mask", (0, 2), False, "prompt_mask has a hole"),
         ("rewards", (0, 2), 0.5, "rewards is not 0 where"),
         ("ref_logprobs", (1, 0), 0.5, "ref_logprobs is above 0"),
     ],
