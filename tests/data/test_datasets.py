@@ -267,6 +267,14 @@ def test_held_out_rows_are_drawn_not_the_first(tmp_path):
     assert rows[0] != rows[1]
 
 
+def test_packed_rows_are_as_wide_as_the_longest_text_may_be(tmp_path):
+    """For pairs twice as wide: a row holds both texts."""
+    file = tiny.write(tmp_path / "x.jsonl", pairs(20))
+    texts, both = (create(file, phase, packing=True, max_tokens=9) for phase in ("sft", "reward"))
+    assert (texts.widths, texts.train[0].tokens.shape[1]) == ((9,), 9)
+    assert (both.widths, both.train[0].tokens.shape[1]) == ((18,), 18)
+
+
 def test_openings_of_texts(tmp_path):
     file = tiny.write(tmp_path / "x.jsonl", [{"text": "a b c d"}, {"text": "e f g"}, {"text": "h"}])
     datasets = create(file, "ppo", prompt_tokens=2)

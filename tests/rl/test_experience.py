@@ -74,7 +74,7 @@ def test_integer_scores_and_unknown_forms_are_errors():
 
 
 def whole_experience():
-    mask = np.array([[True, True, False], [True, True, True]])
+    mask = np.array([[True, False, False], [True, True, True]])
     zero = np.zeros((2, 3), np.float32)
     return Experience(
         tokens=np.ones((2, 6), np.int32),

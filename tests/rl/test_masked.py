@@ -55,9 +55,12 @@ def check_that_devices_change_nothing(one, eight):
 @pytest.mark.parametrize("wrap", [jax.jit, lambda f: f])
 def test_whitening_equal_numbers_gives_zeros(value, wrap):
     """The rounding of their mean is no spread, however large they are."""
+    both = wrap(lambda x, mask: (rl.masked_whiten(x, mask), rl.masked_whiten(x, mask, shift_mean=False)))
     for count in range(1, 40):
         x = jnp.full((1, count), value, jnp.float32)
-        np.testing.assert_array_equal(wrap(rl.masked_whiten)(x, jnp.ones((1, count), bool)), np.zeros((1, count)))
+        whitened, kept = both(x, jnp.ones((1, count), bool))
+        np.testing.assert_array_equal(whitened, np.zeros((1, count)))
+        np.testing.assert_array_equal(kept, x)
 
 
 def test_whitening_is_global_over_devices():
