@@ -52,7 +52,9 @@ def test_draws_follow_the_softmax(vocab):
     np.testing.assert_array_equal(draw.kept_mass, 1)
 
 
-@pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.7}, {"top_k": 500}])
+@pytest.mark.parametrize(
+    "filters", [{"top_k": 2}, {"top_k": 3}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.7}, {"top_k": 500}]
+)
 def test_filtered_draws_follow_the_filtered_softmax_and_log_probs_the_whole(filters):
     logits = np.random.RandomState(3).randn(40).astype(np.float32) * 2
     draw = drawn(logits, **filters)
@@ -64,7 +66,9 @@ def test_filtered_draws_follow_the_filtered_softmax_and_log_probs_the_whole(filt
 
 def test_greedy_takes_the_first_of_the_largest():
     logits = jnp.array([[0.0, 2.0, 1.0, 2.0], [3.0, 2.0, 1.0, 0.0]])
-    np.testing.assert_array_equal(draw_tokens(logits, keys(2), top_k=1).tokens, [1, 0])
+    draw = draw_tokens(logits, keys(2), top_k=1)
+    np.testing.assert_array_equal(draw.tokens, [1, 0])
+    np.testing.assert_array_equal(draw.margin, [0, 1])
 
 
 def test_banned_ids_are_never_drawn_while_the_ban_holds():
