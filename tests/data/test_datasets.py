@@ -226,6 +226,9 @@ def test_a_prompt_that_is_cut_keeps_its_bos(tmp_path):
     assert create(file, "sft", **how).train[0].tokens[0].tolist()[:7] == tiny.ids("<bos> d e f g h <eos>")
     one = create(file, "ppo", max_prompt_tokens=1, **how).train[0]
     assert one.tokens[0].tolist() == tiny.ids("f")  # no room for both
+    chat = [{"messages": [{"role": "user", "content": "a b c d"}]}] * 2  # whose template writes none
+    without = create(tiny.write(tmp_path / "y.jsonl", chat), "ppo", **how).train[0]
+    assert without.tokens[0].tolist() == tiny.ids("c d <eos> <assistant>")
 
 
 def test_a_completion_is_what_follows_the_prompt():
