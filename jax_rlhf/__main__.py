@@ -119,15 +119,16 @@ def _quieten_writers() -> None:
         return
     logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "/orbax/" in record.pathname))
     # What asyncio and Python's threads say of tasks and threads that end with an exception which nobody asks for.
-    getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.msg)
+    getLogger("asyncio").addFilter(lambda record: not (record.exc_info and _of_writers(record.exc_info[2])))
     former, of_threads = sys.unraisablehook, threading.excepthook
     sys.unraisablehook = lambda args: None if str(args.exc_value) == "Event loop is closed" else former(args)
     threading.excepthook = lambda args: None if _of_writers(args.exc_traceback) else of_threads(args)
 
 
 def _of_writers(trace: TracebackType | None) -> bool:
+    """Whether an exception comes from orbax or tensorstore, whose C++ leaves no frames."""
     files = [frame.filename for frame in traceback.extract_tb(trace)]
-    return any("/orbax/" in file or "/tensorstore/" in file for file in files)
+    return not files or any("/orbax/" in file or "/tensorstore/" in file for file in files)
 
 
 def _run(config: ConfigDict, workdir: Path, stop: StopSignals) -> int:
