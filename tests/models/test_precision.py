@@ -1,7 +1,6 @@
 """bfloat16: what stays in float32 does, by dtype and by its numbers; float32: products ask for it."""
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,20 +10,13 @@ from jax_rlhf.models.attention import attend
 from jax_rlhf.models.layers import Norm, softcap
 from jax_rlhf.models.rotary import Rotary, rotary_angles, rotate
 from tests.models.test_decoder import MASK, TOKENS, tiny_config
+from tests.programs import equations
 
 ROTARY = Rotary(dim=8, theta=10_000.0)
 FORMS = [
     {"rotary": ROTARY, "head_dim": 8, "qk_norm": True, "tie_embeddings": True},
     {"norm_kind": "layer", "attention_softcap": 5.0, "logit_softcap": 9.0, "gated_mlp": False, "activation": "relu"},
 ]
-
-
-def equations(jaxpr):
-    """All equations, those of inner programs too."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from equations(inner)
 
 
 def dtypes(function, *arguments):

@@ -1,7 +1,6 @@
 """What an update does where it rests, stops or slows down: coefficients, schedules, and the metrics that say so."""
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from jax_rlhf import RLHFEngine
 from jax_rlhf.training import programs
 from tests.ppo import tiny
 from tests.ppo.test_update import ROWS, assert_close, experience, moved, on_device
+from tests.programs import equations
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -56,14 +56,6 @@ def test_a_warm_up_of_the_critic_computes_no_gradient_of_the_actor():
     ]
     forward, both = max(branches)
     assert both > 2 * forward > 0
-
-
-def equations(jaxpr):
-    """All equations, those of inner programs too."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from equations(inner)
 
 
 def count_products(jaxpr):
