@@ -116,7 +116,7 @@ def create_datasets(
             raise DataError(f"{path}: no row is left for the {phase} phase. {made.report(0, len(held_out))}")
     report = f"{phase} data: " + made.report(sum(map(len, train)), len(held_out))
     mine = _my_rows(getattr(config, f"{phase}_batch_size"), mesh)
-    return _batched(train, held_out, config, phase, pad, seed, report, mine)
+    return _batched(train, held_out, config=config, phase=phase, pad=pad, seed=seed, report=report, mine=mine)
 
 
 @dataclasses.dataclass
@@ -250,6 +250,7 @@ def _prompt_of(example: Example) -> tuple[bytes, ...]:
 def _batched(
     train: list[list[Example]],
     held_out: list[Example],
+    *,
     config: DataConfig,
     phase: Phase,
     pad: int,

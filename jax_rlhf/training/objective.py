@@ -69,7 +69,8 @@ class LossWeights:
     Attributes:
       penalty: float32[], β of PPO-penalty.
       entropy: float32[], the bonus's coefficient, per nat.
-      tokens, text_tokens: float32[], counted tokens of the whole minibatch, of responses and of texts.
+      tokens: float32[], counted tokens of the minibatch's responses.
+      text_tokens: int32[], counted tokens of its texts; 1 without texts.
     """
 
     penalty: Array
