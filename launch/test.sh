@@ -10,6 +10,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
 
+# What is saved is also read by the transformers that most people still have, which cannot be installed beside ours.
+make_environment transformers4
+pip_install 'transformers>=4.57,<5' 'jinja2>=3.1,<4' 'numpy>=2,<3'
+export TRANSFORMERS4_PYTHON="$PWD/$environment/bin/python"
+
 make_environment test
 pip_install -r requirements.txt -r requirements-dev.txt
 pip_install --no-deps -r requirements-quickstart.txt

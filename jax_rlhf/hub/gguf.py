@@ -6,7 +6,7 @@ from: the config as a `config.json` dict, the tensors under their Hugging Face n
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>")
 _ROTARY_DIVISORS = "rope_freqs.weight"
 _STORED_AS = {
     gguf.GGMLQuantizationType.F16: np.dtype(np.float16),
@@ -80,8 +81,9 @@ class GGUFSource:
         prefix = "tokenizer."
         self.tokenizer = {k.removeprefix(prefix): v for k, v in self._fields.items() if k.startswith(prefix)}
         self.generation_config = {
-            f"{name}_token_id": self.tokenizer.get(f"ggml.{key}_token_id")
-            for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+            "bos_token_id": self.tokenizer.get("ggml.bos_token_id"),
+            "eos_token_id": _end_ids(self.tokenizer),
+            "pad_token_id": self.tokenizer.get("ggml.padding_token_id"),
         }
         self.config = self._config()
 
@@ -205,6 +207,21 @@ class GGUFSource:
             f"{self.file}: tensor {_ROTARY_DIVISORS!r} is not of a Llama 3 setting that is known; take the safetensors "
             "form of this model."
         )
+
+
+def _end_ids(tokenizer: Mapping[str, Any]) -> int | list[int] | None:
+    """What ends an answer: the file's end of text, of turn and of message; one id, or several.
+
+    As llama.cpp does, a turn's end that the file does not name is known by its text, here where the chat template
+    writes it.
+    """
+    named = [tokenizer.get(f"ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    if named[1] is None:
+        template = tokenizer.get("chat_template") or ""
+        ends = {token for token in _TURN_ENDS if token in template}
+        named += [index for index, token in enumerate(tokenizer.get("ggml.tokens", ())) if token in ends]
+    ids = list(dict.fromkeys(index for index in named if index is not None))
+    return ids if len(ids) > 1 else ids[0] if ids else None
 
 
 def _half_rotation_order(array: np.ndarray, heads: int) -> np.ndarray:

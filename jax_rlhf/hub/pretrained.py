@@ -18,9 +18,10 @@ from huggingface_hub.errors import HFValidationError
 from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from jax_rlhf.hub.errors import CheckpointError
+from jax_rlhf.hub.export import write_config, write_generation_config, write_tokenizer
 from jax_rlhf.hub.families import config_from_hub, config_to_hub, family_of, hub_tensors
 from jax_rlhf.hub.folder import replaced_folder
 from jax_rlhf.hub.gguf import GGUFSource
@@ -51,7 +52,7 @@ class Pretrained:
       model: the Flax module; `model.apply({"params": params}, tokens, positions, mask)`.
       params: its parameters, nested dicts of arrays.
       tokenizer: transformers' tokenizer, or None where the checkpoint had none.
-      generation_config: what generation_config.json said, or None.
+      generation_config: what generation_config.json said, or config.json of the same; None where neither did.
       reward_bias: of a reward model, whose score is the scalar head's value + this; `reward_bias` in config.json.
       missing_eos_bias: of a reward model, subtracted from the scores of texts that do not end in EOS;
         `reward_missing_eos_bias` in config.json.
@@ -71,7 +72,7 @@ class Description(NamedTuple):
     Attributes:
       config: the decoder's.
       tokenizer: None where the checkpoint has none.
-      generation_config: what generation_config.json says, or None.
+      generation_config: what generation_config.json says, or config.json of the same; None where neither does.
     """
 
     config: DecoderConfig
@@ -221,15 +222,11 @@ def _agree(failure: Exception | None, directory: Path) -> None:
 
 
 def _write_rest(folder: Path, pretrained: Pretrained, config: PretrainedConfig) -> None:
-    config.save_pretrained(folder)
+    write_config(folder, config)
     if pretrained.tokenizer is not None:
-        pretrained.tokenizer.save_pretrained(folder)
+        write_tokenizer(folder, pretrained.tokenizer)
     if pretrained.model.head == "lm":
-        if pretrained.generation_config is None:
-            generation = GenerationConfig.from_model_config(config)
-        else:
-            generation = GenerationConfig.from_dict(pretrained.generation_config)
-        (folder / "generation_config.json").write_text(generation.to_json_string(), encoding="utf-8")
+        write_generation_config(folder, config, pretrained.generation_config)
 
 
 # ---- where a checkpoint is -----------------------------------------------------------------------------------------
@@ -269,7 +266,10 @@ def _open(place: Path, name: str) -> tuple[TensorSource, dict[str, Any], dict[st
     config = _read_json(place / "config.json")
     if config is None:
         raise FileNotFoundError(f"{place / 'config.json'} is missing; it says what the model is made of.")
-    return SafetensorsSource(place, name), config, _read_json(place / "generation_config.json")
+    generation_config = _read_json(place / "generation_config.json")
+    if generation_config is None and config.get("eos_token_id") is not None:  # as transformers has it
+        generation_config = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return SafetensorsSource(place, name), config, generation_config
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:

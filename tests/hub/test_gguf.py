@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jax_rlhf import CheckpointError, load_pretrained, save_pretrained
+from jax_rlhf.hub import end_ids
 from jax_rlhf.models import Rotary, create_cache
 from jax_rlhf.models.rotary import frequencies
 from tests.hub import tiny
@@ -151,6 +152,37 @@ def test_config_and_tokenizer_come_out_of_the_file(tmp_path):
     assert tokenizer("12<|im_end|>").input_ids == [tokenizer.convert_tokens_to_ids(t) for t in ("1", "2", "<|im_end|>")]
     assert tokenizer.apply_chat_template([{"role": "user", "content": "A"}], tokenize=False) == "A"
     assert pretrained.generation_config["eos_token_id"] == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "template", "expected"),
+    [
+        ({"eos": 0, "eot": 2}, None, (0, 2)),
+        ({"eos": 0, "eom": 1}, None, (0, 1)),
+        ({"eos": 0, "eot": 2, "eom": 1}, None, (0, 2, 1)),
+        ({"eos": 2, "eot": 2}, None, (2,)),
+        ({"eos": 0}, "{{ messages[0]['content'] + '<|im_end|>' }}", (0, 2)),  # no field, but the template writes it
+        ({"eos": 0}, "{{ messages[0]['content'] }}", (0,)),  # a token that nothing writes ends nothing
+        ({"eos": 0, "eot": 1}, "{{ messages[0]['content'] + '<|im_end|>' }}", (0, 1)),  # the file says it itself
+    ],
+)
+def test_all_that_ends_an_answer_comes_out_of_the_file_and_is_saved(tmp_path, fields, template, expected):
+    """Instruction-tuned models often have end-of-text as EOS, and end their turns with another token."""
+
+    def add(writer):
+        for name, index in fields.items():
+            writer.kv_data[0].pop(f"tokenizer.ggml.{name}_token_id", None)
+            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", index)
+        if template is not None:
+            writer.kv_data[0].pop("tokenizer.chat_template")
+            writer.add_chat_template(template)
+
+    write_gguf(tmp_path / "tiny.gguf", fields=[add])
+    pretrained = load_pretrained(tmp_path / "tiny.gguf")
+    assert end_ids(pretrained.tokenizer, pretrained.generation_config) == expected
+    save_pretrained(tmp_path / "saved", pretrained)
+    again = load_pretrained(tmp_path / "saved")
+    assert end_ids(again.tokenizer, again.generation_config) == expected
 
 
 def test_without_output_the_head_is_tied(tmp_path):

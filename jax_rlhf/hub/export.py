@@ -1,0 +1,118 @@
+"""What is written beside the weights: files that transformers 4 and 5 read alike, and other programs by field.
+
+transformers 5 keeps all of a rotation in `rope_parameters`. transformers 4 and most importers of other programs read
+`rope_theta` and `rope_scaling` instead, and take their defaults, without a word, where those are missing. So both are
+written. Where both are read, `rope_scaling` counts.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+Fields = dict[str, Any]
+
+_TOP_LEVEL = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}
+"""What a family calls rope_theta and partial_rotary_factor beside its other fields, where it has names of its own."""
+_NOT_SCALING = ("rope_theta", "partial_rotary_factor", "type")
+_OF_LOADING = ("backend", "is_local", "local_files_only", "auto_map", "name_or_path")
+"""What transformers 5 adds to a tokenizer's settings of how, and from where, it was loaded."""
+
+
+def write_config(folder: Path, config: PretrainedConfig) -> None:
+    """Writes config.json.
+
+    Args:
+      folder: to write to.
+      config: the model's, of transformers 5.
+    """
+    _write(folder / "config.json", config_fields(config))
+
+
+def config_fields(config: PretrainedConfig) -> Fields:
+    """What config.json holds: every field of the family, with the names of transformers 4 and 5.
+
+    Args:
+      config: the model's, of transformers 5.
+
+    Returns:
+      Its content.
+    """
+    whole, content = config.to_dict(), config.to_diff_dict()
+    # Defaults too: those of another version, or of another program, may be others.
+    own = {field.name for field in dataclasses.fields(config)} - {
+        field.name for field in dataclasses.fields(PretrainedConfig)
+    }
+    content |= {name: whole[name] for name in own & whole.keys()}
+    if content.get("rope_parameters"):
+        content |= _rotary_fields(content)
+    if content.get("dtype"):
+        content["torch_dtype"] = content["dtype"]
+    return content
+
+
+def _rotary_fields(content: Fields) -> Fields:
+    """`rope_parameters` under the names of transformers 4."""
+    kind, parameters, more = content["model_type"], content["rope_parameters"], {}
+    if "rope_theta" not in parameters:  # one rotation for each kind of layer: Gemma 3
+        sliding, parameters = parameters["sliding_attention"], parameters["full_attention"]
+        more["rope_local_base_freq"] = sliding["rope_theta"]
+        if sliding["rope_type"] != "default":
+            logging.warning(
+                "transformers 4 has no name for the scaling %r of %s's sliding layers; only transformers 5 reads it.",
+                sliding["rope_type"],
+                kind,
+            )
+    theta, share = _TOP_LEVEL.get(kind, ("rope_theta", "partial_rotary_factor"))
+    more[theta] = parameters["rope_theta"]
+    if "partial_rotary_factor" in parameters:
+        more[share] = parameters["partial_rotary_factor"]
+    scaling = {name: value for name, value in parameters.items() if name not in _NOT_SCALING and value is not None}
+    more["rope_scaling"] = None if parameters["rope_type"] == "default" else scaling
+    if kind == "phi3" and more["rope_scaling"]:  # transformers 4 takes exactly these three; it works out the others
+        first, most = content["original_max_position_embeddings"], content["max_position_embeddings"]
+        if scaling.get("factor", most / first) == most / first:
+            scaling.pop("factor", None)
+        scaling.pop("original_max_position_embeddings", None)
+        scaling["type"] = scaling.pop("rope_type")
+    return more
+
+
+def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and the chat template.
+
+    Args:
+      folder: to write to.
+      tokenizer: a fast one; its tokenizer.json says all that it does, so every version loads it by its plain class.
+    """
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    for name in _OF_LOADING:
+        content.pop(name, None)
+    if isinstance(content.get("extra_special_tokens"), list):  # transformers 4 knows such a list by another name
+        content["additional_special_tokens"] = content.pop("extra_special_tokens")
+    _write(file, content | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def write_generation_config(folder: Path, config: PretrainedConfig, stored: Mapping[str, Any] | None) -> None:
+    """Writes generation_config.json.
+
+    Args:
+      folder: to write to.
+      config: the model's.
+      stored: what the checkpoint's file said; None = what the config says of generation.
+    """
+    if stored is None:
+        generation = GenerationConfig.from_model_config(config)
+    else:
+        generation = GenerationConfig.from_dict(dict(stored))
+    (folder / "generation_config.json").write_text(generation.to_json_string(), encoding="utf-8")
+
+
+def _write(file: Path, content: Fields) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
