@@ -15,7 +15,7 @@ from absl import logging
 from jax import Array
 from jax.sharding import Mesh
 
-from jax_rlhf.hub import Pretrained, load_pretrained
+from jax_rlhf.hub import CheckpointError, Pretrained, load_pretrained
 from jax_rlhf.models import model_jit
 from jax_rlhf.models.config import AttentionForm, DecoderConfig, RematPolicy
 from jax_rlhf.models.decoder import Head, Params
@@ -180,6 +180,8 @@ class RLHFEngine:
         check_roles(roles)
         load = functools.partial(load_model, mesh=mesh)
         actor, reward = load(roles["model"], "lm"), load(roles["reward"], "scalar")
+        if reward is not None and reward.new_head:
+            raise CheckpointError(headless(roles["reward"].path))
         return cls(
             actor,
             reference=load(roles["reference"], "lm"),
@@ -276,13 +278,31 @@ def _join(network: SplitModel, params: SplitParams) -> Params:
     return jax.tree.map(jnp.copy, network.join(params))  # not the buffers that the next update is given
 
 
-def load_model(config: ModelConfig, head: Head, mesh: Mesh | Layout | None = None) -> Pretrained | None:
+def headless(path: str) -> str:
+    """What to say of a reward model without a scalar head.
+
+    Args:
+      path: its folder, file or hub id.
+
+    Returns:
+      A message.
+    """
+    return (
+        f"config.reward.path={path} is a language model: it has no scalar head (score.weight), so every text would "
+        "score 0. The reward phase makes a reward model of it: --config.phases=reward --config.reward_training.path=…"
+    )
+
+
+def load_model(
+    config: ModelConfig, head: Head, mesh: Mesh | Layout | None = None, *, key: Array | None = None
+) -> Pretrained | None:
     """Loads a model to run as a config says.
 
     Args:
       config: its fields.
       head: "lm" or "scalar".
       mesh: the mesh; None = one device.
+      key: of a new scalar head, as in `load_pretrained`.
 
     Returns:
       The model; None where config.path is None.
@@ -292,7 +312,7 @@ def load_model(config: ModelConfig, head: Head, mesh: Mesh | Layout | None = Non
     """
     if config.path is None:
         return None
-    pretrained = load_pretrained(config.path, head=head, mesh=mesh, revision=config.revision)
+    pretrained = load_pretrained(config.path, head=head, mesh=mesh, revision=config.revision, key=key)
     model = pretrained.model.clone(config=running(pretrained.model.config, config))
     return dataclasses.replace(pretrained, model=model)
 

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import math
 import re
 from pathlib import Path
@@ -13,8 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
@@ -26,8 +23,10 @@ from jax_rlhf.hub.families import config_from_hub, config_to_hub, family_of, hub
 from jax_rlhf.hub.folder import replaced_folder
 from jax_rlhf.hub.gguf import GGUFSource
 from jax_rlhf.hub.layout import HubTensor
+from jax_rlhf.hub.place import in_file, open_source, resolve
 from jax_rlhf.hub.read import check_tensors, read_params
-from jax_rlhf.hub.sources import SafetensorsSource, TensorSource
+from jax_rlhf.hub.scalar_head import HEAD_TENSORS, head_bias, lost_head, stored_head
+from jax_rlhf.hub.sources import TensorSource
 from jax_rlhf.hub.tokenizer import gguf_tokenizer, load_tokenizer
 from jax_rlhf.hub.write import MAX_SHARD_BYTES, weight_files, write_weights
 from jax_rlhf.models import Decoder, DecoderConfig, abstract_params, logical_axes
@@ -35,12 +34,12 @@ from jax_rlhf.models.decoder import Head
 from jax_rlhf.models.layers import head_init
 from jax_rlhf.parallel import Layout, as_layout, padded_vocab_size, shardings
 
-_HUB_FILES = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "*.jinja"]
 _SCORE = ("scalar_head", "kernel")
+_LM_HEAD = ("lm_head", "kernel")
 _TABLE = ("embedding", "table")
 # Buffers that older versions wrote beside the weights, and the other head's tensors.
 _IGNORED = re.compile(
-    r"(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$|^(lm_head|embed_out|score)\.weight$"
+    r"(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$|^(lm_head|embed_out)\.weight$|" + HEAD_TENSORS.pattern
 )
 
 
@@ -56,6 +55,7 @@ class Pretrained:
       reward_bias: of a reward model, whose score is the scalar head's value + this; `reward_bias` in config.json.
       missing_eos_bias: of a reward model, subtracted from the scores of texts that do not end in EOS;
         `reward_missing_eos_bias` in config.json.
+      new_head: the checkpoint had no scalar head, so this one knows nothing yet.
     """
 
     model: Decoder
@@ -64,6 +64,7 @@ class Pretrained:
     generation_config: dict[str, Any] | None = None
     reward_bias: float = 0.0
     missing_eos_bias: float = 0.0
+    new_head: bool = False
 
 
 class Description(NamedTuple):
@@ -73,11 +74,13 @@ class Description(NamedTuple):
       config: the decoder's.
       tokenizer: None where the checkpoint has none.
       generation_config: what generation_config.json says, or config.json of the same; None where neither does.
+      scalar_head: the name of its scalar head, or None: it is a language model.
     """
 
     config: DecoderConfig
     tokenizer: PreTrainedTokenizerBase | None
     generation_config: dict[str, Any] | None
+    scalar_head: str | None
 
 
 def load_pretrained(
@@ -93,11 +96,13 @@ def load_pretrained(
 
     Args:
       path_or_hub_id: a folder with config.json and safetensors, a .gguf file or a folder with one, or a hub id.
-      head: "lm" for logits; "scalar" for one value a token: the checkpoint's own, or a new one where it has none.
+      head: "lm" for logits; "scalar" for one value per token: the checkpoint's own, or a new one where it is a language
+        model. A bias of its own becomes `reward_bias`.
       dtype: of parameters and of computing, float32, bfloat16 or float16; None: as stored.
       mesh: where to put the parameters, sharded (see `parallel/layout.py`); None: the first device.
       revision: of the hub id: branch, tag or commit.
-      key: a JAX random key for a new scalar head, normal with standard deviation 1/√(width + 1); None: zeros.
+      key: a JAX random key for a new scalar head, normal with standard deviation 1/√(width + 1); None: zeros, or an
+        error where the checkpoint is a classifier that has lost its head.
 
     Returns:
       The model.
@@ -110,18 +115,14 @@ def load_pretrained(
     if head not in ("lm", "scalar"):
         raise ValueError(f'head={head!r}; "lm" and "scalar" are the heads there are.')
     dtype = None if dtype is None else _float_dtype(dtype)
-    place = _resolve(path_or_hub_id, revision)
-    source, config_dict, generation_config = _open(place, str(path_or_hub_id))
-    config = _in_file(place, config_from_hub, config_dict)
+    place = resolve(path_or_hub_id, revision)
+    source, config_dict, generation_config = open_source(place, str(path_or_hub_id))
+    config = in_file(place, config_from_hub, config_dict)
     if mesh is not None:
         config = config.replace(padded_vocab_size=padded_vocab_size(config.vocab_size, mesh), layout=as_layout(mesh))
     config = _untie_if_stored_apart(source, config, head)
-    model = Decoder(config, head=head)
-    tensors = [_as_named(tensor, source, config) for tensor in hub_tensors(model)]
-    new_head = head == "scalar" and "score.weight" not in source.shapes
-    if new_head:
-        tensors = [tensor for tensor in tensors if tensor.leaves != (_SCORE,)]
-    check_tensors(source, tensors, config.num_layers, _IGNORED)
+    model, tensors, stored_as = _planned(place, source, config_dict, config, head, new_head=key is not None)
+    new_head = head == "scalar" and stored_as is None
 
     table = next(tensor.name for tensor in tensors if tensor.leaves == (_TABLE,))
     stored = source.dtype(table)
@@ -145,17 +146,54 @@ def load_pretrained(
             len(tokenizer),
             config.vocab_size,
         )
-    names = ("reward_bias", "reward_missing_eos_bias") if head == "scalar" and not new_head else ()
-    biases = [_number(place, config_dict, name) for name in names]
-    return Pretrained(model, unflatten_dict(params), tokenizer, generation_config, *biases)
+    biases = [0.0, 0.0]
+    if head == "scalar" and not new_head:
+        biases = [_number(place, config_dict, name) for name in ("reward_bias", "reward_missing_eos_bias")]
+        biases[0] += head_bias(source, stored_as)
+    return Pretrained(model, unflatten_dict(params), tokenizer, generation_config, *biases, new_head)
 
 
-def describe_pretrained(path_or_hub_id: str | Path, *, revision: str | None = None) -> Description:
+def _planned(
+    place: Path,
+    source: TensorSource,
+    config_dict: dict[str, Any],
+    config: DecoderConfig,
+    head: Head,
+    *,
+    new_head: bool,
+) -> tuple[Decoder, list[HubTensor], str | None]:
+    """The model, what is read for it, and what its scalar head is called; raises where that is not all there."""
+    stored_as, kinds = stored_head(source), ", ".join(map(str, config_dict.get("architectures") or ["a classifier"]))
+    model = Decoder(config, head=head)
+    tensors = [_as_named(tensor, source, config, stored_as) for tensor in hub_tensors(model)]
+    if head == "scalar" and stored_as is None:
+        if lost_head(config_dict) and not new_head:
+            raise CheckpointError(
+                f"{place} calls itself {kinds}, and has no score.weight: its scalar head was not saved with it, and "
+                "without one every text would score 0. Save the model again with its head, or train a new one."
+            )
+        tensors = [tensor for tensor in tensors if tensor.leaves != (_SCORE,)]
+    if head == "lm" and (stored_as or lost_head(config_dict)):
+        if any(tensor.name not in source.shapes for tensor in tensors if tensor.leaves == (_LM_HEAD,)):
+            raise CheckpointError(
+                f"{place} is a reward model or a critic ({kinds}): it has a scalar head and no LM head, so it cannot "
+                "be a policy. Give the language model that it was made from."
+            )
+        logging.warning("%s is a reward model or a critic (%s), and is taken for a language model.", place, kinds)
+    check_tensors(source, tensors, config.num_layers, _IGNORED)
+    return model, tensors, stored_as
+
+
+def describe_pretrained(
+    path_or_hub_id: str | Path, *, revision: str | None = None, head: Head | None = None, new_head: bool = False
+) -> Description:
     """Reads a checkpoint without its weights: to check settings before anything runs.
 
     Args:
       path_or_hub_id: as for `load_pretrained`.
       revision: of the hub id.
+      head: that it will be loaded with: its tensors' names and shapes are checked; None = they are not.
+      new_head: it will be loaded with a key, so that a classifier may have lost its scalar head.
 
     Returns:
       What it says of itself.
@@ -163,10 +201,12 @@ def describe_pretrained(path_or_hub_id: str | Path, *, revision: str | None = No
     Raises:
       FileNotFoundError, CheckpointError: as for `load_pretrained`.
     """
-    place = _resolve(path_or_hub_id, revision)
-    source, config_dict, generation_config = _open(place, str(path_or_hub_id))
-    config = _in_file(place, config_from_hub, config_dict)
-    return Description(config, _load_tokenizer(place, source), generation_config)
+    place = resolve(path_or_hub_id, revision)
+    source, config_dict, generation_config = open_source(place, str(path_or_hub_id))
+    config = in_file(place, config_from_hub, config_dict)
+    if head is not None:
+        _planned(place, source, config_dict, config, head, new_head=new_head)
+    return Description(config, _load_tokenizer(place, source), generation_config, stored_head(source))
 
 
 def save_pretrained(directory: str | Path, pretrained: Pretrained, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -229,73 +269,13 @@ def _write_rest(folder: Path, pretrained: Pretrained, config: PretrainedConfig) 
         write_generation_config(folder, config, pretrained.generation_config)
 
 
-# ---- where a checkpoint is -----------------------------------------------------------------------------------------
-
-
-def _resolve(path_or_hub_id: str | Path, revision: str | None) -> Path:
-    """A local folder or .gguf file, downloaded where a hub id is given."""
-    local = Path(path_or_hub_id).expanduser()
-    if local.is_dir():
-        inside = sorted(local.glob("*.gguf"))
-        if inside and not (local / "config.json").is_file():
-            if len(inside) > 1:
-                names = ", ".join(file.name for file in inside)
-                raise CheckpointError(f"{local} holds several GGUF files ({names}); give the path of one.")
-            return inside[0]
-        return local
-    if local.is_file():
-        if local.suffix != ".gguf":
-            raise CheckpointError(f"{local} is a file; give its folder, or a .gguf file.")
-        return local
-    text = str(path_or_hub_id)
-    if text.count("/") > 1 or text.startswith((".", "/", "~")) or local.suffix in (".gguf", ".safetensors"):
-        raise FileNotFoundError(f"{text}: no such file or folder.")
-    try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=_HUB_FILES))
-    except (OSError, HFValidationError) as error:  # the hub's errors are OSErrors
-        raise FileNotFoundError(
-            f"{text}: no such folder here, and not to be had from the hub: {error}. For a private model log in with "
-            "`hf auth login`; without a network give a local folder."
-        ) from error
-
-
-def _open(place: Path, name: str) -> tuple[TensorSource, dict[str, Any], dict[str, Any] | None]:
-    if place.suffix == ".gguf" and place.is_file():
-        source = GGUFSource(place)
-        return source, source.config, source.generation_config
-    config = _read_json(place / "config.json")
-    if config is None:
-        raise FileNotFoundError(f"{place / 'config.json'} is missing; it says what the model is made of.")
-    generation_config = _read_json(place / "generation_config.json")
-    if generation_config is None and config.get("eos_token_id") is not None:  # as transformers has it
-        generation_config = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return SafetensorsSource(place, name), config, generation_config
-
-
-def _read_json(file: Path) -> dict[str, Any] | None:
-    if not file.is_file():
-        return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not JSON ({error}); copy or download it again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: a JSON object is expected, this is a {type(content).__name__}.")
-    return content
-
-
-def _in_file(place: Path, read: Any, content: dict[str, Any]) -> DecoderConfig:
-    try:
-        return read(content)
-    except CheckpointError as error:
-        raise CheckpointError(f"{place}: {error}") from error
-
-
 # ---- names and heads -----------------------------------------------------------------------------------------------
 
 
-def _as_named(tensor: HubTensor, source: TensorSource, config: DecoderConfig) -> HubTensor:
+def _as_named(tensor: HubTensor, source: TensorSource, config: DecoderConfig, stored_as: str | None) -> HubTensor:
     """The tensor under the name that this checkpoint uses."""
+    if tensor.leaves == (_SCORE,):
+        return dataclasses.replace(tensor, name=f"{stored_as}.weight")
     family = family_of(config)
     base = family.base
     table = f"{base}{family.modules['embedding/table']}.weight"

@@ -16,6 +16,7 @@ from jax.sharding import Sharding
 
 from jax_rlhf.hub.errors import CheckpointError
 from jax_rlhf.hub.layout import HubTensor
+from jax_rlhf.hub.scalar_head import HEAD_TENSORS
 from jax_rlhf.hub.sources import TensorSource
 
 Path = tuple[str, ...]
@@ -65,7 +66,7 @@ def check_tensors(source: TensorSource, tensors: list[HubTensor], num_layers: in
 
 
 def _shape_hint(name: str) -> str:
-    if name.startswith("score"):
+    if HEAD_TENSORS.match(name):
         return " (a scalar head has one label: num_labels = 1)"
     return ""
 

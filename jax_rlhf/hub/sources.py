@@ -5,6 +5,7 @@ would be held twice while it loads.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +18,7 @@ from jax_rlhf.hub.errors import CheckpointError
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
+ADAPTER = "adapter_config.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -133,9 +135,35 @@ def _nothing_to_read(folder: Path, name: str) -> Exception:
             f"{name} holds only pickled weights ({', '.join(pickled[:3])}), which can run code when loaded and are "
             f"never opened here. Where you trust them, {convert}"
         )
-    if (folder / "adapter_config.json").is_file():
-        return CheckpointError(f"{name} holds an adapter, not a model; merge it into its base model first.")
+    if (folder / ADAPTER).is_file():
+        return CheckpointError(adapter_message(folder, name))
     missing = f"{name} holds no model.safetensors, model.safetensors.index.json or .gguf file"
     if Path(name).expanduser().is_dir():
         return FileNotFoundError(f"{missing}.")
     return CheckpointError(f"{missing}. If its weights are pickled (pytorch_model.bin) and you trust them, {convert}")
+
+
+def adapter_message(folder: Path, name: str) -> str:
+    """What to say of a PEFT adapter.
+
+    Args:
+      folder: holds its adapter_config.json.
+      name: what the user called it.
+
+    Returns:
+      What it is, of which base model, and how to make a model of it.
+    """
+    try:
+        config = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+        kind, base = str(config.get("peft_type")), str(config.get("base_model_name_or_path"))
+    except (ValueError, AttributeError, OSError, RecursionError):
+        kind = base = "None"
+    known = re.fullmatch(r"[\w./-]+", base) and base != "None"  # it becomes part of a command
+    return (
+        f"{name} is a PEFT adapter{f' ({kind})' if kind != 'None' else ''}, not a whole model: it only changes the "
+        f"weights of its base model, {base if known else 'which its adapter_config.json does not name'}. Adapters are "
+        "not read here. Merge it once, on any machine with torch and peft:\n"
+        '  python -c "from peft import AutoPeftModelForCausalLM as Model; from transformers import AutoTokenizer as '
+        f"Tokenizer; Model.from_pretrained('{name}').merge_and_unload().save_pretrained('merged'); "
+        f"Tokenizer.from_pretrained('{base if known else 'BASE_MODEL'}').save_pretrained('merged')\""
+    )

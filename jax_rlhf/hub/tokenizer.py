@@ -56,6 +56,25 @@ def end_ids(
     return tuple(dict.fromkeys(index for index in ids if index is not None))
 
 
+def other_ids(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
+    """Whether another model's tokenizer gives some token of ours another id; it may have more tokens.
+
+    Args:
+      tokenizer: whose ids are carried to the other model.
+      other: that model's.
+
+    Returns:
+      None where all ids mean the same there; else the first token that does not, for a message.
+    """
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    wrong = sorted((index, token) for token, index in ours.items() if theirs.get(token) != index)
+    if not wrong:
+        return None
+    index, token = wrong[0]
+    there = f"{theirs[token]} there" if token in theirs else "not in its vocabulary"
+    return f"{len(wrong):,} of {len(ours):,} tokens differ, first {token!r}: {index} here, {there}"
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a checkpoint folder.
 

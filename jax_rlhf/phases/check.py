@@ -5,8 +5,8 @@ from pathlib import Path
 
 from jax_rlhf.data import DataError, create_datasets, imported
 from jax_rlhf.data.formats import PHASES
-from jax_rlhf.engine import check_roles
-from jax_rlhf.hub import describe_pretrained
+from jax_rlhf.engine import check_roles, headless
+from jax_rlhf.hub import describe_pretrained, other_ids
 from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.parallel import create_layout, row_shards
 from jax_rlhf.phases.config import RunConfig
@@ -94,14 +94,23 @@ def _checkpoints(config: RunConfig) -> list[tuple[str, str | None, str | None]]:
 
 
 def _check_inputs(config: RunConfig, workdir: Path, phases: list[str]) -> None:
-    """A phase's input is another phase's result, or a path."""
-    reads_policy = {"reward": not config.reward_training.path or config.reward_training.normalize_rows > 0, "ppo": True}
-    if "sft" not in phases and any(reads_policy[phase] for phase in phases):
-        describe_pretrained(sft_model(config, workdir))
-    if "ppo" in phases and "reward" not in phases:
-        path = reward_model(config, workdir)
-        if path is not None:
-            describe_pretrained(path, revision=config.reward.revision)
+    """A phase's input is another phase's result, or a path; its tensors are all there."""
+    training = config.reward_training
+    if "sft" in phases:
+        describe_pretrained(config.model.path, revision=config.model.revision, head="lm")
+    elif "ppo" in phases or ("reward" in phases and (not training.path or training.normalize_rows > 0)):
+        describe_pretrained(sft_model(config, workdir), revision=config.model.revision, head="lm")
+    if "reward" in phases and training.path:
+        describe_pretrained(training.path, revision=training.revision, head="scalar", new_head=True)
+    if "ppo" not in phases:
+        return
+    path = config.reward.path if "reward" in phases else reward_model(config, workdir)
+    if path and describe_pretrained(path, revision=config.reward.revision, head="scalar").scalar_head is None:
+        raise ValueError(headless(path))
+    for role, head in (("critic", "scalar"), ("reference", "lm")):
+        path, revision = getattr(config, role).path, getattr(config, role).revision
+        if path:
+            describe_pretrained(path, revision=revision, head=head)
 
 
 def _check_layers(config: RunConfig, policy: DecoderConfig, phases: list[str], workdir: Path) -> None:
@@ -132,12 +141,16 @@ def _check_vocabularies(config: RunConfig, tokenizer: object) -> None:
     for field, path, revision in _checkpoints(config):
         if path is None or path == config.model.path:
             continue
-        decoder, other, _ = describe_pretrained(path, revision=revision)
-        if decoder.vocab_size < len(tokenizer) or (other is not None and other.get_vocab() != tokenizer.get_vocab()):
+        described = describe_pretrained(path, revision=revision)
+        rows, other = described.config.vocab_size, described.tokenizer
+        differ = other_ids(tokenizer, other) if other is not None else None
+        if rows < len(tokenizer):
+            differ = f"{rows:,} rows in its embedding, {len(tokenizer):,} tokens here"
+        if differ:
             raise ValueError(
-                f"config.{field}={path} has another vocabulary than config.model.path={config.model.path}: token ids "
-                "are carried from one to the other. Take a model of the same tokenizer; a model of another one can "
-                "score texts as a function: config.ppo.reward_functions."
+                f"config.{field}={path} has another vocabulary than config.model.path={config.model.path} ({differ}): "
+                "token ids are carried from one to the other. Take a model of the same tokenizer (it may have more "
+                "tokens); a model of another one can score texts as a function: config.ppo.reward_functions."
             )
 
 

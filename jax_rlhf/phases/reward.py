@@ -53,6 +53,10 @@ def run(
     with Record(folder, config.log, stop) as record:
         record.say(f"loading {path}")
         pretrained = _start(config, path, layout)
+        if pretrained.new_head:
+            record.say("its scalar head is new, and random")
+        else:
+            record.say("it is a reward model already: training goes on with its own scalar head")
         # What it will score is written with the policy's chat template, and ends as the policy's answers do.
         policy = describe_pretrained(config.model.path, revision=config.model.revision)
         pretrained = dataclasses.replace(pretrained, tokenizer=policy.tokenizer)
@@ -98,10 +102,10 @@ def run(
 
 
 def _start(config: RunConfig, path: str, layout: Layout | None) -> Pretrained:
-    """The model that becomes a reward model, with a random head."""
-    settings = config.reward_training
+    """The model that becomes a reward model: with its own scalar head, or a new random one."""
+    settings, key = config.reward_training, jax.random.key(config.seed)
     start = dataclasses.replace(config.model, path=path, revision=settings.revision)
-    return reward_start(load_model(start, "lm", layout), settings.num_layers, jax.random.key(config.seed))
+    return reward_start(load_model(start, "scalar", layout, key=key), settings.num_layers, key)
 
 
 def how_to_train(settings: RewardTrainingConfig, model: Decoder, batch_size: int, steps: int) -> Supervised:
@@ -246,11 +250,12 @@ def _calibrated(
     params: SplitParams,
     pretrained: Pretrained,
     gain: float = 1.0,
-    bias: float = 0.0,
-    missing_eos_bias: float = 0.0,
+    bias: float | None = None,
+    missing_eos_bias: float | None = None,
 ) -> Pretrained:
-    """score = gain · head + bias: the gain goes into the head, biases into config.json."""
+    """score = gain · head + bias: the gain goes into the head, biases into config.json. None = as it started with."""
     whole = network.join(params)
     head = jax.tree.map(lambda leaf: leaf * gain, whole["scalar_head"])
     biases = {"reward_bias": bias, "missing_eos_bias": missing_eos_bias}
-    return dataclasses.replace(pretrained, params=whole | {"scalar_head": head}, **biases)
+    known = {name: value for name, value in biases.items() if value is not None}
+    return dataclasses.replace(pretrained, params=whole | {"scalar_head": head}, new_head=False, **known)

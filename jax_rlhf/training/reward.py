@@ -107,15 +107,17 @@ def _values(network: SplitModel, params: SplitParams, tokens: Array, mask: Array
 
 
 def reward_start(pretrained: Pretrained, num_layers: int | None, key: Array) -> Pretrained:
-    """The model that a reward model starts as: the lower layers of a language model, and a new scalar head.
+    """The model that a reward model starts as: the lower layers of a model, and a scalar head.
+
+    A reward model keeps the head that it was loaded with, in float32, and its biases, unless layers below it go.
 
     Args:
       pretrained: a model with either head.
       num_layers: how many layers to keep, from the bottom; None = all.
-      key: of the head, normal with standard deviation 1/√(width + 1).
+      key: of a new head, normal with standard deviation 1/√(width + 1).
 
     Returns:
-      The model; parameters that stay are shared.
+      The model, `new_head` where its head is new; parameters that stay are shared.
 
     Raises:
       ValueError: more layers than there are.
@@ -130,9 +132,16 @@ def reward_start(pretrained: Pretrained, num_layers: int | None, key: Array) -> 
     params = {name: value for name, value in pretrained.params.items() if name not in ("lm_head", "scalar_head")}
     if layers < pretrained.model.config.num_layers:
         params["layers"] = jax.tree.map(lambda leaf: leaf[:layers], params["layers"])
-    width = config.output_size
-    kernel = head_init(width)(key, (width, 1)).astype(jnp.float32)
+    model = Decoder(config, head="scalar", scan_layers=pretrained.model.scan_layers)
+    own = (
+        "scalar_head" in pretrained.params and not pretrained.new_head and layers == pretrained.model.config.num_layers
+    )
+    if own:
+        kernel = pretrained.params["scalar_head"]["kernel"].astype(jnp.float32)
+    else:
+        kernel = head_init(config.output_size)(key, (config.output_size, 1)).astype(jnp.float32)
     if config.layout is not None:
         kernel = jax.device_put(kernel, config.layout.sharding(("embed", None)))
-    model = Decoder(config, head="scalar", scan_layers=pretrained.model.scan_layers)
-    return Pretrained(model, params | {"scalar_head": {"kernel": kernel}}, pretrained.tokenizer)
+    biases = (pretrained.reward_bias, pretrained.missing_eos_bias) if own else (0.0, 0.0)
+    params["scalar_head"] = {"kernel": kernel}
+    return Pretrained(model, params, pretrained.tokenizer, None, *biases, new_head=not own)

@@ -14,7 +14,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jax_rlhf.hub import Pretrained
+from jax_rlhf.hub import Pretrained, other_ids
 from jax_rlhf.models import Decoder, DecoderConfig
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.models.split import SplitModel, SplitParams
@@ -253,10 +253,12 @@ def check_start(start: Start) -> None:
             continue
         if given.model.head != wanted:
             raise ValueError(f'{role} has a {given.model.head!r} head; load it with head="{wanted}".')
-        if actor.tokenizer and given.tokenizer and actor.tokenizer.get_vocab() != given.tokenizer.get_vocab():
+        differ = actor.tokenizer and given.tokenizer and other_ids(actor.tokenizer, given.tokenizer)
+        if differ:
             raise ValueError(
-                f"{role} has another tokenizer than the actor. Token ids are carried from one to the other, never made "
-                "again from text: use a model of the same tokenizer, or score texts with a reward function."
+                f"{role} has another tokenizer than the actor ({differ}). Token ids are carried from one to the other, "
+                "never made again from text: use a model of the same tokenizer (it may have more tokens), or score "
+                "texts with a reward function."
             )
         if role != "actor" and given.model.config.vocab_size < (len(actor.tokenizer) if actor.tokenizer else 0):
             raise ValueError(

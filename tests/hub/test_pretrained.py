@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from jax_rlhf import CheckpointError, load_pretrained, save_pretrained
+from jax_rlhf.hub import describe_pretrained
 from tests.hub import tiny
 from tests.hub.test_families import outputs, real_difference
 
@@ -262,6 +263,84 @@ def test_mesh_that_does_not_divide_names_parameter_and_sizes(llama):
 
 
 # ---- broken checkpoints --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["score", "v_head.summary", "v_head", "value_head", "value", "regression_head"])
+@pytest.mark.parametrize("bias", [None, 0.75])
+def test_scalar_heads_of_other_programs_are_read(tmp_path, name, bias):
+    """Their weight is the head, their bias is added to each score, and both are saved."""
+    folder = tiny.write_checkpoint(tmp_path / "reward", "llama", "scalar")
+    expected = load_file(folder / "model.safetensors")["score.weight"][0]
+
+    def renamed(tensors):
+        head = {f"{name}.weight": tensors.pop("score.weight")}
+        return tensors | head | ({} if bias is None else {f"{name}.bias": np.float32([bias])})
+
+    rewrite(folder, renamed)
+    reward = load_pretrained(folder, head="scalar")
+    assert np.array_equal(reward.params["scalar_head"]["kernel"][:, 0], expected)
+    assert (reward.reward_bias, reward.new_head) == (bias or 0.0, False)
+    assert describe_pretrained(folder, head="scalar").scalar_head == name
+    save_pretrained(tmp_path / "saved", reward)
+    again = load_pretrained(tmp_path / "saved", head="scalar")
+    assert (again.reward_bias, again.new_head) == (bias or 0.0, False)
+    assert same_params(again.params, reward.params)
+
+
+def test_a_language_model_with_a_value_head_is_a_policy_too(llama):
+    rewrite(llama, lambda tensors: tensors | {"v_head.summary.weight": np.ones((1, 36), np.float32)})
+    assert "lm_head" in load_pretrained(llama).params
+    assert load_pretrained(llama, head="scalar").params["scalar_head"]["kernel"].sum() == 36
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"score.0.weight": (36, 36), "score.2.weight": (1, 36)}, r"several layers \(score.0.weight, score.2.weight\)"),
+        ({"score.weight": (1, 36), "v_head.weight": (1, 36)}, r"which scalar head.* score.weight, v_head.weight"),
+        ({"score.bias": (1,)}, r"which scalar head.* score.bias; keep the tensors of one layer"),
+        ({"v_head.weight": (2, 36)}, r"'v_head.weight' has shape \[2, 36\].* one label"),
+        ({"score.weight": (1, 36), "score.bias": (2,)}, r"'score.bias' has shape \[2\]; a scalar head has one label"),
+    ],
+)
+def test_scalar_heads_that_cannot_be_read_are_named(llama, tensors, message):
+    rewrite(llama, lambda trunk: trunk | {name: np.ones(shape, np.float32) for name, shape in tensors.items()})
+    with pytest.raises(CheckpointError, match=message):
+        load_pretrained(llama, head="scalar")
+
+
+def test_a_classifier_that_lost_its_head_is_an_error_unless_a_new_one_is_wanted(tmp_path):
+    folder = tiny.write_checkpoint(tmp_path / "reward", "llama", "scalar")
+    set_config(folder, architectures=["LlamaForSequenceClassification"])
+    rewrite(folder, lambda tensors: {name: array for name, array in tensors.items() if name != "score.weight"})
+    for read in (load_pretrained, describe_pretrained):
+        with pytest.raises(CheckpointError, match=r"has no score\.weight: its scalar head was not saved"):
+            read(folder, head="scalar")
+    assert load_pretrained(folder, head="scalar", key=jax.random.key(0)).new_head
+    assert describe_pretrained(folder, head="scalar", new_head=True).scalar_head is None
+
+
+def test_a_reward_model_is_no_policy(tmp_path, caplog):
+    untied = tiny.write_checkpoint(tmp_path / "untied", "llama", "scalar")
+    for read in (load_pretrained, describe_pretrained):
+        with pytest.raises(CheckpointError, match=r"is a reward model or a critic .* no LM head"):
+            read(untied, head="lm")
+    tied = tiny.write_checkpoint(tmp_path / "tied", "smollm2", "scalar")
+    load_pretrained(tied)
+    assert "is a reward model or a critic" in caplog.text
+
+
+@pytest.mark.parametrize("base", ["org/base", "x'); import os; os.system('rm -rf ~", None])
+def test_an_adapter_says_what_it_is_and_of_which_model(tmp_path, base):
+    """No part of a file that could be code gets into the command that is recommended."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base}))
+    save_file({"base_model.model.q_proj.lora_A.weight": np.zeros((8, 4), np.float32)}, tmp_path / "adapter.safetensors")
+    for read in (load_pretrained, describe_pretrained):
+        with pytest.raises(CheckpointError, match=r"is a PEFT adapter \(LORA\), not a whole model") as raised:
+            read(tmp_path)
+        assert "merge_and_unload" in str(raised.value)
+        assert ("org/base" in str(raised.value)) == (base == "org/base")
+        assert "os.system" not in str(raised.value)
 
 
 def test_missing_tensor_is_named(llama):

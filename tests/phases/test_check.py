@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
-from jax_rlhf import Pretrained, save_pretrained
+from jax_rlhf import CheckpointError, Pretrained, load_pretrained, save_pretrained
 from jax_rlhf.hub import config_from_hub
 from jax_rlhf.models import Decoder, init_params
-from jax_rlhf.phases import run_config
+from jax_rlhf.phases import reward, run_config
 from jax_rlhf.phases.check import check_run
 from jax_rlhf.phases.config import LogConfig
 from jax_rlhf.phases.record import Record
@@ -74,7 +75,8 @@ def test_what_cannot_work_is_said_at_the_start(config, tmp_path, changes, messag
 
 
 def test_texts_learned_beside_ppo_must_fit_its_microbatches(config, tmp_path):
-    config.phases, config.sft_model_path, config.reward.path = ("ppo",), config.model.path, config.model.path
+    config.phases, config.sft_model_path, config.reward.path = ("ppo",), config.model.path, None
+    config.reward.path = tiny.checkpoint(tmp_path / "reward", head="scalar")
     config.ppo.ptx_coef, config.data.sft_batch_size = 1.0, 15
     with pytest.raises(ValueError, match=r"sft_batch_size=15 texts .* cannot be spread over the 2 microbatches"):
         check(config, tmp_path)
@@ -93,15 +95,48 @@ def test_what_overwriting_would_delete_is_no_input(config, tmp_path):
 
 
 def test_a_reward_model_of_another_vocabulary(config, tmp_path):
-    config.reward.path = tiny.checkpoint(tmp_path / "small", vocabulary=20)
+    config.reward.path = tiny.checkpoint(tmp_path / "small", vocabulary=20, head="scalar")
     with pytest.raises(ValueError, match=r"config.reward.path=.* has another vocabulary than config.model.path"):
         check(config, tmp_path)
 
 
-def learned_positions(folder, positions):
+@pytest.mark.parametrize(
+    ("field", "phases", "message"),
+    [
+        ("reward.path", ("ppo",), "config.reward.path=.* is a language model: it has no scalar head"),
+        ("reward.path", ("sft", "reward", "ppo"), "config.reward.path=.* is a language model"),
+        ("sft_model_path", ("ppo",), "is a reward model or a critic"),
+        ("reference.path", ("sft", "reward", "ppo"), "is a reward model or a critic"),
+        ("model.path", ("sft",), "is a reward model or a critic"),
+    ],
+)
+def test_a_checkpoint_with_the_wrong_head_is_said_at_the_start(config, tmp_path, field, phases, message):
+    head = "lm" if field == "reward.path" else "scalar"
+    config.phases, config.sft_model_path = phases, config.model.path
+    set_field(config, field, tiny.checkpoint(tmp_path / "other", head=head, tied=False))
+    with pytest.raises((ValueError, CheckpointError), match=message):
+        check(config, tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_reward_model_is_trained_further_with_its_own_head(config, tmp_path, capsys, tied):
+    """Its biases stay where scores are not normalised anew."""
+    config.reward_training.path = tiny.checkpoint(tmp_path / "reward", head="scalar", tied=tied, reward_bias=0.5)
+    config.reward_training.num_layers, config.reward_training.normalize_rows = None, 0
+    config.reward_training.optimizer.learning_rate, config.phases = 0.0, ("reward",)
+    check(config, tmp_path)
+    reward.run(run_config(config), tmp_path / "run")
+    assert "it is a reward model already: training goes on with its own scalar head" in capsys.readouterr().out
+    before = load_pretrained(config.reward_training.path, head="scalar")
+    after = load_pretrained(tmp_path / "run" / "reward" / "model", head="scalar")
+    assert after.reward_bias == 0.5
+    np.testing.assert_array_equal(after.params["scalar_head"]["kernel"], before.params["scalar_head"]["kernel"])
+
+
+def learned_positions(folder, positions, head="lm"):
     """A GPT-2 whose rows may have so many tokens."""
     shape = {"model_type": "gpt2", "vocab_size": len(data.WORDS), "n_embd": 16, "n_layer": 3, "n_head": 2}
-    model = Decoder(config_from_hub(shape | {"n_positions": positions, "eos_token_id": data.EOS}))
+    model = Decoder(config_from_hub(shape | {"n_positions": positions, "eos_token_id": data.EOS}), head=head)
     save_pretrained(folder, Pretrained(model, init_params(model, jax.random.key(0)), data.tokenizer()))
     return str(folder)
 
@@ -119,6 +154,8 @@ def learned_positions(folder, positions):
 def test_rows_longer_than_a_table_of_positions_are_said_at_the_start(config, tmp_path, phase, changes, message):
     config.model.path = config.sft_model_path = learned_positions(tmp_path / "gpt2", 12)
     config.reward.path, config.data.max_tokens, config.phases = config.model.path, 12, (phase,)
+    if phase == "ppo":
+        config.reward.path = learned_positions(tmp_path / "reward", 12, "scalar")
     for path, value in changes.items():
         set_field(config, path, value)
     if message is None:
@@ -129,7 +166,7 @@ def test_rows_longer_than_a_table_of_positions_are_said_at_the_start(config, tmp
 
 
 def test_a_reward_model_of_fewer_positions(config, tmp_path):
-    config.reward.path, config.data.max_tokens = learned_positions(tmp_path / "gpt2", 9), 9
+    config.reward.path, config.data.max_tokens = learned_positions(tmp_path / "gpt2", 9, "scalar"), 9
     with pytest.raises(ValueError, match=r"10 tokens is more than the 9 positions that config.reward.path has"):
         check(config, tmp_path)
 

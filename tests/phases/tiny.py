@@ -10,8 +10,8 @@ from jax_rlhf.phases import default_config
 from tests.data import tiny as data
 
 
-def checkpoint(folder, *, seed=0, layers=3, vocabulary=None):
-    """A Llama of 3 layers and 32 columns."""
+def checkpoint(folder, *, seed=0, layers=3, vocabulary=None, head="lm", tied=True, **biases):
+    """A Llama of 3 layers and 32 columns: a policy, or with head="scalar" a reward model."""
     config = config_from_hub(
         {
             "model_type": "llama",
@@ -22,15 +22,15 @@ def checkpoint(folder, *, seed=0, layers=3, vocabulary=None):
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 64,
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": tied,
             "bos_token_id": data.BOS,
             "eos_token_id": data.EOS,
             "pad_token_id": data.PAD,
         }
     )
-    model = Decoder(config.replace(remat="none"))
+    model = Decoder(config.replace(remat="none"), head=head)
     params = init_params(model, jax.random.key(seed))
-    save_pretrained(folder, Pretrained(model, params, data.tokenizer()))
+    save_pretrained(folder, Pretrained(model, params, data.tokenizer(), **biases))
     return str(folder)
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from safetensors.numpy import load_file, save_file
 
-from jax_rlhf import RLHFEngine, load_pretrained, sample, save_pretrained, token_logprobs
+from jax_rlhf import CheckpointError, RLHFEngine, load_pretrained, sample, save_pretrained, token_logprobs
 from jax_rlhf.models import Decoder, init_params, model_jit
 from jax_rlhf.rollout import Sampling
 from tests.ppo import tiny
@@ -150,15 +151,38 @@ def test_bad_configs_and_models_that_do_not_fit_are_named(folders, tmp_path):
         RLHFEngine(tiny.policy(), reward=tiny.policy())
     with pytest.raises(ValueError, match="actor has a 'scalar' head"):
         RLHFEngine(tiny.policy(head="scalar"))
-    other = tiny.policy(5, head="scalar")
-    other.tokenizer.add_tokens(["w9"])
-    with pytest.raises(ValueError, match="reward has another tokenizer than the actor"):
-        RLHFEngine(tiny.policy(), reward=other)
+    longer = tiny.policy(5)
+    longer.tokenizer.add_tokens(["w9"])
+    with pytest.raises(ValueError, match=r"reward has another tokenizer .*1 of 9 tokens differ, first 'w9'"):
+        RLHFEngine(longer, reward=tiny.policy(5, head="scalar"))
     small = dataclasses.replace(tiny.policy(5, head="scalar", vocab_size=7), tokenizer=None)
     with pytest.raises(ValueError, match="critic knows 7 tokens, the tokenizer has 8"):
         RLHFEngine(tiny.policy(), critic=small)
     with pytest.raises(ValueError, match=r"config\.reward\.path"):
         RLHFEngine(tiny.policy()).reward(*batch())
+
+
+def test_a_reward_model_may_have_more_tokens_than_the_policy():
+    """TRL adds a pad token to its reward models; what ids both have mean the same."""
+    reward = tiny.policy(5, head="scalar", vocab_size=9)
+    reward.tokenizer.add_tokens(["w9"])
+    engine = RLHFEngine(tiny.policy(), reward=reward)
+    tokens, mask = batch()
+    assert np.isfinite(engine.reward(tokens, mask)).all()
+
+
+def test_a_reward_model_without_a_head_is_an_error(folders, tmp_path):
+    """Every text would score 0."""
+    path = str(folders / "actor")
+    with pytest.raises(CheckpointError, match=r"config\.reward\.path=.* is a language model: it has no scalar head"):
+        RLHFEngine.create({"model": {"path": path}, "reward": {"path": path}})
+    RLHFEngine.create({"model": {"path": path}, "critic": {"path": path}})  # whose values may start at zero
+    save_pretrained(tmp_path / "reward", tiny.policy(5, head="scalar"))
+    file = tmp_path / "reward" / "model.safetensors"
+    save_file({name: array for name, array in load_file(file).items() if name != "score.weight"}, file)
+    for role in ("reward", "critic"):
+        with pytest.raises(CheckpointError, match=r"LlamaForSequenceClassification, and has no score\.weight"):
+            RLHFEngine.create({"model": {"path": path}, role: {"path": str(tmp_path / "reward")}})
 
 
 def test_models_are_cut_over_a_mesh():

@@ -143,6 +143,17 @@ def test_a_new_head_is_normal_with_deviation_one_over_the_root_of_its_width_and_
     np.testing.assert_allclose(kernel, jax.random.normal(key, (32, 1)) / np.sqrt(33), rtol=1e-6)
 
 
+def test_a_reward_model_keeps_its_head_and_its_biases_unless_layers_go():
+    reward = dataclasses.replace(tiny.policy(5, head="scalar"), reward_bias=0.5, missing_eos_bias=0.25)
+    kept, cut = (reward_start(reward, layers, jax.random.key(3)) for layers in (None, 1))
+    np.testing.assert_array_equal(kept.params["scalar_head"]["kernel"], reward.params["scalar_head"]["kernel"])
+    assert (kept.reward_bias, kept.missing_eos_bias, kept.new_head) == (0.5, 0.25, False)
+    np.testing.assert_allclose(
+        cut.params["scalar_head"]["kernel"], jax.random.normal(jax.random.key(3), (32, 1)) / np.sqrt(33), rtol=1e-6
+    )
+    assert (cut.reward_bias, cut.missing_eos_bias, cut.new_head) == (0.0, 0.0, True)
+
+
 def test_a_cut_models_layers_keep_their_windows():
     policy = tiny.policy()
     config = policy.model.config.replace(num_layers=4, sliding_layers=(True, False, True, True), sliding_window=4)
