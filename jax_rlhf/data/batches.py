@@ -177,7 +177,9 @@ def packed_pairs(rows: Sequence[Sequence[Example]], columns: int, slots: int, pa
     return PackedPairs(laid_out.tokens, laid_out.mask, *apart, last[..., 0], last[..., 1], real, margin)
 
 
-def prompt_batch(rows: Sequence[Example], columns: int, pad: int, row_ids: np.ndarray) -> Prompts:
+def prompt_batch(
+    rows: Sequence[Example], columns: int, pad: int, row_ids: np.ndarray, names: Sequence[str] = ()
+) -> Prompts:
     """Prompts, padded on the left.
 
     Args:
@@ -185,16 +187,17 @@ def prompt_batch(rows: Sequence[Example], columns: int, pad: int, row_ids: np.nd
       columns: P.
       pad: id at pads.
       row_ids: int[B], what addresses their randomness.
+      names: of the data's columns.
 
     Returns:
-      The batch; columns of the data that every row has come along.
+      The batch; the data's columns come along, None where a row has not got one, and so do the messages of chats.
     """
     tokens, mask = np.full((len(rows), columns), pad, np.int32), np.zeros((len(rows), columns), bool)
     for r, example in enumerate(rows):
         tokens[r, columns - len(example.prompt) :], mask[r, columns - len(example.prompt) :] = example.prompt, True
-    shared = set.intersection(*(set(example.columns) for example in rows))
-    others = {name: [example.columns[name] for example in rows] for name in sorted(shared)}
-    return Prompts(tokens, mask, np.asarray(row_ids, np.int32), others)
+    others = {name: [example.columns.get(name) for example in rows] for name in names}
+    chats = [example.chat for example in rows]
+    return Prompts(tokens, mask, np.asarray(row_ids, np.int32), others, chats if any(chats) else None)
 
 
 def packed(examples: Sequence[Example], columns: int) -> list[list[Example]]:

@@ -11,6 +11,7 @@ class DataConfig:
     Sources:
       paths: each a .jsonl, .json, .parquet or .csv file, the id of a Hugging Face data set (or a folder that `datasets`
         loads), or "package.module:function", a reader: f(phase=…, split="train" | "eval") → rows as dicts.
+      ptx_paths: texts of the pretraining loss in PPO (`ppo.ptx_coef`); empty = what the SFT phase learns of `paths`.
       weights: the share of each path in the mixture; empty = by their sizes.
       eval_paths: held-out rows; empty = what each reader returns for "eval", and `eval_rows` of each other path's. No
         prompt that is held out is trained on, in any phase (docs/data.md says what a prompt is).
@@ -23,13 +24,18 @@ class DataConfig:
 
     Columns, as they are called in the data:
       prompt_column, completion_column, chosen_column, rejected_column, text_column, messages_column, margin_column.
+      label_column: a completion whose label is false is not learned.
+      tools_column: what the assistant may call, for the chat template.
 
     Rows:
       max_prompt_tokens: longest prompt of the PPO phase, in tokens.
       max_tokens: longest prompt + completion of the SFT and reward phases, in tokens.
       too_long: longer ones are left out ("filter") and counted, or cut ("truncate"): prompts from the left, completions
         from the right.
-      on_bad_row: an empty completion, or chosen = rejected: stop with an "error", or "drop" and count.
+      on_bad_row: an empty completion, chosen = rejected, or an answer of which the chat template leaves out a part:
+        stop with an "error", or "drop" and count.
+      as_chat: prompts and answers that are plain texts are written with the tokenizer's chat template, as what the user
+        and the assistant say.
       prompt_tokens: prompts of the PPO phase are the first so many tokens of `text` (or of `prompt`); None = whole
         prompts. Shorter ones are left out and counted. In all phases rows with one opening have one prompt.
       deduplicate: of rows that are alike, one stays; rows of `paths` that have a prompt of `eval_paths`' or of a
@@ -48,6 +54,7 @@ class DataConfig:
     """
 
     paths: tuple[str, ...] = ()
+    ptx_paths: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
     eval_paths: tuple[str, ...] = ()
     split: str = "train"
@@ -63,11 +70,14 @@ class DataConfig:
     text_column: str = "text"
     messages_column: str = "messages"
     margin_column: str = "margin"
+    label_column: str = "label"
+    tools_column: str = "tools"
 
     max_prompt_tokens: int = 256
     max_tokens: int = 512
     too_long: Literal["filter", "truncate"] = "filter"
     on_bad_row: Literal["error", "drop"] = "error"
+    as_chat: bool = False
     prompt_tokens: int | None = None
     deduplicate: bool = True
     pad_token: str | None = None

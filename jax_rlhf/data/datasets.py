@@ -31,6 +31,11 @@ _NOTHING_DRAWN = (
     "nothing of paths is held out: whole prompts would be more than eval_rows, or more than a tenth; "
     "--config.data.eval_paths can name rows"
 )
+_IMPLICIT = "pairs have no prompt of their own; what both texts begin with is taken for it."
+_NOT_A_CHAT = (
+    "rows are plain texts, for which the tokenizer's chat template is not used; --config.data.as_chat=true uses it for "
+    "those with a prompt."
+)
 _TRAINED_ON = "held out, but in tokens as a prompt that is trained on"
 
 
@@ -45,6 +50,7 @@ class Datasets:
       eval_rows: rows held out; what fills the last batch up does not count.
       batch_size: rows a batch, of all processes together.
       report: how many rows were read, and what became of them.
+      notes: what else is worth knowing of them, a sentence each.
       digest: of all tokens, in order: processes that read other files differ in it.
       widths: that batches can have with these rows, in tokens; each is compiled for when it first comes.
       prefetch: batches made ahead of their use.
@@ -59,6 +65,7 @@ class Datasets:
     digest: str
     widths: tuple[int, ...]
     prefetch: int = 2
+    notes: tuple[str, ...] = ()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -116,7 +123,9 @@ def create_datasets(
             raise DataError(f"{path}: no row is left for the {phase} phase. {made.report(0, len(held_out))}")
     report = f"{phase} data: " + made.report(sum(map(len, train)), len(held_out))
     mine = _my_rows(getattr(config, f"{phase}_batch_size"), mesh)
-    return _batched(train, held_out, config=config, phase=phase, pad=pad, seed=seed, report=report, mine=mine)
+    made_batches = _batched(train, held_out, config=config, phase=phase, pad=pad, seed=seed, report=report, mine=mine)
+    notes = tuple(f"{phase} data: {count:,} {what}" for what, count in made.notes.most_common() if count)
+    return dataclasses.replace(made_batches, notes=notes)
 
 
 @dataclasses.dataclass
@@ -131,6 +140,7 @@ class _Examples:
     eval_rows: int
     read: int = 0
     dropped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    notes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     note: str = ""
 
     def train_and_held_out(self) -> tuple[list[list[Example]], list[Example]]:
@@ -198,6 +208,9 @@ class _Examples:
     def _examples(self, source: Source) -> list[Example]:
         """In an order drawn by the seed."""
         texts = [row_texts(row, self.phase, self.config, self.tokenizer) for row in source.rows]
+        self.notes[_IMPLICIT] += sum(text.implicit for text in texts)
+        if self.tokenizer.chat_template is not None:
+            self.notes[_NOT_A_CHAT] += sum(not text.templated for text in texts)
         examples = tokenized(source.rows, texts, self.tokenizer, self.config, self.dropped, self.eos_ids)
         if self.config.deduplicate:
             distinct: dict[tuple[bytes, ...], Example] = {}
@@ -273,6 +286,8 @@ def _batched(
         slots = max(len(row) for examples in [*train, groups] for row in examples)
     lengths = {example.length for example in itertools.chain(*([] if packing else [*train, held_out]))}
     widths = (longest,) if packing else tuple(sorted({width(length, buckets) for length in lengths}))
+    every = itertools.chain(*([] if packing else [*train, held_out]))
+    names = sorted({name for example in every for name in example.columns})
     rows = sum(map(len, train))
     if rows < batch_size:
         raise DataError(
@@ -291,7 +306,7 @@ def _batched(
             return packed_pairs(local, longest, slots, pad)
         if phase == "reward":
             return pair_batch(local, _columns(examples, buckets), pad)
-        return prompt_batch(local, _columns(examples, buckets), pad, first_row + mine)
+        return prompt_batch(local, _columns(examples, buckets), pad, first_row + mine, names)
 
     parts = [_stream(examples, seed + index) for index, examples in enumerate(train)]
     stream = parts[0]

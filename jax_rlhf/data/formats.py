@@ -6,13 +6,15 @@
 | messages                         | the last turn is learned |                    | all but that turn  |
 | prompt                           |                          |                    | prompt             |
 | prompt, completion               | prompt → completion      |                    | prompt             |
+| prompt, completion, label        | the same, if label holds |                    | prompt             |
 | prompt, chosen, rejected         | prompt → chosen          | chosen vs rejected | prompt             |
 | chosen, rejected                 | the same: the prompt is what both begin with                       |
 
-Each of prompt, completion, chosen, rejected is a text, or a list of chat messages {"role", "content"}, which the
-tokenizer's chat template turns into one. A prompt that is a text beside answers that are chats is what the user says,
-unless the chats begin alike: then that is the prompt. What two texts begin with ends before the word in which they
-differ, and in conversations written as HH writes them after the last "\\n\\nAssistant:" that both have.
+Each of prompt, completion, chosen, rejected is a text, or a list of chat messages, which the tokenizer's chat template
+turns into one (`chats.py`); `conversations` are messages too. A prompt that is a text beside answers that are chats is
+what the user says, unless the chats begin alike: then that is the prompt. Beside `messages` alone it is left aside:
+they begin with it. A prompt whose last turn is the assistant's is continued. `shared_prompt.py` says where the prompt
+of two texts ends.
 """
 
 import dataclasses
@@ -22,18 +24,23 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from jax_rlhf.data.chats import Message, Rendering, agreeing, checked_messages, rendered, template_options, tools_of
 from jax_rlhf.data.config import DataConfig
 from jax_rlhf.data.errors import DataError
+from jax_rlhf.data.shared_prompt import shared_prompt
 from jax_rlhf.data.sources import Row
 
 PHASES = ("sft", "reward", "ppo")
-_ANSWER_TURN = "\n\nAssistant:"
-"""What an answer begins with where conversations are written as texts, as in Anthropic's HH."""
 _NEEDED = {
     "sft": "text, or messages, or prompt and completion, or (prompt,) chosen and rejected",
     "reward": "(prompt,) chosen and rejected",
     "ppo": "prompt, or messages, or chosen and rejected, or text with config.data.prompt_tokens",
 }
+_CHATS = ("prompt", "completion", "chosen", "rejected", "messages")
+_OTHER_NAMES = {"messages": "conversations"}
+"""ShareGPT's name, where a row has no column of ours."""
+_TEMPLATE_OPTIONS = "chat_template_kwargs"
+UNDESIRED = "an undesired completion, whose label is false; --config.data.label_column=none learns it too"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +53,10 @@ class Texts:
       templated: a chat template wrote the texts: special tokens are in them.
       margin: by how much chosen is better, in reward units.
       columns: the row's other columns.
+      chat: the prompt's messages, where it is a chat.
+      implicit: the prompt is what two texts begin with.
+      unwritten: a part of an answer that the chat template leaves out, or "".
+      left_out: why the phase does not learn from the row, or "".
     """
 
     prompt: str
@@ -53,6 +64,10 @@ class Texts:
     templated: bool
     margin: float
     columns: Mapping[str, Any]
+    chat: list[Message] | None = None
+    implicit: bool = False
+    unwritten: str = ""
+    left_out: str = ""
 
 
 def row_texts(row: Row, phase: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Texts:
@@ -61,7 +76,7 @@ def row_texts(row: Row, phase: str, config: DataConfig, tokenizer: PreTrainedTok
     Args:
       row: as read.
       phase: "sft", "reward" or "ppo".
-      config: names of columns.
+      config: names of columns, and whether texts are chats.
       tokenizer: for its chat template.
 
     Returns:
@@ -70,7 +85,7 @@ def row_texts(row: Row, phase: str, config: DataConfig, tokenizer: PreTrainedTok
     Raises:
       DataError: columns are missing, of a wrong type, or need a chat template that there is not.
     """
-    names = _names(config)
+    names = _names(row, config)
     found = _found(row, names)
     prompt, completions = _parts(found, phase, row)
     if prompt is None or (config.prompt_tokens is None and phase == "ppo" and "text" in found and len(found) == 1):
@@ -82,12 +97,24 @@ def row_texts(row: Row, phase: str, config: DataConfig, tokenizer: PreTrainedTok
     if isinstance(margin, bool) or not isinstance(margin, int | float | str) or not _is_number(margin):
         raise DataError(f"{row.where}: column {names['margin']!r} holds {margin!r}; a number is expected.")
     others = {name: value for name, value in row.content.items() if name not in names.values()}
-    parts = (prompt, *completions)
-    for part in parts:
-        _check_part(part, row)
-    if all(isinstance(part, str) for part in parts):
-        return Texts(prompt, tuple(completions), False, float(margin), others)
-    return Texts(*_templated(prompt, completions, row, tokenizer), True, float(margin), others)
+    more = {
+        "implicit": "prompt" not in found and isinstance(found.get("chosen"), str) and "rejected" in found,
+        "left_out": UNDESIRED if phase == "sft" and _is_undesired(row, found, config) else "",
+    }
+    texts = all(isinstance(part, str) for part in (prompt, *completions))
+    if texts and not (config.as_chat and prompt and "prompt" in found):
+        return Texts(prompt, tuple(completions), False, float(margin), others, **more)
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"{row.where}: this row is a chat, and the tokenizer has no chat template. Take an instruction-tuned "
+            "checkpoint, put a chat_template.jinja into the checkpoint's folder, or give plain texts."
+        )
+    chat, answers = _as_messages(prompt, "user"), [_as_messages(answer, "assistant") for answer in completions]
+    tools = tools_of(row.content.get(config.tools_column), row.where)
+    render = Rendering(tokenizer, row.where, tools, template_options(row.content.get(_TEMPLATE_OPTIONS), row.where))
+    continued = _is_continued(found, chat, answers, row)
+    begin, answers, unwritten = rendered(render, chat, answers, continued=continued)
+    return Texts(begin, answers, True, float(margin), others, chat, unwritten=unwritten, **more)
 
 
 def own_prompt(row: Row, config: DataConfig) -> tuple[str, str]:
@@ -105,7 +132,7 @@ def own_prompt(row: Row, config: DataConfig) -> tuple[str, str]:
     Raises:
       DataError: a part is neither a text nor a chat.
     """
-    found = _with_prompt(_found(row, _names(config)), row)
+    found = _with_prompt(_found(row, _names(row, config)), row)
     for kind in ("prompt", "text", "completion", "chosen"):
         if kind in found:
             _check_part(found[kind], row)
@@ -115,43 +142,66 @@ def own_prompt(row: Row, config: DataConfig) -> tuple[str, str]:
     return json.dumps(row.content, sort_keys=True, default=str), ""
 
 
-def _plain(part: str | list[dict]) -> str:
+def _plain(part: str | list[Message]) -> str:
     """One text for a text and for a chat of one message; chats of several are written out with their roles."""
     if isinstance(part, str):
         return part.strip()
-    if len(part) == 1 and part[0]["role"] in ("user", "assistant"):
+    if len(part) == 1 and part[0]["role"] in ("user", "assistant") and not part[0].get("tool_calls"):
         return part[0]["content"].strip()
-    return json.dumps([[turn["role"], turn["content"].strip()] for turn in part]) if part else ""
+    turns = [[turn["role"], turn["content"].strip(), *turn.get("tool_calls", ())] for turn in part]
+    return json.dumps(turns, default=str) if part else ""
 
 
-def _names(config: DataConfig) -> dict[str, str]:
+def _names(row: Row, config: DataConfig) -> dict[str, str]:
+    """Columns that mean something, by what they are."""
     kinds = ("prompt", "completion", "chosen", "rejected", "text", "messages", "margin")
-    return {kind: getattr(config, f"{kind}_column") for kind in kinds}
+    names = {kind: getattr(config, f"{kind}_column") for kind in kinds}
+    for kind, other in _OTHER_NAMES.items():
+        if names[kind] == kind and row.content.get(kind) is None and isinstance(row.content.get(other), list):
+            names[kind] = other
+    return names
 
 
 def _found(row: Row, names: dict[str, str]) -> dict[str, Any]:
-    """The columns that mean something, by what they are."""
-    return {kind: row.content[name] for kind, name in names.items() if row.content.get(name) is not None}
+    """What the row has of them, with chats in one form."""
+    found = {kind: row.content[name] for kind, name in names.items() if row.content.get(name) is not None}
+    chats = {kind: part for kind, part in found.items() if kind in _CHATS and isinstance(part, list)}
+    found |= {kind: checked_messages(part, row.where) for kind, part in chats.items()}
+    whole = "completion" in found or ("chosen" in found and "rejected" in found)
+    if found.get("messages") and isinstance(found["messages"], list) and "prompt" in found and not whole:
+        del found["prompt"]  # which the messages begin with
+    return found
 
 
 def _is_number(value: float | str) -> bool:
     try:
         return abs(float(value)) < float("inf")
-    except ValueError:
+    except (ValueError, OverflowError):
         return False
+
+
+def _is_undesired(row: Row, found: Mapping[str, Any], config: DataConfig) -> bool:
+    """Whether a completion is an example of what not to say, as in TRL's unpaired preferences."""
+    label = row.content.get(config.label_column)
+    if isinstance(label, str):
+        label = {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower())
+    return "completion" in found and isinstance(label, bool | int) and label in (False, 0)
 
 
 def _with_prompt(found: dict[str, Any], row: Row) -> dict[str, Any]:
     """The columns, with the prompt that pairs and messages hold in a column of its own."""
     pair = "chosen" in found and "rejected" in found
-    answers = [found[kind] for kind in ("completion", "chosen", "rejected") if kind in found]
-    for answer in answers:
-        _check_part(answer, row)
-    if isinstance(found.get("prompt"), str) and any(isinstance(answer, list) for answer in answers):
+    kinds = [kind for kind in ("completion", "chosen", "rejected") if kind in found]
+    for kind in kinds:
+        _check_part(found[kind], row)
+    if isinstance(found.get("prompt"), str) and any(isinstance(found[kind], list) for kind in kinds):
         # A text beside chats: the chats begin with it, or else it is what the user says.
         found = found | {"prompt": [{"role": "user", "content": found["prompt"]}]}
         if pair and isinstance(found["chosen"], list) and _shared_beginning(found["chosen"], found["rejected"]):
             del found["prompt"]
+    prompt = found.get("prompt")
+    if prompt and isinstance(prompt, list) and kinds and all(_goes_on(found[kind], prompt) for kind in kinds):
+        found = found | {kind: found[kind][len(prompt) :] for kind in kinds}  # they are whole conversations
     if pair and "prompt" not in found:
         chosen, rejected = found["chosen"], found["rejected"]
         shared = _shared_beginning(chosen, rejected)
@@ -159,11 +209,14 @@ def _with_prompt(found: dict[str, Any], row: Row) -> dict[str, Any]:
     messages = found.get("messages")
     if messages is None or "prompt" in found:
         return found
-    _check_part(messages, row)
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{row.where}: messages must be a list of at least one chat message.")
     answered = messages[-1]["role"] == "assistant"
     return found | {"prompt": messages[:-1], "completion": messages[-1:]} if answered else found | {"prompt": messages}
+
+
+def _goes_on(answer: Any, prompt: list[Message]) -> bool:
+    return isinstance(answer, list) and len(answer) > len(prompt) and answer[: len(prompt)] == prompt
 
 
 def _parts(found: dict[str, Any], phase: str, row: Row) -> tuple[Any, tuple]:
@@ -175,89 +228,50 @@ def _parts(found: dict[str, Any], phase: str, row: Row) -> tuple[Any, tuple]:
     found = _with_prompt(found, row)
     prompt = found.get("prompt")
     if phase == "reward":
-        return prompt, (found["chosen"], found["rejected"])
-    if phase == "ppo":
-        return (found.get("text") if prompt is None else prompt), ()
-    if not asked and prompt is not None and prompt is found.get("messages"):
+        parts = prompt, (found["chosen"], found["rejected"])
+    elif phase == "ppo":
+        parts = (found.get("text") if prompt is None else prompt), ()
+    elif not asked and prompt is not None and prompt is found.get("messages"):
         raise DataError(
             f"{row.where}: the last message is the {prompt[-1]['role']}'s; the SFT phase learns the assistant's."
         )
-    if prompt is None:
-        return ("", (found["text"],)) if "text" in found else (None, ())
-    completion = found.get("completion", found.get("chosen") if pair else None)
-    return (prompt, (completion,)) if completion is not None else (None, ())
+    elif prompt is None:
+        parts = ("", (found["text"],)) if "text" in found else (None, ())
+    else:
+        completion = found.get("completion", found.get("chosen") if pair else None)
+        parts = (prompt, (completion,)) if completion is not None else (None, ())
+    for part in parts[1] if parts[0] is None else (parts[0], *parts[1]):
+        _check_part(part, row)
+    return parts
 
 
 def _shared_beginning(chosen: Any, rejected: Any) -> int:
-    """How many messages, or characters up to the end of a word, the two have in common at the beginning."""
+    """How many messages, or characters, of two answers are their prompt."""
     if isinstance(chosen, list) and isinstance(rejected, list):  # an answer is at least one message
-        return max(0, min(_agree(chosen, rejected), len(chosen) - 1, len(rejected) - 1))
+        return max(0, min(agreeing(chosen, rejected), len(chosen) - 1, len(rejected) - 1))
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         return 0
-    shared = _agree(chosen, rejected)
-    turn = chosen.rfind(_ANSWER_TURN, 0, shared)
-    if turn >= 0:  # pairs of one conversation have one prompt, also where both answers begin with the same words
-        return turn + len(_ANSWER_TURN)
-    while shared > 0 and not chosen[shared - 1].isspace():  # "… so good" / "… so grim": the prompt ends before the word
-        shared -= 1
-    return len(chosen[:shared].rstrip())
-
-
-def _agree(one: str | list, other: str | list) -> int:
-    """How many characters or messages are the same from the beginning on, found by halving."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return shared_prompt(chosen, rejected)
 
 
 def _check_part(part: Any, row: Row) -> None:
-    if isinstance(part, str):
-        return
-    if isinstance(part, list):
-        for message in part:
-            if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-                raise DataError(f'{row.where}: {str(message)[:80]} is no chat message {{"role": …, "content": …}}.')
-        return
-    raise DataError(
-        f"{row.where}: {str(part)[:80]!r} is a {type(part).__name__}; a text or a list of chat messages is expected."
-    )
-
-
-def _templated(prompt: Any, completions: tuple, row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, tuple]:
-    if tokenizer.chat_template is None:
+    if not isinstance(part, str | list):
         raise DataError(
-            f"{row.where}: this row is a chat, and the tokenizer has no chat template. Take an instruction-tuned "
-            "checkpoint, put a chat_template.jinja into the checkpoint's folder, or give plain texts."
+            f"{row.where}: {str(part)[:80]!r} is a {type(part).__name__}; a text or a list of chat messages is "
+            "expected."
         )
-    prompt, *answers = (
-        [{"role": role, "content": part}] if isinstance(part, str) and part else part or []
-        for part, role in [(prompt, "user"), *((answer, "assistant") for answer in completions)]
-    )
-    try:
-        asked = _rendered(tokenizer, prompt, ask=True) if prompt else ""
-        if not answers:
-            return asked, ()
-        told = _rendered(tokenizer, prompt, ask=False) if prompt else ""
-        whole = [_rendered(tokenizer, [*prompt, *answer], ask=False) for answer in answers]
-    except Exception as error:  # the template is the checkpoint's; jinja and it raise what they like
-        raise DataError(f"{row.where}: the chat template fails: {type(error).__name__}: {error}") from error
-    begin = _common_prefix([asked, *whole]) if prompt else ""
-    # What the template ends a conversation with, where no answer is asked for, is no part of the prompt.
-    if prompt and not begin.startswith(_common_prefix([told, asked])):
-        raise DataError(f"{row.where}: once there is an answer, the chat template writes the prompt in another way.")
-    says = [any(message["content"].strip() for message in answer) for answer in answers]
-    return begin, tuple(text[len(begin) :] if said else "" for text, said in zip(whole, says, strict=True))
 
 
-def _common_prefix(texts: list[str]) -> str:
-    first, last = min(texts), max(texts)
-    return first[: _agree(first, last)]
+def _as_messages(part: str | list[Message], role: str) -> list[Message]:
+    return part if isinstance(part, list) else [{"role": role, "content": part}] if part else []
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict], *, ask: bool) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+def _is_continued(found: Mapping[str, Any], chat: list[Message], answers: list[list[Message]], row: Row) -> bool:
+    """Whether a prompt of its own ends within a turn of the assistant; two turns of one conversation are two."""
+    if "prompt" not in found or not chat or chat[-1]["role"] != "assistant":
+        return False
+    if any(answer and answer[0]["role"] != "assistant" for answer in answers):
+        return False
+    if chat[-1].get("tool_calls"):
+        raise DataError(f"{row.where}: the prompt ends with a tool call; what answers it is the tool's message.")
+    return True

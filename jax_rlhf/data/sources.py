@@ -132,7 +132,7 @@ def _from_reader(path: str, phase: str, split: str) -> list:
 
 def _from_hub(path: str, split: str, revision: str | None) -> Iterator[dict]:
     try:
-        return iter(datasets.load_dataset(path, split=split, revision=revision))
+        return map(_without_fill, datasets.load_dataset(path, split=split, revision=revision))
     except Exception as error:  # datasets raises many types
         raise DataError(
             f"Hugging Face data set {path!r}, split {split!r}: {type(error).__name__}: {error}. Without a network give "
@@ -173,9 +173,22 @@ def _json(file: Path) -> Iterator[tuple[int, Any]]:
 
 def _parquet(file: Path) -> Iterator[tuple[int, Any]]:
     try:
-        return enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1)
+        return enumerate(map(_without_fill, pyarrow.parquet.read_table(file).to_pylist()), 1)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{file}: not a parquet file that can be read ({error}).") from error
+
+
+def _without_fill(value: Any) -> Any:
+    """Without the keys that are None in what columns hold: Arrow gives each object of a column the keys of all."""
+    if isinstance(value, dict):
+        return {key: _without_nones(inner) for key, inner in value.items()}
+    return value
+
+
+def _without_nones(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nones(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nones(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _csv(file: Path) -> Iterator[tuple[int, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from jax_rlhf.data.chats import Message
 from jax_rlhf.data.config import DataConfig
 from jax_rlhf.data.errors import DataError
 from jax_rlhf.data.formats import Texts
@@ -27,6 +28,7 @@ class Example:
       margin: in reward units.
       columns: the row's other columns.
       has_prompt: whether the row has one; BOS alone is none.
+      chat: the prompt's messages, where it is a chat.
     """
 
     prompt: np.ndarray
@@ -34,6 +36,7 @@ class Example:
     margin: float = 0.0
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     has_prompt: bool = True
+    chat: list[Message] | None = None
 
     @property
     def length(self) -> int:
@@ -81,9 +84,10 @@ def tokenized(
 ) -> list[Example]:
     """Tokenizes rows, and drops or cuts what is too long.
 
-    A prompt gets the tokenizer's BOS where the tokenizer would put one; a completion ends with EOS, or with what else
-    ends an answer. Its tokens are those that follow the prompt's when both are tokenized together; where the two
-    would merge, they are tokenized apart, as in PPO, where a completion is sampled after the prompt's tokens.
+    A prompt gets the tokenizer's BOS where the tokenizer would put one and the text has none; a completion ends with
+    EOS, or with what else ends an answer. Its tokens are those that follow the prompt's when both are tokenized
+    together; where the two would merge, they are tokenized apart, as in PPO, where a completion is sampled after the
+    prompt's tokens.
 
     Args:
       rows: where the texts are from.
@@ -109,11 +113,14 @@ def tokenized(
     added = [tokenizer.eos_token_id] if tokenizer.eos_token_id in eos_ids else list(eos_ids[:1])
     examples = []
     for index, text in enumerate(texts):
-        prompt = prompts[index] if text.templated else bos + prompts[index]
+        prompt = prompts[index] if text.templated else _begun(prompts[index], bos)
         answers = [_ended(answer[index], eos_ids, added) for answer in completions]
+        if bos and not (prompts[index] or text.templated):  # a text that was templated beforehand may have it
+            answers = [answer[len(bos) :] if answer[: len(bos)] == bos else answer for answer in answers]
         example = _fitted(prompt, answers, config, dropped, bos)
         if example is not None:
-            more = {"margin": text.margin, "columns": text.columns, "has_prompt": bool(text.prompt.strip())}
+            more = {"margin": text.margin, "columns": text.columns, "chat": text.chat}
+            more["has_prompt"] = bool(text.prompt.strip())
             examples.append(dataclasses.replace(example, **more))
     return examples
 
@@ -133,20 +140,30 @@ def openings(texts: Sequence[Texts], tokenizer: PreTrainedTokenizerBase, count: 
     begins = [text.prompt[: count * _OPENING_CHARACTERS] for text in texts]
     prompts, bos = _ids(begins, tokenizer), _bos(tokenizer)
     return [
-        _array((prompt if text.templated else bos + prompt)[:count])
+        _array((prompt if text.templated else _begun(prompt, bos))[:count])
         for text, prompt in zip(texts, prompts, strict=True)
     ]
 
 
 def _is_bad(row: Row, text: Texts, config: DataConfig, dropped: collections.Counter) -> bool:
-    problem = None
-    if any(not completion.strip() for completion in text.completions):
+    """Whether a row is not learned from; counts why."""
+    if text.left_out:
+        dropped[text.left_out] += 1
+        return True
+    problem, detail = None, ""
+    if text.unwritten:
+        problem = "the chat template leaves out a part of the answer"
+        detail = (
+            f", {text.unwritten[:80]!r}, which would not be learned; a chat_template.jinja in the checkpoint's folder "
+            "can write it"
+        )
+    elif any(not completion.strip() for completion in text.completions):
         problem = "an empty completion"
     elif len(text.completions) == 2 and text.completions[0] == text.completions[1]:
         problem = "chosen and rejected are the same"
     if problem and config.on_bad_row == "error":
         raise DataError(
-            f"{row.where}: {problem}. Mend or remove the row, or drop (and count) all such rows with "
+            f"{row.where}: {problem}{detail}. Mend or remove the row, or drop (and count) all such rows with "
             "--config.data.on_bad_row=drop."
         )
     if problem:
@@ -173,6 +190,11 @@ def _completions(
 def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     first = tokenizer("a")["input_ids"][:1]
     return first if first and first[0] == tokenizer.bos_token_id else []
+
+
+def _begun(prompt: list[int], bos: list[int]) -> list[int]:
+    """With BOS, once."""
+    return prompt if prompt[: len(bos)] == bos else bos + prompt
 
 
 def _ended(completion: list[int], eos_ids: Sequence[int], added: list[int]) -> list[int]:

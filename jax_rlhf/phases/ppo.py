@@ -73,7 +73,7 @@ def run(
         texts = _texts(config, engine) if settings.ptx_coef else None
         judges = _functions(settings.eval_functions, settings.reward_timeout)
         same_everywhere(prompts.digest, "the data")
-        record.say(prompts.report)
+        record.says_of(prompts)
         inputs = _inputs(engine, prompts, texts)
         progress = Progress(record, config, inputs, accept_changes=accept_changes)
         engine.trained, trainer.state = progress.restore((engine.trained, trainer.state))

@@ -14,6 +14,7 @@ import jax
 import tensorboardX
 from tqdm import tqdm
 
+from jax_rlhf.data import Datasets
 from jax_rlhf.phases.config import LogConfig
 from jax_rlhf.phases.stop import StopSignals
 from jax_rlhf.text import printable_lines
@@ -215,6 +216,15 @@ class Record:
         if self._writes:
             tqdm.write(f"[{time.strftime('%H:%M:%S')}] {self.phase}: {printable_lines(text)}", file=sys.stdout)
             sys.stdout.flush()
+
+    def says_of(self, datasets: Datasets) -> None:
+        """Prints what became of the rows of a data set.
+
+        Args:
+          datasets: the phase's.
+        """
+        for line in (datasets.report, *datasets.notes):
+            self.say(line)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Writes summary.json, which says that the phase is finished, and how.

@@ -63,7 +63,7 @@ def run(
         data, ends = config.data_of("reward"), config.ends(policy)
         datasets = create_datasets(data, policy.tokenizer, "reward", seed=config.seed, eos_ids=ends, mesh=layout)
         same_everywhere(datasets.digest, "the data")
-        record.say(datasets.report)
+        record.says_of(datasets)
         steps = total_steps(settings.steps, settings.epochs, datasets)
         how = how_to_train(settings, pretrained.model, datasets.batch_size, steps)
         progress, frozen = begun(record, config, how, pretrained, datasets, layout, accept_changes=accept_changes)

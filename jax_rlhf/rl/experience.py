@@ -20,13 +20,15 @@ class Prompts:
       tokens: int32[B, P].
       mask: bool[B, P], True = real token; each row ends with one.
       row_ids: int32[B], the address of each row's randomness: no two rows of an iteration share one.
-      columns: the data set's other columns, one entry a row each; they go to reward functions.
+      columns: the data set's other columns, one entry per row each; they go to reward functions.
+      chats: the messages of each prompt, None where it is a plain text; None = all are. They go to reward functions.
     """
 
     tokens: Array
     mask: Array
     row_ids: Array
     columns: Mapping[str, Sequence[Any]] = struct.field(pytree_node=False, default_factory=dict)
+    chats: Sequence[Any] | None = struct.field(pytree_node=False, default=None)
 
 
 @struct.dataclass

@@ -78,7 +78,22 @@ def test_prompts_are_padded_on_the_left_and_bring_their_columns(tmp_path):
     assert batch.row_ids.tolist() == [0, 1]
     rows = [{"prompt": "a b c", "answer": 1, "source": "x"}, {"prompt": "d", "answer": 2}]
     batch = create(tiny.write(tmp_path / "y.jsonl", rows), "ppo").train[0]
-    assert set(batch.columns) == {"answer"}  # what every row has
+    row = batch.columns["answer"].index(2)
+    assert (batch.columns["source"][row], batch.columns["source"][1 - row]) == (None, "x")
+
+
+def test_a_column_that_one_data_set_lacks_is_none_in_its_rows_and_stays_in_the_others(tmp_path):
+    """In every batch, so that a reward function that asks for it can be called."""
+    files = [
+        tiny.write(tmp_path / "one.jsonl", [{"prompt": text, "answer": text} for text in tiny.letters(30)]),
+        tiny.write(tmp_path / "two.jsonl", [{"prompt": text} for text in tiny.letters(30, 100)]),
+    ]
+    data = create(tuple(files), "ppo", ppo_batch_size=1)
+    answers = [data.train[step].columns["answer"][0] for step in range(60)]
+    prompts = [tiny.tokenizer().decode(data.train[step].tokens[0], skip_special_tokens=True) for step in range(60)]
+    assert {answer is None for answer in answers} == {True, False}
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer == (prompt if prompt in tiny.letters(30) else None)
 
 
 def test_a_batch_is_a_pure_function_of_seed_and_step(tmp_path):
@@ -229,6 +244,70 @@ def test_a_prompt_that_is_cut_keeps_its_bos(tmp_path):
     chat = [{"messages": [{"role": "user", "content": "a b c d"}]}] * 2  # whose template writes none
     without = create(tiny.write(tmp_path / "y.jsonl", chat), "ppo", **how).train[0]
     assert without.tokens[0].tolist() == tiny.ids("c d <eos> <assistant>")
+
+
+def test_a_text_that_has_bos_already_gets_no_second_one(tmp_path):
+    """A chat template that was applied before the data was saved has written it."""
+    how = {"tokenizer": tiny.tokenizer(bos=True), "deduplicate": False, "eval_rows": 1}
+    for begin in ("", "<bos> "):
+        pair = {"prompt": f"{begin}a", "chosen": "b", "rejected": "c"}
+        file = tiny.write(tmp_path / "x.jsonl", [pair] * 2)
+        assert create(file, "ppo", **how).train[0].tokens[0, -2:].tolist() == tiny.ids("<bos> a")
+        assert create(file, "ppo", prompt_tokens=2, **how).train[0].tokens[0].tolist() == tiny.ids("<bos> a")
+        assert create(file, "sft", **how).train[0].tokens[0, :4].tolist() == tiny.ids("<bos> a b <eos>")
+        batch = create(file, "reward", **how).train[0]
+        assert batch.chosen[0, :4].tolist() == tiny.ids("<bos> a b <eos>")
+        assert batch.rejected[0, :4].tolist() == tiny.ids("<bos> a c <eos>")
+        batch = create(tiny.write(tmp_path / "y.jsonl", [{"text": f"{begin}a b"}] * 2), "sft", **how).train[0]
+        assert batch.tokens[0, :4].tolist() == tiny.ids("<bos> a b <eos>")
+        assert batch.completion_mask[0, :4].tolist() == [False, True, True, True]  # BOS is given, not learned
+        pair = [{"prompt": "", "chosen": f"{begin}b", "rejected": "c"}] * 2
+        batch = create(tiny.write(tmp_path / "z.jsonl", pair), "reward", **how).train[0]
+        assert batch.chosen[0, :3].tolist() == tiny.ids("<bos> b <eos>")
+
+
+def test_undesired_completions_are_left_out_and_counted(tmp_path):
+    rows = [{"prompt": text, "completion": "z", "label": i % 3 > 0} for i, text in enumerate(tiny.letters(30))]
+    file = tiny.write(tmp_path / "x.jsonl", rows)
+    data = create(file, "sft", eval_rows=1)
+    assert "left out: 10 (an undesired completion, whose label is false;" in data.report
+    assert {row[-2] for row in texts_of(data, 5)} == {tiny.WORDS.index("z")}
+    assert data.train_rows + data.eval_rows == 20
+    prompts = create(file, "ppo", eval_rows=1)
+    assert prompts.train_rows + prompts.eval_rows == 30
+
+
+def test_what_a_template_leaves_out_is_an_error_or_dropped_and_counted(tmp_path):
+    template = tiny.TEMPLATE.replace("m.content", "m.content.split('=')[-1]")
+    turns = lambda answer: [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]  # noqa: E731
+    rows = [{"messages": turns(f"x = {text}" if text.startswith("b") else text)} for text in tiny.letters(30)]
+    rows[0]["messages"] = turns("x = a a a")
+    file, tokenizer = tiny.write(tmp_path / "x.jsonl", rows), tiny.tokenizer(template=template)
+    with pytest.raises(DataError, match=r"x.jsonl, line \d+: the chat template leaves out a part .* 'x = "):
+        create(file, "sft", tokenizer=tokenizer)
+    report = create(file, "sft", tokenizer=tokenizer, on_bad_row="drop", eval_rows=1).report
+    left_out = sum("=" in row["messages"][1]["content"] for row in rows)
+    assert f"left out: {left_out} (the chat template leaves out a part of the answer)" in report
+
+
+def test_what_is_worth_knowing_of_the_rows_is_noted(tmp_path):
+    def notes(rows, phase="sft", **how):
+        return create(tiny.write(tmp_path / "x.jsonl", rows), phase, eval_rows=1, **how).notes
+
+    plain = notes(pairs(20))
+    assert plain == (
+        "sft data: 20 rows are plain texts, for which the tokenizer's chat template is not used; "
+        "--config.data.as_chat=true uses it for those with a prompt.",
+    )
+    assert notes(pairs(20), as_chat=True, max_tokens=12) == ()
+    assert notes(pairs(20), tokenizer=tiny.tokenizer(template=None)) == ()
+    implicit = [{name: pair[name] for name in ("chosen", "rejected")} for pair in pairs(20)]
+    first, _ = notes(implicit, "reward")
+    assert first == "reward data: 20 pairs have no prompt of their own; what both texts begin with is taken for it."
+    chats = [
+        {"messages": [{"role": "user", "content": t}, {"role": "assistant", "content": "b"}]} for t in tiny.letters(20)
+    ]
+    assert notes(chats, max_tokens=12) == ()
 
 
 def test_a_completion_is_what_follows_the_prompt():

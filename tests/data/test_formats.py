@@ -1,10 +1,14 @@
 """TRL's formats, row by row: what each phase takes."""
 
+import json
+
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from jax_rlhf.data import DataConfig, DataError
-from jax_rlhf.data.formats import row_texts
-from jax_rlhf.data.sources import Row
+from jax_rlhf.data.formats import own_prompt, row_texts
+from jax_rlhf.data.sources import Row, read_rows
 from tests.data import tiny
 
 
@@ -89,6 +93,220 @@ def test_chats_that_are_the_same_have_no_answer_less():
 def test_an_empty_answer_of_a_chat_is_empty():
     read = texts({"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant(" ")]}, "reward")
     assert read.completions == ("b <eos> ", "")
+
+
+CALL = {"type": "function", "function": {"name": "time", "arguments": {"zone": "z"}}}
+TOOLS = [{"type": "function", "function": {"name": "time", "parameters": {"type": "object"}}}]
+AGENT = (
+    "{% if tools %}{{ '<tools> ' ~ tools[0].function.name ~ ' ' }}{% endif %}"
+    "{% for m in messages %}{{ '<' ~ m.role ~ '> ' ~ m.content ~ ' ' }}{% for call in m.tool_calls or [] %}"
+    "{{ '<call> ' ~ call.function.name ~ ' ' ~ call.function.arguments.zone ~ ' ' }}{% endfor %}"
+    "{{ '<eos> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+ASKED = "<user> a <eos> <assistant> "
+
+
+@pytest.mark.parametrize("content", [{"content": ""}, {"content": None}, {}])
+@pytest.mark.parametrize("arguments", [{"zone": "z"}, '{"zone": "z"}', {"zone": "z", "unit": None}])
+def test_a_tool_call_is_a_turn_whatever_its_content(content, arguments):
+    """OpenAI's form has content null, and arguments as JSON."""
+    call = CALL | {"function": CALL["function"] | {"arguments": arguments}}
+    turn = {"role": "assistant", "tool_calls": [call]} | content
+    agent = tiny.tokenizer(template=AGENT)
+    read = texts({"messages": [user("a"), turn]}, "sft", agent)
+    assert (read.prompt, read.completions) == (ASKED, (" <call> time z <eos> ",))
+    told = [user("a"), turn, {"role": "tool", "content": "b"}, assistant("c")]
+    for tools, begin in ((None, ""), (TOOLS, "<tools> time "), (json.dumps(TOOLS), "<tools> time "), ([], "")):
+        read = texts({"messages": told, "tools": tools}, "sft", agent)
+        history = f"{begin}<user> a <eos> <assistant>  <call> time z <eos> <tool> b <eos> <assistant> "
+        assert (read.prompt, read.completions) == (history, ("c <eos> ",))
+        assert texts({"prompt": told[:-1], "tools": tools}, "ppo", agent).prompt == history
+
+
+def test_tool_calls_and_nones_of_parquet_files(tmp_path):
+    """Arrow gives each message the keys of all."""
+    rows = [
+        {"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [CALL]}], "tools": TOOLS},
+        {"messages": [user("b"), assistant("c")], "tools": None},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    first, second = read_rows(str(tmp_path / "x.parquet"), phase="sft", split="train", hub_split="train")
+    agent = tiny.tokenizer(template=AGENT.replace("m.tool_calls or []", "m.tool_calls"))
+    assert second.content["messages"] == [user("b"), assistant("c")]
+    assert row_texts(first, "sft", DataConfig(), agent).prompt.startswith("<tools> time <user> a")
+    assert row_texts(second, "sft", DataConfig(), agent).completions == ("c <eos> ",)
+
+
+@pytest.mark.parametrize("phase", ["sft", "ppo"])
+@pytest.mark.parametrize("prompt", ["a", [user("a")], "something else"])
+def test_messages_beside_a_prompt_win(phase, prompt):
+    """ultrachat_200k and no_robots hold the first question as `prompt`."""
+    turns = [user("a"), assistant("b"), user("c"), assistant("d")]
+    read = texts({"prompt": prompt, "prompt_id": "7", "messages": turns}, phase)
+    assert read.prompt == "<user> a <eos> <assistant> b <eos> <user> c <eos> <assistant> "
+    assert read.completions == (("d <eos> ",) if phase == "sft" else ())
+    assert read.columns == {"prompt_id": "7"}
+    assert read.chat == turns[:-1]
+    row = Row({"prompt": prompt, "messages": turns}, "x.jsonl", 1)
+    assert own_prompt(row, DataConfig()) == own_prompt(Row({"messages": turns}, "x.jsonl", 1), DataConfig())
+
+
+def test_a_pair_beside_messages_is_a_pair():
+    """ultrafeedback_binarized has a prompt, a pair of whole conversations, and the chosen one as messages."""
+    row = {"prompt": "a", "messages": WHOLE["chosen"]} | WHOLE
+    for phase, completions in (("sft", ("b <eos> ",)), ("reward", ("b <eos> ", "c <eos> ")), ("ppo", ())):
+        read = texts(row, phase)
+        assert (read.prompt, read.completions) == (ASKED, completions)
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [([assistant("d")], "d <eos> "), ("d", "d <eos> "), ([assistant("d"), user("e"), assistant("f")], None)],
+)
+def test_a_prompt_that_ends_with_the_assistant_is_continued(completion, expected):
+    asked = [user("a"), assistant("b c ")]
+    assert texts({"prompt": asked}, "ppo").prompt == "<user> a <eos> <assistant> b c "
+    read = texts({"prompt": asked, "completion": completion}, "sft")
+    expected = expected or "d <eos> <user> e <eos> <assistant> f <eos> "
+    assert (read.prompt, read.completions) == ("<user> a <eos> <assistant> b c ", (expected,))
+    read = texts({"prompt": asked, "chosen": "d", "rejected": "e"}, "reward")
+    assert (read.prompt, read.completions) == ("<user> a <eos> <assistant> b c ", ("d <eos> ", "e <eos> "))
+
+
+def test_two_turns_of_the_assistant_in_a_row_are_two():
+    """In one conversation; only a prompt of its own is continued."""
+    turns = [user("a"), assistant("b"), assistant("c")]
+    for phase, completions in (("sft", ("c <eos> ",)), ("ppo", ())):
+        read = texts({"messages": turns}, phase)
+        assert (read.prompt, read.completions) == ("<user> a <eos> <assistant> b <eos> <assistant> ", completions)
+    read = texts({"chosen": turns, "rejected": [*turns[:2], assistant("d")]}, "reward")
+    assert (read.prompt, read.completions) == (
+        "<user> a <eos> <assistant> b <eos> <assistant> ",
+        ("c <eos> ", "d <eos> "),
+    )
+
+
+def test_answers_that_begin_with_the_prompt_s_messages_are_whole_conversations():
+    read = texts({"prompt": [user("a")]} | WHOLE, "reward")
+    assert (read.prompt, read.completions) == (ASKED, ("b <eos> ", "c <eos> "))
+
+
+@pytest.mark.parametrize(
+    ("template", "turn", "unwritten"),
+    [
+        ("m.content.split('</think>') | last", assistant("<think> x </think> b"), "<think> x </think> b"),
+        ("m.content", assistant("b") | {"reasoning_content": "x y"}, "x y"),
+        ("m.content | trim", assistant(" b\n"), ""),
+        ("m.reasoning_content ~ ' </think> ' ~ m.content", assistant("b") | {"reasoning_content": "x  y"}, ""),
+    ],
+)
+def test_what_a_template_leaves_out_of_an_answer_is_noticed(template, turn, unwritten):
+    template = tiny.TEMPLATE.replace("m.content", f"({template} if m.role == 'assistant' else m.content)")
+    read = texts({"messages": [user("a"), turn]}, "sft", tiny.tokenizer(template=template))
+    assert read.unwritten == unwritten
+    history = texts(
+        {"messages": [user("a"), turn, user("c"), assistant("d")]}, "sft", tiny.tokenizer(template=template)
+    )
+    assert history.unwritten == "" or "reasoning_content ~" in template  # only what is learned must be there
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_share_gpt_rows_are_chats(column):
+    turns = [
+        {"from": "system", "value": "s"},
+        {"from": "human", "value": "a", "weight": None},
+        {"from": "gpt", "value": "b"},
+    ]
+    read = texts({column: turns, "id": "x"}, "sft")
+    assert (read.prompt, read.completions) == ("<system> s <eos> <user> a <eos> <assistant> ", ("b <eos> ",))
+    assert read.columns == {"id": "x"}
+    with pytest.raises(DataError, match="line 7: 'robot' speaks in a message; human, user"):
+        texts({column: [{"from": "robot", "value": "a"}]}, "ppo")
+
+
+def test_texts_in_parts_are_joined_and_images_are_named():
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    assert texts({"messages": [user(parts), assistant("c")]}, "sft").prompt == "<user> a b <eos> <assistant> "
+    with pytest.raises(DataError, match="line 7: a message has a part of type 'image'; texts alone can be read"):
+        texts({"messages": [user([{"type": "image"}]), assistant("c")]}, "sft")
+
+
+def test_options_for_the_template_come_with_the_row():
+    template = "{{ thinking | default('none') ~ ' ' }}" + tiny.TEMPLATE
+    for value, begin in ((None, "none "), ({"thinking": "a"}, "a "), ('{"thinking": "a"}', "a ")):
+        row = {"prompt": [user("b")], "chat_template_kwargs": value}
+        assert texts(row, "ppo", tiny.tokenizer(template=template)).prompt.startswith(begin)
+    with pytest.raises(DataError, match=r"line 7: chat_template_kwargs holds .*; an object of options is expected"):
+        texts({"prompt": [user("b")], "chat_template_kwargs": {"tokenize": True}}, "ppo")
+
+
+def test_plain_texts_are_chats_where_that_is_wanted():
+    read = texts(PAIR, "reward", as_chat=True)
+    assert (read.prompt, read.completions, read.templated) == (ASKED, ("b <eos> ", "c <eos> "), True)
+    assert read.chat == [user("a")]
+    assert texts({"prompt": "a", "completion": "b"}, "sft", as_chat=True).completions == ("b <eos> ",)
+    assert texts({"prompt": "a"}, "ppo", as_chat=True).prompt == ASKED
+    assert not texts({"text": "a b"}, "sft", as_chat=True).templated  # nobody says it
+
+
+HH = "\n\nHuman: May I?\n\nAssistant: Yes.\n\nHuman: And now?\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        (HH + " I think so.", HH + " I think not.", HH),
+        (HH + " No.", HH + " No!", HH),
+        ("Q: a\n### Response:\nI am b", "Q: a\n### Response:\nI am c", "Q: a\n### Response:\n"),
+        ("USER: a ASSISTANT: I am b", "USER: a ASSISTANT: I am c", "USER: a ASSISTANT:"),
+        (
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nI am b",
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nI am c",
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        ("[INST] a [/INST] I b", "[INST] a [/INST] I c", "[INST] a [/INST]"),
+        ("a film so good", "a film so grim", "a film so"),
+        ("good", "grim", ""),
+        ("问:天空什么颜色?答:蓝色", "问:天空什么颜色?答:绿色", "问:天空什么颜色?答:"),
+        ("空は何色ですか？青です", "空は何色ですか？緑です", "空は何色ですか？"),
+        ("ฟ้าสีอะไรฟ้า", "ฟ้าสีอะไรเขียว", "ฟ้าสีอะไร"),
+        ("Q:2+2?A:4", "Q:2+2?A:5", "Q:2+2?A:"),
+        ("하늘은 파란색", "하늘은 파랑", "하늘은"),  # Korean has spaces
+        ("蓝", "蓝色", ""),  # an answer must be left of each
+        ("same", "same", ""),
+    ],
+)
+def test_where_the_prompt_of_two_texts_ends(chosen, rejected, prompt):
+    read = texts({"chosen": chosen, "rejected": rejected}, "reward")
+    assert (read.prompt, read.completions) == (prompt, (chosen[len(prompt) :], rejected[len(prompt) :]))
+    assert read.implicit
+    assert texts({"chosen": chosen, "rejected": rejected}, "sft").prompt == prompt
+
+
+@pytest.mark.parametrize(
+    ("label", "learned"),
+    [
+        (True, True),
+        (False, False),
+        (1, True),
+        (0, False),
+        ("False", False),
+        ("true", True),
+        ("0", False),
+        (None, True),
+        (3, True),
+        ("negative", True),
+    ],
+)
+def test_an_undesired_completion_is_not_learned(label, learned):
+    """TRL's unpaired preferences (KTO)."""
+    row = {"prompt": "a", "completion": "b", "label": label}
+    assert (texts(row, "sft").left_out == "") == learned
+    assert texts(row, "sft", label_column="none").left_out == ""
+    assert (texts(row, "ppo").left_out, texts(row, "ppo").prompt) == ("", "a")
+    assert texts(row, "ppo").columns == {"label": label}  # reward functions may want it
+    assert texts({"text": "a", "label": label}, "sft").left_out == ""  # of a classifier
 
 
 def test_what_a_template_ends_a_conversation_with_is_no_part_of_the_prompt():

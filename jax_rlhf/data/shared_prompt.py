@@ -1,0 +1,64 @@
+"""Where the prompt ends that two answers, written as whole texts, begin with."""
+
+import unicodedata
+
+from jax_rlhf.data.chats import agreeing
+
+ANSWER_TURNS = (
+    "\n\nAssistant:",  # Anthropic's HH
+    "\nAssistant:",
+    "\nASSISTANT:",
+    " ASSISTANT:",  # Vicuna
+    "### Response:\n",  # Alpaca
+    "### Response:",
+    "### Assistant:",
+    "<|im_start|>assistant\n",  # ChatML
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",  # Llama 3
+    "<start_of_turn>model\n",  # Gemma
+    "[/INST]",  # Llama 2, Mistral
+    "<|assistant|>\n",  # Phi-3, Zephyr
+    "<|assistant|>",
+)
+"""What an answer begins after, in conversations that are written as texts."""
+_UNSPACED = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF))
+"""Thai and Lao, Burmese, Khmer: written without spaces between words, as Chinese and Japanese are."""
+
+
+def shared_prompt(chosen: str, rejected: str) -> int:
+    """How many characters of two texts are their prompt.
+
+    What both begin with, up to the last beginning of an answer's turn where there is one: answers may begin with the
+    same words. Else it ends before the word in which the texts differ, and in a script without spaces at the character.
+
+    Args:
+      chosen, rejected: two texts.
+
+    Returns:
+      Their number; each text has something after it, unless the two are the same.
+    """
+    shared = agreeing(chosen, rejected)
+    turns = [place + len(turn) for turn in ANSWER_TURNS if (place := chosen.rfind(turn, 0, shared)) >= 0]
+    if turns:
+        return max(turns)
+    shared = min(shared, len(chosen) - 1, len(rejected) - 1)
+    spaced = any(character.isspace() for character in chosen + rejected)
+    while shared > 0 and not _ends_word(chosen, rejected, shared, spaced=spaced):
+        shared -= 1
+    return len(chosen[: max(shared, 0)].rstrip())
+
+
+def _ends_word(chosen: str, rejected: str, place: int, *, spaced: bool) -> bool:
+    """Whether both texts may be cut there."""
+    before, after = chosen[place - 1], (chosen[place], rejected[place])
+    if before.isspace() or _is_unspaced(before) or all(map(_is_unspaced, after)):
+        return True
+    # "… so good" / "… so grim" are cut before the word; "A:4" / "A:5", where no text has a space, before the number.
+    return not spaced and not (before.isalnum() and any(character.isalnum() for character in after))
+
+
+def _is_unspaced(character: str) -> bool:
+    if any(first <= ord(character) <= last for first, last in _UNSPACED):
+        return True
+    # Hangul is wide too, and has spaces.
+    wide = unicodedata.east_asian_width(character) in "WF"
+    return wide and not unicodedata.name(character, "").startswith("HANGUL")
