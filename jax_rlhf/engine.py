@@ -217,7 +217,8 @@ class RLHFEngine:
     def _pretrained(self, network: SplitModel, frozen: Params, trainable: Params) -> Pretrained:
         params, model = _join(network, SplitParams(frozen, trainable)), network.model
         if model.head == "lm":
-            model = model.clone(config=model.config.replace(vocab_size=self._decoder.vocab_size))
+            known = {"vocab_size": self._decoder.vocab_size, "absent_ids": self._decoder.absent_ids}
+            model = model.clone(config=model.config.replace(**known))
         return Pretrained(model, params, self.tokenizer, self.generation_config)
 
     def sample(self, prompts: Array, prompt_mask: Array, row_ids: Array, key: Array, sampling: Sampling) -> Samples:

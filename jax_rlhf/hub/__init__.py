@@ -3,7 +3,7 @@
 from jax_rlhf.hub.errors import CheckpointError
 from jax_rlhf.hub.families import config_from_hub
 from jax_rlhf.hub.pretrained import Description, Pretrained, describe_pretrained, load_pretrained, save_pretrained
-from jax_rlhf.hub.tokenizer import end_ids, other_ids
+from jax_rlhf.hub.tokenizer import end_ids, ids_of, other_ids
 
 __all__ = [
     "CheckpointError",
@@ -12,6 +12,7 @@ __all__ = [
     "config_from_hub",
     "describe_pretrained",
     "end_ids",
+    "ids_of",
     "load_pretrained",
     "other_ids",
     "save_pretrained",

@@ -56,6 +56,20 @@ def end_ids(
     return tuple(dict.fromkeys(index for index in ids if index is not None))
 
 
+def ids_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, tuple[int, ...]]:
+    """Which ids are tokens. Embeddings often have more rows (Qwen's, for one): those ids decode to nothing.
+
+    Args:
+      tokenizer: a tokenizer.
+
+    Returns:
+      (size, absent): all tokens have ids below `size`, which is the least such number, and those of `absent` are none.
+    """
+    ids = set(tokenizer.get_vocab().values())
+    size = max(ids) + 1
+    return size, tuple(index for index in range(size) if index not in ids) if size > len(ids) else ()
+
+
 def other_ids(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
     """Whether another model's tokenizer gives some token of ours another id; it may have more tokens.
 

@@ -27,7 +27,8 @@ class DecoderConfig:
     Sizes:
       vocab_size: V, token ids the model knows; logits have this many columns.
       padded_vocab_size: rows of the embedding table (and head), V or more; the rows past V exist only so that a mesh
-        divides them, and never reach an output.
+        divides them, or are not to be used, and never reach an output.
+      absent_ids: ids below V that are not to be used: their probability is 0.
       hidden_size: D, width of the residual stream.
       intermediate_size: F, width inside the MLP.
       num_layers: L.
@@ -87,6 +88,7 @@ class DecoderConfig:
     head_dim: int
     max_positions: int
     padded_vocab_size: int | None = None
+    absent_ids: tuple[int, ...] = ()
     embedding_size: int | None = None
 
     position_kind: Literal["rotary", "learned"] = "rotary"
@@ -174,9 +176,11 @@ class DecoderConfig:
         """What it runs on: "cpu", "gpu" or "tpu"."""
         return jax.default_backend() if self.layout is None else self.layout.platform
 
-    def limited_to(self, vocab_size: int) -> "DecoderConfig":
-        """The same decoder over fewer ids: those from `vocab_size` on have no logits, so no probability."""
-        return self.replace(vocab_size=min(vocab_size, self.vocab_size), padded_vocab_size=self.table_rows)
+    def limited_to(self, vocab_size: int, absent_ids: tuple[int, ...] = ()) -> "DecoderConfig":
+        """The same decoder over fewer ids: those from `vocab_size` on, and absent ones, have no probability."""
+        size = min(vocab_size, self.vocab_size)
+        absent = tuple(index for index in absent_ids if index < size)
+        return self.replace(vocab_size=size, padded_vocab_size=self.table_rows, absent_ids=absent)
 
     def replace(self, **changes: Any) -> "DecoderConfig":
         """A copy with these fields changed."""

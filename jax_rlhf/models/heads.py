@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jax_rlhf.models.config import DecoderConfig
@@ -9,9 +10,12 @@ from jax_rlhf.models.layers import head_init, normal_init, softcap
 from jax_rlhf.models.products import look_up_logits, project
 from jax_rlhf.parallel import constrained
 
+_NO_LOGIT = -1e30
+"""Whose softmax is 0. Not −∞: 0 · log 0 in an entropy would be NaN; nor float32's lowest, over a temperature."""
+
 
 def logits_from_table(hidden: Array, table: Array, config: DecoderConfig) -> Array:
-    """hidden · tableᵀ, soft-capped, without the rows that pad the vocabulary.
+    """hidden · tableᵀ, soft-capped, without the rows that pad the vocabulary; ids that are absent have probability 0.
 
     Args:
       hidden: float[..., E].
@@ -23,7 +27,12 @@ def logits_from_table(hidden: Array, table: Array, config: DecoderConfig) -> Arr
     """
     logits = look_up_logits(hidden.astype(config.dtype), table.astype(config.dtype))
     logits = constrained(logits, config.layout, "rows", *("length",) * (logits.ndim - 2), "vocab")
-    return softcap(logits, config.logit_softcap)[..., : config.vocab_size]
+    logits = softcap(logits, config.logit_softcap)[..., : config.vocab_size]
+    if not config.absent_ids:
+        return logits
+    present = np.ones(config.vocab_size, bool)
+    present[list(config.absent_ids)] = False
+    return jnp.where(present, logits, _NO_LOGIT)
 
 
 class LMHead(nn.Module):

@@ -26,6 +26,7 @@ from jax_rlhf.rollout import sample
 from jax_rlhf.trainer import minibatch_part
 from jax_rlhf.training.networks import text_scores
 from jax_rlhf.training.reward import RewardLoss, pair_scores, reward_start
+from jax_rlhf.training.roles import sampled_ids
 from jax_rlhf.training.supervised import Supervised
 
 
@@ -169,7 +170,7 @@ def _policy_scores(
     most = config.eval_rows_of("ppo")
     prompts = create_datasets(config.data, policy.tokenizer, "ppo", seed=config.seed, eval_rows=most, mesh=layout)
     ppo, known = config.ppo, network.model.config.vocab_size
-    answering = policy.model.clone(config=policy.model.config.limited_to(known))  # ids that both know
+    answering = policy.model.clone(config=sampled_ids(policy.model.config, policy.tokenizer, known))  # ids of both
     scores, ended, rows = [], [], []
     for step in record.watched(range(-(-config.reward_training.normalize_rows // prompts.batch_size)), "scoring"):
         batch = prompts.train[step]

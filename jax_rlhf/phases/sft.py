@@ -18,6 +18,7 @@ from jax_rlhf.phases.record import Record
 from jax_rlhf.phases.stop import StopSignals
 from jax_rlhf.phases.supervised import begun, evaluated, microbatches, total_steps, train, with_end
 from jax_rlhf.rollout import sample
+from jax_rlhf.training.roles import sampled_ids
 from jax_rlhf.training.sft import SFTLoss
 from jax_rlhf.training.supervised import Supervised
 
@@ -128,7 +129,7 @@ def _write_samples(config: RunConfig, pretrained: Pretrained, datasets: Datasets
     for index, row in enumerate(rows):
         prompts[index, width - len(row) :], mask[index, width - len(row) :] = row, True
     samples = sample(
-        pretrained.model,
+        pretrained.model.clone(config=sampled_ids(pretrained.model.config, tokenizer)),
         pretrained.params,
         prompts,
         mask,

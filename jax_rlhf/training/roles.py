@@ -5,16 +5,17 @@ reference   frozen                     as given, or the actor's weights at the s
 critic      trains                     as given, or the reward model, or the actor's trunk with a zero head
 reward      frozen                     as given, or none where Python functions score
 
-Only ids that all four know are sampled: actor and reference have no probability on others, in sampling, log-probs and
-entropy alike.
+Only ids that all four know, and that are tokens of the actor's tokenizer, are sampled: actor and reference have no
+probability on others, in sampling, log-probs and entropy alike.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+from transformers import PreTrainedTokenizerBase
 
-from jax_rlhf.hub import Pretrained, other_ids
+from jax_rlhf.hub import Pretrained, ids_of, other_ids
 from jax_rlhf.models import Decoder, DecoderConfig
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.models.split import SplitModel, SplitParams
@@ -69,7 +70,7 @@ def networks_of(start: Start, layout: Layout | None) -> Networks:
         if config.dtype == jnp.float16:
             config = config.replace(dtype=jnp.float32 if config.platform == "cpu" else jnp.bfloat16)
         if pretrained.model.head == "lm":
-            config = config.limited_to(known)
+            config = sampled_ids(config, start.actor.tokenizer, known)
         return SplitModel(on_layout(pretrained.model.clone(config=config), layout), layers)
 
     actor = network(start.actor, start.trainable_layers)
@@ -95,6 +96,24 @@ def networks_of(start: Start, layout: Layout | None) -> Networks:
         reward_shares=start.reward is not None and start.critic is None,
         offloaded=tuple(role for role in start.offloaded if role == "reference" or start.reward is not None),
     )
+
+
+def sampled_ids(
+    config: DecoderConfig, tokenizer: PreTrainedTokenizerBase | None, known: int | None = None
+) -> DecoderConfig:
+    """A policy that has probability only on ids that all models know and that are tokens.
+
+    Args:
+      config: the policy's.
+      tokenizer: whose tokens; None = all ids count as such.
+      known: how many ids all models know; None = those of the policy.
+
+    Returns:
+      Its config.
+    """
+    known = config.vocab_size if known is None else known
+    size, absent = (known, ()) if tokenizer is None else ids_of(tokenizer)
+    return config.limited_to(min(known, size), absent)
 
 
 def _given(start: Start) -> list[Pretrained]:

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from jax_rlhf import CheckpointError, RLHFEngine, load_pretrained, sample, save_pretrained, token_logprobs
 from jax_rlhf.models import Decoder, init_params, model_jit
 from jax_rlhf.rollout import Sampling
+from jax_rlhf.rollout.scorer import score_hidden
 from tests.ppo import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -160,6 +164,55 @@ def test_bad_configs_and_models_that_do_not_fit_are_named(folders, tmp_path):
         RLHFEngine(tiny.policy(), critic=small)
     with pytest.raises(ValueError, match=r"config\.reward\.path"):
         RLHFEngine(tiny.policy()).reward(*batch())
+
+
+@pytest.mark.parametrize("padded", [None, 16])
+@pytest.mark.parametrize("trainable_layers", [None, 1])
+def test_ids_that_are_no_tokens_have_no_probability(padded, trainable_layers):
+    """An embedding with more rows than the tokenizer has tokens, among them one that no token has."""
+    ids = [0, 1, 2, 3, 4, 6, 7, 9]  # 5 and 8 are none, nor those past 9
+    bare = Tokenizer(WordLevel({f"w{index}": index for index in ids}, unk_token="w0"))
+    actor = tiny.policy(vocab_size=13, padded_vocab_size=padded)
+    actor = dataclasses.replace(actor, tokenizer=PreTrainedTokenizerFast(tokenizer_object=bare))
+    engine = RLHFEngine(actor, trainable_layers=trainable_layers)
+    tokens, mask = batch(rows=8)
+    tokens = np.where(tokens == 5, 6, tokens)
+    sampling = Sampling(max_new_tokens=24, temperature=0.7)
+    samples = engine.sample(tokens, mask, np.arange(8), jax.random.key(0), sampling)
+    width = tokens.shape[1]
+    assert set(np.unique(samples.tokens[:, width:])) == set(ids)
+    whole = np.concatenate([mask, samples.response_mask], axis=1)
+    found = engine.score(samples.tokens, whole, start=width, temperature=0.7)
+    np.testing.assert_allclose(found[0], samples.logprobs, atol=1e-4)
+    logits = np.asarray(actor.model.apply({"params": actor.params}, samples.tokens, mask=whole), np.float64)
+    logp = jax.nn.log_softmax(jnp.asarray(logits[:, width - 1 : -1, ids] / 0.7))
+    places = np.searchsorted(ids, samples.tokens[:, width:])
+    expected = np.take_along_axis(np.asarray(logp), places[..., None], axis=-1)[..., 0]
+    for one in found[:2]:  # the reference is the actor
+        np.testing.assert_allclose(one, expected, atol=1e-4)
+    np.testing.assert_allclose(found[2], -np.sum(np.exp(logp) * logp, axis=-1), atol=1e-4)
+    saved = engine.actor.model.config
+    assert (saved.vocab_size, saved.absent_ids) == (13, ())
+
+
+def test_absent_ids_have_no_gradient():
+    """Nor make one NaN, at any temperature."""
+    start = tiny.policy(vocab_size=13)
+    model = start.model.clone(config=start.model.config.limited_to(10, (5, 8, 11)))
+    assert model.config.absent_ids == (5, 8)
+    tokens, mask = batch()
+    tokens = np.where(tokens == 5, 6, tokens)
+    for temperature in (0.01, 1.0):
+
+        def loss(params, temperature=temperature):
+            hidden = model.apply({"params": params}, tokens, mask=mask, method="hidden_states")
+            logprobs, entropy = score_hidden(model, params, hidden, tokens, temperature=temperature)
+            return jnp.sum(logprobs) + jnp.sum(entropy)
+
+        rows = jax.grad(loss)(start.params)["lm_head"]["kernel"]
+        assert np.isfinite(rows).all()
+        assert not rows[jnp.asarray([5, 8, 10, 11, 12])].any()
+        assert rows[jnp.asarray([0, 9])].any()
 
 
 def test_a_reward_model_may_have_more_tokens_than_the_policy():
