@@ -64,8 +64,9 @@ class PPOTrainer:
         Args:
           engine: the models.
           config: a `PPOConfig`, or a mapping with the fields that differ from its defaults.
-          reward_functions: f(prompts, responses, **columns) → float[B], one or several; their weighted sum is added to
-            the reward model's score where there is one. In TRL's convention texts are without special tokens.
+          reward_functions: f(prompts, responses, **columns) → float[B], or TRL's f(prompts=…, completions=…,
+            completion_ids=…, **columns); one or several, whose weighted sum is added to the reward model's score where
+            there is one. Texts are without special tokens, as in TRL.
 
         Raises:
           ValueError: an unknown field or bad value, no source of rewards, or functions over texts without a tokenizer.
@@ -233,8 +234,11 @@ class PPOTrainer:
         decode = functools.partial(self.engine.tokenizer.decode, skip_special_tokens=True)
         texts = [decode(row[real]) for row, real in zip(tokens[:, :width], np.asarray(prompts.mask), strict=True)]
         responses = [decode(row[real]) for row, real in zip(tokens[:, width:], mask, strict=True)]
+        ids = [row[real].tolist() for row, real in zip(tokens[:, width:], mask, strict=True)]
         mine = np.flatnonzero(owned_rows(batch_rows(len(texts), self.engine.layout), self.engine.layout))
         scores, config = np.zeros(len(texts), np.float32), self.config
+        # What they all leave alone is the reward model's.
+        unscored = None if self.engine.networks.reward is None else 0.0
         with together("scoring responses"):
             scores[mine] = score_texts(
                 self.reward_functions,
@@ -243,6 +247,9 @@ class PPOTrainer:
                 {name: [values[row] for row in mine] for name, values in prompts.columns.items()},
                 OnFailure(config.reward_retries, config.on_reward_failure, config.reward_failure_score),
                 self.failures,
+                completion_ids=[ids[row] for row in mine],
+                chats=None if prompts.chats is None else [prompts.chats[row] for row in mine],
+                unscored=unscored,
             )
         everywhere = all_rows(scores, self.engine.layout)
         return put_rows(everywhere[held_rows(len(everywhere), self.engine.layout)], self.engine.layout)

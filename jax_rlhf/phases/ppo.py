@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -274,8 +275,14 @@ def _rows(
     ]
 
 
-def _verdicts(judge: RewardFunction, answered: list[dict[str, Any]], prompts: Prompts, trainer: PPOTrainer) -> Any:
-    """What a judge says of all responses; each process asks it about those that it owns."""
+def _verdicts(
+    judge: RewardFunction,
+    answered: list[dict[str, Any]],
+    prompts: Prompts,
+    experience: Experience,
+    trainer: PPOTrainer,
+) -> np.ndarray:
+    """What a judge says of all responses, NaN where it gives None; each process asks it about those that it owns."""
     config, layout = trainer.config, trainer.engine.layout
     how = OnFailure(config.reward_retries, config.on_reward_failure, config.reward_failure_score)
     held, mine = held_rows(len(answered), layout), owned_rows(len(answered), layout)
@@ -284,7 +291,11 @@ def _verdicts(judge: RewardFunction, answered: list[dict[str, Any]], prompts: Pr
     verdicts = np.zeros(len(held), np.float32)
     with together(f"asking {judge.name}"):
         texts = [row["prompt"] for row in rows], [row["response"] for row in rows]
-        verdicts[mine] = score_texts([judge], *texts, columns, how, trainer.failures)
+        tokens, mask = (local_rows(part)[mine] for part in (experience.tokens, experience.response_mask))
+        ids = [row[-len(real) :][real].tolist() for row, real in zip(tokens, mask, strict=True)]
+        chats = None if prompts.chats is None else [prompts.chats[row] for row in np.flatnonzero(mine)]
+        more = {"completion_ids": ids, "chats": chats, "unscored": math.nan}
+        verdicts[mine] = score_texts([judge], *texts, columns, how, trainer.failures, **more)
     return all_rows(verdicts, layout)
 
 
@@ -294,9 +305,10 @@ def _evaluate(
     """Answers all held-out prompts; (metrics, rows)."""
     rows: list[dict[str, Any]] = []
     for batch in record.watched(prompts.eval, "evaluating"):
-        answered = _rows(trainer, trainer.generate_experience(batch), step, "eval", everywhere=True)
+        experience = trainer.generate_experience(batch)
+        answered = _rows(trainer, experience, step, "eval", everywhere=True)
         for judge in judges:
-            for row, verdict in zip(answered, _verdicts(judge, answered, batch, trainer), strict=True):
+            for row, verdict in zip(answered, _verdicts(judge, answered, batch, experience, trainer), strict=True):
                 row[judge.name] = float(verdict)
         rows += answered
     rows = rows[: prompts.eval_rows]
@@ -304,7 +316,7 @@ def _evaluate(
         return {}, []
     words = [word for row in rows for word in row["response"].split()]
     metrics = {f"eval/{name}": float(np.mean([row[name] for row in rows])) for name in ("score", "kl", "length")}
-    metrics |= {f"eval/{judge.name}": float(np.mean([row[judge.name] for row in rows])) for judge in judges}
+    metrics |= {f"eval/{judge.name}": _mean_given([row[judge.name] for row in rows]) for judge in judges}
     metrics |= {
         "eval/distinct_1": len(set(words)) / max(len(words), 1),
         "eval/distinct_responses": len({row["response"] for row in rows}) / len(rows),
@@ -315,6 +327,12 @@ def _evaluate(
     numbers = ", ".join(f"{name.removeprefix('eval/')} {value:.3g}" for name, value in metrics.items())
     record.say(f"iteration {step}, {len(rows)} held-out prompts: {numbers}")
     return metrics, rows
+
+
+def _mean_given(verdicts: Sequence[float]) -> float:
+    """The mean over responses that a judge did not leave alone."""
+    given = [verdict for verdict in verdicts if not math.isnan(verdict)]
+    return float(np.mean(given)) if given else math.nan
 
 
 def _show_samples(before: list[dict[str, Any]], after: list[dict[str, Any]], count: int, record: Record) -> None:

@@ -1,6 +1,8 @@
 """Reward functions over texts: other people's Python, with what it returns checked."""
 
+import asyncio
 import dataclasses
+import inspect
 import math
 import queue
 import threading
@@ -11,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from absl import logging
 
+from jax_rlhf.rewards.calling import Answers, arguments, call_in_words
 from jax_rlhf.text import printable
 
 ScoreTexts = Callable[..., Sequence[float] | np.ndarray]
@@ -22,11 +25,12 @@ class RewardError(ValueError):
     """A reward source returned something that is no reward; the message names it and shows the text.
 
     Attributes:
-      scores: float32[B], what it returned, where that is a number a response; None where it is not.
+      scores, given: float32[B] and bool[B], what it returned, where that is a number per response; else None.
       timed_out: it did not return in time.
     """
 
     scores: np.ndarray | None = None
+    given: np.ndarray | None = None
     timed_out = False
 
 
@@ -35,7 +39,9 @@ class RewardFunction:
     """A Python function as a source of rewards.
 
     Attributes:
-      function: f(prompts: list[str], responses: list[str], **columns) → float[B], columns being the data set's others.
+      function: f(prompts: list[str], responses: list[str], **columns) → float[B], columns being the data set's others;
+        or TRL's f(prompts=…, completions=…, completion_ids=…, **columns): see `calling.arguments`. None instead of a
+        number says that a response is not this function's.
       weight: its score is multiplied by this before sources are summed.
       name: for messages; default: the function's own.
       timeout: seconds that a call may take; None = for ever. With one it runs in a thread of its own, which Python
@@ -52,7 +58,9 @@ class RewardFunction:
         """What messages call it."""
         return self.name or getattr(self.function, "__name__", type(self.function).__name__)
 
-    def __call__(self, prompts: list[str], responses: list[str], columns: Mapping[str, Sequence[Any]]) -> np.ndarray:
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    ) -> np.ndarray:
         """Scores texts.
 
         Args:
@@ -61,14 +69,33 @@ class RewardFunction:
           columns: the data set's other columns, B entries each.
 
         Returns:
-          float32[B], weighted.
+          float32[B], weighted; NaN where the function gave None.
 
         Raises:
-          RewardError: it raised an exception, took too long, or did not return B finite numbers.
+          RewardError: it raised an exception, took too long, or did not return B finite numbers (or Nones).
         """
-        name = self.title
+        scores, given = self.score(Answers(prompts, responses, columns))
+        return np.where(given, scores, np.float32(math.nan))
+
+    def score(self, answers: Answers) -> tuple[np.ndarray, np.ndarray]:
+        """Scores answers.
+
+        Args:
+          answers: B of them.
+
+        Returns:
+          (scores, given): float32[B], weighted, 0 where the function gave None; bool[B], whether it gave a number.
+
+        Raises:
+          RewardError: as above.
+        """
+        name, count = self.title, len(answers)
+        prompts, responses = list(answers.prompts), list(answers.responses)
         try:
-            returned = _in_time(lambda: self.function(prompts, responses, **columns), self.timeout, name, responses)
+            positional, keywords = arguments(self.function, answers)
+            call = lambda: _awaited(self.function(*positional, **keywords))  # noqa: E731
+            returned = _in_time(call, self.timeout, name, responses)
+            given = np.array([value is not None for value in returned]) if _is_list(returned) else np.ones(count, bool)
             scores = np.asarray(returned, dtype=np.float32)
         except RewardError:
             raise
@@ -76,26 +103,40 @@ class RewardFunction:
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise RewardError(
                 f"reward function {name!r} failed, or did not return numbers: {type(error).__name__}: "
-                f"{printable(str(error), 400)} "
-                f"({place.filename}, line {place.lineno}). It is called as {name}(prompts, responses"
-                f"{''.join(f', {column}=…' for column in columns)}) and returns a float for each of {len(responses)} "
-                f"responses; the first was {responses[0]!r}."
+                f"{printable(str(error), 400)} ({place.filename}, line {place.lineno}). It is called as "
+                f"{call_in_words(self.function, name, answers.columns)} and returns a float, or None, for each of "
+                f"{count} responses; the first was {responses[0]!r}."
             ) from error
-        if scores.shape != (len(responses),):
+        if scores.shape != (count,):
             raise RewardError(
-                f"reward function {name!r} returned shape {list(scores.shape)} for {len(responses)} responses; one "
-                f"float each is expected. The first response was {responses[0]!r}."
+                f"reward function {name!r} returned shape {list(scores.shape)} for {count} responses; one float each "
+                f"is expected. The first response was {responses[0]!r}."
             )
-        wrong = np.flatnonzero(~np.isfinite(scores))
+        wrong = np.flatnonzero(given & ~np.isfinite(scores))
+        scores = np.where(given, np.float32(self.weight) * scores, np.float32(0))
         if len(wrong):
             row = int(wrong[0])
             error = RewardError(
-                f"reward function {name!r} returned {scores[row]} for {len(wrong)} of {len(responses)} responses, "
+                f"reward function {name!r} returned {returned[row]} for {len(wrong)} of {count} responses, "
                 f"first for row {row}: prompt {prompts[row]!r}, response {responses[row]!r}."
             )
-            error.scores = self.weight * scores
+            error.scores, error.given = scores, given
             raise error
-        return self.weight * scores
+        return scores, given
+
+
+def _is_list(returned: Any) -> bool:
+    """Whether it may hold Nones; an array of numbers cannot."""
+    return isinstance(returned, list | tuple) or (isinstance(returned, np.ndarray) and returned.dtype == object)
+
+
+def _awaited(returned: Any) -> Any:
+    """What an async function, as TRL takes them too, ends with."""
+    return asyncio.run(_wait_for(returned)) if inspect.isawaitable(returned) else returned
+
+
+async def _wait_for(returned: Any) -> Any:
+    return await returned
 
 
 def _in_time(call: Callable[[], Any], timeout: float | None, name: str, responses: Sequence[str]) -> Any:
@@ -163,11 +204,15 @@ class Failures:
 
 def score_texts(
     functions: Sequence[RewardFunction],
-    prompts: list[str],
-    responses: list[str],
+    prompts: Sequence[str],
+    responses: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
     on_failure: OnFailure | None = None,
     failures: Failures | None = None,
+    *,
+    completion_ids: Sequence[Sequence[int]] | None = None,
+    chats: Sequence[list[dict[str, Any]] | None] | None = None,
+    unscored: float | None = None,
 ) -> np.ndarray:
     """The weighted sum of several functions' scores.
 
@@ -177,35 +222,46 @@ def score_texts(
       columns: the data set's other columns, B entries each.
       on_failure: what becomes of failures; None = they are fatal at once.
       failures: counts them, where given.
+      completion_ids: the ids of each response; None = not known.
+      chats: the messages of each prompt, None where it is a plain text; None = all are.
+      unscored: of a response for which all functions gave None; None = that is a failure.
 
     Returns:
       float32[B].
 
     Raises:
-      RewardError: a function did not return B finite numbers, and that is fatal.
+      RewardError: a function did not return B finite numbers, or none scored a response, and that is fatal.
     """
     if not responses:  # of several processes one may own no rows
         return np.zeros(0, np.float32)
     how, count = on_failure or OnFailure(), Failures() if failures is None else failures
-    scores = [_tried(function, prompts, responses, columns, how, count) for function in functions]
-    total = np.sum(scores, axis=0, dtype=np.float32)
+    answers = Answers(prompts, responses, columns, completion_ids, chats)
+    scored = [_tried(function, answers, how, count) for function in functions]
+    total = np.sum([scores for scores, _ in scored], axis=0, dtype=np.float32)
+    nobody = ~np.any([given for _, given in scored], axis=0)
+    if unscored is None and nobody.any():
+        row, names = int(np.flatnonzero(nobody)[0]), ", ".join(function.title for function in functions)
+        message = (
+            f"{names} gave None for {int(nobody.sum())} of {len(answers)} responses, which have no score then; first "
+            f"for row {row}: prompt {prompts[row]!r}, response {responses[row]!r}."
+        )
+        if how.then == "fatal":
+            raise RewardError(message)
+        logging.warning("%s They get %g.", message, how.score)
+        total = np.where(nobody, np.float32(math.nan), total)
     missing = ~np.isfinite(total)
     count.penalized += int(np.sum(missing))
-    return np.where(missing, np.float32(how.score), total)
+    total = np.where(missing, np.float32(how.score), total)
+    return total if unscored is None else np.where(nobody, np.float32(unscored), total)
 
 
 def _tried(
-    function: RewardFunction,
-    prompts: list[str],
-    responses: list[str],
-    columns: Mapping[str, Sequence[Any]],
-    how: OnFailure,
-    count: Failures,
-) -> np.ndarray:
-    """A function's scores; NaN where it has none, and that is not fatal."""
+    function: RewardFunction, answers: Answers, how: OnFailure, count: Failures
+) -> tuple[np.ndarray, np.ndarray]:
+    """A function's scores, and which it gave; NaN where it has none, and that is not fatal."""
     for attempt in range(how.retries + 1):
         try:
-            return function(prompts, responses, columns)
+            return function.score(answers)
         except RewardError as error:
             count.failed_calls += 1
             count.timeouts += error.timed_out
@@ -215,5 +271,7 @@ def _tried(
             if how.then == "fatal":
                 raise
             logging.warning("%s The responses without a score get %g.", error, how.score)
-            return np.full(len(responses), math.nan, np.float32) if error.scores is None else error.scores
+            if error.scores is None:
+                return np.full(len(answers), math.nan, np.float32), np.ones(len(answers), bool)
+            return error.scores, error.given
     raise AssertionError("unreachable")

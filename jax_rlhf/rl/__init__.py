@@ -1,7 +1,7 @@
 """The mathematics of PPO for language models: pure functions over per-token arrays."""
 
 from jax_rlhf.rl.advantages import gae
-from jax_rlhf.rl.experience import Experience, Prompts, check_experience, token_rewards
+from jax_rlhf.rl.experience import Experience, Prompts, check_experience, shaped_scores, token_rewards
 from jax_rlhf.rl.kl import AdaptiveKL, AdaptivePenalty, FixedKL, kl_estimate
 from jax_rlhf.rl.losses import (
     bradley_terry_loss,
@@ -29,6 +29,7 @@ __all__ = [
     "masked_variance",
     "masked_whiten",
     "penalized_surrogate",
+    "shaped_scores",
     "token_ranking_loss",
     "token_rewards",
 ]

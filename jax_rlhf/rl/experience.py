@@ -110,6 +110,25 @@ def token_rewards(
     return -kl_coef * kl + jnp.where(last_real(mask), scores[:, None], 0)
 
 
+def shaped_scores(scores: Array, ended: Array, *, clip: float | None = None, missing_eos_penalty: float = 0.0) -> Array:
+    """What is optimised of the scores: clipped to ± clip, less the penalty where a response has no EOS.
+
+    Args:
+      scores: float[B], in reward units.
+      ended: bool[B], the response has its EOS.
+      clip: in reward units; None = none.
+      missing_eos_penalty: in reward units.
+
+    Returns:
+      float[B].
+    """
+    chex.assert_type([scores, ended], [float, bool])
+    chex.assert_rank([scores, ended], 1)
+    if clip is not None:
+        scores = jnp.clip(scores, -clip, clip)
+    return scores - missing_eos_penalty * ~ended
+
+
 def last_real(mask: Array) -> Array:
     """Marks the last True of each row.
 

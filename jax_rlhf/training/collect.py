@@ -12,7 +12,7 @@ from jax_rlhf.models import Decoder
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.models.split import SplitParams
 from jax_rlhf.parallel import map_row_groups
-from jax_rlhf.rl import Experience, gae, masked_whiten, token_rewards
+from jax_rlhf.rl import Experience, gae, masked_whiten, shaped_scores, token_rewards
 from jax_rlhf.rollout import Samples, Sampling, in_rows, reshard, rollout
 from jax_rlhf.training.config import PPOConfig
 from jax_rlhf.training.networks import (
@@ -171,19 +171,11 @@ def with_advantages(config: PPOConfig, experience: Experience, last_values: Arra
     Returns:
       The experience, complete.
     """
-    mask, scores = experience.response_mask, experience.scores
-    if config.reward_clip is not None:
-        scores = jnp.clip(scores, -config.reward_clip, config.reward_clip)
-    scores = scores - config.missing_eos_penalty * ~experience.ended
-    rewards = token_rewards(
-        scores,
-        experience.logprobs,
-        experience.ref_logprobs,
-        mask,
-        kl_coef=kl_coef,
-        kl_kind=config.kl_kind,
-        kl_reduction=config.kl_reduction,
-    )
+    mask = experience.response_mask
+    shape = {"clip": config.reward_clip, "missing_eos_penalty": config.missing_eos_penalty}
+    scores = shaped_scores(experience.scores, experience.ended, **shape)
+    how = {"kl_coef": kl_coef, "kl_kind": config.kl_kind, "kl_reduction": config.kl_reduction}
+    rewards = token_rewards(scores, experience.logprobs, experience.ref_logprobs, mask, **how)
     if config.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     # A response without EOS fills all R slots, so the state after its last token is the one after the last slot.

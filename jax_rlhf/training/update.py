@@ -153,7 +153,7 @@ def _finished(
         measure = lambda: penalty_kl(networks, config, trained.actor, iteration.frozen.actor, experience, last)  # noqa: E731
         kl = jax.lax.cond(actor_moved, measure, lambda: jnp.float32(0))
         state = state.replace(penalty=_where(actor_moved, state.penalty.update(kl), state.penalty))
-    metrics = experience_metrics(experience, state.kl.value) | _update_metrics(state, sums, steps)
+    metrics = experience_metrics(config, experience, state.kl.value) | _update_metrics(state, sums, steps)
     state, limits = _limited(config, state, metrics)
     kl = _where(actor_moved, state.kl.update(metrics["objective/kl"], len(experience.tokens)), state.kl)
     return state.replace(kl=kl, iteration=state.iteration + 1), metrics | limits

@@ -91,11 +91,19 @@ def collected(models, made, config, kl_coef):
     return dict(zip(names, (logprobs, ref_logprobs, values, rewards, advantages, returns, scores, ended), strict=True))
 
 
-def experience_metrics(made, kl_coef):
+def experience_metrics(config, made, kl_coef):
     """Those of metrics.py, from the experience's arrays, float64."""
     mask = np.asarray(made.response_mask)
     get = lambda name: np.asarray(getattr(made, name), np.float64)  # noqa: E731
     ratio, returns, values = get("logprobs") - get("ref_logprobs"), get("returns")[mask], get("values")[mask]
+    penalties, optimised = [], []
+    for row, length in enumerate(mask.sum(axis=1)):
+        k1 = ratio[row, :length]
+        kl = {"k1": k1, "k2": k1**2 / 2, "k3": np.exp(-k1) - 1 + k1, "abs": np.abs(k1)}[config.kl_kind]
+        penalties.append(-kl_coef * (kl.mean() if config.kl_reduction == "mean" else kl.sum()))
+        clip = np.inf if config.reward_clip is None else config.reward_clip
+        score = np.clip(get("scores")[row], -clip, clip)
+        optimised.append(score - config.missing_eos_penalty * (not made.ended[row]) + penalties[-1])
     kl, scores, ended = ratio.sum(axis=1).mean(), get("scores"), get("ended")
     return {
         "objective/kl": kl,
@@ -103,8 +111,8 @@ def experience_metrics(made, kl_coef):
         "objective/entropy": -get("logprobs").sum(axis=1).mean(),
         "objective/scores": scores.mean(),
         "objective/scores_std": scores.std(),
-        "objective/non_score_reward": -kl_coef * kl,
-        "objective/rlhf_reward": scores.mean() - kl_coef * kl,
+        "objective/non_score_reward": np.mean(penalties),
+        "objective/rlhf_reward": np.mean(optimised),
         "objective/kl_coef": kl_coef,
         "objective/response_length": mask.sum(axis=1).mean(),
         "objective/eos_rate": ended.mean(),

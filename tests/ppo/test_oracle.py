@@ -174,7 +174,8 @@ def test_an_update_is_the_plain_one(form, layers):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ended.actor_ema, average)
 
     beta = settings.get("kl_coef", 0.05)
-    metrics |= oracle.experience_metrics(made, beta) | {"val/updates": 4, "val/skipped_updates": 0, "val/bad_steps": 0}
+    metrics |= oracle.experience_metrics(trainer.config, made, beta)
+    metrics |= {"val/updates": 4, "val/skipped_updates": 0, "val/bad_steps": 0}
     kl, penalty = beta, settings.get("penalty_coef", 1.0)
     if "kl_target" in settings:
         kl = beta * (1 + np.clip(metrics["objective/kl"] - 1, -0.2, 0.2) * ROWS / 200)

@@ -137,6 +137,33 @@ def test_metrics_have_trls_names():
     np.testing.assert_allclose(metrics["objective/entropy"], -np.sum(made.logprobs) / ROWS, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"kl_reduction": "mean"},
+        {"kl_kind": "k3", "reward_clip": 0.3},
+        {"missing_eos_penalty": 0.7, "kl_reduction": "mean", "kl_kind": "abs"},
+    ],
+)
+def test_the_rlhf_reward_is_what_is_optimised(settings):
+    """The mean over responses of their rewards' sum: the curve that people watch rises when the run learns."""
+    engine = RLHFEngine(tiny.policy(), reference=tiny.policy(7))
+    trainer = tiny.trainer(engine, kl_coef=0.3, whiten_rewards=False, **settings)
+    made = trainer.generate_experience(tiny.ragged_prompts(ROWS))
+    metrics = trainer.train_rlhf(made)
+    total = np.sum(made.rewards) / ROWS
+    np.testing.assert_allclose(metrics["objective/rlhf_reward"], total, rtol=1e-5)
+    clip = settings.get("reward_clip", np.inf)
+    shaped = np.clip(made.scores, -clip, clip) - settings.get("missing_eos_penalty", 0) * ~np.asarray(made.ended)
+    np.testing.assert_allclose(metrics["objective/non_score_reward"], total - np.mean(shaped), rtol=1e-4)
+    assert abs(metrics["objective/non_score_reward"]) > 1e-3
+    if not settings:
+        np.testing.assert_allclose(
+            metrics["objective/rlhf_reward"], metrics["objective/scores"] - 0.3 * metrics["objective/kl"], rtol=1e-5
+        )
+
+
 # ---- bad input -----------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """Reward functions: what they are given, how they are summed, and what is said where they are wrong."""
 
+import asyncio
 import threading
 import time
 
@@ -42,7 +43,8 @@ def returning(value):
         (0.5, r"returned shape \[\]"),
         ([0.1, float("nan"), 0.3], "returned nan for 1 of 3 responses, first for row 1: prompt 'two', response 'bb'"),
         ([0.1, 0.2, float("inf")], r"returned inf .* row 2: prompt 'three', response '<odd>\\n'"),
-        ([0.1, None, 0.2], "returned nan for 1 of 3 responses, first for row 1"),
+        ([0.1, None, 0.2], "named gave None for 1 of 3 responses, .* first for row 1: prompt 'two', response 'bb'"),
+        ([None, float("nan"), 0.2], "returned nan for 1 of 3 responses, first for row 1"),
         (["good", "bad", "bad"], "'named' failed, or did not return numbers: ValueError"),
         (None, r"returned shape \[\]"),
         ([0.1, [0.2], 0.3], "did not return numbers"),
@@ -59,6 +61,157 @@ def test_a_missing_column_and_another_name():
     unnamed = RewardFunction(type("Judge", (), {"__call__": lambda self, p, r, **c: [np.nan] * 3})())
     with pytest.raises(RewardError, match="'Judge' returned nan for 3 of 3"):
         unnamed(PROMPTS, RESPONSES, {})
+
+
+# ---- how they are called -------------------------------------------------------------------------------------------
+
+CHATS = [[{"role": "user", "content": "one"}], None, [{"role": "user", "content": "three"}]]
+IDS = [[7], [8, 8], [9, 1]]
+
+
+def called(function, columns=None, **more):
+    """What a function was given."""
+    seen = {}
+
+    def remember(*positional, **keywords):
+        seen.update(keywords, positional=positional)
+        return [1.0] * 3
+
+    function.remember = remember
+    score_texts([RewardFunction(function)], PROMPTS, RESPONSES, columns or {}, completion_ids=IDS, **more)
+    return seen
+
+
+def trl(prompts, completions, completion_ids, answer, **kwargs):
+    return trl.remember(
+        prompts=prompts, completions=completions, completion_ids=completion_ids, answer=answer, **kwargs
+    )
+
+
+def trl_short(completions, **kwargs):
+    return trl_short.remember(completions=completions, **kwargs)
+
+
+def trl_all(**kwargs):
+    return trl_all.remember(**kwargs)
+
+
+def trl_bare(completions):
+    return trl_bare.remember(completions=completions)
+
+
+def plain(prompts, responses, **columns):
+    return plain.remember(prompts, responses, **columns)
+
+
+def bare(p, r):
+    return bare.remember(p, r)
+
+
+def with_ids(prompts, responses, completion_ids, messages, tag=None):
+    return with_ids.remember(prompts, responses, completion_ids=completion_ids, messages=messages, tag=tag)
+
+
+ANSWER = {"answer": ["x", "y", "z"]}
+
+
+@pytest.mark.parametrize("function", [trl, trl_short, trl_all, trl_bare])
+def test_trl_s_form_is_called_by_keyword(function):
+    seen = called(function, ANSWER)
+    whole = {"prompts": PROMPTS, "completions": RESPONSES, "completion_ids": IDS} | ANSWER | {"positional": ()}
+    assert seen == (whole if function is not trl_bare else {"completions": RESPONSES, "positional": ()})
+
+
+def test_our_form_is_called_by_position_and_gets_what_it_names():
+    assert called(plain, ANSWER) == {"positional": (PROMPTS, RESPONSES)} | ANSWER
+    assert called(bare, ANSWER) == {"positional": (PROMPTS, RESPONSES)}
+    seen = called(with_ids, {"tag": [1, 2, 3], "other": [4, 5, 6]}, chats=CHATS)
+    assert seen == {"positional": (PROMPTS, RESPONSES), "completion_ids": IDS, "messages": CHATS, "tag": [1, 2, 3]}
+    wrapped = lambda *positional, **keywords: plain(*positional, **keywords)  # noqa: E731
+    assert score_texts([RewardFunction(wrapped)], PROMPTS, RESPONSES, ANSWER).tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("name", ["prompts", "responses", "completions", "completion_ids", "p"])
+@pytest.mark.parametrize("function", [trl, trl_all, plain, bare])
+def test_a_column_of_a_taken_name_breaks_neither_form(function, name):
+    seen = called(function, {name: [7, 8, 9]} | ANSWER)
+    if function in (plain, bare):
+        assert seen["positional"] == (PROMPTS, RESPONSES)
+    else:
+        assert (seen["prompts"], seen["completions"], seen["completion_ids"]) == (PROMPTS, RESPONSES, IDS)
+    assert function is bare or seen["answer"] == ANSWER["answer"]
+
+
+def test_chats_are_messages_in_trl_s_form():
+    """A prompt that ends within the assistant's turn is continued: the completion is the whole turn."""
+    chats = [*CHATS[:2], [*CHATS[2], {"role": "assistant", "content": "It is "}]]
+    seen = called(trl, ANSWER, chats=chats)
+    assert seen["prompts"] == [CHATS[0], "two", CHATS[2]]
+    assert seen["completions"] == [
+        [{"role": "assistant", "content": "a"}],
+        "bb",
+        [{"role": "assistant", "content": "It is <odd>\n"}],
+    ]
+    assert len(chats[2]) == 2
+
+
+def destructive(prompts, responses, messages, answer):
+    scores = [float(len(response)) for response in responses]
+    prompts.clear()
+    responses.sort(reverse=True)
+    responses.pop()
+    answer[0].clear()
+    messages[0].clear()
+    return scores
+
+
+def test_what_functions_are_given_are_copies():
+    """One that sorts or pops its lists moves no reward to another response, nor loses columns of the next epoch."""
+    columns, chats = {"answer": [["x"], ["y"], ["z"]]}, [list(CHATS[0]), None, None]
+    prompts, responses = list(PROMPTS), list(RESPONSES)
+    functions = [RewardFunction(destructive), RewardFunction(destructive), RewardFunction(length)]
+    scores = score_texts(functions, prompts, responses, columns, chats=chats)
+    np.testing.assert_allclose(scores, [2.5 * len(response) for response in RESPONSES])
+    assert (prompts, responses, columns["answer"][0], chats[0]) == (PROMPTS, RESPONSES, ["x"], CHATS[0])
+
+
+def test_the_number_of_scores_is_compared_with_the_number_asked_for():
+    def popping(prompts, responses):
+        responses.pop()
+        return [1.0] * len(responses)
+
+    with pytest.raises(RewardError, match=r"'popping' returned shape \[2\] for 3 responses"):
+        score_texts([RewardFunction(popping)], PROMPTS, RESPONSES, {})
+
+
+def test_none_says_that_a_response_is_not_the_function_s():
+    """As in TRL: several functions share a data set of several tasks."""
+    functions = [RewardFunction(returning([1.0, None, None]), weight=2.0), RewardFunction(returning([None, 3.0, None]))]
+    np.testing.assert_allclose(score_texts(functions, PROMPTS, RESPONSES, {}, unscored=0.0), [2.0, 3.0, 0.0])
+    verdicts = score_texts(functions, PROMPTS, RESPONSES, {}, unscored=float("nan"))
+    np.testing.assert_allclose(verdicts, [2.0, 3.0, np.nan])
+    with pytest.raises(RewardError, match=r"named, named gave None for 1 of 3 .* row 2: prompt 'three'"):
+        score_texts(functions, PROMPTS, RESPONSES, {})
+    failures = Failures()
+    how = OnFailure(then="penalize", score=-7.0)
+    np.testing.assert_allclose(score_texts(functions, PROMPTS, RESPONSES, {}, how, failures), [2.0, 3.0, -7.0])
+    assert failures == Failures(penalized=1)
+    np.testing.assert_allclose(functions[0](PROMPTS, RESPONSES, {}), [2.0, np.nan, np.nan])
+
+
+@pytest.mark.parametrize("timeout", [None, 5.0])
+def test_async_functions_are_awaited(timeout):
+    async def judge(completions, **kwargs):
+        await asyncio.sleep(0.01)
+        return [float(len(completion)) for completion in completions]
+
+    scores = score_texts([RewardFunction(judge, timeout=timeout)], PROMPTS, RESPONSES, {})
+    np.testing.assert_allclose(scores, [1, 2, 6])
+
+
+def test_the_way_of_calling_is_in_the_message():
+    with pytest.raises(RewardError, match=r"called as trl\(prompts=…, completions=…, completion_ids=…, id=…\)"):
+        score_texts([RewardFunction(trl)], PROMPTS, RESPONSES, {"id": [1, 2, 3]})
 
 
 class Flaky:

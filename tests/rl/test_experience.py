@@ -27,6 +27,13 @@ def check_rewards(function):
     np.testing.assert_allclose(rewards.sum(axis=1), SCORES - 0.3 * kl, atol=1e-5)
 
 
+def test_scores_are_clipped_and_cost_a_missing_end():
+    scores, ended = np.array([0.7, -1.3, 2.5, -0.25], np.float32), np.array([True, False, False, True])
+    shaped = rl.shaped_scores(scores, ended, clip=1.0, missing_eos_penalty=0.4)
+    np.testing.assert_allclose(shaped, [0.7, -1.0 - 0.4, 1.0 - 0.4, -0.25], rtol=1e-6)
+    np.testing.assert_array_equal(rl.shaped_scores(scores, ended), scores)
+
+
 def one_past_the_end(scores, logprobs, ref, mask):
     rewards = np.where(mask, -0.3 * (logprobs - ref), 0)
     for row, length in enumerate(mask.sum(axis=1)):
