@@ -26,6 +26,7 @@ from jax_rlhf.phases.mirror import open_workdir_at, put_up, refresh, remote_of
 from jax_rlhf.phases.stop import Stopped, StopSignals
 from jax_rlhf.phases.workdir import (
     check_shared,
+    forget_failed_start,
     forget_overwritten,
     lock_workdir,
     open_workdir,
@@ -135,9 +136,11 @@ def _run(config: ConfigDict, workdir: Path, stop: StopSignals) -> int:
     locks: list[BaseFileLock] = []  # process 0's, once it has it: held until the end
     try:
         code = _run_phases(config, workdir, stop, locks)
-    except RestoreError:  # who is told to give --overwrite must be believed
-        if locks:
+    except BaseException as error:
+        if locks and isinstance(error, RestoreError):  # who is told to give --overwrite must be believed
             forget_overwritten(workdir)
+        if locks and not isinstance(error, Stopped):
+            forget_failed_start(workdir)
         raise
     if locks:
         forget_overwritten(workdir)

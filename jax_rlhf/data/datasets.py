@@ -87,6 +87,7 @@ def create_datasets(
     eos_ids: Sequence[int] | None = None,
     eval_rows: int | None = None,
     mesh: Mesh | Layout | None = None,
+    vocab_size: int | None = None,
 ) -> Datasets:
     """Reads, splits, filters, tokenizes and batches the data of one phase.
 
@@ -100,6 +101,7 @@ def create_datasets(
         What is drawn from `paths` and not trained on is a matter of config.eval_rows, the same for all phases.
       mesh: where batches go. A process lays out the rows that its devices hold; it reads all, since the split, the
         order and the widths are those of the whole.
+      vocab_size: how many ids the model knows; a row with another token is an error. None = it is not looked at.
 
     Returns:
       The data sets; batches hold this process's rows of the global batch.
@@ -114,9 +116,9 @@ def create_datasets(
         raise ValueError(f"phase={phase!r}; {', '.join(PHASES)} are the phases there are.")
     if not config.paths:
         raise DataError("config.data.paths is empty; it names the data: --config.data.paths=preferences.jsonl")
-    pad, eos_ids = pad_id(tokenizer, config), end_ids(tokenizer) if eos_ids is None else eos_ids
+    pad, eos_ids = pad_id(tokenizer, config, vocab_size), end_ids(tokenizer) if eos_ids is None else eos_ids
     eval_rows = config.eval_rows if eval_rows is None else eval_rows
-    made = _Examples(phase, config, tokenizer, seed, eos_ids, eval_rows)
+    made = _Examples(phase, config, tokenizer, seed, eos_ids, eval_rows, vocab_size)
     train, held_out = made.train_and_held_out()
     for path, examples in zip(config.paths, train, strict=True):
         if not examples:
@@ -138,6 +140,7 @@ class _Examples:
     seed: int
     eos_ids: Sequence[int]
     eval_rows: int
+    vocab_size: int | None = None
     read: int = 0
     dropped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     notes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -211,7 +214,8 @@ class _Examples:
         self.notes[_IMPLICIT] += sum(text.implicit for text in texts)
         if self.tokenizer.chat_template is not None:
             self.notes[_NOT_A_CHAT] += sum(not text.templated for text in texts)
-        examples = tokenized(source.rows, texts, self.tokenizer, self.config, self.dropped, self.eos_ids)
+        how = self.tokenizer, self.config, self.dropped, self.eos_ids, self.vocab_size
+        examples = tokenized(source.rows, texts, *how)
         if self.config.deduplicate:
             distinct: dict[tuple[bytes, ...], Example] = {}
             for example in examples:  # prompts that several pairs share, openings that are alike

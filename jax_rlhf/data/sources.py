@@ -17,6 +17,9 @@ import pyarrow.parquet
 from jax_rlhf.data.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+_ROWS_AT_ONCE = 1024
+_LONGEST_FIELD = 1 << 30
+"""In characters; Python's own limit is 131,072."""
 _READER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -173,9 +176,23 @@ def _json(file: Path) -> Iterator[tuple[int, Any]]:
 
 def _parquet(file: Path) -> Iterator[tuple[int, Any]]:
     try:
-        return enumerate(map(_without_fill, pyarrow.parquet.read_table(file).to_pylist()), 1)
+        table = pyarrow.parquet.read_table(file)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{file}: not a parquet file that can be read ({error}).") from error
+    first = 1
+    for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE):
+        yield from enumerate(map(_without_fill, _arrow_rows(batch, first, file)), first)
+        first += len(batch)
+
+
+def _arrow_rows(batch: pyarrow.RecordBatch, first: int, file: Path) -> list[dict[str, Any]]:
+    """Rows as dicts; where one cannot be read (a text that is not UTF-8, a year past 9999), it is named."""
+    try:
+        return batch.to_pylist()
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        if len(batch) == 1:
+            raise DataError(f"{file}, row {first}: a value that cannot be read ({error}).") from error
+    return [row for i in range(len(batch)) for row in _arrow_rows(batch.slice(i, 1), first + i, file)]
 
 
 def _without_fill(value: Any) -> Any:
@@ -192,6 +209,7 @@ def _without_nones(value: Any) -> Any:
 
 
 def _csv(file: Path) -> Iterator[tuple[int, Any]]:
+    csv.field_size_limit(_LONGEST_FIELD)
     reader = csv.DictReader(io.StringIO(_text(file), newline=""), strict=True)
     number = 0
     try:

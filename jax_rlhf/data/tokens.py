@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from jax_rlhf.data.errors import DataError
 from jax_rlhf.data.formats import Texts
 from jax_rlhf.data.sources import Row
 
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _OPENING_CHARACTERS = 8
 """Read for each token of an opening; on average a token has about half as many."""
 
@@ -49,18 +51,19 @@ class Example:
         return sum(len(self.prompt) + len(completion) for completion in self.completions)
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> int:
+def pad_id(tokenizer: PreTrainedTokenizerBase, config: DataConfig, vocab_size: int | None = None) -> int:
     """The id that stands at pads.
 
     Args:
       tokenizer: the tokenizer.
       config: its `pad_token` is for tokenizers that have none.
+      vocab_size: how many ids the model knows; None = it is not looked at.
 
     Returns:
       The id.
 
     Raises:
-      DataError: there is no pad token, or not that one.
+      DataError: there is no pad token, or not that one, or the model has no embedding for it.
     """
     token = config.pad_token or tokenizer.pad_token
     if token is None:
@@ -71,6 +74,11 @@ def pad_id(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> int:
     index = tokenizer.get_vocab().get(token)
     if index is None:
         raise DataError(f"config.data.pad_token={token!r} is not in the tokenizer's vocabulary.")
+    if vocab_size is not None and index >= vocab_size:
+        raise DataError(
+            f"the pad token {token!r} has the id {index}, and the model's embedding has {vocab_size} rows: take "
+            f"another, such as --config.data.pad_token={tokenizer.eos_token!r}. Any of the model's tokens will do."
+        )
     return index
 
 
@@ -81,6 +89,7 @@ def tokenized(
     config: DataConfig,
     dropped: collections.Counter,
     eos_ids: Sequence[int],
+    vocab_size: int | None = None,
 ) -> list[Example]:
     """Tokenizes rows, and drops or cuts what is too long.
 
@@ -97,12 +106,13 @@ def tokenized(
       dropped: reason → rows, added to.
       eos_ids: tokens that end an answer; where none is there, the tokenizer's EOS is added (if it is one of them, or
         else the first).
+      vocab_size: how many ids the model knows; None = it is not looked at.
 
     Returns:
       The examples that stay.
 
     Raises:
-      DataError: an empty completion, or chosen = rejected, with on_bad_row="error".
+      DataError: a bad row with on_bad_row="error", or a token that the model has no embedding for.
     """
     kept = [i for i, (row, text) in enumerate(zip(rows, texts, strict=True)) if not _is_bad(row, text, config, dropped)]
     rows, texts = [rows[i] for i in kept], [texts[i] for i in kept]
@@ -119,10 +129,23 @@ def tokenized(
             answers = [answer[len(bos) :] if answer[: len(bos)] == bos else answer for answer in answers]
         example = _fitted(prompt, answers, config, dropped, bos)
         if example is not None:
+            _check_ids(example, rows[index], tokenizer, vocab_size)
             more = {"margin": text.margin, "columns": text.columns, "chat": text.chat}
             more["has_prompt"] = bool(text.prompt.strip())
             examples.append(dataclasses.replace(example, **more))
     return examples
+
+
+def _check_ids(example: Example, row: Row, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> None:
+    ids = np.concatenate([example.prompt, *example.completions])
+    if vocab_size is None or ids.max(initial=0) < vocab_size:
+        return
+    index = int(ids[ids >= vocab_size][0])
+    raise DataError(
+        f"{row.where}: token {tokenizer.convert_ids_to_tokens(index)!r} has the id {index}, and the model's embedding "
+        f"has {vocab_size} rows. The tokenizer was given tokens that the model has not learned: take the tokenizer "
+        "files of the checkpoint itself, or a checkpoint whose embedding was made larger with them."
+    )
 
 
 def openings(texts: Sequence[Texts], tokenizer: PreTrainedTokenizerBase, count: int) -> list[np.ndarray]:
@@ -137,7 +160,7 @@ def openings(texts: Sequence[Texts], tokenizer: PreTrainedTokenizerBase, count: 
       int32[count] each, or fewer.
     """
     # The rest of long texts would take long. Where tokens are longer than that, texts of one opening stay alike.
-    begins = [text.prompt[: count * _OPENING_CHARACTERS] for text in texts]
+    begins = [_SURROGATE.sub("?", text.prompt[: count * _OPENING_CHARACTERS]) for text in texts]
     prompts, bos = _ids(begins, tokenizer), _bos(tokenizer)
     return [
         _array((prompt if text.templated else _begun(prompt, bos))[:count])
@@ -151,7 +174,10 @@ def _is_bad(row: Row, text: Texts, config: DataConfig, dropped: collections.Coun
         dropped[text.left_out] += 1
         return True
     problem, detail = None, ""
-    if text.unwritten:
+    lone = next((part for part in (text.prompt, *text.completions) if _SURROGATE.search(part)), None)
+    if lone is not None:
+        problem, detail = "half of a surrogate pair, which is no character", f", in {lone[:80]!r}"
+    elif text.unwritten:
         problem = "the chat template leaves out a part of the answer"
         detail = (
             f", {text.unwritten[:80]!r}, which would not be learned; a chat_template.jinja in the checkpoint's folder "

@@ -16,12 +16,13 @@ from jax_rlhf.models import DecoderConfig
 _HUB_FILES = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "*.jinja"]
 
 
-def resolve(path_or_hub_id: str | Path, revision: str | None) -> Path:
+def resolve(path_or_hub_id: str | Path, revision: str | None, *, weights: bool = True) -> Path:
     """Finds a checkpoint, and downloads it where a hub id is given.
 
     Args:
       path_or_hub_id: a folder, a .gguf file or a folder with one, or a hub id.
       revision: of a hub id.
+      weights: download those too.
 
     Returns:
       A local folder or .gguf file.
@@ -47,7 +48,8 @@ def resolve(path_or_hub_id: str | Path, revision: str | None) -> Path:
     if text.count("/") > 1 or text.startswith((".", "/", "~")) or local.suffix in (".gguf", ".safetensors"):
         raise FileNotFoundError(f"{text}: no such file or folder.")
     try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=_HUB_FILES))
+        files = [pattern for pattern in _HUB_FILES if weights or not pattern.endswith(".safetensors")]
+        return Path(snapshot_download(text, revision=revision, allow_patterns=files))
     except (OSError, HFValidationError) as error:  # the hub's errors are OSErrors
         raise FileNotFoundError(
             f"{text}: no such folder here, and not to be had from the hub: {error}. For a private model log in with "
@@ -55,15 +57,19 @@ def resolve(path_or_hub_id: str | Path, revision: str | None) -> Path:
         ) from error
 
 
-def open_source(place: Path, name: str) -> tuple[TensorSource, dict[str, Any], dict[str, Any] | None]:
+def open_source(
+    place: Path, name: str, *, weights: bool = True
+) -> tuple[TensorSource | None, dict[str, Any], dict[str, Any] | None]:
     """Opens a checkpoint.
 
     Args:
       place: from `resolve`.
       name: what the user called it, for messages.
+      weights: its tensors too.
 
     Returns:
-      (tensors, config.json, generation_config.json or what config.json says of the same, or None).
+      (tensors, or None without weights; config.json; generation_config.json or what config.json says of the same, or
+      None).
 
     Raises:
       FileNotFoundError, CheckpointError: a file is missing or broken.
@@ -79,7 +85,7 @@ def open_source(place: Path, name: str) -> tuple[TensorSource, dict[str, Any], d
     generation_config = _read_json(place / "generation_config.json")
     if generation_config is None and config.get("eos_token_id") is not None:  # as transformers has it
         generation_config = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return SafetensorsSource(place, name), config, generation_config
+    return SafetensorsSource(place, name) if weights else None, config, generation_config
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:

@@ -74,7 +74,7 @@ class Description(NamedTuple):
       config: the decoder's.
       tokenizer: None where the checkpoint has none.
       generation_config: what generation_config.json says, or config.json of the same; None where neither does.
-      scalar_head: the name of its scalar head, or None: it is a language model.
+      scalar_head: the name of its scalar head; None: it is a language model, or its tensors were not looked at.
     """
 
     config: DecoderConfig
@@ -189,6 +189,8 @@ def describe_pretrained(
 ) -> Description:
     """Reads a checkpoint without its weights: to check settings before anything runs.
 
+    Of a hub id weights are downloaded only with `head`.
+
     Args:
       path_or_hub_id: as for `load_pretrained`.
       revision: of the hub id.
@@ -201,12 +203,13 @@ def describe_pretrained(
     Raises:
       FileNotFoundError, CheckpointError: as for `load_pretrained`.
     """
-    place = resolve(path_or_hub_id, revision)
-    source, config_dict, generation_config = open_source(place, str(path_or_hub_id))
+    place = resolve(path_or_hub_id, revision, weights=head is not None)
+    source, config_dict, generation_config = open_source(place, str(path_or_hub_id), weights=head is not None)
     config = in_file(place, config_from_hub, config_dict)
     if head is not None:
         _planned(place, source, config_dict, config, head, new_head=new_head)
-    return Description(config, _load_tokenizer(place, source), generation_config, stored_head(source))
+    scalar_head = None if source is None else stored_head(source)
+    return Description(config, _load_tokenizer(place, source), generation_config, scalar_head)
 
 
 def save_pretrained(directory: str | Path, pretrained: Pretrained, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -287,7 +290,7 @@ def _as_named(tensor: HubTensor, source: TensorSource, config: DecoderConfig, st
     return dataclasses.replace(tensor, name=name)
 
 
-def _load_tokenizer(place: Path, source: TensorSource) -> PreTrainedTokenizerBase | None:
+def _load_tokenizer(place: Path, source: TensorSource | None) -> PreTrainedTokenizerBase | None:
     if isinstance(source, GGUFSource):
         return gguf_tokenizer(source.tokenizer, place)
     return load_tokenizer(place)

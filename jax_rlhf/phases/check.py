@@ -2,15 +2,16 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from jax_rlhf.data import DataError, create_datasets, imported
 from jax_rlhf.data.formats import PHASES
 from jax_rlhf.engine import check_roles, headless
-from jax_rlhf.hub import describe_pretrained, other_ids
+from jax_rlhf.hub import Description, describe_pretrained, other_ids
 from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.parallel import create_layout, row_shards
 from jax_rlhf.phases.config import RunConfig
-from jax_rlhf.phases.ppo import ppo_microbatch, with_schedule_ends
+from jax_rlhf.phases.ppo import ppo_microbatch, ptx_data, with_schedule_ends
 from jax_rlhf.phases.supervised import microbatches, with_end
 from jax_rlhf.phases.workdir import WorkdirError, reward_model, sft_model, status
 from jax_rlhf.training.optimizer import learning_rate_schedule
@@ -42,7 +43,7 @@ def check_run(config: RunConfig, workdir: Path, *, overwrite: bool) -> None:
     check_roles({role: getattr(config, role) for role in ("model", "reference", "critic", "reward")})
     if config.model.path is None:
         raise ValueError("config.model.path is not set; it names the checkpoint: --config.model.path=FOLDER_OR_HUB_ID")
-    _check_inputs(config, workdir, phases)
+    inputs = _inputs(config, workdir, phases)
     policy = describe_pretrained(config.model.path, revision=config.model.revision)
     if policy.tokenizer is None:
         raise DataError(f"{config.model.path} came without a tokenizer; put its files into the same folder.")
@@ -53,12 +54,26 @@ def check_run(config: RunConfig, workdir: Path, *, overwrite: bool) -> None:
     _check_schedules(config, phases)
     for name in (*config.ppo.reward_functions, *config.ppo.eval_functions):
         imported(name, "config.ppo.reward_functions or eval_functions")
+    _check_data(config, policy, phases)
+    for described in inputs:  # last: of hub ids the weights are downloaded for it
+        _check_tensors(*described)
+
+
+def _check_data(config: RunConfig, policy: Description, phases: list[str]) -> None:
+    """Reads and tokenizes what each phase will."""
+    if config.data.ptx_paths and not config.ppo.ptx_coef:
+        raise ValueError("config.data.ptx_paths is given, and config.ppo.ptx_coef=0: nothing would be learned of it.")
     needed = dict.fromkeys(phases)
     if "reward" in phases and config.reward_training.normalize_rows:
         needed["ppo"] = None  # its prompts are answered, to normalise scores
-    for phase in list(needed)[1:]:  # the first one's own start does it
+    for phase in needed:
+        models = [] if phase == "sft" else _checkpoints(config)
+        known = [describe_pretrained(path, revision=revision).config for _, path, revision in models if path]
         how = {"seed": config.seed, "eos_ids": config.ends(policy), "eval_rows": config.eval_rows_of(phase)}
+        how["vocab_size"] = min(decoder.vocab_size for decoder in (policy.config, *known))
         create_datasets(config.data_of(phase), policy.tokenizer, phase, **how)
+        if phase == "ppo" in phases and config.ppo.ptx_coef:
+            create_datasets(ptx_data(config.data), policy.tokenizer, "sft", **how)
 
 
 def _check_overwrite(config: RunConfig, workdir: Path) -> None:
@@ -93,24 +108,40 @@ def _checkpoints(config: RunConfig) -> list[tuple[str, str | None, str | None]]:
     ]
 
 
-def _check_inputs(config: RunConfig, workdir: Path, phases: list[str]) -> None:
-    """A phase's input is another phase's result, or a path; its tensors are all there."""
-    training = config.reward_training
+class _Input(NamedTuple):
+    """A checkpoint that a phase starts from, and the head that it is loaded with."""
+
+    path: str
+    revision: str | None
+    head: Literal["lm", "scalar"]
+    use: str
+
+
+def _inputs(config: RunConfig, workdir: Path, phases: list[str]) -> list[_Input]:
+    """What the phases start from: a path, or a former phase's result, which must be there."""
+    training, policy, found = config.reward_training, config.model.revision, []
     if "sft" in phases:
-        describe_pretrained(config.model.path, revision=config.model.revision, head="lm")
+        found.append(_Input(config.model.path, policy, "lm", "policy"))
     elif "ppo" in phases or ("reward" in phases and (not training.path or training.normalize_rows > 0)):
-        describe_pretrained(sft_model(config, workdir), revision=config.model.revision, head="lm")
+        found.append(_Input(sft_model(config, workdir), policy, "lm", "policy"))
     if "reward" in phases and training.path:
-        describe_pretrained(training.path, revision=training.revision, head="scalar", new_head=True)
+        found.append(_Input(training.path, training.revision, "scalar", "start"))
     if "ppo" not in phases:
-        return
+        return found
     path = config.reward.path if "reward" in phases else reward_model(config, workdir)
-    if path and describe_pretrained(path, revision=config.reward.revision, head="scalar").scalar_head is None:
+    if path:
+        found.append(_Input(path, config.reward.revision, "scalar", "reward"))
+    if config.critic.path:
+        found.append(_Input(config.critic.path, config.critic.revision, "scalar", "critic"))
+    if config.reference.path:
+        found.append(_Input(config.reference.path, config.reference.revision, "lm", "reference"))
+    return found
+
+
+def _check_tensors(path: str, revision: str | None, head: Literal["lm", "scalar"], use: str) -> None:
+    described = describe_pretrained(path, revision=revision, head=head, new_head=use == "start")
+    if use == "reward" and described.scalar_head is None:
         raise ValueError(headless(path))
-    for role, head in (("critic", "scalar"), ("reference", "lm")):
-        path, revision = getattr(config, role).path, getattr(config, role).revision
-        if path:
-            describe_pretrained(path, revision=revision, head=head)
 
 
 def _check_layers(config: RunConfig, policy: DecoderConfig, phases: list[str], workdir: Path) -> None:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from jax_rlhf.data import Datasets, create_datasets, imported, pad_id
+from jax_rlhf.data import DataConfig, Datasets, create_datasets, imported, pad_id
 from jax_rlhf.engine import RLHFEngine
 from jax_rlhf.hub import save_pretrained
 from jax_rlhf.parallel import (
@@ -70,11 +70,15 @@ def run(
             engine, settings, reward_functions=_functions(settings.reward_functions, settings.reward_timeout)
         )
         most = config.eval_rows_of("ppo")
-        prompts = create_datasets(config.data, engine.tokenizer, "ppo", seed=config.seed, eval_rows=most, mesh=layout)
+        known = engine.networks.actor.model.config.vocab_size
+        how = {"seed": config.seed, "eval_rows": most, "vocab_size": known}
+        prompts = create_datasets(config.data, engine.tokenizer, "ppo", mesh=layout, **how)
         texts = _texts(config, engine) if settings.ptx_coef else None
         judges = _functions(settings.eval_functions, settings.reward_timeout)
         same_everywhere(prompts.digest, "the data")
         record.says_of(prompts)
+        if texts is not None and config.data.ptx_paths:
+            record.says_of(texts)
         inputs = _inputs(engine, prompts, texts)
         progress = Progress(record, config, inputs, accept_changes=accept_changes)
         engine.trained, trainer.state = progress.restore((engine.trained, trainer.state))
@@ -198,11 +202,24 @@ def ppo_microbatch(config: RunConfig, layout: Layout | None) -> int | None:
 
 
 def _texts(config: RunConfig, engine: RLHFEngine) -> Datasets:
-    """The SFT data of PPO-ptx, a text a row."""
-    data = dataclasses.replace(config.data, packing=False)
-    return create_datasets(
-        data, engine.tokenizer, "sft", seed=config.seed, eos_ids=config.ends(engine), mesh=engine.layout
-    )
+    """The texts of PPO-ptx, one per row."""
+    how = {"seed": config.seed, "eos_ids": config.ends(engine), "mesh": engine.layout}
+    return create_datasets(ptx_data(config.data), engine.tokenizer, "sft", **how)
+
+
+def ptx_data(data: DataConfig) -> DataConfig:
+    """The data of the pretraining loss.
+
+    Args:
+      data: the run's.
+
+    Returns:
+      `ptx_paths` as they are, or where there are none, what the SFT phase learns.
+    """
+    if not data.ptx_paths:
+        return dataclasses.replace(data, packing=False)
+    own = {"paths": data.ptx_paths, "weights": (), "eval_paths": (), "data_split": "", "eval_rows": 1}
+    return dataclasses.replace(data, packing=False, **own)
 
 
 def _functions(names: Sequence[str], timeout: float | None) -> list[RewardFunction]:

@@ -62,7 +62,8 @@ def run(
         policy = describe_pretrained(config.model.path, revision=config.model.revision)
         pretrained = dataclasses.replace(pretrained, tokenizer=policy.tokenizer)
         data, ends = config.data_of("reward"), config.ends(policy)
-        datasets = create_datasets(data, policy.tokenizer, "reward", seed=config.seed, eos_ids=ends, mesh=layout)
+        how = {"seed": config.seed, "eos_ids": ends, "vocab_size": pretrained.model.config.vocab_size}
+        datasets = create_datasets(data, policy.tokenizer, "reward", mesh=layout, **how)
         same_everywhere(datasets.digest, "the data")
         record.says_of(datasets)
         steps = total_steps(settings.steps, settings.epochs, datasets)

@@ -47,9 +47,8 @@ def run(
         record.say(f"loading {config.model.path}")
         pretrained = load_model(config.model, "lm", layout)
         ends = config.ends(pretrained)
-        datasets = create_datasets(
-            config.data, pretrained.tokenizer, "sft", seed=config.seed, eos_ids=ends, mesh=layout
-        )
+        how = {"seed": config.seed, "eos_ids": ends, "vocab_size": pretrained.model.config.vocab_size}
+        datasets = create_datasets(config.data, pretrained.tokenizer, "sft", mesh=layout, **how)
         same_everywhere(datasets.digest, "the data")
         record.says_of(datasets)
         steps = total_steps(settings.steps, settings.epochs, datasets)

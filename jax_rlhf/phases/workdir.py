@@ -60,12 +60,13 @@ def open_workdir(
     wanted = json.loads(ConfigDict(config).to_json_best_effort())
     file = workdir / "config.json"
     changed: dict[str, str] = {}
-    if file.is_file() and not overwrite:
+    states = {phase: status(workdir, phase) for phase in PHASES}
+    # Where no phase has left anything, an earlier start failed: there is no run to differ from.
+    if file.is_file() and not overwrite and set(states.values()) != {"new"}:
         try:
             changed = dict(_differences(json.loads(file.read_text(encoding="utf-8")), wanted))
         except ValueError as error:
             raise WorkdirError(f"{file} is not JSON ({error}); take another --workdir, or --overwrite.") from error
-        states = {phase: status(workdir, phase) for phase in PHASES}
         refused = [line for name, line in changed.items() if not _can_change(name, states)]
         if refused and not accept_changes:
             raise WorkdirError(
@@ -84,6 +85,20 @@ def open_workdir(
         (workdir / _OVERWRITTEN).write_text(_as_text(config), encoding="utf-8")
     put_up(workdir)
     return list(changed.values())
+
+
+def forget_failed_start(workdir: Path) -> None:
+    """Takes the config away again where no phase got as far as to leave anything.
+
+    Args:
+      workdir: the folder.
+    """
+    if any(status(workdir, phase) != "new" for phase in PHASES):
+        return
+    (workdir / "config.json").unlink(missing_ok=True)
+    remote = remote_of(workdir)
+    if remote is not None:
+        (remote / "config.json").unlink(missing_ok=True)
 
 
 def overwritten(workdir: Path, config: Mapping[str, Any] | ConfigDict) -> bool:
@@ -123,7 +138,7 @@ def _as_text(config: Mapping[str, Any] | ConfigDict) -> str:
 def _can_change(name: str, states: Mapping[str, str]) -> bool:
     """Whether a field, "config.a.b", may differ from what the phases in the workdir began with."""
     _, section, *rest = name.split(".")
-    if set(states.values()) == {"new"} or {section, *rest[-1:]} & set(_OF_THE_MACHINE):
+    if {section, *rest[-1:]} & set(_OF_THE_MACHINE):
         return True
     phase = _OF_A_PHASE.get(section)
     return phase is not None and name != "config.ppo.seed" and states[phase] != "finished"

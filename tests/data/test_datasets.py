@@ -266,6 +266,19 @@ def test_a_text_that_has_bos_already_gets_no_second_one(tmp_path):
         assert batch.chosen[0, :3].tolist() == tiny.ids("<bos> b <eos>")
 
 
+@pytest.mark.parametrize("phase", ["sft", "reward", "ppo"])
+def test_half_a_surrogate_pair_is_named_with_its_row(tmp_path, phase):
+    """JSON can hold one, and no tokenizer takes it."""
+    rows = pairs(30)
+    rows[7] |= {"prompt": "a \ud83d", "chosen": "b \ud83d"}
+    file = tiny.write(tmp_path / "x.jsonl", rows)
+    with pytest.raises(DataError, match=r"x.jsonl, line 8: half of a surrogate pair, which is no character, in 'a "):
+        create(file, phase, max_tokens=12)
+    data = create(file, phase, max_tokens=12, on_bad_row="drop")
+    assert "left out: 1 (half of a surrogate pair" in data.report
+    create(file, phase, max_tokens=12, on_bad_row="drop", prompt_tokens=1)
+
+
 def test_undesired_completions_are_left_out_and_counted(tmp_path):
     rows = [{"prompt": text, "completion": "z", "label": i % 3 > 0} for i, text in enumerate(tiny.letters(30))]
     file = tiny.write(tmp_path / "x.jsonl", rows)

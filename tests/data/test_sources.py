@@ -38,6 +38,20 @@ def test_every_kind_of_file_holds_the_same_rows(suffix, tmp_path):
     assert [row.content for row in read(write_as(suffix, tmp_path))] == ROWS
 
 
+def test_a_parquet_row_that_cannot_be_read_is_named(tmp_path):
+    """A text that is not UTF-8, as other writers store them, in a row of the second batch."""
+    texts = pyarrow.array([b"fine"] * 1500 + [b"\xff\xfe"] + [b"fine"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x.parquet, row 1501: a value that cannot be read \(.*utf-8"):
+        read(tmp_path / "x.parquet")
+
+
+def test_long_fields_of_csv_files_are_read(tmp_path):
+    """Python's csv module stops at 131,072 characters."""
+    (tmp_path / "x.csv").write_text("text\n" + "a" * 200_000 + "\n")
+    assert len(read(tmp_path / "x.csv")[0].content["text"]) == 200_000
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

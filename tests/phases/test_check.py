@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from jax_rlhf import CheckpointError, Pretrained, load_pretrained, save_pretrained
-from jax_rlhf.hub import config_from_hub
+from jax_rlhf.hub import config_from_hub, place
 from jax_rlhf.models import Decoder, init_params
 from jax_rlhf.phases import reward, run_config
 from jax_rlhf.phases.check import check_run
 from jax_rlhf.phases.config import LogConfig
 from jax_rlhf.phases.record import Record
-from jax_rlhf.phases.workdir import forget_overwritten, open_workdir, overwritten, status
+from jax_rlhf.phases.workdir import forget_failed_start, forget_overwritten, open_workdir, overwritten, status
 from jax_rlhf.text import printable, printable_lines
 from tests.data import tiny as data
 from tests.phases import tiny
@@ -113,6 +113,7 @@ def test_a_reward_model_of_another_vocabulary(config, tmp_path):
 def test_a_checkpoint_with_the_wrong_head_is_said_at_the_start(config, tmp_path, field, phases, message):
     head = "lm" if field == "reward.path" else "scalar"
     config.phases, config.sft_model_path = phases, config.model.path
+    config.ppo.reward_functions = ("tests.phases.tiny:count_a",)
     set_field(config, field, tiny.checkpoint(tmp_path / "other", head=head, tied=False))
     with pytest.raises((ValueError, CheckpointError), match=message):
         check(config, tmp_path)
@@ -171,6 +172,83 @@ def test_a_reward_model_of_fewer_positions(config, tmp_path):
         check(config, tmp_path)
 
 
+@pytest.mark.parametrize("phase", ["sft", "reward", "ppo"])
+def test_a_token_past_the_embedding_is_named_with_its_row_at_the_start(config, tmp_path, phase):
+    """For the first phase too, and before weights are read."""
+    known = len(data.WORDS) - 1  # "z" has no row
+    config.model.path = config.sft_model_path = tiny.checkpoint(tmp_path / "small", vocabulary=known)
+    config.phases, config.ppo.reward_functions = (phase,), ("tests.phases.tiny:count_a",)
+    config.reward_training.normalize_rows = 0
+    rows = [json.loads(line) for line in Path(config.data.paths[0]).read_text().splitlines()]
+    rows = [row for row in rows if "z" not in row["prompt"]]
+    config.data.paths = (data.write(tmp_path / "good.jsonl", rows),)
+    check(config, tmp_path)
+    rows[41]["prompt"] = "a z b"
+    config.data.paths = (data.write(tmp_path / "bad.jsonl", rows),)
+    (tmp_path / "small" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=rf"bad.jsonl, line 42: token 'z' has the id {known}, .* has {known} rows"):
+        check(config, tmp_path)
+
+
+def test_a_pad_token_past_the_embedding_is_said(config, tmp_path):
+    config.model.path = tiny.checkpoint(tmp_path / "small", vocabulary=len(data.WORDS) - 1)
+    config.data.pad_token = "z"
+    with pytest.raises(ValueError, match=r"the pad token 'z' has the id 30, .*--config.data.pad_token='<eos>'"):
+        check(config, tmp_path)
+
+
+@pytest.mark.parametrize("phase", ["sft", "reward", "ppo"])
+def test_the_first_phase_s_data_is_read_at_the_start(config, tmp_path, phase):
+    config.phases, config.sft_model_path = (phase,), config.model.path
+    config.reward.path = tiny.checkpoint(tmp_path / "reward", head="scalar")
+    config.data.paths = (data.write(tmp_path / "x.jsonl", [{"question": "a", "answer": "b"}] * 40),)
+    with pytest.raises(ValueError, match=rf"x.jsonl, line 1: the {phase} phase needs .* has answer, question"):
+        check(config, tmp_path)
+
+
+def test_weights_of_a_hub_id_are_downloaded_after_all_else_is_checked(config, tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        asked.append(any(pattern.endswith("safetensors") for pattern in allow_patterns))
+        return tmp_path / "base"
+
+    monkeypatch.setattr(place, "snapshot_download", download)
+    config.model.path, config.phases = "org/base", ("sft",)
+    check(config, tmp_path)
+    assert asked == [False] * (len(asked) - 1) + [True]
+    asked.clear()
+    config.data.paths = (data.write(tmp_path / "x.jsonl", [{"question": "a"}] * 40),)
+    with pytest.raises(ValueError, match="the sft phase needs"):
+        check(config, tmp_path)
+    assert asked
+    assert not any(asked)
+
+
+def test_texts_of_their_own_for_the_pretraining_loss(config, tmp_path):
+    config.phases, config.sft_model_path = ("ppo",), config.model.path
+    config.ppo.reward_functions = ("tests.phases.tiny:count_a",)
+    config.data.ptx_paths = (data.write(tmp_path / "texts.jsonl", [{"text": text} for text in data.letters(40)]),)
+    with pytest.raises(ValueError, match=r"ptx_paths is given, and config.ppo.ptx_coef=0"):
+        check(config, tmp_path)
+    config.ppo.ptx_coef = 1.0
+    check(config, tmp_path)
+    data.write(tmp_path / "texts.jsonl", [{"words": text} for text in data.letters(40)])
+    with pytest.raises(ValueError, match=r"texts.jsonl, line 1: the sft phase needs .* has words"):
+        check(config, tmp_path)
+
+
+def test_a_start_that_failed_leaves_no_config(config, tmp_path):
+    workdir = tmp_path / "run"
+    open_workdir(workdir, config, ("sft",), overwrite=False)
+    forget_failed_start(workdir)
+    assert not (workdir / "config.json").exists()
+    open_workdir(workdir, config, ("sft",), overwrite=False)
+    (workdir / "sft" / "checkpoints" / "3").mkdir(parents=True)
+    forget_failed_start(workdir)
+    assert (workdir / "config.json").exists()
+
+
 def test_a_later_phase_s_broken_row_stops_the_run_at_its_start(config, tmp_path):
     rows = [json.loads(line) for line in Path(config.data.paths[0]).read_text().splitlines()]
     rows[41]["rejected"] = rows[41]["chosen"]  # the SFT phase would not notice
@@ -189,7 +267,7 @@ def test_a_workdir_belongs_to_one_config(config, tmp_path):
     config.data.max_tokens = 19
     assert open_workdir(workdir, config, ("sft",), overwrite=False) == []
     config.data.max_tokens = 20  # nothing was made with the former one
-    assert open_workdir(workdir, config, ("sft",), overwrite=False) == ["config.data.max_tokens was 19 and is 20"]
+    assert open_workdir(workdir, config, ("sft",), overwrite=False) == []
     finished(workdir, "sft")
     config.phases, config.log.table_rows, config.checkpoint.every = ("ppo",), 1, 5  # what may differ
     assert open_workdir(workdir, config, ("sft",), overwrite=False) == []
