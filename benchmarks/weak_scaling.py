@@ -10,7 +10,7 @@ Llama-3-8B as configs/llama3_8b.py has it, 16 rows a device. From programs compi
 import jax
 from absl import app, flags
 
-from configs import llama3_8b
+from jax_rlhf.packaged import packaged_config
 from jax_rlhf.parallel import create_layout
 from jax_rlhf.phases import run_config
 from jax_rlhf.plan.abstract import programs_of
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
         topology = describe_topology(name)
         count = len(topology.devices)
         for form in forms(count):
-            config = llama3_8b.get_config()
+            config = packaged_config("llama3_8b")
             with config.unlocked():
                 config.update_from_flattened_dict(
                     form | {"phases": ("ppo",), "data.ppo_batch_size": _ROWS.value * count}

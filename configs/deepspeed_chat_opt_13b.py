@@ -11,12 +11,12 @@ which says how to convert the checkpoints, is set here. Its run_13b.sh trains Lo
 
 from ml_collections import ConfigDict
 
-from configs import deepspeed_chat_opt
+from jax_rlhf.packaged import packaged_config
 
 
 def get_config() -> ConfigDict:
     """The settings."""
-    config = deepspeed_chat_opt.get_config()
+    config = packaged_config("deepspeed_chat_opt")
     config.model.path = "opt-13b"
     config.data.sft_batch_size = 128
     config.sft.microbatch_size = 32

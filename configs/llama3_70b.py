@@ -10,12 +10,12 @@ the machine that this was written on has no accelerator. What differs from confi
 
 from ml_collections import ConfigDict
 
-from configs import llama3_8b
+from jax_rlhf.packaged import packaged_config
 
 
 def get_config() -> ConfigDict:
     """The settings."""
-    config = llama3_8b.get_config()
+    config = packaged_config("llama3_8b")
     config.model.path = "meta-llama/Meta-Llama-3-70B-Instruct"
     config.reward_training.path = "meta-llama/Meta-Llama-3-8B-Instruct"  # of the same tokenizer
     config.mesh.tensor = 8

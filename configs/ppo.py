@@ -82,7 +82,7 @@ def get_config() -> ConfigDict:
     ppo.value_clip_range = 0.2  # ε of the value loss, in reward units
     ppo.entropy_coef = 0.0  # bonus a nat of entropy
     # ppo.entropy_target = 2.0  # nats a token, above which there is no bonus
-    ppo.ptx_coef = 0.0  # weight of the SFT data's loss (PPO-ptx), a nat a token
+    ppo.ptx_coef = 0.0  # weight of the loss of data.ptx_paths' texts or the SFT data (PPO-ptx), per nat per token
     ppo.critic_warmup_iterations = 0  # in which only the critic learns
     # ppo.target_kl = 0.1  # nats per token; ends an iteration's updates, the critic's too
     # ppo.kl_limit = 50.0  # nats a response, past which the run stops

@@ -47,6 +47,7 @@ def get_config() -> ConfigDict:
 
     data = config.data
     data.paths = ()  # .jsonl, .json, .parquet, .csv files, data set ids, "package.module:function" readers
+    data.ptx_paths = ()  # texts of PPO's pretraining loss (ppo.ptx_coef); empty: what the SFT phase learns
     data.weights = ()  # the share of each path in the mixture; empty: by size
     data.eval_paths = ()  # held-out rows; empty: eval_rows of each path's (a reader gives its own)
     data.eval_rows = 256  # held out at most: whole prompts, never more than a tenth of each path
@@ -61,10 +62,13 @@ def get_config() -> ConfigDict:
     data.text_column = "text"
     data.messages_column = "messages"
     data.margin_column = "margin"
+    data.label_column = "label"  # a completion whose label is false is not learned
+    data.tools_column = "tools"  # what the assistant may call, for the chat template
     data.max_tokens = 512  # longest prompt + completion
     data.max_prompt_tokens = 256  # longest prompt of PPO, and what truncation leaves of one
     data.too_long = "filter"  # leave longer rows out and count them, or "truncate": prompts left, completions right
-    data.on_bad_row = "error"  # at empty completions and chosen = rejected; or "drop" and count them
+    data.on_bad_row = "error"  # at an empty answer, chosen = rejected, an answer that the template cuts; or "drop" them
+    data.as_chat = False  # write plain prompts and answers with the tokenizer's chat template
     # data.prompt_tokens = 8  # PPO's prompts are the first so many tokens of a text
     data.deduplicate = True  # of rows that are alike, one stays; prompts of eval_paths are not trained on
     # data.pad_token = "<|endoftext|>"  # for a tokenizer without one; any will do

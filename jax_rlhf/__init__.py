@@ -1,5 +1,10 @@
 """RLHF on a mesh, in JAX: supervised fine-tuning, reward model, PPO."""
 
+import os
+from importlib import metadata
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is no news: it is not used
+
 from jax_rlhf.data import DataConfig, DataError, Datasets, create_datasets
 from jax_rlhf.engine import RLHFEngine
 from jax_rlhf.hub import CheckpointError, Pretrained, load_pretrained, save_pretrained
@@ -8,6 +13,11 @@ from jax_rlhf.rl import Experience, Prompts
 from jax_rlhf.rollout import Samples, sample, token_logprobs
 from jax_rlhf.trainer import PPOTrainer
 from jax_rlhf.training import OptimizerConfig, PPOConfig
+
+try:
+    __version__ = metadata.version("jax_rlhf")
+except metadata.PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
@@ -24,6 +34,7 @@ __all__ = [
     "RewardError",
     "RewardFunction",
     "Samples",
+    "__version__",
     "create_datasets",
     "load_pretrained",
     "sample",

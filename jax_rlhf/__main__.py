@@ -1,8 +1,6 @@
 """`python -m jax_rlhf --config=FILE [--config.a.b=value …] --workdir=DIR`: runs the phases that the config names."""
 
-import difflib
 import errno
-import importlib.util
 import sys
 import threading
 import traceback
@@ -14,8 +12,9 @@ from types import TracebackType
 import jax
 from absl import app, flags, logging
 from filelock import BaseFileLock
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from jax_rlhf.command_line import CONFIG, parse_flags
 from jax_rlhf.data import DataError
 from jax_rlhf.hub import CheckpointError
 from jax_rlhf.parallel import ProcessError, any_process, leave, same_everywhere, start_processes, together
@@ -37,7 +36,6 @@ from jax_rlhf.rewards import RewardError
 from jax_rlhf.text import printable_lines
 from jax_rlhf.training.checkpoint import RestoreError
 
-CONFIG = config_flags.DEFINE_config_file("config", help_string="The config; --config.a.b=value overrides.")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The folder for checkpoints, models, metrics and samples; or gs://bucket/folder."
 )
@@ -191,57 +189,10 @@ def _run_phases(config: ConfigDict, workdir: Path, stop: StopSignals, locks: lis
     return 0
 
 
-def parse_flags(arguments: Sequence[str]) -> list[str]:
-    """Parses the command line; a field that the config does not have is an error that lists the nearest names.
-
-    Args:
-      arguments: sys.argv.
-
-    Returns:
-      What is left of it. Exits with code 2 where it cannot be used.
-    """
-    try:
-        rest = flags.FLAGS(list(arguments))
-        if flags.FLAGS["verbosity"].using_default_value:
-            flags.FLAGS.verbosity = logging.WARNING  # absl would choose INFO, in which JAX reports each missing device
-        return rest
-    except (AttributeError, KeyError) as error:
-        message = _unknown_field(arguments) or str(error)
-    except (flags.Error, FileNotFoundError, ImportError, SyntaxError, TypeError, ValueError) as error:
-        message = str(error)
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _unknown_field(arguments: Sequence[str]) -> str | None:
-    """What to say of the first --config.a.b that the config file does not have."""
-    file = next((a.partition("=")[2] for a in arguments if a.startswith("--config=")), None)
-    if file is None:
-        return "--config=FILE is missing, or comes after its fields."
-    spec = importlib.util.spec_from_file_location("config_file", file.partition(":")[0])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    known = list(_paths(module.get_config()))
-    for argument in arguments:
-        name = argument.lstrip("-").partition("=")[0].removeprefix("config.")
-        if argument.startswith("--config.") and name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            same = [path for path in known if path.rpartition(".")[2] == name.rpartition(".")[2]]
-            hint = f"did you mean {' or '.join(f'config.{path}' for path in dict.fromkeys(near + same))}?"
-            listed = "configs/sft.py, reward.py and ppo.py list the fields."
-            return f"config.{name}: there is no such field; {hint if near or same else listed}"
-    return None
-
-
-def _paths(config: ConfigDict, prefix: str = "") -> list[str]:
-    paths = []
-    for name, value in config.items():
-        paths.append(prefix + name)
-        if isinstance(value, ConfigDict):
-            paths += _paths(value, f"{prefix}{name}.")
-    return paths
+def run() -> None:
+    """The console command `jax-rlhf`."""
+    app.run(main, flags_parser=parse_flags)
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=parse_flags)
+    run()

@@ -2,14 +2,16 @@
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from ml_collections import ConfigDict, config_dict
 
 T = TypeVar("T")
+_MANY = 30  # fields that are no longer listed
 
 
 def from_mapping(kind: type[T], values: Any, where: str = "config") -> T:
@@ -35,23 +37,113 @@ def from_mapping(kind: type[T], values: Any, where: str = "config") -> T:
     checked = {}
     for name, value in values.items():
         if name not in known:
-            raise ValueError(f"{where}.{name}: there is no such field; {near_misses(name, known)}")
+            raise ValueError(f"{where}.{name}: there is no such field; {unknown_name(name, known)}")
         checked[name] = _checked(hints[name], value, f"{where}.{name}")
     return kind(**checked)
 
 
-def near_misses(name: str, known: Iterable[str]) -> str:
-    """What may have been meant.
+_NOT_HERE = {
+    r"lora|peft|adapter": "LoRA and other adapters",
+    r"qlora|4bit|8bit|quanti[sz]": "quantized training",
+    r"vllm|sglang": "generation by another server",
+    r"grpo|rloo|reinforce": "GRPO, RLOO and REINFORCE (the algorithm is PPO)",
+    r"dpo|kto|orpo|simpo|cpo": "DPO and its relatives (the phases are sft, reward and ppo)",
+    r"deepspeed|zero_stage|fsdp_config|accelerate": "DeepSpeed and accelerate (config.mesh says what is sharded)",
+    r"pipeline": "pipeline parallelism",
+    r"moe|expert": "mixtures of experts",
+}
+"""What other frameworks have and this one has not, by a pattern of names."""
+_OTHER_NAMES = {
+    "gradient_checkpointing": "model.remat",
+    "gradient_accumulation_steps": "sft.microbatch_size, reward_training.microbatch_size or ppo.microbatch_size",
+    "per_device_train_batch_size": "data.sft_batch_size, data.reward_batch_size or data.ppo_batch_size, of all devices",
+    "train_batch_size": "data.sft_batch_size, data.reward_batch_size or data.ppo_batch_size",
+    "batch_size": "data.sft_batch_size, data.reward_batch_size or data.ppo_batch_size",
+    "learning_rate": "sft.optimizer.learning_rate, reward_training.optimizer.learning_rate or "
+    "ppo.actor_optimizer.learning_rate and ppo.critic_optimizer.learning_rate",
+    "num_train_epochs": "sft.epochs, reward_training.epochs or ppo.iterations",
+    "max_steps": "sft.steps, reward_training.steps or ppo.iterations",
+    "max_length": "data.max_tokens",
+    "max_seq_length": "data.max_tokens",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "max_completion_length": "ppo.max_new_tokens",
+    "response_length": "ppo.max_new_tokens",
+    "beta": "ppo.kl_coef",
+    "init_kl_coef": "ppo.kl_coef",
+    "cliprange": "ppo.clip_range",
+    "cliprange_value": "ppo.value_clip_range",
+    "vf_coef": "ppo.value_coef",
+    "num_ppo_epochs": "ppo.ppo_epochs",
+    "num_mini_batches": "ppo.num_minibatches",
+    "model_name_or_path": "model.path",
+    "dataset_name": "data.paths",
+    "reward_model_path": "reward.path",
+    "sft_model_path": "sft_model_path",
+    "output_dir": "--workdir=DIR, which is no field",
+    "report_to": "log.tensorboard and log.wandb_project",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "save_steps": "checkpoint.every",
+    "eval_steps": "sft.eval_every, reward_training.eval_every or ppo.eval_every",
+    "attn_implementation": "model.attention",
+}
+"""What users of TRL, OpenRLHF and DeepSpeed-Chat know by another name."""
+
+
+def unknown_name(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """What to say of a field that there is not: what it is called here, that there is no such thing, or what is near.
 
     Args:
-      name: what was written.
-      known: the names that there are.
+      name: as written, "a.b.c".
+      known: the names that there are, of the same form.
+      prefix: of names in the answer.
 
     Returns:
       A sentence for a message.
     """
-    near = difflib.get_close_matches(name, known, n=3)
-    return f"did you mean {' or '.join(near)}?" if near else f"the fields are {', '.join(sorted(known))}."
+    known, last = list(known), name.lower().rpartition(".")[2]
+    for pattern, what in _NOT_HERE.items():
+        if re.search(pattern, last):
+            return f"{what}: not in this project yet."
+    same = [path for path in known if path.lower().rpartition(".")[2] == last]
+    near = list(dict.fromkeys([*same, *difflib.get_close_matches(name, known, n=3)]))
+    if last in _OTHER_NAMES and not same:
+        return f"here it is config.{_OTHER_NAMES[last]}." if "=" not in _OTHER_NAMES[last] else _OTHER_NAMES[last]
+    if near:
+        return f"did you mean {' or '.join(prefix + path for path in near)}?"
+    if len(known) > _MANY:
+        return "configs/sft.py, reward.py and ppo.py explain the fields."
+    return f"the fields are {', '.join(sorted(known))}."
+
+
+def one_of(name: str, known: Sequence[str], what: str) -> str:
+    """What may have been meant by a value that is none of a few.
+
+    Args:
+      name: as written.
+      known: the values that there are.
+      what: they are, in the plural.
+
+    Returns:
+      A sentence for a message.
+    """
+    for pattern, absent in _NOT_HERE.items():
+        if re.search(pattern, name.lower()):
+            return f"{absent}: not in this project yet."
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"the {what} are {', '.join(known)}."
+
+
+def is_list_of(hint: Any) -> type:
+    """The type of a list's elements.
+
+    Args:
+      hint: a field's, such as `tuple[str, ...]` or `tuple[int, ...] | None`.
+
+    Returns:
+      Such as `str`.
+    """
+    return next(typing.get_args(option)[0] for option in _options(hint) if typing.get_origin(option) is tuple)
 
 
 def _checked(hint: Any, value: Any, where: str) -> Any:
@@ -82,10 +174,10 @@ def _options(hint: Any) -> tuple:
 def _items(option: Any, value: Any) -> tuple | None:
     """The tuple that was meant; None where its items are of another type."""
     kind = typing.get_args(option)[0]
-    if kind is str:  # --config.phases=sft,reward arrives as one text
-        texts = [value] if isinstance(value, str) else value
+    if kind is str:
+        texts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
         if isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts):
-            return tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
+            return tuple(text for text in texts if text.strip())
         return None
     if not isinstance(value, list | tuple) or any(isinstance(item, bool) for item in value):
         return None

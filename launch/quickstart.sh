@@ -11,8 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 
 make_environment quickstart
-pip_install -r requirements.txt
+pip_install -r requirements.txt -r requirements-judge.txt
 pip_install --no-deps -r requirements-quickstart.txt
 
-export TRANSFORMERS_NO_ADVISORY_WARNINGS=1 # that PyTorch is missing is no news: it is not used
 exec "$environment/bin/python" -m jax_rlhf --config=configs/quickstart.py --workdir=runs/quickstart "$@"

@@ -16,7 +16,7 @@ pip_install 'transformers>=4.57,<5' 'jinja2>=3.1,<4' 'numpy>=2,<3'
 export TRANSFORMERS4_PYTHON="$PWD/$environment/bin/python"
 
 make_environment test
-pip_install -r requirements.txt -r requirements-dev.txt
+pip_install -r requirements.txt -r requirements-judge.txt -r requirements-dev.txt
 pip_install --no-deps -r requirements-quickstart.txt
 
 "$environment/bin/ruff" check .

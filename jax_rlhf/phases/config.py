@@ -10,7 +10,7 @@ from jax_rlhf.data.formats import PHASES
 from jax_rlhf.engine import CriticConfig, FrozenConfig, ModelConfig, RLHFEngine
 from jax_rlhf.hub import Description, Pretrained, end_ids
 from jax_rlhf.parallel import MeshConfig, RolloutMeshConfig
-from jax_rlhf.settings import from_mapping, near_misses, to_config_dict
+from jax_rlhf.settings import from_mapping, one_of, to_config_dict
 from jax_rlhf.training import OptimizerConfig, PPOConfig
 from jax_rlhf.training.checkpoint import CheckpointConfig
 
@@ -137,7 +137,7 @@ class RunConfig:
             raise ValueError(f"config.max_bad_steps={self.max_bad_steps} must be 1 or more.")
         for phase in self.phases:
             if phase not in PHASES:
-                raise ValueError(f"config.phases: {phase!r} is no phase; {near_misses(phase, PHASES)}")
+                raise ValueError(f"config.phases: {phase!r} is no phase; {one_of(phase, PHASES, 'phases')}")
         if not self.phases or sorted(self.phases, key=PHASES.index) != list(self.phases):
             raise ValueError(f"config.phases={self.phases}: one or more of {', '.join(PHASES)} in this order.")
 

@@ -15,7 +15,7 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jax_rlhf.__main__ import CONFIG, parse_flags
+from jax_rlhf.command_line import CONFIG, parse_flags
 from jax_rlhf.hub import CheckpointError
 from jax_rlhf.parallel import create_layout
 from jax_rlhf.phases import run_config
@@ -106,6 +106,10 @@ def _print_advice(found: list[Advice]) -> None:
         print(f"  {one}")
 
 
-if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
+def run() -> None:
+    """The console command `jax-rlhf-plan`."""
     app.run(main, flags_parser=parse_flags)
+
+
+if __name__ == "__main__":
+    run()
