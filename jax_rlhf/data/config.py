@@ -9,8 +9,9 @@ class DataConfig:
     """The data of all phases; formats are TRL's, see `formats.py`.
 
     Sources:
-      paths: each a .jsonl, .json, .parquet or .csv file, the id of a Hugging Face data set (or a folder that `datasets`
-        loads), or "package.module:function", a reader: f(phase=…, split="train" | "eval") → rows as dicts.
+      paths: each a .jsonl, .json, .parquet or .csv file; a Hugging Face data set, "org/name" or
+        "org/name:configuration", or a folder that `datasets` loads or saved; or "package.module:function", a reader:
+        f(phase=…, split="train" | "eval") → rows as dicts.
       ptx_paths: texts of the pretraining loss in PPO (`ppo.ptx_coef`); empty = what the SFT phase learns of `paths`.
       weights: the share of each path in the mixture; empty = by their sizes.
       eval_paths: held-out rows; empty = what each reader returns for "eval", and `eval_rows` of each other path's. No

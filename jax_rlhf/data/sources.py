@@ -17,11 +17,12 @@ import pyarrow.parquet
 from jax_rlhf.data.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+_SAVED_TO_DISK = ("dataset_dict.json", "state.json")
 _ROWS_AT_ONCE = 1024
 _LONGEST_FIELD = 1 << 30
 """In characters; Python's own limit is 131,072."""
 _READER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+(:[\w./-]+)?)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,8 @@ def read_rows(path: str, *, phase: str, split: str, hub_split: str, revision: st
     """All rows of a source.
 
     Args:
-      path: a file, a Hugging Face data set's id or folder, or "package.module:function".
+      path: a file; a Hugging Face data set's id ("org/name", "org/name:configuration") or folder, also one that
+        `save_to_disk` wrote; or "package.module:function".
       phase: told to a reader.
       split: "train" or "eval", told to a reader.
       hub_split: of a Hugging Face data set.
@@ -134,13 +136,33 @@ def _from_reader(path: str, phase: str, split: str) -> list:
 
 
 def _from_hub(path: str, split: str, revision: str | None) -> Iterator[dict]:
+    """The rows of "org/name", "org/name:configuration", "org/name:folder", a local folder, or one of `save_to_disk`."""
+    folder = Path(path).expanduser()
     try:
-        return map(_without_fill, datasets.load_dataset(path, split=split, revision=revision))
+        if any((folder / name).is_file() for name in _SAVED_TO_DISK):
+            saved = datasets.load_from_disk(str(folder))
+            rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+        else:
+            rows = _load_dataset(str(folder) if folder.is_dir() else path, split, revision)
+        return map(_without_fill, rows)
     except Exception as error:  # datasets raises many types
         raise DataError(
-            f"Hugging Face data set {path!r}, split {split!r}: {type(error).__name__}: {error}. Without a network give "
-            "a local file; a split is chosen with config.data.split and config.data.eval_split."
+            f"Hugging Face data set {path!r}, split {split!r}: {type(error).__name__}: {error}. A split is chosen with "
+            "config.data.split and config.data.eval_split, a configuration or a folder of a data set by its path: "
+            "org/name:configuration. Without a network give a local file, or a folder of save_to_disk."
         ) from error
+
+
+def _load_dataset(path: str, split: str, revision: str | None) -> Iterable[dict]:
+    name, colon, part = (path, "", "") if Path(path).is_dir() else path.partition(":")
+    if not colon:
+        return datasets.load_dataset(name, split=split, revision=revision)
+    try:
+        return datasets.load_dataset(name, part, split=split, revision=revision)
+    except ValueError as error:  # no configuration of that name: Anthropic/hh-rlhf:harmless-base is a folder
+        if "BuilderConfig" not in str(error):
+            raise
+        return datasets.load_dataset(name, data_dir=part, split=split, revision=revision)
 
 
 def _text(file: Path) -> str:

@@ -239,6 +239,7 @@ def sft_model(config: RunConfig, workdir: Path) -> str:
     if config.sft_model_path is not None:
         return config.sft_model_path
     return _result(
+        config,
         workdir,
         "sft",
         "--config.sft_model_path=… names another SFT model; to go without the SFT phase, "
@@ -264,6 +265,7 @@ def reward_model(config: RunConfig, workdir: Path) -> str | None:
     if config.ppo.reward_functions and status(workdir, "reward") == "new":
         return None
     return _result(
+        config,
         workdir,
         "reward",
         "--config.reward.path=… names another reward model; "
@@ -271,12 +273,13 @@ def reward_model(config: RunConfig, workdir: Path) -> str | None:
     )
 
 
-def _result(workdir: Path, phase: str, mend: str) -> str:
+def _result(config: RunConfig, workdir: Path, phase: str, mend: str) -> str:
     state = status(workdir, phase)
     if state == "new":
+        both = ",".join(name for name in PHASES if name == phase or name in config.phases)
         raise WorkdirError(
-            f"{workdir / phase / 'model'} is missing: run the {phase} phase first (it is one of "
-            f"config.phases), or: {mend}."
+            f"{workdir / phase / 'model'} is missing: run the {phase} phase first (--config.phases={both} does both), "
+            f"or: {mend}."
         )
     if state != "finished":
         again = "run it again" if state == "interrupted" else "repeat it with --overwrite"

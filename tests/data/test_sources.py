@@ -3,6 +3,7 @@
 import csv
 import json
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -101,3 +102,57 @@ def test_what_is_not_there_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="Without a network give a local file"):
         read("nobody/nothing")
+
+
+# ---- Hugging Face data sets ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_folder_of_save_to_disk_is_read(tmp_path, whole):
+    train = datasets.Dataset.from_list(ROWS)
+    saved = datasets.DatasetDict(train=train, test=train.select([1])) if whole else train
+    saved.save_to_disk(str(tmp_path / "saved"))
+    assert [row.content for row in read(tmp_path / "saved")] == ROWS
+    if whole:
+        test = read_rows(str(tmp_path / "saved"), phase="sft", split="eval", hub_split="test")
+        assert [row.content for row in test] == ROWS[1:]
+        with pytest.raises(DataError, match=r"split 'dev': KeyError.* config.data.split"):
+            read_rows(str(tmp_path / "saved"), phase="sft", split="train", hub_split="dev")
+
+
+def test_a_folder_that_datasets_loads_is_read(tmp_path):
+    (tmp_path / "set").mkdir()
+    write_as(".jsonl", tmp_path / "set")
+    assert [row.content for row in read(tmp_path / "set")] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("org/name", {"name": None, "data_dir": None}),
+        ("openai/gsm8k:main", {"name": "main", "data_dir": None}),
+        (
+            "Anthropic/hh-rlhf:harmless-base",
+            {"name": None, "data_dir": "harmless-base"},
+        ),  # a folder, not a configuration
+    ],
+)
+def test_a_configuration_or_a_folder_of_a_data_set_is_part_of_its_path(monkeypatch, path, expected):
+    asked = []
+
+    def load_dataset(where, name=None, *, data_dir=None, split, revision):
+        if name == "harmless-base":
+            raise ValueError("BuilderConfig 'harmless-base' not found. Available: ['default']")
+        asked.append({"path": where, "name": name, "data_dir": data_dir, "split": split, "revision": revision})
+        return ROWS
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = read_rows(path, phase="sft", split="train", hub_split="dev", revision="v1")
+    assert [row.content for row in rows] == ROWS
+    assert asked == [{"path": path.partition(":")[0], "split": "dev", "revision": "v1"} | expected]
+
+
+def test_a_data_set_that_cannot_be_had_says_how_one_is_named():
+    """Tests have no network."""
+    with pytest.raises(DataError, match=r"'org/none', split 'train': .* org/name:configuration"):
+        read("org/none")

@@ -54,7 +54,7 @@ def set_field(config, path, value):
         ({"ppo.microbatch_size": 5}, r"config.ppo.microbatch_size=5 does not divide a batch of 8 rows"),
         ({"reward_training.loss": "token", "reward_training.compare": "all"}, 'compare="all" is for loss="bradley'),
         ({"ppo.actor_optimizer.schedule": "linear", "ppo.actor_optimizer.warmup_steps": 12}, "config.ppo.actor_optim"),
-        ({"phases": ("ppo",)}, "sft/model is missing: run the sft phase first.*--config.sft_model_path"),
+        ({"phases": ("ppo",)}, r"sft/model is missing: run the sft phase first \(--config.phases=sft,ppo does both\)"),
         ({"phases": ("sft", "ppo")}, "reward/model is missing: run the reward phase first"),
         ({"sft.microbatch_size": 5}, r"config.sft.microbatch_size=5 does not divide a batch of 16 rows.*8, 16"),
         ({"data.ppo_batch_size": 12}, r"ppo_batch_size=12 is no multiple of config.ppo.num_minibatches=2 × .* 16 or"),
