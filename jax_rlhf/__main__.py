@@ -1,6 +1,7 @@
 """`python -m jax_rlhf --config=FILE [--config.a.b=value …] --workdir=DIR`: runs the phases that the config names."""
 
 import errno
+import hashlib
 import sys
 import threading
 import traceback
@@ -20,8 +21,9 @@ from jax_rlhf.hub import CheckpointError
 from jax_rlhf.parallel import ProcessError, any_process, leave, same_everywhere, start_processes, together
 from jax_rlhf.phases import run_config
 from jax_rlhf.phases.check import check_run
+from jax_rlhf.phases.closing import closing
 from jax_rlhf.phases.faults import FaultError
-from jax_rlhf.phases.mirror import open_workdir_at, put_up, refresh, remote_of
+from jax_rlhf.phases.mirror import open_workdir_at, put_up, refresh
 from jax_rlhf.phases.stop import Stopped, StopSignals
 from jax_rlhf.phases.workdir import (
     check_shared,
@@ -40,7 +42,10 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The folder for checkpoints, models, metrics and samples; or gs://bucket/folder."
 )
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Repeat phases that the workdir has; what they left is deleted.")
-
+_COMPILE_CACHE = flags.DEFINE_string(
+    "compile_cache", "~/.cache/jax_rlhf", "Where compiled programs are kept for the next start; empty = nowhere."
+)
+_CHECK = flags.DEFINE_bool("check", False, "Look at settings, data and checkpoints, show a row per phase, and stop.")
 _ACCEPT_CHANGES = flags.DEFINE_bool(
     "accept_changes", False, "Go on although model, tokenizer, data or seed are not those that the workdir began with."
 )
@@ -63,6 +68,9 @@ _EXPECTED = (
     ProcessError,
     RewardError,
 )
+
+_CPU_INFO = Path("/proc/cpuinfo")
+_CACHE_BYTES = 8 * 2**30  # past that JAX removes what was not used for longest
 
 SAVED = 75
 """Exit code after SIGTERM, a maintenance notice or Ctrl-C: all is saved, the same command goes on. EX_TEMPFAIL."""
@@ -87,6 +95,7 @@ def main(arguments: Sequence[str]) -> int:
             raise ValueError("--workdir=DIR is missing: the folder for models, metrics and samples.")
         process = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
         start_processes(*process, timeout=_PROCESS_TIMEOUT.value)
+        _keep_compiled(_COMPILE_CACHE.value)
         stop = StopSignals().listen()  # to the very end
         workdir, _lock = open_workdir_at(_WORKDIR.value)
         return _run(CONFIG.value, workdir, stop)
@@ -107,6 +116,20 @@ def main(arguments: Sequence[str]) -> int:
         # Ours; where there are other processes, they must not wait for this one.
         print(printable_lines(traceback.format_exc()), file=sys.stderr)
         return leave(FAILED, error)
+
+
+def _keep_compiled(folder: str) -> None:
+    """Compiled programs are kept on the disk, so that the same run compiles nothing when it starts again.
+
+    Not with several processes, which would have to agree on what is there, and not where JAX is told another folder.
+    """
+    if not folder or jax.process_count() > 1 or jax.config.jax_compilation_cache_dir is not None:
+        return
+    # On the CPU a program uses what its machine has: one that shares the folder, and has less, must not run it.
+    features = hashlib.blake2b(_CPU_INFO.read_bytes().partition(b"\n\n")[0] if _CPU_INFO.exists() else b"").hexdigest()
+    jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser() / features[:12]))
+    jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _quieten_writers() -> None:
@@ -158,7 +181,12 @@ def _run_phases(config: ConfigDict, workdir: Path, stop: StopSignals, locks: lis
         settings = run_config(config)
         if first:
             print("checking settings, data and checkpoints", flush=True)
-        check_run(settings, workdir, overwrite=overwrite)
+        seen = check_run(settings, workdir, overwrite=overwrite)
+    if _CHECK.value:
+        seen.append(f"checked: settings, data and checkpoints of {', '.join(settings.phases)}; nothing was trained")
+        for line in seen if first else ():
+            print(printable_lines(line))
+        return 0
     same_everywhere(config.to_json_best_effort(sort_keys=True, indent=1), "the settings")
     changed = []
     with together(f"writing to {workdir}"):
@@ -183,9 +211,8 @@ def _run_phases(config: ConfigDict, workdir: Path, stop: StopSignals, locks: lis
             put_up(workdir, phase, models=True)
         with together(f"fetching what {phase} made"):
             refresh(workdir)
-    for phase, result in results.items() if first else ():
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
-        print(f"{phase}: {numbers}; model in {(remote_of(workdir) or workdir) / phase / 'model'}")
+    if first:
+        print(closing(results, workdir, tensorboard=settings.log.tensorboard))
     return 0
 
 

@@ -170,6 +170,7 @@ class PPOTrainer:
             self._key,
         )
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        metrics = {name: value for name, value in metrics.items() if name not in self._off()}
         if metrics["val/bad_scores"]:
             logging.warning("%s", self._bad_score(experience))
         if self.reward_functions:
@@ -178,6 +179,14 @@ class PPOTrainer:
         if times:
             times["time/train"] = seconds - sum(times.values())
         return metrics | {"eps": rows / seconds, "time/iteration": seconds} | times
+
+    def _off(self) -> set[str]:
+        """Metrics of what is not in use."""
+        penalty = {"policy/penalty_coef", "policy/penalty_kl"}
+        off = penalty if self.config.policy_loss == "clip" else {"policy/clipfrac_avg"}
+        if not self.config.ptx_coef:
+            off = off | {"loss/ptx_avg"}
+        return off if self.sampling.filtered or self.config.min_new_tokens else off | {"val/kept_mass"}
 
     def counted_failures(self, prefix: str) -> dict[str, float]:
         """What went wrong with other people's functions since the last call, in all processes; all must call it.

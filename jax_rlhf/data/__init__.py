@@ -5,12 +5,13 @@ from jax_rlhf.data.config import DataConfig
 from jax_rlhf.data.datasets import Datasets, create_datasets
 from jax_rlhf.data.errors import DataError
 from jax_rlhf.data.sources import imported
-from jax_rlhf.data.tokens import pad_id
+from jax_rlhf.data.tokens import Example, pad_id
 
 __all__ = [
     "DataConfig",
     "DataError",
     "Datasets",
+    "Example",
     "PackedPairs",
     "PairBatch",
     "TextBatch",

@@ -31,6 +31,7 @@ _NOTHING_DRAWN = (
     "nothing of paths is held out: whole prompts would be more than eval_rows, or more than a tenth; "
     "--config.data.eval_paths can name rows"
 )
+_SHOWN = 150  # characters of each end of a text
 _IMPLICIT = "pairs have no prompt of their own; what both texts begin with is taken for it."
 _NOT_A_CHAT = (
     "rows are plain texts, for which the tokenizer's chat template is not used; --config.data.as_chat=true uses it for "
@@ -51,6 +52,8 @@ class Datasets:
       batch_size: rows a batch, of all processes together.
       report: how many rows were read, and what became of them.
       notes: what else is worth knowing of them, a sentence each.
+      example: the first row that is trained on, decoded with special tokens.
+      held_out: the rows of `eval`, in the same order.
       digest: of all tokens, in order: processes that read other files differ in it.
       widths: that batches can have with these rows, in tokens; each is compiled for when it first comes.
       prefetch: batches made ahead of their use.
@@ -66,6 +69,8 @@ class Datasets:
     widths: tuple[int, ...]
     prefetch: int = 2
     notes: tuple[str, ...] = ()
+    example: str = ""
+    held_out: Sequence[Example] = ()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -127,7 +132,8 @@ def create_datasets(
     mine = _my_rows(getattr(config, f"{phase}_batch_size"), mesh)
     made_batches = _batched(train, held_out, config=config, phase=phase, pad=pad, seed=seed, report=report, mine=mine)
     notes = tuple(f"{phase} data: {count:,} {what}" for what, count in made.notes.most_common() if count)
-    return dataclasses.replace(made_batches, notes=notes)
+    example = _decoded(phase, next(itertools.chain(*train)), tokenizer)
+    return dataclasses.replace(made_batches, notes=notes, example=example, held_out=held_out)
 
 
 @dataclasses.dataclass
@@ -234,6 +240,19 @@ class _Examples:
     def _at_most(self, examples: list[Example]) -> list[Example]:
         self.dropped[f"more to hold out than eval_rows={self.eval_rows}"] += max(0, len(examples) - self.eval_rows)
         return examples[: self.eval_rows]
+
+
+def _decoded(phase: str, example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+    """One example as the model sees it: where special tokens are missing or doubled, it is seen here."""
+    names = {"sft": ["completion"], "reward": ["chosen", "rejected"], "ppo": []}[phase]
+    parts = {"prompt": example.prompt} | dict(zip(names, example.completions, strict=True))
+    texts = (f"{name} ({len(ids)} tokens) {_middle_cut(tokenizer.decode(ids))!r}" for name, ids in parts.items())
+    return f"{phase} data, an example: {', '.join(texts)}"
+
+
+def _middle_cut(text: str) -> str:
+    """The beginning and the end of a long text, where its special tokens are."""
+    return text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]} … {text[-_SHOWN:]}"
 
 
 def _digest(content: Any) -> bytes:

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from jax_rlhf.data import DataError, create_datasets, imported
+from jax_rlhf.data import DataError, Datasets, create_datasets, imported
 from jax_rlhf.data.formats import PHASES
 from jax_rlhf.engine import check_roles, headless
 from jax_rlhf.hub import Description, describe_pretrained, other_ids
@@ -17,13 +17,16 @@ from jax_rlhf.phases.workdir import WorkdirError, reward_model, sft_model, statu
 from jax_rlhf.training.optimizer import learning_rate_schedule
 
 
-def check_run(config: RunConfig, workdir: Path, *, overwrite: bool) -> None:
+def check_run(config: RunConfig, workdir: Path, *, overwrite: bool) -> list[str]:
     """Stops a run that would fail later.
 
     Args:
       config: the run's settings.
       workdir: its folder.
       overwrite: what the phases left in the workdir will be deleted.
+
+    Returns:
+      What there is to see: of each phase that is left, what becomes of its rows, and one of them.
 
     Raises:
       ValueError, FileNotFoundError, CheckpointError, DataError, WorkdirError: says what, where, and how to mend it.
@@ -37,7 +40,7 @@ def check_run(config: RunConfig, workdir: Path, *, overwrite: bool) -> None:
                 "another --workdir leaves it as it is."
             )
     if not phases:
-        return
+        return []
     if overwrite:
         _check_overwrite(config, workdir)
     check_roles({role: getattr(config, role) for role in ("model", "reference", "critic", "reward")})
@@ -54,16 +57,17 @@ def check_run(config: RunConfig, workdir: Path, *, overwrite: bool) -> None:
     _check_schedules(config, phases)
     for name in (*config.ppo.reward_functions, *config.ppo.eval_functions):
         imported(name, "config.ppo.reward_functions or eval_functions")
-    _check_data(config, policy, phases)
+    seen = _check_data(config, policy, phases)
     for described in inputs:  # last: of hub ids the weights are downloaded for it
         _check_tensors(*described)
+    return [line for datasets in seen for line in (datasets.report, *datasets.notes, datasets.example)]
 
 
-def _check_data(config: RunConfig, policy: Description, phases: list[str]) -> None:
+def _check_data(config: RunConfig, policy: Description, phases: list[str]) -> list[Datasets]:
     """Reads and tokenizes what each phase will."""
     if config.data.ptx_paths and not config.ppo.ptx_coef:
         raise ValueError("config.data.ptx_paths is given, and config.ppo.ptx_coef=0: nothing would be learned of it.")
-    needed = dict.fromkeys(phases)
+    needed, seen = dict.fromkeys(phases), []
     if "reward" in phases and config.reward_training.normalize_rows:
         needed["ppo"] = None  # its prompts are answered, to normalise scores
     for phase in needed:
@@ -71,9 +75,10 @@ def _check_data(config: RunConfig, policy: Description, phases: list[str]) -> No
         known = [describe_pretrained(path, revision=revision).config for _, path, revision in models if path]
         how = {"seed": config.seed, "eos_ids": config.ends(policy), "eval_rows": config.eval_rows_of(phase)}
         how["vocab_size"] = min(decoder.vocab_size for decoder in (policy.config, *known))
-        create_datasets(config.data_of(phase), policy.tokenizer, phase, **how)
+        seen.append(create_datasets(config.data_of(phase), policy.tokenizer, phase, **how))
         if phase == "ppo" in phases and config.ppo.ptx_coef:
-            create_datasets(ptx_data(config.data), policy.tokenizer, "sft", **how)
+            seen.append(create_datasets(ptx_data(config.data), policy.tokenizer, "sft", **how))
+    return seen
 
 
 def _check_overwrite(config: RunConfig, workdir: Path) -> None:

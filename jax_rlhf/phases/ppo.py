@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from jax_rlhf.parallel import (
 from jax_rlhf.phases.config import RunConfig
 from jax_rlhf.phases.faults import check_step, debugged
 from jax_rlhf.phases.progress import Progress, digest, tokenizer_digest
-from jax_rlhf.phases.record import Record
+from jax_rlhf.phases.record import Record, sample_row
 from jax_rlhf.phases.stop import StopSignals
 from jax_rlhf.phases.supervised import microbatches, other_widths, with_end
 from jax_rlhf.phases.workdir import reward_model, sft_model
@@ -61,7 +61,7 @@ def run(
     layout = create_layout(config.mesh, config.rollout_mesh)
     actor = dataclasses.replace(config.model, path=sft_model(config, workdir))
     reward = dataclasses.replace(config.reward, path=reward_model(config, workdir))
-    with Record(folder, config.log, stop) as record:
+    with Record(folder, config.log, stop, settings=config) as record:
         record.say(f"loading {actor.path}" + (f" and {reward.path}" if reward.path else ""))
         roles = {"model": actor, "reference": config.reference, "critic": config.critic, "reward": reward}
         engine = RLHFEngine.create(roles, layout)  # actor, reference, critic, reward
@@ -101,7 +101,8 @@ def run(
                     config.debug, functools.partial(_iteration, trainer, batch, text, check=config.debug)
                 )
                 record.metrics(iteration + 1, metrics | _shares(metrics), **_shown(metrics))
-                record.samples(_rows(trainer, experience, iteration + 1, "train", count=settings.sample_rows))
+                shown = {"columns": _columns(batch), "count": settings.sample_rows}
+                record.samples(_rows(trainer, experience, iteration + 1, "train", **shown))
                 good = check_step(config, record, iteration + 1, metrics, experience)
                 progress.done((engine.trained, trainer.state), good=good)
 
@@ -265,10 +266,14 @@ def _rows(
     step: int,
     split: str,
     *,
+    columns: Sequence[Mapping[str, Any]] = (),
     count: int | None = None,
     everywhere: bool = False,
 ) -> list[dict[str, Any]]:
-    """The first `count` of this process's responses (or of all processes'), as texts, with score and KL."""
+    """The first `count` of this process's responses (or of all processes'), as texts, with score and KL.
+
+    `columns` are the data's own, of as many rows as there are.
+    """
     tokenizer, layout = trainer.engine.tokenizer, trainer.engine.layout
 
     def read(array: Array) -> np.ndarray:
@@ -276,20 +281,28 @@ def _rows(
         return rows[:count]
 
     tokens, prompt_mask, mask = map(read, (experience.tokens, experience.prompt_mask, experience.response_mask))
-    width, scores = prompt_mask.shape[1], read(experience.scores)
+    width, scores, ended = prompt_mask.shape[1], read(experience.scores), read(experience.ended)
     kl = np.sum(read(experience.logprobs) - read(experience.ref_logprobs), axis=1)
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
     return [
-        {
-            "step": step,
-            "split": split,
-            "prompt": tokenizer.decode(tokens[row][:width][prompt_mask[row]], skip_special_tokens=True),
-            "response": tokenizer.decode(tokens[row][width:][mask[row]], skip_special_tokens=True),
-            "score": float(scores[row]),
-            "kl": float(kl[row]),
-            "length": int(mask[row].sum()),
-        }
+        sample_row(
+            step,
+            split,
+            decode(tokens[row][:width][prompt_mask[row]]),
+            decode(tokens[row][width:][mask[row]]),
+            score=float(scores[row]),
+            kl=float(kl[row]),
+            length=int(mask[row].sum()),
+            ended=bool(ended[row]),
+            columns=columns[row] if row < len(columns) else {},
+        )
         for row in range(len(tokens))
     ]
+
+
+def _columns(prompts: Prompts) -> list[dict[str, Any]]:
+    """The data's own columns of each of this process's rows."""
+    return [{name: values[row] for name, values in prompts.columns.items()} for row in range(len(prompts.mask))]
 
 
 def _verdicts(
@@ -323,7 +336,8 @@ def _evaluate(
     rows: list[dict[str, Any]] = []
     for batch in record.watched(prompts.eval, "evaluating"):
         experience = trainer.generate_experience(batch)
-        answered = _rows(trainer, experience, step, "eval", everywhere=True)
+        own = [example.columns for example in prompts.held_out[len(rows) : len(rows) + prompts.batch_size]]
+        answered = _rows(trainer, experience, step, "eval", columns=own, everywhere=True)
         for judge in judges:
             for row, verdict in zip(answered, _verdicts(judge, answered, batch, experience, trainer), strict=True):
                 row[judge.name] = float(verdict)

@@ -1,14 +1,16 @@
 """What a phase leaves behind while it runs: a progress bar, metrics.jsonl, samples.jsonl, TensorBoard, W&B."""
 
+import dataclasses
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import jax
 import tensorboardX
@@ -20,6 +22,9 @@ from jax_rlhf.phases.stop import StopSignals
 from jax_rlhf.text import printable_lines
 
 _FILES = "metrics", "samples"
+_LINE_EVERY = 30.0  # seconds between lines of progress in a log file
+_LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed} so far, {remaining} left{postfix}"
+_CONTROL = re.compile(r"\r|\x1b\[[0-9;]*[A-Za-z]")
 
 
 class Record:
@@ -33,20 +38,23 @@ class Record:
       stop: tells of Ctrl-C and the like.
     """
 
-    def __init__(self, folder: Path, config: LogConfig, stop: StopSignals | None = None) -> None:
+    def __init__(
+        self, folder: Path, config: LogConfig, stop: StopSignals | None = None, *, settings: Any = None
+    ) -> None:
         """Makes the folder.
 
         Args:
           folder: <workdir>/<phase>.
           config: where metrics go.
           stop: the run's; None = its own, while it is open.
+          settings: the run's, a dataclass, for Weights & Biases.
 
         Raises:
           ValueError: Weights & Biases is wanted, and not installed.
           OSError: the folder cannot be written.
         """
         self.folder, self.phase, self.stop = folder, folder.name, stop or StopSignals()
-        self._own_stop = stop is None
+        self._own_stop, self._settings = stop is None, settings
         self._config, self._started, self._writes = config, time.perf_counter(), jax.process_index() == 0
         self._wandb = _import_wandb() if config.wandb_project else None
         self._bar: tqdm | None = None
@@ -160,10 +168,11 @@ class Record:
                 bar.update()
 
     def _progress(self, total: int, title: str, unit: str, *, done: int = 0, leave: bool = True) -> tqdm:
-        seldom = 0.1 if sys.stderr.isatty() else 5.0  # seconds; a log file gets few lines
-        quiet = not self._writes
-        shown = {"desc": title, "unit": unit, "leave": leave, "disable": quiet}
-        return tqdm(total=total, initial=done, mininterval=seldom, dynamic_ncols=True, **shown)
+        shown = {"total": total, "initial": done, "desc": title, "unit": unit, "disable": not self._writes}
+        if sys.stderr.isatty():
+            return tqdm(leave=leave, dynamic_ncols=True, **shown)
+        seldom = {"mininterval": _LINE_EVERY, "delay": _LINE_EVERY}
+        return tqdm(leave=False, file=_Lines(sys.stderr), bar_format=_LINE, **seldom, **shown)
 
     def metrics(self, step: int, values: Mapping[str, float], **shown: float) -> None:
         """Writes metrics, and shows some of them beside the bar.
@@ -181,7 +190,7 @@ class Record:
             for name, number in numbers.items():
                 self._board.add_scalar(name, number, step)
         if self._run is not None:
-            self._run.log(numbers, step=step)
+            self._run.log({name: number for name, number in numbers.items() if math.isfinite(number)}, step=step)
         if self._bar is not None and shown:
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
 
@@ -189,11 +198,16 @@ class Record:
         """Writes samples.
 
         Args:
-          rows: one mapping each.
+          rows: from `sample_row`.
         """
-        for row in rows:
-            numbers = {k: _json_number(v) if isinstance(v, float) else v for k, v in row.items()}
-            self._line("samples", numbers)
+        written = [{k: _json_number(v) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+        for row in written:
+            self._line("samples", row)
+        self._open_boards()
+        if self._run is not None and written:
+            names = [name for name in written[0] if name != "columns"]
+            table = self._wandb.Table(columns=names, data=[[row.get(name) for name in names] for row in written])
+            self._run.log({f"samples/{written[0]['split']}": table}, step=written[0]["step"])
 
     def compiles_for(self, step: int, batch: Any) -> None:
         """Says that a step will take longer: its batch has a width that no former one had, for which XLA compiles.
@@ -223,7 +237,7 @@ class Record:
         Args:
           datasets: the phase's.
         """
-        for line in (datasets.report, *datasets.notes):
+        for line in (datasets.report, *datasets.notes, datasets.example):
             self.say(line)
 
     def summary(self, values: Mapping[str, Any]) -> None:
@@ -258,12 +272,65 @@ class Record:
             self._board = tensorboardX.SummaryWriter(str(self.folder / "tensorboard"), purge_step=first)
         if self._wandb is not None and self._run is None:
             again = {"id": self._begun["wandb"], "resume": "allow"} if "wandb" in self._begun else {}
-            names = {"project": self._config.wandb_project, "name": self.phase, "dir": str(self.folder)}
-            self._run = self._wandb.init(**names, **again)
+            run = self.folder.resolve().parent.name
+            names = {"project": self._config.wandb_project, "name": f"{run}/{self.phase}", "group": run}
+            config = {} if self._settings is None else dataclasses.asdict(self._settings)
+            where = {"job_type": self.phase, "dir": str(self.folder)}
+            self._run = self._wandb.init(config=json.loads(json.dumps(config, default=str)), **names, **where, **again)
 
 
 def _json_number(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON knows no NaN
+    """Seven digits, as many as float32 has; JSON knows no NaN."""
+    return float(f"{value:.7g}") if math.isfinite(value) else None
+
+
+class _Lines:
+    """What a progress bar writes to where nobody looks at it live: plain lines."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        """Leaves out what moves the cursor or only wipes a line."""
+        line = _CONTROL.sub("", text).strip()
+        if line:
+            self._stream.write(f"{line}\n")
+
+    def flush(self) -> None:
+        """As a stream."""
+        self._stream.flush()
+
+
+def sample_row(
+    step: int,
+    split: str,
+    prompt: str,
+    response: str,
+    *,
+    length: int,
+    ended: bool,
+    score: float | None = None,
+    kl: float | None = None,
+    columns: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A line of samples.jsonl, of the same form in all phases.
+
+    Args:
+      step: steps (PPO: iterations) done.
+      split: "train" or "eval".
+      prompt, response: texts, without special tokens.
+      length: of the response, in tokens, EOS included.
+      ended: whether it has its EOS.
+      score: in reward units; None = there is none.
+      kl: to the reference, in nats per response; None = it is not known.
+      columns: the row's own.
+
+    Returns:
+      What JSON can hold.
+    """
+    own = json.loads(json.dumps(dict(columns or {}), default=str))
+    content = {"step": step, "split": split, "prompt": prompt, "response": response}
+    return content | {"score": score, "kl": kl, "length": length, "ended": ended, "columns": own}
 
 
 def _import_wandb() -> Any:

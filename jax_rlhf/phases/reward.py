@@ -18,7 +18,7 @@ from jax_rlhf.models import Decoder, model_jit
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.parallel import Layout, create_layout, map_row_groups, put_rows, same_everywhere
 from jax_rlhf.phases.config import RewardTrainingConfig, RunConfig
-from jax_rlhf.phases.record import Record
+from jax_rlhf.phases.record import Record, sample_row
 from jax_rlhf.phases.stop import StopSignals
 from jax_rlhf.phases.supervised import begun, microbatches, total_steps, train, with_end
 from jax_rlhf.phases.workdir import sft_model
@@ -51,7 +51,7 @@ def run(
     layout = create_layout(config.mesh, config.rollout_mesh)
     path = settings.path or sft_model(config, workdir)
     policy_path = sft_model(config, workdir) if settings.normalize_rows else None
-    with Record(folder, config.log, stop) as record:
+    with Record(folder, config.log, stop, settings=config) as record:
         record.say(f"loading {path}")
         pretrained = _start(config, path, layout)
         if pretrained.new_head:
@@ -94,7 +94,8 @@ def run(
             record.stop.check()
             record.say(f"scoring {settings.normalize_rows} responses of the SFT policy, to normalise scores")
             policy = load_model(dataclasses.replace(config.model, path=policy_path), "lm", layout)
-            scores, ended, rows = _policy_scores(config, policy, ends, how.network, params(), layout, record)
+            trained = how.network, params(), progress.step
+            scores, ended, rows = _policy_scores(config, policy, ends, *trained, layout, record)
             record.samples(rows)
             found = calibration(scores, ended)
             result |= found
@@ -164,6 +165,7 @@ def _policy_scores(
     ends: tuple[int, ...],
     network: SplitModel,
     params: SplitParams,
+    trained_steps: int,
     layout: Layout | None,
     record: Record,
 ) -> tuple[np.ndarray, np.ndarray, list[Mapping[str, Any]]]:
@@ -172,6 +174,7 @@ def _policy_scores(
     prompts = create_datasets(config.data, policy.tokenizer, "ppo", seed=config.seed, eval_rows=most, mesh=layout)
     ppo, known = config.ppo, network.model.config.vocab_size
     answering = policy.model.clone(config=sampled_ids(policy.model.config, policy.tokenizer, known))  # ids of both
+    decode = functools.partial(policy.tokenizer.decode, skip_special_tokens=True)
     scores, ended, rows = [], [], []
     for step in record.watched(range(-(-config.reward_training.normalize_rows // prompts.batch_size)), "scoring"):
         batch = prompts.train[step]
@@ -194,12 +197,15 @@ def _policy_scores(
         mask = jnp.concatenate([mask, samples.response_mask], axis=1)
         groups = len(mask) // minibatch_part(ppo, len(mask), batch.mask.shape[1], layout, policy.model.config.platform)
         found = _text_scores(network, groups, params, samples.tokens, mask)
-        batch = samples.tokens, mask, found, jnp.any(last, axis=1)
-        batch = [_everywhere(part) for part in batch]
+        batch = [_everywhere(part) for part in (samples.tokens, mask, found, jnp.any(last, axis=1))]
         scores.append(batch[2])
         ended.append(batch[3])
-        for row, real, score, end in zip(*batch, strict=True):
-            rows.append({"text": policy.tokenizer.decode(row[real]), "score": float(score), "ended": bool(end)})
+        width, names = tokens.shape[1], prompts.train[step].columns.items() if jax.process_count() == 1 else ()
+        for index, (row, real, score, end) in enumerate(zip(*batch, strict=True)):
+            texts = (decode(row[part][real[part]]) for part in (slice(0, width), slice(width, None)))
+            how = {"score": float(score), "length": int(real[width:].sum()), "ended": bool(end)}
+            own = {name: values[index] for name, values in names}
+            rows.append(sample_row(trained_steps, "train", *texts, columns=own, **how))
     return np.concatenate(scores), np.concatenate(ended), rows
 
 

@@ -1,20 +1,21 @@
 """Supervised fine-tuning: a language model learns the data's completions."""
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from jax_rlhf.data import Datasets, create_datasets
+from jax_rlhf.data import Datasets, Example, create_datasets
 from jax_rlhf.engine import load_model
 from jax_rlhf.hub import Pretrained, save_pretrained
 from jax_rlhf.models import Decoder
 from jax_rlhf.models.split import SplitModel, SplitParams
-from jax_rlhf.parallel import all_rows, create_layout, gather_to_host, same_everywhere
+from jax_rlhf.parallel import create_layout, gather_to_host, same_everywhere
 from jax_rlhf.phases.config import RunConfig
-from jax_rlhf.phases.record import Record
+from jax_rlhf.phases.record import Record, sample_row
 from jax_rlhf.phases.stop import StopSignals
 from jax_rlhf.phases.supervised import begun, evaluated, microbatches, total_steps, train, with_end
 from jax_rlhf.rollout import sample
@@ -43,7 +44,7 @@ def run(
     """
     settings, folder = config.sft, workdir / "sft"
     layout = create_layout(config.mesh, config.rollout_mesh)
-    with Record(folder, config.log, stop) as record:
+    with Record(folder, config.log, stop, settings=config) as record:
         record.say(f"loading {config.model.path}")
         pretrained = load_model(config.model, "lm", layout)
         ends = config.ends(pretrained)
@@ -82,9 +83,9 @@ def run(
 
         how_often = {"evaluate": report, "eval_every": settings.eval_every}
         train(config, how, progress, frozen, datasets, steps, record, layout, **how_often, export=save)
-        if settings.sample_rows and datasets.eval:
+        if settings.sample_rows and datasets.held_out:
             record.stop.check()
-            _write_samples(config, trained(), datasets, record)
+            _write_samples(config, trained(), datasets, progress.step, record)
         result = {"steps": progress.step} | progress.notes
         record.summary(result)
     return result
@@ -114,19 +115,15 @@ def how_to_train(config: RunConfig, model: Decoder, batch_size: int, steps: int)
     )
 
 
-def _write_samples(config: RunConfig, pretrained: Pretrained, datasets: Datasets, record: Record) -> None:
+def _write_samples(config: RunConfig, pretrained: Pretrained, datasets: Datasets, steps: int, record: Record) -> None:
     """The model's answers to held-out prompts (to the first 8 tokens of texts without a prompt)."""
-    batch, tokenizer, layout = datasets.eval[0], pretrained.tokenizer, pretrained.model.config.layout
-    rows = []
-    whole = (all_rows(part, layout) for part in (batch.tokens, batch.mask, batch.completion_mask))
-    for tokens, mask, completion in zip(*whole, strict=True):
-        prompt = tokens[mask & ~completion]
-        rows.append(prompt if len(prompt) else tokens[mask][:8])
-    rows = [row for row in rows if len(row)][: config.sft.sample_rows]
+    tokenizer, examples = pretrained.tokenizer, datasets.held_out[: config.sft.sample_rows]
+    rows = [example.prompt if example.has_prompt else _opening(example) for example in examples]
     width = max(map(len, rows))
     prompts, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
     for index, row in enumerate(rows):
         prompts[index, width - len(row) :], mask[index, width - len(row) :] = row, True
+    ends = config.ends(pretrained)
     samples = sample(
         pretrained.model.clone(config=sampled_ids(pretrained.model.config, tokenizer)),
         pretrained.params,
@@ -134,11 +131,15 @@ def _write_samples(config: RunConfig, pretrained: Pretrained, datasets: Datasets
         mask,
         jax.random.key(config.seed),
         max_new_tokens=config.sft.sample_tokens,
-        eos_id=config.ends(pretrained),
+        eos_id=ends,
     )
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
     answers = gather_to_host(samples.tokens), gather_to_host(samples.response_mask)
-    for row, tokens, real in zip(rows, *answers, strict=True):
+    for example, row, tokens, real in zip(examples, rows, *answers, strict=True):
         response = tokens[width:][real]
-        record.samples(
-            [{"prompt": tokenizer.decode(row), "response": tokenizer.decode(response, skip_special_tokens=True)}]
-        )
+        how = {"length": len(response), "ended": bool(np.isin(response, ends).any()), "columns": example.columns}
+        record.samples([sample_row(steps, "eval", decode(row), decode(response), **how)])
+
+
+def _opening(example: Example) -> np.ndarray:
+    return np.concatenate([example.prompt, *example.completions])[:8]

@@ -76,6 +76,68 @@ def test_every_phase_leaves_model_metrics_samples_and_summary(whole):
     assert config["ppo"]["seed"] == config["seed"] == SEED
 
 
+def test_samples_have_one_form_in_all_phases(whole):
+    """With the row's own columns."""
+    workdir, _ = whole
+    form = {"step", "split", "prompt", "response", "score", "kl", "length", "ended", "columns"}
+    for phase in ("sft", "reward", "ppo"):
+        for row in lines(workdir / phase / "samples.jsonl"):
+            assert row.keys() - {"count_a"} == form
+            assert row["columns"] == {"tag": "t"}
+            assert (row["score"] is None) == (phase == "sft")
+            assert (row["kl"] is None) == (phase != "ppo")
+            assert not {"<eos>", "<bos>", "<pad>"} & {*row["prompt"].split(), *row["response"].split()}
+
+
+def test_every_metric_that_is_written_is_explained_and_has_seven_digits(whole):
+    workdir, _ = whole
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    judged = {"eval/count_a"}
+    for phase in ("sft", "reward", "ppo"):
+        for line in lines(workdir / phase / "metrics.jsonl"):
+            assert {f"`{name}`" for name in line.keys() - judged if f"`{name}`" not in page} == set()
+            assert all(
+                value is None or value == float(f"{value:.7g}") for name, value in line.items() if name != "seconds"
+            )
+    assert "loss/ptx_avg" not in line  # what is off is not written
+    assert "policy/penalty_kl" not in line
+
+
+def test_a_run_ends_with_a_table_and_what_to_do_next(whole):
+    workdir, printed = whole
+    closing = printed.splitlines()[-30:]
+    rows = {tuple(line.split()[:2]): line.split()[2:] for line in closing if line.split()[:1] in (["sft"], ["ppo"])}
+    summary = json.loads((workdir / "ppo" / "summary.json").read_text())
+    assert rows["ppo", "score"] == [f"{summary['eval/score_before']:.4g}", f"{summary['eval/score']:.4g}"]
+    assert len(rows["sft", "loss"]) == 2
+    assert f"curves:      tensorboard --logdir {workdir}" in closing
+    talk = next(line for line in closing if line.startswith("talk to it:"))
+    how = {"env": environment(), "input": "a b c\nd\n", "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, *talk.split()[4:], "--max_new_tokens=3"], **how, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = done.stdout.splitlines()
+    assert len(answers) == 2
+    assert all(word in data.WORDS for answer in answers for word in answer.split())
+
+
+def test_a_check_trains_nothing_and_shows_a_row_of_each_phase(tmp_path):
+    code, printed, errors = run(tmp_path, "--check")
+    assert code == 0, errors[-3000:]
+    assert not (tmp_path / "run").exists()
+    for phase, parts in (("sft", "completion"), ("reward", "chosen"), ("ppo", "prompt")):
+        line = next(
+            line for line in printed.splitlines() if line.startswith(f"{phase} data, an example: prompt (3 tokens)")
+        )
+        assert parts in line
+    assert "<eos>'" in printed  # special tokens are seen
+    assert printed.splitlines()[-1] == (
+        "checked: settings, data and checkpoints of sft, reward, ppo; nothing was trained"
+    )
+    code, _, errors = run(tmp_path, "--check", "--config.data.paths=nowhere.jsonl")
+    assert code == 1
+    assert "'nowhere.jsonl' is no file or folder here" in errors
+
+
 def test_sft_and_reward_model_learn(whole):
     workdir, _ = whole
     sft = json.loads((workdir / "sft" / "summary.json").read_text())
@@ -117,15 +179,16 @@ def test_reward_model_is_normalised_on_samples_of_the_sft_policy(whole):
     scores = np.array([row["score"] for row in lines(workdir / "reward" / "samples.jsonl")])
     summary = json.loads((workdir / "reward" / "summary.json").read_text())
     cut = ~np.array([row["ended"] for row in lines(workdir / "reward" / "samples.jsonl")])
-    assert cut.tolist() == ["<eos>" not in row["text"] for row in lines(workdir / "reward" / "samples.jsonl")]
+    for row in lines(workdir / "reward" / "samples.jsonl"):
+        assert len(row["response"].split()) == row["length"] - row["ended"]
     assert len(scores) == 64
     normalised = summary["gain"] * scores + summary["bias"] - summary["missing_eos_bias"] * cut
     assert np.mean(normalised) == pytest.approx(0, abs=1e-5)
     assert np.std(normalised) == pytest.approx(1, abs=1e-5)
     # What was saved gives those scores: gain in the head, bias beside it.
     pretrained = load_pretrained(workdir / "reward" / "model", head="scalar")
-    text = lines(workdir / "reward" / "samples.jsonl")[0]["text"]
-    tokens = np.array([data.ids(text)])
+    first = lines(workdir / "reward" / "samples.jsonl")[0]
+    tokens = np.array([data.ids(f"{first['prompt']} {first['response']}{' <eos>' * first['ended']}")])
     value = pretrained.model.apply({"params": pretrained.params}, tokens)[0, -1] + pretrained.reward_bias
     assert float(value) - pretrained.missing_eos_bias * cut[0] == pytest.approx(normalised[0], abs=1e-4)
 

@@ -1,6 +1,7 @@
 """Pieces of the recipes by hand: what each phase hands to its update, what it measures, what it shows."""
 
 import dataclasses
+import datetime
 import types
 
 import jax.numpy as jnp
@@ -120,11 +121,16 @@ def test_a_sample_has_the_words_of_prompt_and_response_alone():
         scores=jnp.array([0.5, 1.5]),
         logprobs=jnp.array([[-1.0, -2, -3, 0], [-1, 0, 0, 0]]),
         ref_logprobs=jnp.array([[-1.5, -2, -4, 0], [-3, 0, 0, 0]]),
+        ended=jnp.array([True, False]),
     )
     trainer = types.SimpleNamespace(engine=engine)
     first = {"step": 3, "split": "eval", "prompt": "a", "response": "b c", "score": 0.5, "kl": 1.5, "length": 3}
-    other = first | {"prompt": "d", "response": "z", "score": 1.5, "kl": 2.0, "length": 1}
+    first |= {"ended": True, "columns": {}}
+    other = first | {"prompt": "d", "response": "z", "score": 1.5, "kl": 2.0, "length": 1, "ended": False}
     assert ppo._rows(trainer, experience, 3, "eval") == [first, other]
+    own = [{"answer": 7}, {"answer": datetime.date(2026, 1, 2)}]
+    rows = ppo._rows(trainer, experience, 3, "eval", columns=own)
+    assert [row["columns"] for row in rows] == [{"answer": 7}, {"answer": "2026-01-02"}]  # what JSON can hold
     assert ppo._rows(trainer, experience, 3, "eval", count=1) == [first]
 
 

@@ -96,7 +96,7 @@ def test_an_experience_can_be_looked_at_after_training_on_it():
 
 def test_filters_warn_and_show_the_mass_that_they_keep(caplog):
     trainer = tiny.trainer()
-    assert trainer.train_rlhf(trainer.generate_experience(tiny.ragged_prompts(ROWS)))["val/kept_mass"] == 1
+    assert "val/kept_mass" not in trainer.train_rlhf(trainer.generate_experience(tiny.ragged_prompts(ROWS)))
     with caplog.at_level(logging.WARNING, "absl"):
         trainer = tiny.trainer(top_k=3, num_minibatches=2)
     assert "val/kept_mass" in caplog.text

@@ -1,0 +1,93 @@
+"""`python -m jax_rlhf.chat MODEL`: asks a model line by line, with its chat template where it has one.
+
+A model without a template goes on with each line as it stands.
+"""
+
+import itertools
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from jax_rlhf.data import DataConfig, pad_id
+from jax_rlhf.engine import ModelConfig, load_model
+from jax_rlhf.hub import CheckpointError, Pretrained, end_ids
+from jax_rlhf.rollout import sample
+from jax_rlhf.text import printable_lines
+from jax_rlhf.training.roles import sampled_ids
+
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "The longest answer, in tokens.", lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the likeliest token each time.", lower_bound=0.0)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the answers.")
+_WIDTHS = 64  # tokens; prompts are padded to a multiple, so that not every line compiles anew
+
+
+def answer(pretrained: Pretrained, messages: list[dict[str, Any]], key: jax.Array, **how: Any) -> str:
+    """What a model answers.
+
+    Args:
+      pretrained: with a tokenizer.
+      messages: the chat so far; without a chat template the last one's text is gone on with.
+      key: of the draw.
+      how: `max_new_tokens` and other settings of `sample`.
+
+    Returns:
+      The answer, without special tokens.
+    """
+    tokenizer = pretrained.tokenizer
+    if tokenizer.chat_template is None:
+        ids = tokenizer(messages[-1]["content"])["input_ids"]
+    else:
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    width = -(-max(len(ids), 1) // _WIDTHS) * _WIDTHS
+    prompt = np.full((1, width), pad_id(tokenizer, DataConfig(pad_token=tokenizer.pad_token or tokenizer.eos_token)))
+    prompt[0, width - len(ids) :] = ids
+    mask = np.arange(width)[None] >= width - len(ids)
+    model = pretrained.model.clone(config=sampled_ids(pretrained.model.config, tokenizer))
+    ends = end_ids(tokenizer, pretrained.generation_config)
+    samples = sample(model, pretrained.params, prompt, mask, key, eos_id=ends, **how)
+    response = np.asarray(samples.tokens)[0, width:][np.asarray(samples.response_mask)[0]]
+    return tokenizer.decode(response, skip_special_tokens=True)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Reads lines until there are no more.
+
+    Args:
+      arguments: the program and the model.
+
+    Returns:
+      The exit code: 0, or 1 where the model cannot be used.
+    """
+    if len(arguments) != 2:
+        print("usage: python -m jax_rlhf.chat MODEL [--max_new_tokens=256] [--temperature=1.0]", file=sys.stderr)
+        return 2
+    try:
+        pretrained = load_model(ModelConfig(path=arguments[1]), "lm")
+        if pretrained.tokenizer is None:
+            raise CheckpointError(f"{arguments[1]} came without a tokenizer.")
+    except (FileNotFoundError, ValueError, CheckpointError) as error:
+        print(f"error: {printable_lines(str(error))}", file=sys.stderr)
+        return 1
+    how = {"max_new_tokens": _MAX_NEW_TOKENS.value, "temperature": _TEMPERATURE.value or 1.0}
+    how |= {} if _TEMPERATURE.value else {"top_k": 1}
+    messages: list[dict[str, Any]] = []
+    for turn in itertools.count():
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except (EOFError, KeyboardInterrupt):
+            return 0
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line})
+        said = answer(pretrained, messages, jax.random.fold_in(jax.random.key(_SEED.value), turn), **how)
+        messages.append({"role": "assistant", "content": said})
+        print(printable_lines(said), flush=True)
+    raise AssertionError("unreachable")
+
+
+if __name__ == "__main__":
+    app.run(main)
