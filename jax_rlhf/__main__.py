@@ -43,7 +43,9 @@ _WORKDIR = flags.DEFINE_string(
 )
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Repeat phases that the workdir has; what they left is deleted.")
 _COMPILE_CACHE = flags.DEFINE_string(
-    "compile_cache", "~/.cache/jax_rlhf", "Where compiled programs are kept for the next start; empty = nowhere."
+    "compile_cache",
+    "~/.cache/jax_rlhf/compiled",
+    "Where compiled programs are kept for the next start; empty: not.",
 )
 _CHECK = flags.DEFINE_bool("check", False, "Look at settings, data and checkpoints, show a row per phase, and stop.")
 _ACCEPT_CHANGES = flags.DEFINE_bool(

@@ -10,12 +10,13 @@ from jax_rlhf.phases import default_config
 from tests.data import tiny as data
 
 
-def checkpoint(folder, *, seed=0, layers=3, vocabulary=None, head="lm", tied=True, **biases):
+def checkpoint(folder, *, seed=0, layers=3, vocabulary=None, head="lm", tied=True, tokenizer=None, **biases):
     """A Llama of 3 layers and 32 columns: a policy, or with head="scalar" a reward model."""
+    tokenizer = tokenizer or data.tokenizer()
     config = config_from_hub(
         {
             "model_type": "llama",
-            "vocab_size": vocabulary or len(data.WORDS),
+            "vocab_size": vocabulary or len(tokenizer),
             "hidden_size": 32,
             "intermediate_size": 64,
             "num_hidden_layers": layers,
@@ -30,7 +31,7 @@ def checkpoint(folder, *, seed=0, layers=3, vocabulary=None, head="lm", tied=Tru
     )
     model = Decoder(config.replace(remat="none"), head=head)
     params = init_params(model, jax.random.key(seed))
-    save_pretrained(folder, Pretrained(model, params, data.tokenizer(), **biases))
+    save_pretrained(folder, Pretrained(model, params, tokenizer, **biases))
     return str(folder)
 
 
