@@ -2,10 +2,11 @@
 
     bash launch/quickstart.sh
 
-or, with the packages of requirements-quickstart.txt, python -m jax_rlhf --config=configs/quickstart.py
---workdir=runs/quickstart. Data: film-review sentences with human sentiment labels (jax_rlhf/examples/movie_reviews.py).
-With --config.model.path and --config.data.paths it takes other models of 8 layers or more, and other short texts;
-for answers to prompts add --config.data.prompt_tokens=None (whole prompts) and --config.reward_training.compare=pairs.
+or, with the packages of requirements-quickstart.txt and requirements-judge.txt, python -m jax_rlhf
+--config=configs/quickstart.py --workdir=runs/quickstart. Data: film-review sentences with human sentiment labels
+(jax_rlhf/examples/movie_reviews.py). With --config.model.path and --config.data.paths it takes other models of 8 layers
+or more, and other short texts; for answers to prompts add --config.data.prompt_tokens=None (whole prompts) and
+--config.reward_training.compare=pairs.
 
 What to expect: 8 min 38 s on 2 cores of an AMD EPYC (Zen 4), 3.5 GB of memory; measured on 2026-11-24, seeds 0, 1, 3
 (chosen by runs on seeds 0, 1 and 2; seed 3 was run once, afterwards):

@@ -131,7 +131,7 @@ def _keep_compiled(folder: str) -> None:
     features = hashlib.blake2b(_CPU_INFO.read_bytes().partition(b"\n\n")[0] if _CPU_INFO.exists() else b"").hexdigest()
     jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser() / features[:12]))
     jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _quieten_writers() -> None:

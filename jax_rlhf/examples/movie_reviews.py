@@ -19,9 +19,13 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline, make_pipeline
+
+try:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import Pipeline, make_pipeline
+except ImportError as error:
+    raise ImportError("the quickstart's judge needs scikit-learn: pip install 'scikit-learn>=1.7,<2'") from error
 
 from jax_rlhf.data import DataError
 

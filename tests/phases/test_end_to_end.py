@@ -120,6 +120,40 @@ def test_a_run_ends_with_a_table_and_what_to_do_next(whole):
     assert all(word in data.WORDS for answer in answers for word in answer.split())
 
 
+COUNTED = """
+import collections, sys
+from absl import app
+from jax import monitoring
+from jax_rlhf import __main__ as command
+
+events = collections.Counter()
+monitoring.register_event_listener(lambda name, **_: events.update([name]))
+try:
+    app.run(command.main, flags_parser=command.parse_flags)
+finally:
+    found = [events[f"/jax/compilation_cache/cache_{what}"] for what in ("hits", "misses")]
+    print("hits and misses:", *found)
+"""
+
+
+def test_the_second_start_of_a_run_compiles_nothing(tmp_path):
+    """Programs are kept on the disk by default, and --compile_cache= turns that off."""
+    counts = []
+    tiny.config(tmp_path)  # the checkpoint, which the first process would compile for
+    for run, place in enumerate(("kept", "kept", "")):
+        own = f"--workdir={tmp_path / str(run)}", f"--compile_cache={place and tmp_path / place}"
+        flags = command(tmp_path, "--config.phases=sft", *own)
+        env = {name: value for name, value in environment().items() if not name.startswith("JAX_COMP")}
+        how = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True}
+        done = subprocess.run([sys.executable, "-c", COUNTED, *flags[3:]], **how, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        counts.append([int(number) for number in done.stdout.splitlines()[-1].split()[-2:]])
+    (_, compiled), (found, again), off = counts
+    assert compiled > 10
+    assert (found, again) == (compiled, 0)
+    assert off == [0, 0]
+
+
 def test_a_check_trains_nothing_and_shows_a_row_of_each_phase(tmp_path):
     code, printed, errors = run(tmp_path, "--check")
     assert code == 0, errors[-3000:]
