@@ -132,7 +132,10 @@ MUTANTS = [
     *variants(
         "training/roles.py",
         _COLLECT,
-        ("config = config.limited_to(known)", "pass"),
+        ("config = sampled_ids(config, start.actor.tokenizer, known)", "pass"),
+        ("(known, ()) if tokenizer is None", "(known, ()) if tokenizer"),
+        ("limited_to(min(known, size), absent)", "limited_to(min(known, size))"),
+        ("limited_to(min(known, size), absent)", "limited_to(known, absent)"),
         ("known = min(given", "known = max(given"),
         ("learned.reward_bias - learned.missing_eos_bias", "learned.reward_bias"),
         ("runs_as is None else runs_as", "True else runs_as"),

@@ -242,6 +242,7 @@ FAULTS = {
     "exit": raising(SystemExit(3)),
     "time-out": lambda: time.sleep(30),
     "nan": lambda: [0.5, float("nan"), 0.5],
+    "inf": lambda: [0.5, float("inf"), 0.5],
     "count": lambda: [1.0],
     "no numbers": lambda: "good",
 }
@@ -261,14 +262,14 @@ def test_one_that_goes_on_failing_is_fatal_or_costs_its_responses_the_penalty(fa
     with pytest.raises(RewardError):
         scored(Flaky(*[FAULTS[fault]] * 3), retries=2)
     scores, failures = scored(Flaky(*[FAULTS[fault]] * 3), retries=2, then="penalize", score=-7.0)
-    lost = [1] if fault == "nan" else [0, 1, 2]  # the others have a score
+    lost = [1] if fault in ("nan", "inf") else [0, 1, 2]  # the others have a score
     np.testing.assert_array_equal(np.flatnonzero(scores == -7.0), lost)
-    if fault == "nan":
+    if fault in ("nan", "inf"):
         np.testing.assert_allclose(scores[[0, 2]], [2 * 0.5 + 0.5, 2 * 0.5 + 3.0])
     assert failures.penalized == len(lost)
     assert failures.failed_calls == 3
     assert "without a score get -7" in caplog.text
-    if fault in ("nan", "count"):
+    if fault in ("nan", "inf", "count"):
         assert repr(RESPONSES[0 if fault == "count" else 1]) in caplog.text
 
 
