@@ -89,14 +89,17 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
       folder: to write to.
       tokenizer: a fast one; its tokenizer.json says all that it does, so every version loads it by its plain class.
     """
-    tokenizer.save_pretrained(folder)
+    # Several templates stand in the config: of a folder of templates beside it not every program knows.
+    tokenizer.save_pretrained(folder, save_jinja_files=not isinstance(tokenizer.chat_template, dict))
     file = folder / "tokenizer_config.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     for name in _OF_LOADING:
         content.pop(name, None)
     if isinstance(content.get("extra_special_tokens"), list):  # transformers 4 knows such a list by another name
         content["additional_special_tokens"] = content.pop("extra_special_tokens")
-    _write(file, content | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    if (folder / "tokenizer.json").is_file():
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+    _write(file, content)
 
 
 def write_generation_config(folder: Path, config: PretrainedConfig, stored: Mapping[str, Any] | None) -> None:

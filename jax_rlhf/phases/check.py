@@ -67,6 +67,12 @@ def _check_data(config: RunConfig, policy: Description, phases: list[str]) -> li
     """Reads and tokenizes what each phase will."""
     if config.data.ptx_paths and not config.ppo.ptx_coef:
         raise ValueError("config.data.ptx_paths is given, and config.ppo.ptx_coef=0: nothing would be learned of it.")
+    past = [index for index in config.ends(policy) if not 0 <= index < policy.config.vocab_size]
+    if past:
+        raise ValueError(
+            f"the id {past[0]} ends an answer (config.ppo.eos_ids, generation_config.json or the tokenizer say so), and "
+            f"the model's embedding has {policy.config.vocab_size} rows: --config.ppo.eos_ids=… names ids that it knows."
+        )
     needed, seen = dict.fromkeys(phases), []
     if "reward" in phases and config.reward_training.normalize_rows:
         needed["ppo"] = None  # its prompts are answered, to normalise scores

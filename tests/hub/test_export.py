@@ -48,7 +48,14 @@ def sentencepiece_like():
     return PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
-TOKENIZERS = {"byte_level": byte_level_bos, "sentencepiece": sentencepiece_like}
+def several_templates():
+    """As Hermes and Command-R have: one for chats, one for chats with tools."""
+    made = byte_level_bos()
+    made.chat_template = {"default": CHATML, "tool_use": "{{ 'tools' }}" + CHATML}
+    return made
+
+
+TOKENIZERS = {"byte_level": byte_level_bos, "sentencepiece": sentencepiece_like, "templates": several_templates}
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +177,16 @@ def test_the_tokenizer_is_the_same_everywhere(saved, kind):
 def test_transformers_4_reads_the_same_tokenizer(saved, read, kind):
     expected = read_by_transformers4.tokens_of(TOKENIZERS[kind]())
     assert read[str(saved[kind][0])]["tokens"] == expected
+
+
+def test_a_model_with_several_templates_can_be_saved_again(saved, tmp_path):
+    once = load_pretrained(saved["templates"][0])
+    for _ in range(2):
+        save_pretrained(tmp_path / "model", once)
+    again = load_tokenizer(tmp_path / "model")
+    tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}]
+    with_tools = again.apply_chat_template(read_by_transformers4.CHAT, tools=tools, tokenize=False)
+    assert with_tools == "tools" + again.apply_chat_template(read_by_transformers4.CHAT, tokenize=False)
 
 
 def test_a_setting_that_transformers_4_cannot_express_is_an_error_there_and_not_another_model(tmp_path):

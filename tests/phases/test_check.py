@@ -134,6 +134,24 @@ def test_a_reward_model_is_trained_further_with_its_own_head(config, tmp_path, c
     np.testing.assert_array_equal(after.params["scalar_head"]["kernel"], before.params["scalar_head"]["kernel"])
 
 
+def test_a_reward_model_may_have_more_tokens_than_the_policy(config, tmp_path):
+    longer = data.tokenizer()
+    longer.add_tokens(["<new>"])
+    config.phases, config.sft_model_path = ("ppo",), config.model.path
+    config.reward.path = tiny.checkpoint(tmp_path / "reward", head="scalar", tokenizer=longer)
+    check(config, tmp_path)
+    config.model.path = config.sft_model_path = tiny.checkpoint(tmp_path / "policy", tokenizer=longer)
+    config.reward.path = tiny.checkpoint(tmp_path / "other", head="scalar", vocabulary=len(longer))
+    with pytest.raises(ValueError, match=r"another vocabulary .*1 of 32 tokens differ, first '<new>': 31 here, not in"):
+        check(config, tmp_path)
+
+
+def test_an_end_that_the_model_does_not_know_is_said(config, tmp_path):
+    config.ppo.eos_ids = (data.EOS, 77)
+    with pytest.raises(ValueError, match=r"the id 77 ends an answer .* has 31 rows"):
+        check(config, tmp_path)
+
+
 def learned_positions(folder, positions, head="lm"):
     """A GPT-2 whose rows may have so many tokens."""
     shape = {"model_type": "gpt2", "vocab_size": len(data.WORDS), "n_embd": 16, "n_layer": 3, "n_head": 2}
