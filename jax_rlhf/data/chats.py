@@ -1,6 +1,7 @@
 """Chats: lists of messages in the forms that data sets have, and what a tokenizer's chat template makes of them."""
 
 import dataclasses
+import inspect
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,8 @@ _SHARE_GPT = {
 """Who speaks in ShareGPT's {"from", "value"}, and what the role is called here."""
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message under which data sets keep what was thought before an answer."""
-_RESERVED = ("conversation", "messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message")
+_RESERVED = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
+"""What a row's options for the template may not be called: the call's own, its template among them."""
 
 
 @dataclasses.dataclass(frozen=True)

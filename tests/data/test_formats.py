@@ -239,6 +239,8 @@ def test_options_for_the_template_come_with_the_row():
         assert texts(row, "ppo", tiny.tokenizer(template=template)).prompt.startswith(begin)
     with pytest.raises(DataError, match=r"line 7: chat_template_kwargs holds .*; an object of options is expected"):
         texts({"prompt": [user("b")], "chat_template_kwargs": {"tokenize": True}}, "ppo")
+    with pytest.raises(DataError, match="an object of options is expected"):  # a row brings no template of its own
+        texts({"prompt": [user("b")], "chat_template_kwargs": {"chat_template": "{{ 'x' }}"}}, "ppo")
 
 
 def test_plain_texts_are_chats_where_that_is_wanted():
