@@ -62,20 +62,20 @@ def get_config() -> ConfigDict:
     config.reward_training.optimizer.warmup_steps = 4
     config.reward_training.head_learning_rate = 2e-3
 
-    config.ppo.iterations = 11
+    config.ppo.iterations = 10
     config.ppo.max_new_tokens = 24
     config.ppo.temperature = 0.7  # at 1.0 a model this small writes more noise
     config.ppo.kl_reduction = "mean"  # under a sum, the shorter a response, the less it pays
-    config.ppo.kl_coef = 1.0
-    config.ppo.entropy_coef = 0.03  # keeps its vocabulary
+    config.ppo.kl_coef = 1.5
+    config.ppo.entropy_coef = 0.04  # keeps its vocabulary
     config.ppo.entropy_target = 2.3  # what it starts with: more entropy slows it down
     config.ppo.ppo_epochs = 2
-    config.ppo.num_minibatches = 4
+    config.ppo.num_minibatches = 2  # of smaller ones the first steps are mostly noise
     config.ppo.value_clip_range = 10.0  # off: a critic this young has far to go
-    config.ppo.actor_optimizer.learning_rate = 2.5e-4
+    config.ppo.actor_optimizer.learning_rate = 1.5e-4
     config.ppo.actor_optimizer.schedule = "linear"
     config.ppo.actor_optimizer.final_fraction = 0.5
-    config.ppo.actor_optimizer.warmup_steps = 8  # an iteration, while the critic learns most
+    config.ppo.actor_optimizer.warmup_steps = 8  # two iterations, while the critic learns most
     config.ppo.critic_optimizer.learning_rate = 4e-4
     config.ppo.eval_rows = 192
     config.ppo.eval_functions = ("jax_rlhf.examples.movie_reviews:positive",)
