@@ -65,6 +65,18 @@ def test_ppo_raises_the_verdict_of_the_independent_judge_near_the_sft_policy(fin
     assert 0 < ppo["eval/kl"] <= 12
 
 
+def test_updates_are_healthy_by_the_books(finished):
+    """Ratios near 1, few of them clipped, and small steps, from the first iteration on."""
+    lines = map(json.loads, (finished / "ppo" / "metrics.jsonl").read_text().splitlines())
+    iterations = [line for line in lines if "val/ratio" in line]
+    assert len(iterations) == 10
+    for line in iterations:
+        assert 0.9 < line["val/ratio"] < 1.1
+        assert line["policy/clipfrac_avg"] < 0.2
+        assert line["policy/approxkl_avg"] < 0.05
+    assert iterations[-1]["objective/rlhf_reward"] > iterations[0]["objective/rlhf_reward"] + 0.5
+
+
 def test_a_judge_of_another_kind_agrees(finished):
     """Pairs of words, learned from IMDb's reviews alone."""
     reviews = [(text, label) for text, label, source in table() if source == "imdb"][::3]
