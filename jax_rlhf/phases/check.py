@@ -70,8 +70,8 @@ def _check_data(config: RunConfig, policy: Description, phases: list[str]) -> li
     past = [index for index in config.ends(policy) if not 0 <= index < policy.config.vocab_size]
     if past:
         raise ValueError(
-            f"the id {past[0]} ends an answer (so config.ppo.eos_ids, generation_config.json or the tokenizer), and the "
-            f"model's embedding has {policy.config.vocab_size} rows: --config.ppo.eos_ids=… names ids that it knows."
+            f"the id {past[0]} ends an answer (so config.ppo.eos_ids, generation_config.json or the tokenizer), and "
+            f"the model's embedding has {policy.config.vocab_size} rows; --config.ppo.eos_ids=… names others."
         )
     needed, seen = dict.fromkeys(phases), []
     if "reward" in phases and config.reward_training.normalize_rows:
