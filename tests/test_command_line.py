@@ -1,11 +1,14 @@
 """What strangers write on the command line: lists, configs, fields of other frameworks."""
 
+import importlib
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from absl import flags
 
+import jax_rlhf
 from jax_rlhf import command_line
 from jax_rlhf.packaged import packaged_config, packaged_configs
 from jax_rlhf.phases import run_config
@@ -189,3 +192,14 @@ def test_a_command_that_cannot_be_used_ends_with_2_and_no_traceback(tmp_path):
     assert "Traceback" not in done.stderr
     assert "PyTorch was not found" not in done.stderr + done.stdout
     assert done.stderr.splitlines()[-1].startswith("error: --config=nosuch.py: 'nosuch.py' is no file here")
+
+
+def test_the_wheel_has_every_package_and_the_configs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = {file.parent.relative_to(ROOT).as_posix().replace("/", ".") for file in ROOT.glob("jax_rlhf/**/*.py")}
+    assert set(project["tool"]["setuptools"]["packages"]) == packages | {"jax_rlhf.configs"}
+    assert project["tool"]["setuptools"]["package-dir"] == {"jax_rlhf.configs": "configs"}
+    for entry in project["project"]["scripts"].values():
+        module, _, name = entry.partition(":")
+        assert callable(getattr(importlib.import_module(module), name))
+    assert project["project"]["version"] == jax_rlhf.__version__
