@@ -72,6 +72,7 @@ _EXPECTED = (
 )
 
 _CPU_INFO = Path("/proc/cpuinfo")
+_CPU_KIND = ("vendor_id", "cpu family", "model", "flags", "CPU", "Features")  # not its clock, which varies
 _CACHE_BYTES = 8 * 2**30  # past that JAX removes what was not used for longest
 
 SAVED = 75
@@ -128,8 +129,15 @@ def _keep_compiled(folder: str) -> None:
     if not folder or jax.process_count() > 1 or jax.config.jax_compilation_cache_dir is not None:
         return
     # On the CPU a program uses what its machine has: one that shares the folder, and has less, must not run it.
-    features = hashlib.blake2b(_CPU_INFO.read_bytes().partition(b"\n\n")[0] if _CPU_INFO.exists() else b"").hexdigest()
-    jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser() / features[:12]))
+    first = _CPU_INFO.read_text().partition("\n\n")[0].splitlines() if _CPU_INFO.exists() else []
+    kind = sorted(line for line in first if line.startswith(_CPU_KIND))
+    try:
+        place = Path(folder).expanduser() / hashlib.blake2b("\n".join(kind).encode()).hexdigest()[:12]
+        place.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # a container whose user has no home
+        logging.warning("compiled programs are not kept: %s; --compile_cache=DIR names a folder.", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(place))
     jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

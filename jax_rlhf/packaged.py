@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -44,8 +45,9 @@ def get_config_of(file: Path) -> Callable[..., ConfigDict]:
     Raises:
       ValueError: it has none, or fails; says in which line.
     """
-    loader = importlib.machinery.SourceFileLoader("config_file", str(file))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("config_file", loader))
+    loader = importlib.machinery.SourceFileLoader(f"config_file_{file.stem}", str(file))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    sys.modules[loader.name] = module  # where a dataclass of the file looks for its module
     try:
         loader.exec_module(module)
     except Exception as error:  # it is the user's code

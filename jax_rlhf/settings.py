@@ -43,14 +43,14 @@ def from_mapping(kind: type[T], values: Any, where: str = "config") -> T:
 
 
 _NOT_HERE = {
-    r"lora|peft|adapter": "LoRA and other adapters",
-    r"qlora|4bit|8bit|quanti[sz]": "quantized training",
+    r"(^|_|q)lora($|_)|peft|adapters?$": "LoRA and other adapters",
+    r"4bit|8bit|quanti[sz]": "quantized training",
     r"vllm|sglang": "generation by another server",
-    r"grpo|rloo|reinforce": "GRPO, RLOO and REINFORCE (the algorithm is PPO)",
-    r"dpo|kto|orpo|simpo|cpo": "DPO and its relatives (the phases are sft, reward and ppo)",
+    r"^(grpo|rloo|reinforce)": "GRPO, RLOO and REINFORCE (the algorithm is PPO)",
+    r"^(dpo|kto|orpo|simpo|cpo)($|_)": "DPO and its relatives (the phases are sft, reward and ppo)",
     r"deepspeed|zero_stage|fsdp_config|accelerate": "DeepSpeed and accelerate (config.mesh says what is sharded)",
     r"pipeline": "pipeline parallelism",
-    r"moe|expert": "mixtures of experts",
+    r"(^|_)(moe|experts?)($|_)": "mixtures of experts",
 }
 """What other frameworks have and this one has not, by a pattern of names."""
 _OTHER_NAMES = {

@@ -220,8 +220,8 @@ class _Examples:
         self.notes[_IMPLICIT] += sum(text.implicit for text in texts)
         if self.tokenizer.chat_template is not None:
             self.notes[_NOT_A_CHAT] += sum(not text.templated for text in texts)
-        how = self.tokenizer, self.config, self.dropped, self.eos_ids, self.vocab_size
-        examples = tokenized(source.rows, texts, *how)
+        how = self.tokenizer, self.config, self.dropped, self.eos_ids
+        examples = tokenized(source.rows, texts, *how, vocab_size=self.vocab_size)
         if self.config.deduplicate:
             distinct: dict[tuple[bytes, ...], Example] = {}
             for example in examples:  # prompts that several pairs share, openings that are alike

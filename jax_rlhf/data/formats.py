@@ -184,8 +184,10 @@ def _is_undesired(row: Row, found: Mapping[str, Any], config: DataConfig) -> boo
     """Whether a completion is an example of what not to say, as in TRL's unpaired preferences."""
     label = row.content.get(config.label_column)
     if isinstance(label, str):
-        label = {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower())
-    return "completion" in found and isinstance(label, bool | int) and label in (False, 0)
+        label = {"false": 0, "no": 0}.get(label.strip().lower(), label)
+    return (
+        "completion" in found and isinstance(label, bool | int | float | str) and _is_number(label) and not float(label)
+    )
 
 
 def _with_prompt(found: dict[str, Any], row: Row) -> dict[str, Any]:

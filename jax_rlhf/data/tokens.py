@@ -89,6 +89,7 @@ def tokenized(
     config: DataConfig,
     dropped: collections.Counter,
     eos_ids: Sequence[int],
+    *,
     vocab_size: int | None = None,
 ) -> list[Example]:
     """Tokenizes rows, and drops or cuts what is too long.

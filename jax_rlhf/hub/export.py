@@ -97,6 +97,9 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         content.pop(name, None)
     if isinstance(content.get("extra_special_tokens"), list):  # transformers 4 knows such a list by another name
         content["additional_special_tokens"] = content.pop("extra_special_tokens")
+    # A plain class of transformers 4 has defaults of its own for these: token_type_ids, which no decoder takes.
+    content["model_input_names"] = list(tokenizer.model_input_names)
+    content["padding_side"] = tokenizer.padding_side
     if (folder / "tokenizer.json").is_file():
         content["tokenizer_class"] = "PreTrainedTokenizerFast"
     _write(file, content)

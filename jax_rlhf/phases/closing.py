@@ -32,7 +32,11 @@ def closing(results: Mapping[str, Mapping[str, Any]], workdir: Path, *, tensorbo
         for phase, name, before, after in rows
     ]
     for phase, result in results.items():
-        others = [f"{name} {value:.4g}" for name, value in result.items() if not name.startswith("eval/")]
+        others = [
+            f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4g}"
+            for name, value in result.items()
+            if not name.startswith("eval/")
+        ]
         lines.append(f"{phase}: {', '.join(others)}; model in {where / phase / 'model'}")
     policy = next((phase for phase in ("ppo", "sft") if phase in results), None)
     if policy is not None:

@@ -284,6 +284,17 @@ def _json_number(value: float) -> float | None:
     return float(f"{value:.7g}") if math.isfinite(value) else None
 
 
+def _plain(value: Any) -> Any:
+    """What JSON can hold of a value."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float):
+        return _json_number(value)
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
 class _Lines:
     """What a progress bar writes to where nobody looks at it live: plain lines."""
 
@@ -328,7 +339,7 @@ def sample_row(
     Returns:
       What JSON can hold.
     """
-    own = json.loads(json.dumps(dict(columns or {}), default=str))
+    own = {str(name): _plain(value) for name, value in (columns or {}).items()}
     content = {"step": step, "split": split, "prompt": prompt, "response": response}
     return content | {"score": score, "kl": kl, "length": length, "ended": ended, "columns": own}
 

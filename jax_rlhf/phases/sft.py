@@ -119,6 +119,10 @@ def _write_samples(config: RunConfig, pretrained: Pretrained, datasets: Datasets
     """The model's answers to held-out prompts (to the first 8 tokens of texts without a prompt)."""
     tokenizer, examples = pretrained.tokenizer, datasets.held_out[: config.sft.sample_rows]
     rows = [example.prompt if example.has_prompt else _opening(example) for example in examples]
+    most, decoder = config.sft.sample_tokens, pretrained.model.config
+    if decoder.position_kind == "learned":  # a long prompt leaves less to answer, or is cut
+        most = max(1, min(most, decoder.max_positions - max(map(len, rows))))
+        rows = [row[-(decoder.max_positions - most) :] for row in rows]
     width = max(map(len, rows))
     prompts, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
     for index, row in enumerate(rows):
@@ -130,15 +134,16 @@ def _write_samples(config: RunConfig, pretrained: Pretrained, datasets: Datasets
         prompts,
         mask,
         jax.random.key(config.seed),
-        max_new_tokens=config.sft.sample_tokens,
+        max_new_tokens=most,
         eos_id=ends,
     )
     decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
-    answers = gather_to_host(samples.tokens), gather_to_host(samples.response_mask)
+    answers, written = (gather_to_host(samples.tokens), gather_to_host(samples.response_mask)), []
     for example, row, tokens, real in zip(examples, rows, *answers, strict=True):
         response = tokens[width:][real]
         how = {"length": len(response), "ended": bool(np.isin(response, ends).any()), "columns": example.columns}
-        record.samples([sample_row(steps, "eval", decode(row), decode(response), **how)])
+        written.append(sample_row(steps, "eval", decode(row), decode(response), **how))
+    record.samples(written)
 
 
 def _opening(example: Example) -> np.ndarray:

@@ -26,6 +26,8 @@ def tokens_of(tokenizer):
         "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id],
         "all_special": sorted(tokenizer.all_special_ids),
         "length": len(tokenizer),
+        "inputs": sorted(tokenizer("Hello")),
+        "padding_side": tokenizer.padding_side,
         "chat": chat,
     }
 
