@@ -11,7 +11,6 @@ from typing import Any, Literal, TypeVar
 from ml_collections import ConfigDict, config_dict
 
 T = TypeVar("T")
-_MANY = 30  # fields that are no longer listed
 
 
 def from_mapping(kind: type[T], values: Any, where: str = "config") -> T:
@@ -111,7 +110,7 @@ def unknown_name(name: str, known: Iterable[str], prefix: str = "") -> str:
         return f"here it is config.{_OTHER_NAMES[last]}." if "=" not in _OTHER_NAMES[last] else _OTHER_NAMES[last]
     if near:
         return f"did you mean {' or '.join(prefix + path for path in near)}?"
-    if len(known) > _MANY:
+    if any("." in path for path in known):  # of a whole run
         return "configs/sft.py, reward.py and ppo.py explain the fields."
     return f"the fields are {', '.join(sorted(known))}."
 

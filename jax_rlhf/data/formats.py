@@ -36,7 +36,7 @@ _NEEDED = {
     "reward": "(prompt,) chosen and rejected",
     "ppo": "prompt, or messages, or chosen and rejected, or text with config.data.prompt_tokens",
 }
-_CHATS = ("prompt", "completion", "chosen", "rejected", "messages")
+_CHATS = ("prompt", "completion", "chosen", "rejected", "messages", "text")
 _OTHER_NAMES = {"messages": "conversations"}
 """ShareGPT's name, where a row has no column of ours."""
 _TEMPLATE_OPTIONS = "chat_template_kwargs"

@@ -108,7 +108,7 @@ def default_chunk(batch: int, config: DecoderConfig) -> int:
     budget = 2**23 if config.platform == "cpu" else 2**27
     if config.layout is not None:
         budget *= config.layout.cuts("rows") * config.layout.cuts("vocab")
-    return max(1, budget // (batch * config.vocab_size))
+    return max(1, budget // (batch * config.table_rows))  # a product with all rows, also of ids that are not used
 
 
 @jax.custom_vjp

@@ -44,12 +44,13 @@ def test_scores_are_normalised_on_what_ppo_will_sample(whole):
     policy, wanted = load_pretrained(workdir / "sft" / "model"), alone.lines(workdir / "reward" / "samples.jsonl")
     assert len(wanted) == 64
     for step in range(8):
-        rows = [row["text"] for row in wanted[8 * step : 8 * step + 8]]
-        prompts = [" ".join(row.split()[:3]) for row in rows]
+        batch = wanted[8 * step : 8 * step + 8]
+        prompts = [row["prompt"] for row in batch]
+        rows = [" ".join([row["prompt"], *row["response"].split(), *["<eos>"] * row["ended"]]) for row in batch]
         key = jax.random.fold_in(jax.random.key(alone.SEED), step)
         made = answers(policy, prompts, key, np.arange(8), **SAMPLING)
         assert [" ".join([prompt, *words]) for prompt, words in zip(prompts, made, strict=True)] == rows
-    assert len({row["text"][:5] for row in wanted}) > 40  # 64 of the 90 prompts
+    assert len({row["prompt"] for row in wanted}) > 40  # 64 of the 90 prompts
     reward = json.loads((workdir / "reward" / "summary.json").read_text())
     assert reward["missing_eos_bias"] > 0  # else nothing here would say whether it is written
     model = load_pretrained(workdir / "reward" / "model", head="scalar")

@@ -30,9 +30,9 @@ def test_coefficients_rest_while_the_actor_does():
 
 
 def test_the_penalty_clips_nothing():
-    """PPO-clip counts the tokens that it holds; PPO-penalty holds none, whatever their ratios."""
+    """PPO-clip counts the tokens that it holds; PPO-penalty holds none, and says nothing of it."""
     made = on_device(experience())
-    assert tiny.trainer(policy_loss="penalty").train_rlhf(made)["policy/clipfrac_avg"] == 0
+    assert "policy/clipfrac_avg" not in tiny.trainer(policy_loss="penalty").train_rlhf(made)
     random = np.asarray(made.logprobs) - np.asarray(
         tiny.trainer().generate_experience(tiny.ragged_prompts(ROWS)).logprobs
     )

@@ -111,7 +111,8 @@ def test_functions_get_prompts_responses_and_columns_of_each_row_without_special
             raise OSError("the judge is not at home")
         return [1.0, 2.0]
 
-    engine = types.SimpleNamespace(tokenizer=data.tokenizer(), layout=None)
+    networks = types.SimpleNamespace(reward=None)
+    engine = types.SimpleNamespace(tokenizer=data.tokenizer(), layout=None, networks=networks)
     config = PPOConfig(reward_retries=1)
     trainer = types.SimpleNamespace(engine=engine, config=config, failures=Failures())
     trainer.reward_functions = (RewardFunction(judge, weight=2.0),)
