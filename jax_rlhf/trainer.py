@@ -258,6 +258,7 @@ class PPOTrainer:
                 self.failures,
                 completion_ids=[ids[row] for row in mine],
                 chats=None if prompts.chats is None else [prompts.chats[row] for row in mine],
+                continued=None if prompts.continued is None else [prompts.continued[row] for row in mine],
                 unscored=unscored,
             )
         everywhere = all_rows(scores, self.engine.layout)

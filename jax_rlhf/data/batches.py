@@ -197,7 +197,9 @@ def prompt_batch(
         tokens[r, columns - len(example.prompt) :], mask[r, columns - len(example.prompt) :] = example.prompt, True
     others = {name: [example.columns.get(name) for example in rows] for name in names}
     chats = [example.chat for example in rows]
-    return Prompts(tokens, mask, np.asarray(row_ids, np.int32), others, chats if any(chats) else None)
+    continued = [example.continued for example in rows]
+    more = (chats, continued) if any(chats) else (None, None)
+    return Prompts(tokens, mask, np.asarray(row_ids, np.int32), others, *more)
 
 
 def packed(examples: Sequence[Example], columns: int) -> list[list[Example]]:

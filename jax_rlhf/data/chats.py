@@ -21,6 +21,7 @@ _SHARE_GPT = {
     "bing": "assistant",
     "bard": "assistant",
     "model": "assistant",
+    "bot": "assistant",
     "assistant": "assistant",
     "function_call": "assistant",
     "system": "system",
@@ -30,6 +31,8 @@ _SHARE_GPT = {
     "observation": "tool",
 }
 """Who speaks in ShareGPT's {"from", "value"}, and what the role is called here."""
+_SAME_ROLES = ("human", "gpt", "chatgpt", "bing", "bard", "model", "bot")
+"""Roles of {"role", "content"} that are ShareGPT's; others (developer, ipython …) are the template's matter."""
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message under which data sets keep what was thought before an answer."""
 _RESERVED = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
@@ -92,6 +95,8 @@ def _checked_message(message: Any, where: str) -> Message:
     kept = {key: value for key, value in message.items() if value is not None}
     if not isinstance(kept.get("role"), str):
         raise wrong
+    if kept["role"].lower() in _SAME_ROLES:
+        kept["role"] = _SHARE_GPT[kept["role"].lower()]
     content = kept.get("content")
     if isinstance(content, list):
         content = _joined(content, where)
@@ -241,6 +246,8 @@ def _left_out(text: str, answer: list[Message]) -> str:
     written = _without_space(text)
     for message in answer:
         parts = [message["content"], *(message[key] for key in _REASONING if isinstance(message.get(key), str))]
+        calls = (call.get("function", call) for call in message.get("tool_calls", ()))
+        parts += [call["name"] for call in calls if isinstance(call.get("name"), str)]
         for part in parts if message["role"] == "assistant" else ():
             if _without_space(part) not in written:
                 return part

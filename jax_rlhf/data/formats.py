@@ -54,6 +54,8 @@ class Texts:
       margin: by how much chosen is better, in reward units.
       columns: the row's other columns.
       chat: the prompt's messages, where it is a chat.
+      continued: the chat ends within a turn of the assistant, which the answer goes on with.
+      tools_unwritten: the row has tools, and the chat template does not write them.
       implicit: the prompt is what two texts begin with.
       unwritten: a part of an answer that the chat template leaves out, or "".
       left_out: why the phase does not learn from the row, or "".
@@ -65,6 +67,8 @@ class Texts:
     margin: float
     columns: Mapping[str, Any]
     chat: list[Message] | None = None
+    continued: bool = False
+    tools_unwritten: bool = False
     implicit: bool = False
     unwritten: str = ""
     left_out: str = ""
@@ -110,11 +114,20 @@ def row_texts(row: Row, phase: str, config: DataConfig, tokenizer: PreTrainedTok
             "checkpoint, put a chat_template.jinja into the checkpoint's folder, or give plain texts."
         )
     chat, answers = _as_messages(prompt, "user"), [_as_messages(answer, "assistant") for answer in completions]
+    for answer in answers:
+        if answer and answer[0]["role"] not in ("assistant", "tool"):
+            raise DataError(
+                f"{row.where}: an answer begins with the {answer[0]['role']}'s message {str(answer[0])[:80]}; the "
+                "assistant's is expected."
+            )
     tools = tools_of(row.content.get(config.tools_column), row.where)
     render = Rendering(tokenizer, row.where, tools, template_options(row.content.get(_TEMPLATE_OPTIONS), row.where))
     continued = _is_continued(found, chat, answers, row)
     begin, answers, unwritten = rendered(render, chat, answers, continued=continued)
-    return Texts(begin, answers, True, float(margin), others, chat, unwritten=unwritten, **more)
+    more |= {"chat": chat, "continued": continued, "unwritten": unwritten}
+    if tools and chat:
+        more["tools_unwritten"] = render(chat) == dataclasses.replace(render, tools=None)(chat)
+    return Texts(begin, answers, True, float(margin), others, **more)
 
 
 def own_prompt(row: Row, config: DataConfig) -> tuple[str, str]:
@@ -165,11 +178,22 @@ def _names(row: Row, config: DataConfig) -> dict[str, str]:
 def _found(row: Row, names: dict[str, str]) -> dict[str, Any]:
     """What the row has of them, with chats in one form."""
     found = {kind: row.content[name] for kind, name in names.items() if row.content.get(name) is not None}
+    single = {kind: [part] for kind, part in found.items() if kind in _CHATS and isinstance(part, dict)}
+    found |= single  # a message that stands alone
     chats = {kind: part for kind, part in found.items() if kind in _CHATS and isinstance(part, list)}
     found |= {kind: checked_messages(part, row.where) for kind, part in chats.items()}
+    messages, system = found.get("messages"), row.content.get("system")
+    if not messages or not isinstance(messages, list):
+        return found
+    share_gpt = names["messages"] in _OTHER_NAMES.values() and isinstance(system, str) and system.strip()
+    if share_gpt and messages[0]["role"] != "system":
+        messages = found["messages"] = [{"role": "system", "content": system}, *messages]
+    answers = [found[kind] for kind in ("completion", "chosen", "rejected") if kind in found]
     whole = "completion" in found or ("chosen" in found and "rejected" in found)
-    if found.get("messages") and isinstance(found["messages"], list) and "prompt" in found and not whole:
+    if "prompt" in found and not whole:
         del found["prompt"]  # which the messages begin with
+    elif "prompt" not in found and whole and not any(answer[:1] == messages[:1] for answer in answers):
+        found["prompt"] = found.pop("messages")  # the answers are to them, and no whole conversations
     return found
 
 
@@ -202,8 +226,11 @@ def _with_prompt(found: dict[str, Any], row: Row) -> dict[str, Any]:
         if pair and isinstance(found["chosen"], list) and _shared_beginning(found["chosen"], found["rejected"]):
             del found["prompt"]
     prompt = found.get("prompt")
-    if prompt and isinstance(prompt, list) and kinds and all(_goes_on(found[kind], prompt) for kind in kinds):
-        found = found | {kind: found[kind][len(prompt) :] for kind in kinds}  # they are whole conversations
+    if prompt and isinstance(prompt, list) and kinds:
+        # Answers may be whole conversations, with or without the system's turn.
+        for begin in (prompt, [message for message in prompt if message["role"] != "system"]):
+            if begin and all(_goes_on(found[kind], begin) for kind in kinds):
+                found = found | {kind: found[kind][len(begin) :] for kind in kinds}
     if pair and "prompt" not in found:
         chosen, rejected = found["chosen"], found["rejected"]
         shared = _shared_beginning(chosen, rejected)
@@ -272,7 +299,7 @@ def _is_continued(found: Mapping[str, Any], chat: list[Message], answers: list[l
     """Whether a prompt of its own ends within a turn of the assistant; two turns of one conversation are two."""
     if "prompt" not in found or not chat or chat[-1]["role"] != "assistant":
         return False
-    if any(answer and answer[0]["role"] != "assistant" for answer in answers):
+    if any(answer and answer[0]["role"] == "tool" for answer in answers):
         return False
     if chat[-1].get("tool_calls"):
         raise DataError(f"{row.where}: the prompt ends with a tool call; what answers it is the tool's message.")

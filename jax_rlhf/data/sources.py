@@ -129,7 +129,11 @@ def imported(name: str, what: str) -> Callable:
 
 
 def _from_reader(path: str, phase: str, split: str) -> list:
-    rows = imported(path, "config.data.paths")(phase=phase, split=split)
+    try:
+        reader = imported(path, "config.data.paths")
+    except ValueError as error:
+        raise ValueError(f"{error} (A configuration of a data set is written org/name:configuration.)") from error
+    rows = reader(phase=phase, split=split)
     if not isinstance(rows, Iterable):
         raise DataError(f"reader {path} returned a {type(rows).__name__}; an iterable of dicts is expected.")
     return list(rows)
@@ -144,7 +148,7 @@ def _from_hub(path: str, split: str, revision: str | None) -> Iterator[dict]:
             rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         else:
             rows = _load_dataset(str(folder) if folder.is_dir() else path, split, revision)
-        return map(_without_fill, rows)
+        return iter([_without_fill(row) for row in rows])  # here: a column of sounds or images fails when it is read
     except Exception as error:  # datasets raises many types
         raise DataError(
             f"Hugging Face data set {path!r}, split {split!r}: {type(error).__name__}: {error}. A split is chosen with "

@@ -31,6 +31,7 @@ class Example:
       columns: the row's other columns.
       has_prompt: whether the row has one; BOS alone is none.
       chat: the prompt's messages, where it is a chat.
+      continued: it ends within a turn of the assistant.
     """
 
     prompt: np.ndarray
@@ -39,6 +40,7 @@ class Example:
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     has_prompt: bool = True
     chat: list[Message] | None = None
+    continued: bool = False
 
     @property
     def length(self) -> int:
@@ -132,6 +134,7 @@ def tokenized(
         if example is not None:
             _check_ids(example, rows[index], tokenizer, vocab_size)
             more = {"margin": text.margin, "columns": text.columns, "chat": text.chat}
+            more["continued"] = text.continued
             more["has_prompt"] = bool(text.prompt.strip())
             examples.append(dataclasses.replace(example, **more))
     return examples

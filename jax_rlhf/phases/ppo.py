@@ -323,8 +323,9 @@ def _verdicts(
         texts = [row["prompt"] for row in rows], [row["response"] for row in rows]
         tokens, mask = (local_rows(part)[mine] for part in (experience.tokens, experience.response_mask))
         ids = [row[-len(real) :][real].tolist() for row, real in zip(tokens, mask, strict=True)]
-        chats = None if prompts.chats is None else [prompts.chats[row] for row in np.flatnonzero(mine)]
-        more = {"completion_ids": ids, "chats": chats, "unscored": math.nan}
+        of_mine = lambda rows: None if rows is None else [rows[row] for row in np.flatnonzero(mine)]  # noqa: E731
+        more = {"completion_ids": ids, "chats": of_mine(prompts.chats), "continued": of_mine(prompts.continued)}
+        more["unscored"] = math.nan
         verdicts[mine] = score_texts([judge], *texts, columns, how, trainer.failures, **more)
     return all_rows(verdicts, layout)
 

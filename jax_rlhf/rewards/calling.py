@@ -21,6 +21,7 @@ class Answers:
       columns: the data set's other columns, B entries each.
       completion_ids: the ids of each response, its EOS included; None = not known.
       chats: the messages of each prompt, None where it is a plain text; None = all are.
+      continued: the chat ends within a turn of the assistant, which the response goes on with; None = none does.
     """
 
     prompts: Sequence[str]
@@ -28,6 +29,7 @@ class Answers:
     columns: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
     completion_ids: Sequence[Sequence[int]] | None = None
     chats: Sequence[list[dict[str, Any]] | None] | None = None
+    continued: Sequence[bool] | None = None
 
     def __len__(self) -> int:
         """B."""
@@ -110,16 +112,15 @@ def _parameters(function: Callable) -> Mapping[str, inspect.Parameter]:
 
 def _conversations(answers: Answers) -> tuple[list, list]:
     """Prompts and completions as TRL has them: of chats messages, and of a turn that is continued the whole turn."""
-    prompts, completions = [], []
-    for prompt, response, chat in zip(
-        answers.prompts, answers.responses, answers.chats or [None] * len(answers), strict=True
-    ):
+    prompts, completions, count = [], [], len(answers)
+    chats, continued = answers.chats or [None] * count, answers.continued or [False] * count
+    for prompt, response, chat, goes_on in zip(answers.prompts, answers.responses, chats, continued, strict=True):
         if chat is None:
             prompts.append(prompt)
             completions.append(response)
             continue
         chat = copy.deepcopy(chat)
-        begun = chat.pop()["content"] if chat and chat[-1]["role"] == "assistant" else ""
+        begun = chat.pop()["content"] if goes_on else ""
         prompts.append(chat)
         completions.append([{"role": "assistant", "content": begun + response}])
     return prompts, completions

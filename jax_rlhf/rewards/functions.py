@@ -8,6 +8,7 @@ import queue
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -132,7 +133,10 @@ def _is_list(returned: Any) -> bool:
 
 def _awaited(returned: Any) -> Any:
     """What an async function, as TRL takes them too, ends with."""
-    return asyncio.run(_wait_for(returned)) if inspect.isawaitable(returned) else returned
+    if not inspect.isawaitable(returned):
+        return returned
+    with ThreadPoolExecutor(1) as thread:  # this one may have a loop that runs, as in a notebook
+        return thread.submit(asyncio.run, _wait_for(returned)).result()
 
 
 async def _wait_for(returned: Any) -> Any:
@@ -212,6 +216,7 @@ def score_texts(
     *,
     completion_ids: Sequence[Sequence[int]] | None = None,
     chats: Sequence[list[dict[str, Any]] | None] | None = None,
+    continued: Sequence[bool] | None = None,
     unscored: float | None = None,
 ) -> np.ndarray:
     """The weighted sum of several functions' scores.
@@ -223,7 +228,7 @@ def score_texts(
       on_failure: what becomes of failures; None = they are fatal at once.
       failures: counts them, where given.
       completion_ids: the ids of each response; None = not known.
-      chats: the messages of each prompt, None where it is a plain text; None = all are.
+      chats, continued: of each prompt, as `Prompts` has them.
       unscored: of a response for which all functions gave None; None = that is a failure.
 
     Returns:
@@ -235,7 +240,7 @@ def score_texts(
     if not responses:  # of several processes one may own no rows
         return np.zeros(0, np.float32)
     how, count = on_failure or OnFailure(), Failures() if failures is None else failures
-    answers = Answers(prompts, responses, columns, completion_ids, chats)
+    answers = Answers(prompts, responses, columns, completion_ids, chats, continued)
     scored = [_tried(function, answers, how, count) for function in functions]
     total = np.sum([scores for scores, _ in scored], axis=0, dtype=np.float32)
     nobody = ~np.any([given for _, given in scored], axis=0)

@@ -22,6 +22,7 @@ class Prompts:
       row_ids: int32[B], the address of each row's randomness: no two rows of an iteration share one.
       columns: the data set's other columns, one entry per row each; they go to reward functions.
       chats: the messages of each prompt, None where it is a plain text; None = all are. They go to reward functions.
+      continued: bool each, the chat ends within a turn of the assistant, which the response goes on with; None = none.
     """
 
     tokens: Array
@@ -29,6 +30,7 @@ class Prompts:
     row_ids: Array
     columns: Mapping[str, Sequence[Any]] = struct.field(pytree_node=False, default_factory=dict)
     chats: Sequence[Any] | None = struct.field(pytree_node=False, default=None)
+    continued: Sequence[bool] | None = struct.field(pytree_node=False, default=None)
 
 
 @struct.dataclass

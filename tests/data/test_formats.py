@@ -167,6 +167,7 @@ def test_a_pair_beside_messages_is_a_pair():
 def test_a_prompt_that_ends_with_the_assistant_is_continued(completion, expected):
     asked = [user("a"), assistant("b c ")]
     assert texts({"prompt": asked}, "ppo").prompt == "<user> a <eos> <assistant> b c "
+    assert texts({"prompt": asked}, "ppo").continued
     read = texts({"prompt": asked, "completion": completion}, "sft")
     expected = expected or "d <eos> <user> e <eos> <assistant> f <eos> "
     assert (read.prompt, read.completions) == ("<user> a <eos> <assistant> b c ", (expected,))
@@ -180,11 +181,62 @@ def test_two_turns_of_the_assistant_in_a_row_are_two():
     for phase, completions in (("sft", ("c <eos> ",)), ("ppo", ())):
         read = texts({"messages": turns}, phase)
         assert (read.prompt, read.completions) == ("<user> a <eos> <assistant> b <eos> <assistant> ", completions)
+        assert not read.continued
     read = texts({"chosen": turns, "rejected": [*turns[:2], assistant("d")]}, "reward")
     assert (read.prompt, read.completions) == (
         "<user> a <eos> <assistant> b <eos> <assistant> ",
         ("c <eos> ", "d <eos> "),
     )
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+@pytest.mark.parametrize("answer", ["{}", assistant("{}"), [assistant("{}")], {"from": "gpt", "value": "{}"}])
+def test_messages_beside_answers_are_their_prompt(column, answer):
+    """LLaMA-Factory's rankings: a message alone is an answer too."""
+    filled = lambda text: json.loads(json.dumps(answer).replace("{}", text))  # noqa: E731
+    pair = {column: [user("a")], "chosen": filled("b"), "rejected": filled("c")}
+    for phase, completions in (("sft", ("b <eos> ",)), ("reward", ("b <eos> ", "c <eos> ")), ("ppo", ())):
+        read = texts(pair, phase)
+        assert (read.prompt, read.completions) == (ASKED, completions)
+    read = texts({column: [user("a")], "completion": filled("b")}, "sft")
+    assert (read.prompt, read.completions) == (ASKED, ("b <eos> ",))
+    row = Row(pair, "x.jsonl", 1)
+    assert own_prompt(row, DataConfig()) == ("a", "prompt")
+
+
+def test_the_system_s_turn_of_share_gpt_rows():
+    row = {"system": "s", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    assert texts(row, "sft").prompt == "<system> s " + "<eos> " + ASKED
+    assert texts({"system": "s", "prompt": [user("a")]}, "ppo").prompt == ASKED  # another data set's column
+
+
+@pytest.mark.parametrize(("asks", "says"), [("human", "gpt"), ("user", "model"), ("Human", "bot")])
+def test_roles_of_other_names(asks, says):
+    turns = [{"role": asks, "content": "a"}, {"role": says, "content": "b"}]
+    read = texts({"messages": turns}, "sft")
+    assert (read.prompt, read.completions) == (ASKED, ("b <eos> ",))
+    read = texts({"chosen": turns, "rejected": [turns[0], {"role": says, "content": "c"}]}, "reward")
+    assert (read.prompt, read.completions) == (ASKED, ("b <eos> ", "c <eos> "))
+
+
+def test_an_answer_is_the_assistant_s():
+    with pytest.raises(DataError, match="line 7: an answer begins with the user's message"):
+        texts({"prompt": [user("a")], "completion": [user("b")]}, "sft")
+    system = {"role": "system", "content": "s"}
+    whole = {name: [user("a"), assistant(name[0])] for name in ("chosen", "rejected")}
+    read = texts({"prompt": [system, user("a")]} | whole, "reward")  # whole conversations, without the system's turn
+    assert (read.prompt, read.completions) == (f"<system> s <eos> {ASKED}", ("c <eos> ", "r <eos> "))
+
+
+@pytest.mark.parametrize("content", [None, "", "b"])
+def test_a_call_that_the_template_does_not_write_is_noticed(content):
+    """Else an immediate end of the turn would be learned."""
+    turn = {"role": "assistant", "content": content, "tool_calls": [CALL]}
+    assert texts({"messages": [user("a"), turn]}, "sft").unwritten == "time"
+    assert texts({"messages": [user("a"), turn]}, "sft", tiny.tokenizer(template=AGENT)).unwritten == ""
+    for template, unwritten in ((tiny.TEMPLATE, True), (AGENT, False)):
+        row = {"prompt": [user("a")], "tools": TOOLS}
+        assert texts(row, "ppo", tiny.tokenizer(template=template)).tools_unwritten == unwritten
 
 
 def test_answers_that_begin_with_the_prompt_s_messages_are_whole_conversations():

@@ -152,6 +152,20 @@ def test_a_configuration_or_a_folder_of_a_data_set_is_part_of_its_path(monkeypat
     assert asked == [{"path": path.partition(":")[0], "split": "dev", "revision": "v1"} | expected]
 
 
+def test_a_column_that_cannot_be_decoded_is_said(monkeypatch):
+    """Sounds and images need packages of their own, which datasets asks for when a row is read."""
+
+    def rows():
+        yield ROWS[0]
+        raise ImportError("To support decoding audio data, please install 'torchcodec'.")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **how: rows())
+    with pytest.raises(DataError, match="'org/name', split 'train': ImportError: To support decoding audio"):
+        read("org/name")
+    with pytest.raises(ValueError, match=r"cannot be imported.*org/name:configuration"):
+        read("gsm8k:main")
+
+
 def test_a_data_set_that_cannot_be_had_says_how_one_is_named():
     """Tests have no network."""
     with pytest.raises(DataError, match=r"'org/none', split 'train': .* org/name:configuration"):

@@ -145,7 +145,10 @@ def test_a_column_of_a_taken_name_breaks_neither_form(function, name):
 def test_chats_are_messages_in_trl_s_form():
     """A prompt that ends within the assistant's turn is continued: the completion is the whole turn."""
     chats = [*CHATS[:2], [*CHATS[2], {"role": "assistant", "content": "It is "}]]
-    seen = called(trl, ANSWER, chats=chats)
+    seen = called(trl, ANSWER, chats=chats)  # two turns of the assistant in a row
+    assert seen["prompts"] == [CHATS[0], "two", chats[2]]
+    assert seen["completions"][2] == [{"role": "assistant", "content": "<odd>\n"}]
+    seen = called(trl, ANSWER, chats=chats, continued=[False, False, True])
     assert seen["prompts"] == [CHATS[0], "two", CHATS[2]]
     assert seen["completions"] == [
         [{"role": "assistant", "content": "a"}],
@@ -205,8 +208,13 @@ def test_async_functions_are_awaited(timeout):
         await asyncio.sleep(0.01)
         return [float(len(completion)) for completion in completions]
 
-    scores = score_texts([RewardFunction(judge, timeout=timeout)], PROMPTS, RESPONSES, {})
-    np.testing.assert_allclose(scores, [1, 2, 6])
+    functions = [RewardFunction(judge, timeout=timeout)]
+    np.testing.assert_allclose(score_texts(functions, PROMPTS, RESPONSES, {}), [1, 2, 6])
+
+    async def notebook():
+        return score_texts(functions, PROMPTS, RESPONSES, {})
+
+    np.testing.assert_allclose(asyncio.run(notebook()), [1, 2, 6])  # within a loop that runs
 
 
 def test_the_way_of_calling_is_in_the_message():
