@@ -3,6 +3,7 @@
 A model without a template goes on with each line as it stands.
 """
 
+import collections
 import itertools
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,9 @@ import numpy as np
 from absl import app, flags
 
 from jax_rlhf.data import DataConfig, pad_id
+from jax_rlhf.data.formats import row_texts
+from jax_rlhf.data.sources import Row
+from jax_rlhf.data.tokens import tokenized
 from jax_rlhf.engine import ModelConfig, load_model
 from jax_rlhf.hub import CheckpointError, Pretrained, end_ids
 from jax_rlhf.rollout import sample
@@ -22,6 +26,7 @@ from jax_rlhf.training.roles import sampled_ids
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "The longest answer, in tokens.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the likeliest token each time.", lower_bound=0.0)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the answers.")
+_LONGEST = 1 << 20  # tokens; a chat is not cut
 _WIDTHS = 64  # tokens; prompts are padded to a multiple, so that not every line compiles anew
 
 
@@ -36,18 +41,32 @@ def answer(pretrained: Pretrained, messages: list[dict[str, Any]], key: jax.Arra
 
     Returns:
       The answer, without special tokens.
+
+    Raises:
+      ValueError: the chat leaves no room in a table of positions, or its template fails.
     """
-    tokenizer = pretrained.tokenizer
+    tokenizer, decoder = pretrained.tokenizer, pretrained.model.config
     if tokenizer.chat_template is None:
-        ids = tokenizer(messages[-1]["content"])["input_ids"]
+        row = Row({"prompt": messages[-1]["content"]}, "the line", len(messages))
     else:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    width = -(-max(len(ids), 1) // _WIDTHS) * _WIDTHS
+        row = Row({"prompt": messages}, "the chat", len(messages))
+    data, ends = DataConfig(max_prompt_tokens=_LONGEST), end_ids(tokenizer, pretrained.generation_config)
+    dropped: collections.Counter = collections.Counter()
+    texts = [row_texts(row, "ppo", data, tokenizer)]  # as in PPO: with BOS, without EOS
+    examples = tokenized([row], texts, tokenizer, data, dropped, ends)
+    if not examples:
+        raise ValueError(f"there is nothing to go on with: {', '.join(dropped)}.")
+    ids = examples[0].prompt
+    width = -(-len(ids) // _WIDTHS) * _WIDTHS
+    if decoder.position_kind == "learned":
+        width, room = len(ids), decoder.max_positions - len(ids)
+        if room < 1:
+            raise ValueError(f"the chat has {len(ids)} tokens, and the model {decoder.max_positions} positions.")
+        how["max_new_tokens"] = min(how["max_new_tokens"], room)
     prompt = np.full((1, width), pad_id(tokenizer, DataConfig(pad_token=tokenizer.pad_token or tokenizer.eos_token)))
     prompt[0, width - len(ids) :] = ids
     mask = np.arange(width)[None] >= width - len(ids)
     model = pretrained.model.clone(config=sampled_ids(pretrained.model.config, tokenizer))
-    ends = end_ids(tokenizer, pretrained.generation_config)
     samples = sample(model, pretrained.params, prompt, mask, key, eos_id=ends, **how)
     response = np.asarray(samples.tokens)[0, width:][np.asarray(samples.response_mask)[0]]
     return tokenizer.decode(response, skip_special_tokens=True)
@@ -83,7 +102,12 @@ def main(arguments: Sequence[str]) -> int:
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line})
-        said = answer(pretrained, messages, jax.random.fold_in(jax.random.key(_SEED.value), turn), **how)
+        try:
+            said = answer(pretrained, messages, jax.random.fold_in(jax.random.key(_SEED.value), turn), **how)
+        except ValueError as error:
+            print(f"error: {printable_lines(str(error))}", file=sys.stderr)
+            messages.pop()
+            continue
         messages.append({"role": "assistant", "content": said})
         print(printable_lines(said), flush=True)
     raise AssertionError("unreachable")

@@ -3,10 +3,41 @@
 import logging
 import sys
 import threading
+import types
 
 import pytest
 
 from jax_rlhf import __main__ as command
+
+
+@pytest.fixture
+def cache(monkeypatch):
+    """The folder that compiled programs would go to."""
+    updated = {}
+    config = types.SimpleNamespace(jax_compilation_cache_dir=None, update=updated.__setitem__)
+    monkeypatch.setattr(command, "jax", types.SimpleNamespace(process_count=lambda: 1, config=config))
+    return updated
+
+
+CPU = "processor\t: 0\nvendor_id\t: A\nmodel name\t: B\ncpu MHz\t\t: {}\nflags\t\t: fpu {}\n\nprocessor\t: 1\n"
+
+
+def test_compiled_programs_are_kept_by_the_kind_of_cpu_and_not_by_its_clock(cache, monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "_CPU_INFO", tmp_path / "cpuinfo")
+    places = []
+    for clock, features in ((2596.1, "avx"), (3100.7, "avx"), (2596.1, "avx avx512f")):
+        (tmp_path / "cpuinfo").write_text(CPU.format(clock, features))
+        command._keep_compiled(str(tmp_path / "kept"))
+        places.append(cache["jax_compilation_cache_dir"])
+    assert places[0] == places[1] != places[2]
+    assert all(place.startswith(str(tmp_path / "kept")) for place in places)
+
+
+@pytest.mark.parametrize("folder", ["", "~nobody-of-this-name/kept", "/proc/none"])
+def test_without_a_folder_nothing_is_kept(cache, folder, caplog):
+    command._keep_compiled(folder)
+    assert cache == {}
+    assert ("compiled programs are not kept" in caplog.text) == bool(folder)
 
 
 @pytest.fixture

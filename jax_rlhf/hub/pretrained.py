@@ -25,7 +25,7 @@ from jax_rlhf.hub.gguf import GGUFSource
 from jax_rlhf.hub.layout import HubTensor
 from jax_rlhf.hub.place import in_file, open_source, resolve
 from jax_rlhf.hub.read import check_tensors, read_params
-from jax_rlhf.hub.scalar_head import HEAD_TENSORS, head_bias, lost_head, stored_head
+from jax_rlhf.hub.scalar_head import HEAD_TENSORS, check_no_other_head, head_bias, lost_head, stored_head
 from jax_rlhf.hub.sources import TensorSource
 from jax_rlhf.hub.tokenizer import gguf_tokenizer, load_tokenizer
 from jax_rlhf.hub.write import MAX_SHARD_BYTES, weight_files, write_weights
@@ -167,6 +167,7 @@ def _planned(
     model = Decoder(config, head=head)
     tensors = [_as_named(tensor, source, config, stored_as) for tensor in hub_tensors(model)]
     if head == "scalar" and stored_as is None:
+        check_no_other_head(source, place, config.output_size)
         if lost_head(config_dict) and not new_head:
             raise CheckpointError(
                 f"{place} calls itself {kinds}, and has no score.weight: its scalar head was not saved with it, and "

@@ -67,7 +67,7 @@ def check_tensors(source: TensorSource, tensors: list[HubTensor], num_layers: in
 
 def _shape_hint(name: str) -> str:
     if HEAD_TENSORS.match(name):
-        return " (a scalar head has one label: num_labels = 1)"
+        return " (a scalar head has one label: num_labels = 1, and a weight of shape [1, width])"
     return ""
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jax_rlhf.hub.errors import CheckpointError
@@ -16,9 +17,14 @@ NAMES = (
     "reward_head",
     "regression_head",
     "value",
+    "classifier",
+    "rm_head",
+    "model.score",
 )
 HEAD_TENSORS = re.compile(rf"^({'|'.join(map(re.escape, NAMES))})\.(weight|bias)$")
 _LAYERS = re.compile(rf"^({'|'.join(map(re.escape, NAMES))})\.\d+\.\w+$")
+_OF_A_LAYER = re.compile(r"(^|\.)(layers|h)\.\d+\.|norm")
+_FILES = ("value_head.safetensors", "value_head.bin")  # LLaMA-Factory's
 _CLASSIFIER = re.compile(r"(SequenceClassification|TokenClassification|RewardModel)$")
 
 
@@ -72,6 +78,37 @@ def head_bias(source: TensorSource, head: str) -> float:
             "(num_labels = 1)."
         )
     return float(source.read(name).reshape(()))
+
+
+def check_no_other_head(source: TensorSource, place: Path, width: int) -> None:
+    """Stops where a checkpoint has no scalar head that is known, and something that looks like one.
+
+    Args:
+      source: the checkpoint.
+      place: where it is.
+      width: of what a head reads.
+
+    Raises:
+      CheckpointError: says what it is called, and how to make it a head without loss.
+    """
+    alike = [
+        name
+        for name, shape in source.shapes.items()
+        if shape in ((1, width), (width, 1)) and name.endswith(".weight") and not _OF_A_LAYER.search(name)
+    ]
+    if alike:
+        raise CheckpointError(
+            f"{place}: {', '.join(alike)} looks like its scalar head, under a name that is not known. Call it "
+            f"score.weight, of shape [1, {width}], and its bias score.bias: load_file and save_file of safetensors do "
+            "that without loss."
+        )
+    for name in _FILES:
+        if (place / name).is_file():
+            raise CheckpointError(
+                f"{place}: its scalar head is in a file of its own, {name}, which is not read. Put its tensors into "
+                "model.safetensors as score.weight and score.bias: load_file and save_file of safetensors do that "
+                "without loss. Where it is pickled, convert it where you trust it."
+            )
 
 
 def lost_head(config: Mapping[str, Any]) -> bool:

@@ -40,7 +40,7 @@ def closing(results: Mapping[str, Mapping[str, Any]], workdir: Path, *, tensorbo
         lines.append(f"{phase}: {', '.join(others)}; model in {where / phase / 'model'}")
     policy = next((phase for phase in ("ppo", "sft") if phase in results), None)
     if policy is not None:
-        lines.append(f"talk to it:  python -m jax_rlhf.chat {where / policy / 'model'}")
+        lines.append(f"talk to it:  python -m jax_rlhf.chat {workdir / policy / 'model'}")
     if results and tensorboard:
         lines.append(f"curves:      tensorboard --logdir {where}")
     if results:

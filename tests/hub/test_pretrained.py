@@ -265,7 +265,9 @@ def test_mesh_that_does_not_divide_names_parameter_and_sizes(llama):
 # ---- broken checkpoints --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["score", "v_head.summary", "v_head", "value_head", "value", "regression_head"])
+@pytest.mark.parametrize(
+    "name", ["score", "v_head.summary", "v_head", "value_head", "value", "classifier", "model.score"]
+)
 @pytest.mark.parametrize("bias", [None, 0.75])
 def test_scalar_heads_of_other_programs_are_read(tmp_path, name, bias):
     """Their weight is the head, their bias is added to each score, and both are saved."""
@@ -306,6 +308,23 @@ def test_a_language_model_with_a_value_head_is_a_policy_too(llama):
 def test_scalar_heads_that_cannot_be_read_are_named(llama, tensors, message):
     rewrite(llama, lambda trunk: trunk | {name: np.ones(shape, np.float32) for name, shape in tensors.items()})
     with pytest.raises(CheckpointError, match=message):
+        load_pretrained(llama, head="scalar")
+
+
+@pytest.mark.parametrize("key", [None, jax.random.key(0)])
+@pytest.mark.parametrize("name", ["scorer.out.weight", "score.modules_to_save.default.weight"])
+def test_a_head_of_an_unknown_name_is_named_and_never_called_lost(tmp_path, name, key):
+    folder = tiny.write_checkpoint(tmp_path / "reward", "llama", "scalar")
+    set_config(folder, architectures=["LlamaForSequenceClassification"])
+    rewrite(folder, lambda tensors: tensors | {name: tensors.pop("score.weight")})
+    with pytest.raises(CheckpointError, match=rf"{name} looks like its scalar head, .* Call it score.weight, of shape"):
+        load_pretrained(folder, head="scalar", key=key)
+
+
+def test_a_head_in_a_file_of_its_own_is_named(llama):
+    """As LLaMA-Factory writes it."""
+    save_file({"v_head.summary.weight": np.ones((1, 36), np.float32)}, llama / "value_head.safetensors")
+    with pytest.raises(CheckpointError, match=r"a file of its own, value_head.safetensors, which is not read. Put its"):
         load_pretrained(llama, head="scalar")
 
 

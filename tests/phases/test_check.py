@@ -10,7 +10,7 @@ import pytest
 from jax_rlhf import CheckpointError, Pretrained, load_pretrained, save_pretrained
 from jax_rlhf.hub import config_from_hub, place
 from jax_rlhf.models import Decoder, init_params
-from jax_rlhf.phases import reward, run_config
+from jax_rlhf.phases import reward, run_config, sft
 from jax_rlhf.phases.check import check_run
 from jax_rlhf.phases.config import LogConfig
 from jax_rlhf.phases.record import Record
@@ -132,6 +132,20 @@ def test_a_reward_model_is_trained_further_with_its_own_head(config, tmp_path, c
     after = load_pretrained(tmp_path / "run" / "reward" / "model", head="scalar")
     assert after.reward_bias == 0.5
     np.testing.assert_array_equal(after.params["scalar_head"]["kernel"], before.params["scalar_head"]["kernel"])
+
+
+def test_samples_of_the_sft_phase_fit_a_table_of_positions(config, tmp_path):
+    """Prompts as long as the table leave room for one token, and the phase ends well."""
+    config.model.path, config.phases = learned_positions(tmp_path / "gpt2", 6), ("sft",)
+    config.data.max_tokens, config.data.max_prompt_tokens, config.data.too_long = 6, 5, "truncate"
+    config.data.length_buckets, config.sft.sample_tokens, config.sft.sample_rows, config.sft.steps = (), 64, 4, 1
+    rows = [{"prompt": f"a b {text}", "completion": "c"} for text in data.letters(40)]
+    config.data.paths = (data.write(tmp_path / "long.jsonl", rows),)
+    check(config, tmp_path)
+    sft.run(run_config(config), tmp_path / "run")
+    samples = [json.loads(line) for line in (tmp_path / "run" / "sft" / "samples.jsonl").read_text().splitlines()]
+    assert [row["length"] for row in samples] == [1] * 4
+    assert status(tmp_path / "run", "sft") == "finished"
 
 
 def test_a_reward_model_may_have_more_tokens_than_the_policy(config, tmp_path):

@@ -1,0 +1,48 @@
+"""Talking to a model: a line in, an answer out."""
+
+import pytest
+from jax import random
+
+from jax_rlhf import Pretrained, chat, load_pretrained
+from jax_rlhf.hub import config_from_hub
+from jax_rlhf.models import Decoder, init_params
+from tests.data import tiny as data
+from tests.phases import tiny
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def says(monkeypatch, pretrained, messages, **how):
+    """The answer, and what the sampler was asked with: (ids, settings)."""
+    asked = []
+
+    def sample(model, params, prompts, mask, key, **more):
+        asked.append((prompts[mask].tolist(), more))
+        return chat_sample(model, params, prompts, mask, key, **more)
+
+    chat_sample = chat.sample
+    with monkeypatch.context() as patch:
+        patch.setattr(chat, "sample", sample)
+        return chat.answer(pretrained, messages, random.key(0), **{"max_new_tokens": 4} | how), asked
+
+
+def test_a_chat_is_asked_with_its_template_and_a_line_as_it_stands(monkeypatch, tmp_path):
+    pretrained = load_pretrained(tiny.checkpoint(tmp_path / "model"))
+    answer, ((ids, _),) = says(monkeypatch, pretrained, [user("a b"), {"role": "assistant", "content": "c"}, user("d")])
+    assert ids == data.ids("<user> a b <eos> <assistant> c <eos> <user> d <eos> <assistant>")
+    assert set(answer.split()) <= set(data.WORDS)
+    plain = tiny.checkpoint(tmp_path / "plain", tokenizer=data.tokenizer(bos=True, template=None))
+    _, ((ids, _),) = says(monkeypatch, load_pretrained(plain), [user("x"), user("a b")])
+    assert ids == data.ids("<bos> a b")
+
+
+def test_a_table_of_positions_bounds_an_answer_and_a_chat(monkeypatch):
+    shape = {"model_type": "gpt2", "vocab_size": len(data.WORDS), "n_embd": 16, "n_layer": 1, "n_head": 2}
+    model = Decoder(config_from_hub(shape | {"n_positions": 12, "eos_token_id": data.EOS}))
+    pretrained = Pretrained(model, init_params(model, random.key(0)), data.tokenizer())
+    _, ((ids, how),) = says(monkeypatch, pretrained, [user("a b c")], max_new_tokens=256)
+    assert len(ids) + how["max_new_tokens"] == 12
+    with pytest.raises(ValueError, match="the chat has 15 tokens, and the model 12 positions"):
+        chat.answer(pretrained, [user(" ".join("a" * 12))], random.key(0), max_new_tokens=4)
