@@ -141,7 +141,8 @@ MUTANTS = [
         ("response = tokens[width:][real]", "response = tokens[:width]"),
         ('save_pretrained(folder / "model", trained())', 'save_pretrained(folder / "model", pretrained)'),
         ("[: config.sft.sample_rows]", ""),
-        ("max_new_tokens=config.sft.sample_tokens", "max_new_tokens=64"),
+        ("most, decoder = config.sft.sample_tokens,", "most, decoder = 64,"),
+        ("row[-(decoder.max_positions - most) :]", "row"),
         ("eos_id=ends,", ""),
     ),
     *variants(
