@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from jax_rlhf.data import DataConfig, pad_id
 from jax_rlhf.data.formats import row_texts
@@ -84,6 +84,7 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 2:
         print("usage: python -m jax_rlhf.chat MODEL [--max_new_tokens=256] [--temperature=1.0]", file=sys.stderr)
         return 2
+    logging.set_verbosity(logging.WARNING)  # at INFO JAX reports each missing device
     try:
         pretrained = load_model(ModelConfig(path=arguments[1]), "lm")
         if pretrained.tokenizer is None:

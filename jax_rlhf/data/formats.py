@@ -114,7 +114,7 @@ def row_texts(row: Row, phase: str, config: DataConfig, tokenizer: PreTrainedTok
             "checkpoint, put a chat_template.jinja into the checkpoint's folder, or give plain texts."
         )
     chat, answers = _as_messages(prompt, "user"), [_as_messages(answer, "assistant") for answer in completions]
-    for answer in answers:
+    for answer in answers if chat else ():  # without a prompt they are whole conversations
         if answer and answer[0]["role"] not in ("assistant", "tool"):
             raise DataError(
                 f"{row.where}: an answer begins with the {answer[0]['role']}'s message {str(answer[0])[:80]}; the "

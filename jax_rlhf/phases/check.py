@@ -1,8 +1,11 @@
 """What can be known to fail before anything runs: settings, data, checkpoints and the workdir of every phase."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
 
 from jax_rlhf.data import DataError, Datasets, create_datasets, imported
 from jax_rlhf.data.formats import PHASES
@@ -50,20 +53,25 @@ def check_run(config: RunConfig, workdir: Path, *, overwrite: bool) -> list[str]
     policy = describe_pretrained(config.model.path, revision=config.model.revision)
     if policy.tokenizer is None:
         raise DataError(f"{config.model.path} came without a tokenizer; put its files into the same folder.")
+    others = {
+        field: describe_pretrained(path, revision=revision) for field, path, revision in _checkpoints(config) if path
+    }
     _check_layers(config, policy.config, phases, workdir)
-    _check_vocabularies(config, policy.tokenizer)
-    _check_positions(config, policy.config, phases)
+    _check_vocabularies(config, policy.tokenizer, others)
+    _check_positions(config, policy.config, phases, others)
     _check_batches(config, phases)
     _check_schedules(config, phases)
     for name in (*config.ppo.reward_functions, *config.ppo.eval_functions):
         imported(name, "config.ppo.reward_functions or eval_functions")
-    seen = _check_data(config, policy, phases)
+    seen = _check_data(config, policy, phases, others)
     for described in inputs:  # last: of hub ids the weights are downloaded for it
         _check_tensors(*described)
     return [line for datasets in seen for line in (datasets.report, *datasets.notes, datasets.example)]
 
 
-def _check_data(config: RunConfig, policy: Description, phases: list[str]) -> list[Datasets]:
+def _check_data(
+    config: RunConfig, policy: Description, phases: list[str], others: Mapping[str, Description]
+) -> list[Datasets]:
     """Reads and tokenizes what each phase will."""
     if config.data.ptx_paths and not config.ppo.ptx_coef:
         raise ValueError("config.data.ptx_paths is given, and config.ppo.ptx_coef=0: nothing would be learned of it.")
@@ -77,10 +85,9 @@ def _check_data(config: RunConfig, policy: Description, phases: list[str]) -> li
     if "reward" in phases and config.reward_training.normalize_rows:
         needed["ppo"] = None  # its prompts are answered, to normalise scores
     for phase in needed:
-        models = [] if phase == "sft" else _checkpoints(config)
-        known = [describe_pretrained(path, revision=revision).config for _, path, revision in models if path]
+        models = [policy] if phase == "sft" else [policy, *others.values()]
         how = {"seed": config.seed, "eos_ids": config.ends(policy), "eval_rows": config.eval_rows_of(phase)}
-        how["vocab_size"] = min(decoder.vocab_size for decoder in (policy.config, *known))
+        how["vocab_size"] = min(described.config.vocab_size for described in models)
         seen.append(create_datasets(config.data_of(phase), policy.tokenizer, phase, **how))
         if phase == "ppo" in phases and config.ppo.ptx_coef:
             seen.append(create_datasets(ptx_data(config.data), policy.tokenizer, "sft", **how))
@@ -178,13 +185,14 @@ def _check_layers(config: RunConfig, policy: DecoderConfig, phases: list[str], w
             raise ValueError(f"config.{field}={value} must lie within 1 and the model's {layers} layers.")
 
 
-def _check_vocabularies(config: RunConfig, tokenizer: object) -> None:
+def _check_vocabularies(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, others: Mapping[str, Description]
+) -> None:
     """Token ids go from the policy to the reward model and the critic: they must mean the same there."""
-    for field, path, revision in _checkpoints(config):
+    for field, path, _ in _checkpoints(config):
         if path is None or path == config.model.path:
             continue
-        described = describe_pretrained(path, revision=revision)
-        rows, other = described.config.vocab_size, described.tokenizer
+        rows, other = others[field].config.vocab_size, others[field].tokenizer
         differ = other_ids(tokenizer, other) if other is not None else None
         if rows < len(tokenizer):
             differ = f"{rows:,} rows in its embedding, {len(tokenizer):,} tokens here"
@@ -196,7 +204,9 @@ def _check_vocabularies(config: RunConfig, tokenizer: object) -> None:
             )
 
 
-def _check_positions(config: RunConfig, policy: DecoderConfig, phases: list[str]) -> None:
+def _check_positions(
+    config: RunConfig, policy: DecoderConfig, phases: list[str], others: Mapping[str, Description]
+) -> None:
     """No row is longer than a learned table of positions, past which a model's outputs are NaN."""
     data, response = config.data, config.ppo.max_new_tokens
     prompt = data.max_prompt_tokens if data.prompt_tokens is None else data.prompt_tokens
@@ -204,11 +214,9 @@ def _check_positions(config: RunConfig, policy: DecoderConfig, phases: list[str]
     wanted["ppo"] = ("data.max_prompt_tokens + config.ppo.max_new_tokens", prompt + response)
     normalizing = "reward" in phases and config.reward_training.normalize_rows > 0  # by responses to PPO's prompts
     models = [("model.path", policy, list(dict.fromkeys([*phases, "ppo"])) if normalizing else phases)]
-    for field, path, revision in _checkpoints(config):
-        if path is not None:
-            phase = "reward" if field == "reward_training.path" else "ppo"
-            described = describe_pretrained(path, revision=revision).config
-            models.append((field, described, [phase] if phase in phases else []))
+    for field, described in others.items():
+        phase = "reward" if field == "reward_training.path" else "ppo"
+        models.append((field, described.config, [phase] if phase in phases else []))
     for field, decoder, which in models:
         for phase in which:
             name, tokens = wanted[phase]

@@ -222,6 +222,9 @@ def test_roles_of_other_names(asks, says):
 def test_an_answer_is_the_assistant_s():
     with pytest.raises(DataError, match="line 7: an answer begins with the user's message"):
         texts({"prompt": [user("a")], "completion": [user("b")]}, "sft")
+    unlike = {"chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("d")]}
+    read = texts(unlike, "reward")  # nothing in common: each is a text of its own
+    assert (read.prompt, read.completions) == ("", (ASKED + "b <eos> ", "<user> c <eos> <assistant> d <eos> "))
     system = {"role": "system", "content": "s"}
     whole = {name: [user("a"), assistant(name[0])] for name in ("chosen", "rejected")}
     read = texts({"prompt": [system, user("a")]} | whole, "reward")  # whole conversations, without the system's turn
