@@ -1,6 +1,7 @@
 """The command line: a config by its file or its name, its fields as flags, and what is said where it cannot be used."""
 
 import ast
+import itertools
 import re
 import sys
 import typing
@@ -126,7 +127,8 @@ def _expand_lists(config: ConfigDict, kind: type = RunConfig, where: str = "conf
             _expand_lists(value, hints[name], f"{where}.{name}")
         elif isinstance(value, tuple) and any(isinstance(part, _Written) for part in value):
             parts = [_elements(part, is_list_of(hints[name]), f"{where}.{name}") for part in value]
-            config[name] = None if parts == [None] else tuple(element for part in parts for element in part)
+            given = [part for part in parts if part is not None]
+            config[name] = tuple(itertools.chain(*given)) if given else None
 
 
 def _elements(written: str, kind: type, where: str) -> list | None:
@@ -139,17 +141,11 @@ def _elements(written: str, kind: type, where: str) -> list | None:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             value = None  # a text that begins so
-        if isinstance(value, tuple | list):
+        if isinstance(value, tuple | list) and (kind is not str or all(isinstance(part, str) for part in value)):
             return list(value)
-        if value is not None:
-            return [value]
     found = [next(filter(None, match.groups()), "") for match in _ELEMENT.finditer(text)]
     found = [element.strip() for element in found if element.strip()]
     try:
-        return found if kind is str else [_number(element, kind) for element in found]
+        return [kind(element) for element in found]
     except ValueError as error:
         raise ValueError(f"{where}={written!r}: numbers with commas between them are expected.") from error
-
-
-def _number(text: str, kind: type) -> int | float:
-    return int(text) if kind is int else float(text)

@@ -71,6 +71,8 @@ def refused(parsed, capsys):
         ("bob's.jsonl,c.jsonl", ("bob's.jsonl", "c.jsonl")),
         ("(copy) a.jsonl,b.jsonl", ("(copy) a.jsonl", "b.jsonl")),
         ("[1].jsonl", ("[1].jsonl",)),
+        ("(1)", ("(1)",)),
+        ("[2024]", ("[2024]",)),
         ("('a.jsonl', 'b,c.jsonl')", ("a.jsonl", "b,c.jsonl")),
         ('["a.jsonl"]', ("a.jsonl",)),
         ("数据/问.jsonl,b.jsonl", ("数据/问.jsonl", "b.jsonl")),
