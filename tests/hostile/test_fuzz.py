@@ -81,7 +81,8 @@ values = some.recursive(
 
 # ---- JSONL ---------------------------------------------------------------------------------------------------------
 
-ROW = b'{"prompt": "a b", "chosen": [{"role": "user", "content": "c d"}], "rejected": "e", "margin": 1.5}\n'
+PHASES = ("sft", "reward", "ppo")
+ROW = b'{"prompt": "a b", "chosen": [{"role": "assistant", "content": "c d"}], "rejected": "e", "margin": 1.5}\n'
 
 
 @many
@@ -104,7 +105,10 @@ def test_jsonl(examples, tmp_path):
             seen.add("refused" if str(file) in str(error) else str(error))
 
     contents = damaged(ROW * 3) | lines | some.binary(max_size=200) | some.just(b"[" * 100_000)
-    fuzzed(examples, check, content=contents, phase=some.sampled_from(["sft", "reward", "ppo"]))
+    for phase in PHASES:
+        check(ROW * 3, phase)
+    assert seen == {"read"}  # what the damaged files are made of is right in each phase
+    fuzzed(examples, check, content=contents, phase=some.sampled_from(PHASES))
     assert seen == {"read", "refused"}
 
 
