@@ -33,6 +33,10 @@ _NOTHING_DRAWN = (
 )
 _SHOWN = 150  # characters of each end of a text
 _IMPLICIT = "pairs have no prompt of their own; what both texts begin with is taken for it."
+_REPEATED = (
+    "rows have answers that begin with their prompt's text, which the model learns to repeat; where chosen and "
+    "rejected are whole conversations, --config.data.prompt_column=none takes the prompt out."
+)
 _TOOLS = "rows have tools, which the tokenizer's chat template does not write."
 _NOT_A_CHAT = (
     "rows are plain texts, for which the tokenizer's chat template is not used; --config.data.as_chat=true uses it for "
@@ -219,6 +223,7 @@ class _Examples:
         """In an order drawn by the seed."""
         texts = [row_texts(row, self.phase, self.config, self.tokenizer) for row in source.rows]
         self.notes[_IMPLICIT] += sum(text.implicit for text in texts)
+        self.notes[_REPEATED] += sum(text.repeated for text in texts)
         self.notes[_TOOLS] += sum(text.tools_unwritten for text in texts)
         if self.tokenizer.chat_template is not None:
             self.notes[_NOT_A_CHAT] += sum(not text.templated for text in texts)

@@ -57,6 +57,7 @@ class Texts:
       continued: the chat ends within a turn of the assistant, which the answer goes on with.
       tools_unwritten: the row has tools, and the chat template does not write them.
       implicit: the prompt is what two texts begin with.
+      repeated: each answer begins with the prompt's own text.
       unwritten: a part of an answer that the chat template leaves out, or "".
       left_out: why the phase does not learn from the row, or "".
     """
@@ -70,6 +71,7 @@ class Texts:
     continued: bool = False
     tools_unwritten: bool = False
     implicit: bool = False
+    repeated: bool = False
     unwritten: str = ""
     left_out: str = ""
 
@@ -106,6 +108,7 @@ def row_texts(row: Row, phase: str, config: DataConfig, tokenizer: PreTrainedTok
         "left_out": UNDESIRED if phase == "sft" and _is_undesired(row, found, config) else "",
     }
     texts = all(isinstance(part, str) for part in (prompt, *completions))
+    more["repeated"] = texts and bool(prompt.strip() and completions) and all(a.startswith(prompt) for a in completions)
     if texts and not (config.as_chat and prompt and "prompt" in found):
         return Texts(prompt, tuple(completions), False, float(margin), others, **more)
     if tokenizer.chat_template is None:

@@ -1,25 +1,32 @@
 """Where the prompt ends that two answers, written as whole texts, begin with."""
 
+import re
 import unicodedata
 
 from jax_rlhf.data.chats import agreeing
 
-ANSWER_TURNS = (
-    "\n\nAssistant:",  # Anthropic's HH
-    "\nAssistant:",
-    "\nASSISTANT:",
-    " ASSISTANT:",  # Vicuna
-    "### Response:\n",  # Alpaca
-    "### Response:",
-    "### Assistant:",
-    "<|im_start|>assistant\n",  # ChatML
-    "<|start_header_id|>assistant<|end_header_id|>\n\n",  # Llama 3
-    "<start_of_turn>model\n",  # Gemma
-    "[/INST]",  # Llama 2, Mistral
-    "<|assistant|>\n",  # Phi-3, Zephyr
-    "<|assistant|>",
+_TURNS = (
+    # What chat templates write before an answer.
+    r"<\|(?:im_start|start_header_id|header_start|start_of_role|start)\|>(?:assistant|model)"  # ChatML, Llama, Granite
+    r"(?:<\|\w{1,20}\|>(?:final<\|message\|>)?)?\n{0,2}",
+    r"<start_of_turn>model\n?",  # Gemma
+    r"\[/INST\]",  # Llama 2, Mistral
+    r"<[|｜](?i:\w{0,20}assistant|answer|bot|chatbot_token)[|｜]>\n?",  # Phi-3, Zephyr, DeepSeek, Command R
+    # What data sets write: Anthropic's HH, Vicuna, Alpaca.
+    r"(?:^|(?<=[\s>]))(?:Assistant|ASSISTANT|Chatbot|ChatGPT)\s?[:：]",
+    r"(?:^|(?<=\n))(?i:assistant|chatbot|chatgpt|bot|ai|gpt|model|agent)\s?[:：]",
+    r"(?:^|(?<=\n))#{1,4} ?(?i:response|assistant|answer|output)\s?[:：]?\n",
+    r"(?:^|(?<=[\n ]))#{1,4} ?(?i:response|assistant|answer|output)\s?[:：]",
+    r"(?:助手|助理|アシスタント)\s?[:：]",
 )
-"""What an answer begins after, in conversations that are written as texts."""
+_ANSWERS = (
+    r"(?:^|(?<=\n))(?:A|(?i:answer|response|output|reply|tl;dr))\s?[:：]",
+    r"\bTL;DR:",
+    r"(?:回答|答え?)\s?[:：]",
+)
+_BEGINNINGS = tuple(re.compile("|".join(patterns)) for patterns in (_TURNS, _ANSWERS))
+"""What an answer begins after, in conversations written as texts; the second where the first is not found, as answers
+may say it themselves."""
 _UNSPACED = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF))
 """Thai and Lao, Burmese, Khmer: written without spaces between words, as Chinese and Japanese are."""
 
@@ -37,9 +44,10 @@ def shared_prompt(chosen: str, rejected: str) -> int:
       Their number; each text has something after it, unless the two are the same.
     """
     shared = agreeing(chosen, rejected)
-    turns = [place + len(turn) for turn in ANSWER_TURNS if (place := chosen.rfind(turn, 0, shared)) >= 0]
-    if turns:
-        return max(turns)
+    for beginning in _BEGINNINGS:
+        turns = [turn.end() for turn in beginning.finditer(chosen, 0, shared)]
+        if turns:
+            return turns[-1]
     shared = min(shared, len(chosen) - 1, len(rejected) - 1)
     spaced = any(character.isspace() for character in chosen + rejected)
     while shared > 0 and not _ends_word(chosen, rejected, shared, spaced=spaced):

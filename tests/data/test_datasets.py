@@ -307,16 +307,25 @@ def test_what_is_worth_knowing_of_the_rows_is_noted(tmp_path):
     def notes(rows, phase="sft", **how):
         return create(tiny.write(tmp_path / "x.jsonl", rows), phase, eval_rows=1, **how).notes
 
-    plain = notes(pairs(20))
+    apart = [{"prompt": text, "chosen": " a", "rejected": " b"} for text in tiny.letters(20)]
+    plain = notes(apart)
     assert plain == (
         "sft data: 20 rows are plain texts, for which the tokenizer's chat template is not used; "
         "--config.data.as_chat=true uses it for those with a prompt.",
     )
-    assert notes(pairs(20), as_chat=True, max_tokens=12) == ()
-    assert notes(pairs(20), tokenizer=tiny.tokenizer(template=None)) == ()
+    assert notes(apart, as_chat=True, max_tokens=12) == ()
+    assert notes(apart, tokenizer=tiny.tokenizer(template=None)) == ()
     implicit = [{name: pair[name] for name in ("chosen", "rejected")} for pair in pairs(20)]
     first, _ = notes(implicit, "reward")
     assert first == "reward data: 20 pairs have no prompt of their own; what both texts begin with is taken for it."
+    whole = [row | {name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in apart]
+    first, _ = notes(whole, "reward")
+    assert first.startswith("reward data: 20 rows have answers that begin with their prompt's text")
+    one, other = (
+        create(tiny.write(tmp_path / "x.jsonl", rows), "reward", eval_rows=1, prompt_column=column)
+        for rows, column in ((apart, "prompt"), (whole, "none"))
+    )
+    assert one.digest == other.digest  # as the note says
     chats = [
         {"messages": [{"role": "user", "content": t}, {"role": "assistant", "content": "b"}]} for t in tiny.letters(20)
     ]

@@ -323,6 +323,34 @@ HH = "\n\nHuman: May I?\n\nAssistant: Yes.\n\nHuman: And now?\n\nAssistant:"
             "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n",
         ),
         ("[INST] a [/INST] I b", "[INST] a [/INST] I c", "[INST] a [/INST]"),
+        *(
+            (before + "I am b", before + "I am c", before)
+            for before in (
+                "<|user|>\na<|end|>\n<|assistant|>\n",
+                "<start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\n",
+                "<|start_header_id|>user<|end_header_id|>\n\na<|eot_id|>"
+                "<|start_header_id|>assistant<|end_header_id|>\n\n",
+                "<|start|>user<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>",
+                "<|im_start|>user<|im_sep|>a<|im_end|><|im_start|>assistant<|im_sep|>",
+                "<｜User｜>a<｜Assistant｜>",
+                "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>a<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
+                "GPT4 Correct User: a<|end_of_turn|>GPT4 Correct Assistant:",
+                "Human: a\nAI:",
+                "User: a\nBot:",
+                "assistant: hi\nuser: a\nassistant:",
+                "### Instruction:\na\n\n### Response:\n",
+                "### Human: a ### Assistant:",
+                "## Question\na\n## Answer\n",
+                "用户：a\n助手：",
+                "Q: a\nA: b\n\nQ: c\nA:",
+                "Question: a\nAnswer:",
+                "SUBREDDIT: r/a\nPOST: a b\nTL;DR:",
+                "问:天空?答:",
+            )
+        ),
+        # An answer may say "Answer:" itself.
+        (HH + " It is so.\nAnswer: 4", HH + " It is so.\nAnswer: 5", HH),
+        ("Ask an assistant: it is good", "Ask an assistant: it is grim", "Ask an assistant: it is"),
         ("a film so good", "a film so grim", "a film so"),
         ("good", "grim", ""),
         ("问:天空什么颜色?答:蓝色", "问:天空什么颜色?答:绿色", "问:天空什么颜色?答:"),
