@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -226,7 +225,9 @@ def rendered(
         raise DataError(f"{render.where}: once there is an answer, the chat template writes the prompt in another way.")
     both = list(zip(texts, answers, strict=True))
     completions = tuple(text[len(begin) :] if any(map(_says, answer)) else "" for text, answer in both)
-    return begin, completions, next(filter(None, itertools.starmap(_left_out, both)), "")
+    # A name may stand in the prompt too, where the tools are listed.
+    written = [text[len(common_beginning([told, text])) :] for text in texts]
+    return begin, completions, next(filter(None, map(_left_out, written, answers)), "")
 
 
 def _continued(last: Message, answer: list[Message]) -> list[Message]:
@@ -241,9 +242,9 @@ def _says(message: Message) -> bool:
     return bool(message["content"].strip() or message.get("tool_calls"))
 
 
-def _left_out(text: str, answer: list[Message]) -> str:
+def _left_out(written: str, answer: list[Message]) -> str:
     """What a template does not write of what the assistant said, or thought; white space aside."""
-    written = _without_space(text)
+    written = _without_space(written)
     for message in answer:
         parts = [message["content"], *(message[key] for key in _REASONING if isinstance(message.get(key), str))]
         calls = (call.get("function", call) for call in message.get("tool_calls", ()))

@@ -240,6 +240,23 @@ def test_a_call_that_the_template_does_not_write_is_noticed(content):
     for template, unwritten in ((tiny.TEMPLATE, True), (AGENT, False)):
         row = {"prompt": [user("a")], "tools": TOOLS}
         assert texts(row, "ppo", tiny.tokenizer(template=template)).tools_unwritten == unwritten
+    listed = tiny.tokenizer(template=AGENT.replace("m.tool_calls or []", "[]"))  # the tools, and not what is called
+    read = texts({"messages": [user("what time a"), turn], "tools": TOOLS}, "sft", listed)
+    assert read.prompt == "<tools> time <user> what time a <eos> <assistant> "
+    assert read.unwritten == "time"
+
+
+def test_an_answer_of_several_messages():
+    """The tool may say nothing, and what it says a template may write as it likes."""
+    answer = [{"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": ""}, assistant("c")]
+    read = texts({"prompt": [user("a")], "completion": answer}, "sft", tiny.tokenizer(template=AGENT))
+    assert (read.prompt, read.unwritten) == (ASKED, "")
+    assert read.completions == (" <call> time z <eos> <tool>  <eos> <assistant> c <eos> ",)
+    answer[1]["content"] = "b c"
+    upper = AGENT.replace("m.content", "(m.content | upper if m.role == 'tool' else m.content)")
+    read = texts({"prompt": [user("a")], "completion": answer}, "sft", tiny.tokenizer(template=upper))
+    assert read.completions == (" <call> time z <eos> <tool> B C <eos> <assistant> c <eos> ",)
+    assert read.unwritten == ""
 
 
 def test_answers_that_begin_with_the_prompt_s_messages_are_whole_conversations():
@@ -315,6 +332,7 @@ HH = "\n\nHuman: May I?\n\nAssistant: Yes.\n\nHuman: And now?\n\nAssistant:"
     [
         (HH + " I think so.", HH + " I think not.", HH),
         (HH + " No.", HH + " No!", HH),
+        (HH + " No.\n\nHuman: b\n\nAssistant: c", HH + " Yes.", HH),  # one goes on
         ("Q: a\n### Response:\nI am b", "Q: a\n### Response:\nI am c", "Q: a\n### Response:\n"),
         ("USER: a ASSISTANT: I am b", "USER: a ASSISTANT: I am c", "USER: a ASSISTANT:"),
         (
@@ -352,6 +370,7 @@ HH = "\n\nHuman: May I?\n\nAssistant: Yes.\n\nHuman: And now?\n\nAssistant:"
         (HH + " It is so.\nAnswer: 4", HH + " It is so.\nAnswer: 5", HH),
         ("Ask an assistant: it is good", "Ask an assistant: it is grim", "Ask an assistant: it is"),
         ("a film so good", "a film so grim", "a film so"),
+        ("it ended 2:4", "it ended 2:5", "it ended"),
         ("good", "grim", ""),
         ("问:天空什么颜色?答:蓝色", "问:天空什么颜色?答:绿色", "问:天空什么颜色?答:"),
         ("空は何色ですか？青です", "空は何色ですか？緑です", "空は何色ですか？"),

@@ -34,8 +34,12 @@ LONGEST = 900  # seconds; a variant that never ends is found
 
 def listed(word: str) -> list[tuple[str, Mutant]]:
     """(list, mutant) of all whose description has the word."""
-    names = [module.name for module in pkgutil.iter_modules(tests.mutants.__path__) if module.name != "__main__"]
-    lists = {name: importlib.import_module(f"tests.mutants.{name}").MUTANTS for name in names}
+    names = [module.name for module in pkgutil.iter_modules(tests.mutants.__path__)]
+    lists = {
+        name: importlib.import_module(f"tests.mutants.{name}").MUTANTS
+        for name in names
+        if name != "__main__" and not name.startswith("test_")
+    }
     return [(name, mutant) for name, mutants in lists.items() for mutant in mutants if word in f"{name} {mutant}"]
 
 

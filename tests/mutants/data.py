@@ -4,6 +4,7 @@ from tests.mutants import variants
 
 _SETS, _SPLITS, _BATCHES = "data/datasets.py", "data/splits.py", "data/batches.py"
 _TOKENS, _FORMATS, _CONFIG = "data/tokens.py", "data/formats.py", "data/config.py"
+_CHATS, _SHARED = "data/chats.py", "data/shared_prompt.py"
 _ALL = "tests/data/test_datasets.py tests/data/test_splits.py tests/data/test_formats.py"
 
 
@@ -172,6 +173,36 @@ MUTANTS = [
             'found = found | {"prompt": [{"role": "user", "content"',
             'found = found | {"prompt": [{"role": "assistant", "content"',
         ),
+    ),
+    *variants(
+        _CHATS,
+        _ALL,
+        ("asked = render(prompt, continue_final_message=True)", "asked = render(prompt, add_generation_prompt=True)"),
+        ('last["content"] + first["content"]', 'first["content"]'),
+        ("if any(map(_says, answer)) else", "if all(map(_says, answer)) else"),
+        ('bool(message["content"].strip() or message.get("tool_calls"))', 'bool(message["content"].strip())'),
+        ('if message["role"] == "assistant" else ():', "if True else ():"),
+        ("for key in _REASONING if isinstance", "for key in () if isinstance"),
+        ('parts += [call["name"]', 'parts += [] and [call["name"]'),
+        ("tools=self.tools, tokenize=False", "tokenize=False"),
+        (", **how, **self.options)", ", **how)"),
+        ("begin = common_beginning([asked, *texts])", "begin = asked"),
+        ("if content is None and not calls and not any", "if content is None and not any"),
+        ("low, high = 0, min(len(one), len(other))", "low, high = 0, min(len(one), len(other)) - 1"),
+    ),
+    *variants(
+        _SHARED,
+        _ALL,
+        ("return turns[-1]", "return turns[0]"),
+        ("finditer(chosen, 0, shared)", "finditer(chosen, 0)"),
+        (
+            '"|".join(patterns)) for patterns in (_TURNS, _ANSWERS)',
+            '"|".join(patterns)) for patterns in (_ANSWERS, _TURNS)',
+        ),
+        ("min(shared, len(chosen) - 1, len(rejected) - 1)", "min(shared, len(chosen), len(rejected) - 1)"),
+        ("].rstrip())", "])"),
+        ('.startswith("HANGUL")', '.startswith("no such")'),
+        ("return not spaced and not", "return not"),
     ),
     *variants(
         _CONFIG,

@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.mutants import core, data, recipes, supervised
+from tests.mutants.__main__ import listed
 from tests.processes import ROOT
 
-EVERY = [mutant for module in (core, data, recipes, supervised) for mutant in module.MUTANTS]
+EVERY = [mutant for _, mutant in listed("")]
 
 
 @pytest.mark.parametrize("mutant", EVERY, ids=str)
