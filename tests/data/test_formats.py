@@ -204,6 +204,21 @@ def test_messages_beside_answers_are_their_prompt(column, answer):
     assert own_prompt(row, DataConfig()) == ("a", "prompt")
 
 
+@pytest.mark.parametrize("begin", [{}, {"prompt": "a"}, {"prompt": [user("a")]}])
+def test_messages_beside_whole_conversations_are_one_of_them(begin):
+    """As in ultrafeedback: `messages` is `chosen` again."""
+    whole = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}
+    read = texts({"messages": whole["chosen"]} | whole | begin, "reward")
+    assert (read.prompt, read.completions) == (ASKED, ("b <eos> ", "c <eos> "))
+
+
+def test_a_prompt_beside_answers_counts_before_messages():
+    answers = {"chosen": [assistant("b")], "rejected": [assistant("c")]}
+    for prompt in ("a", [user("a")]):
+        read = texts({"messages": [user("x"), assistant("y")], "prompt": prompt} | answers, "reward")
+        assert (read.prompt, read.completions) == (ASKED, ("b <eos> ", "c <eos> "))
+
+
 def test_the_system_s_turn_of_share_gpt_rows():
     row = {"system": "s", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     assert texts(row, "sft").prompt == "<system> s " + "<eos> " + ASKED
