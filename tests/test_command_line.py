@@ -125,6 +125,11 @@ def test_a_comma_in_a_config_file_s_own_list_is_part_of_the_element():
             "config.ppo.kl_cof: there is no such field; did you mean config.ppo.kl_",
         ),
         (["--config=ppo", "--config.kl_coef=1"], "did you mean config.ppo.kl_coef"),
+        (
+            ["--config=sft", "--config.learning_rate=1"],
+            "did you mean config.ppo.actor_optimizer.learning_rate or config.ppo.critic_optimizer.learning_rate or "
+            "config.reward_training.optimizer.learning_rate or config.sft.optimizer.learning_rate?",
+        ),
         (["--config=ppo", "--config.model.lora_rank=8"], "LoRA and other adapters: not in this project yet"),
         (["--config=ppo", "--noconfig.model.load_in_4bit"], "quantized training: not in this project yet"),
         (["--config=ppo", "--config.ppo.use_vllm=true"], "generation by another server: not in this project yet"),
@@ -159,7 +164,7 @@ def test_a_broken_config_file_is_named_with_its_line(refused, tmp_path, content,
     assert message in said
 
 
-def test_a_config_of_the_user_s_may_take_a_parameter(parsed, tmp_path):
+def test_a_config_of_the_user_s_may_take_a_parameter(parsed, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "from jax_rlhf.packaged import packaged_config\n"
         "def get_config(seed='3'):\n"
@@ -169,6 +174,10 @@ def test_a_config_of_the_user_s_may_take_a_parameter(parsed, tmp_path):
     )
     assert parsed(f"--config={tmp_path / 'mine.py'}:7").seed == 7
     assert parsed("--config", str(tmp_path / "mine.py")).seed == 3
+    needed = (tmp_path / "mine.py").read_text().replace("seed='3'", "seed")
+    (tmp_path / "needed.py").write_text(needed)
+    monkeypatch.setenv("HOME", str(tmp_path))  # which a shell does not put in after "="
+    assert parsed("--config=~/needed.py:5").seed == 5
 
 
 def test_the_package_has_the_configs(parsed):

@@ -5,7 +5,6 @@ transformers 5 keeps all of a rotation in `rope_parameters`. transformers 4 and 
 written. Where both are read, `rope_scaling` counts.
 """
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,12 +41,8 @@ def config_fields(config: PretrainedConfig) -> Fields:
     Returns:
       Its content.
     """
-    whole, content = config.to_dict(), config.to_diff_dict()
-    # Defaults too: those of another version, or of another program, may be others.
-    own = {field.name for field in dataclasses.fields(config)} - {
-        field.name for field in dataclasses.fields(PretrainedConfig)
-    }
-    content |= {name: whole[name] for name in own & whole.keys()}
+    # All of the family's own fields are in it, at their defaults too: another version or program may have others.
+    content = config.to_diff_dict()
     if content.get("rope_parameters"):
         content |= _rotary_fields(content)
     if content.get("dtype"):

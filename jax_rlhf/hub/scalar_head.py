@@ -23,7 +23,6 @@ NAMES = (
 )
 HEAD_TENSORS = re.compile(rf"^({'|'.join(map(re.escape, NAMES))})\.(weight|bias)$")
 _LAYERS = re.compile(rf"^({'|'.join(map(re.escape, NAMES))})\.\d+\.\w+$")
-_OF_A_LAYER = re.compile(r"(^|\.)(layers|h)\.\d+\.|norm")
 _FILES = ("value_head.safetensors", "value_head.bin")  # LLaMA-Factory's
 _CLASSIFIER = re.compile(r"(SequenceClassification|TokenClassification|RewardModel)$")
 
@@ -92,9 +91,7 @@ def check_no_other_head(source: TensorSource, place: Path, width: int) -> None:
       CheckpointError: says what it is called, and how to make it a head without loss.
     """
     alike = [
-        name
-        for name, shape in source.shapes.items()
-        if shape in ((1, width), (width, 1)) and name.endswith(".weight") and not _OF_A_LAYER.search(name)
+        name for name, shape in source.shapes.items() if shape in ((1, width), (width, 1)) and name.endswith(".weight")
     ]
     if alike:
         raise CheckpointError(

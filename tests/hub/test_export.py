@@ -11,6 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jax_rlhf import load_pretrained, save_pretrained
 from jax_rlhf.hub import Pretrained, config_from_hub
+from jax_rlhf.hub.export import config_fields, write_tokenizer
+from jax_rlhf.hub.families import config_to_hub
 from jax_rlhf.hub.tokenizer import load_tokenizer
 from jax_rlhf.models import Decoder, init_params
 from tests.hub import read_by_transformers4, tiny
@@ -121,6 +123,7 @@ def test_transformers_5_reads_the_same_model(saved, case, head):
         (
             "llama_llama3",
             {
+                "hidden_act": "silu",  # a default of this version
                 "rope_theta": 1000.0,
                 "rope_scaling": {
                     "rope_type": "llama3",
@@ -187,6 +190,23 @@ def test_a_model_with_several_templates_can_be_saved_again(saved, tmp_path):
     tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}]
     with_tools = again.apply_chat_template(read_by_transformers4.CHAT, tools=tools, tokenize=False)
     assert with_tools == "tools" + again.apply_chat_template(read_by_transformers4.CHAT, tokenize=False)
+
+
+def test_the_side_of_pads_is_written(tmp_path):
+    made = byte_level_bos()
+    made.padding_side = "left"
+    write_tokenizer(tmp_path, made)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["padding_side"] == "left"
+    assert load_tokenizer(tmp_path).padding_side == "left"
+
+
+def test_a_factor_that_transformers_4_works_out_itself_is_left_out():
+    """Version 4 takes three fields of Phi-3's scaling, and no others."""
+    case = tiny.CASES["phi3_longrope"]
+    factor = case["max_position_embeddings"] / case["original_max_position_embeddings"]
+    given = case | {"rope_scaling": case["rope_scaling"] | {"factor": factor}}
+    written = config_fields(config_to_hub(Decoder(config_from_hub(given)), "float32"))
+    assert written["rope_scaling"].keys() == {"type", "short_factor", "long_factor"}
 
 
 def test_a_setting_that_transformers_4_cannot_express_is_an_error_there_and_not_another_model(tmp_path):

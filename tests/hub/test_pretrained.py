@@ -321,6 +321,12 @@ def test_a_head_of_an_unknown_name_is_named_and_never_called_lost(tmp_path, name
         load_pretrained(folder, head="scalar", key=key)
 
 
+def test_a_head_of_an_unknown_name_may_stand_on_its_side(llama):
+    rewrite(llama, lambda tensors: tensors | {"out.weight": np.ones((36, 1), np.float32)})
+    with pytest.raises(CheckpointError, match=r"out.weight looks like its scalar head"):
+        load_pretrained(llama, head="scalar")
+
+
 def test_a_head_in_a_file_of_its_own_is_named(llama):
     """As LLaMA-Factory writes it."""
     save_file({"v_head.summary.weight": np.ones((1, 36), np.float32)}, llama / "value_head.safetensors")

@@ -112,10 +112,18 @@ def with_ids(prompts, responses, completion_ids, messages, tag=None):
     return with_ids.remember(prompts, responses, completion_ids=completion_ids, messages=messages, tag=tag)
 
 
+def trl_ids(completion_ids, **kwargs):
+    return trl_ids.remember(completion_ids=completion_ids, **kwargs)
+
+
+def with_a_reference(prompts, responses, completions):
+    return with_a_reference.remember(prompts, responses, completions=completions)
+
+
 ANSWER = {"answer": ["x", "y", "z"]}
 
 
-@pytest.mark.parametrize("function", [trl, trl_short, trl_all, trl_bare])
+@pytest.mark.parametrize("function", [trl, trl_short, trl_all, trl_bare, trl_ids])
 def test_trl_s_form_is_called_by_keyword(function):
     seen = called(function, ANSWER)
     whole = {"prompts": PROMPTS, "completions": RESPONSES, "completion_ids": IDS} | ANSWER | {"positional": ()}
@@ -127,6 +135,8 @@ def test_our_form_is_called_by_position_and_gets_what_it_names():
     assert called(bare, ANSWER) == {"positional": (PROMPTS, RESPONSES)}
     seen = called(with_ids, {"tag": [1, 2, 3], "other": [4, 5, 6]}, chats=CHATS)
     assert seen == {"positional": (PROMPTS, RESPONSES), "completion_ids": IDS, "messages": CHATS, "tag": [1, 2, 3]}
+    seen = called(with_a_reference, {"completions": [4, 5, 6]})  # a column of the data set
+    assert seen == {"positional": (PROMPTS, RESPONSES), "completions": [4, 5, 6]}
     wrapped = lambda *positional, **keywords: plain(*positional, **keywords)  # noqa: E731
     assert score_texts([RewardFunction(wrapped)], PROMPTS, RESPONSES, ANSWER).tolist() == [1.0] * 3
 
@@ -173,9 +183,12 @@ def test_what_functions_are_given_are_copies():
     columns, chats = {"answer": [["x"], ["y"], ["z"]]}, [list(CHATS[0]), None, None]
     prompts, responses = list(PROMPTS), list(RESPONSES)
     functions = [RewardFunction(destructive), RewardFunction(destructive), RewardFunction(length)]
-    scores = score_texts(functions, prompts, responses, columns, chats=chats)
+    functions += [RewardFunction(lambda completion_ids, **kwargs: [ids.pop() * 0.0 for ids in completion_ids])] * 2
+    ids = [list(row) for row in IDS]
+    scores = score_texts(functions, prompts, responses, columns, chats=chats, completion_ids=ids)
     np.testing.assert_allclose(scores, [2.5 * len(response) for response in RESPONSES])
     assert (prompts, responses, columns["answer"][0], chats[0]) == (PROMPTS, RESPONSES, ["x"], CHATS[0])
+    assert ids == IDS
 
 
 def test_the_number_of_scores_is_compared_with_the_number_asked_for():

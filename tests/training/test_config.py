@@ -32,6 +32,7 @@ def test_a_mapping_overrides_the_defaults():
         ({"ppo_epochs": 1.5}, r"config\.ppo\.ppo_epochs=1\.5: int is expected"),
         ({"ppo_epochs": True}, "int is expected"),
         ({"kl_coef": "0.1"}, "float is expected"),
+        ({"kl_coef": True}, "float is expected"),
         ({"kl_kind": "k4"}, "kl_kind='k4'"),
         ({"policy_loss": "ppo"}, "policy_loss='ppo'"),
         ({"eos_ids": 2}, "eos_ids=2"),

@@ -1,0 +1,89 @@
+"""What comes from outside and goes there: reward functions, checkpoints of other programs, the command line."""
+
+from tests.mutants import variants
+
+_CALLS, _EXPORT = "tests/rewards/test_functions.py", "tests/hub/test_export.py"
+_HEADS, _LINE = "tests/hub/test_pretrained.py", "tests/test_command_line.py"
+
+
+MUTANTS = [
+    *variants(
+        "rewards/calling.py",
+        _CALLS,
+        ("copy.deepcopy(list(values))", "values"),
+        ("[list(ids) for ids in answers.completion_ids or ()] or None", "answers.completion_ids"),
+        (
+            'given = columns | {"prompts": prompts, "completions": completions} | more',
+            'given = {"prompts": prompts, "completions": completions} | more | columns',
+        ),
+        ("for name, values in columns.items() if name not in places}", "for name, values in columns.items()}"),
+        (
+            "return (), given if takes_all else {name: value for name, value in given.items() if name in named}",
+            "return (), given",
+        ),
+        ("copy.deepcopy(list(answers.chats or [None] * len(answers)))", "answers.chats"),
+        ('if "responses" in named:', "if False:"),
+        ('return alone or "completions" in named', 'return "completions" in named'),
+        ('or named[:1] == ["completion_ids"]', ""),
+        ("chat = copy.deepcopy(chat)", "pass"),
+        ('begun = chat.pop()["content"] if goes_on else ""', 'begun = ""'),
+        ('"content": begun + response', '"content": response'),
+        (
+            "return (list(answers.prompts), list(answers.responses)), given",
+            "return (answers.prompts, answers.responses), given",
+        ),
+    ),
+    *variants(
+        "hub/export.py",
+        _EXPORT,
+        ('"gpt_neox": ("rotary_emb_base", "rotary_pct")', ""),
+        ('content["torch_dtype"] = content["dtype"]', "pass"),
+        ('more["rope_local_base_freq"] = sliding["rope_theta"]', "pass"),
+        ("more[theta] = parameters", 'more["rope_theta"] = parameters'),
+        ("more[share] = parameters", "parameters"),
+        ('None if parameters["rope_type"] == "default" else scaling', "scaling"),
+        ('if kind == "phi3" and', 'if kind == "none" and'),
+        ('scaling.pop("factor", None)', "pass"),
+        ("content.pop(name, None)", "pass"),
+        ('content["additional_special_tokens"] = content.pop("extra_special_tokens")', "pass"),
+        ('content["model_input_names"] =', 'content["no_such"] ='),
+        ('content["padding_side"] =', 'content["no_such"] ='),
+        ('content["tokenizer_class"] = "PreTrainedTokenizerFast"', "pass"),
+        ("save_jinja_files=not isinstance(tokenizer.chat_template, dict)", "save_jinja_files=True"),
+    ),
+    *variants(
+        "hub/scalar_head.py",
+        _HEADS,
+        ("if deep:", "if False:"),
+        ('if len(heads) > 1 or any(f"{head}.weight"', 'if any(f"{head}.weight"'),
+        ('or any(f"{head}.weight" not in source.shapes for head in heads)', ""),
+        ("return float(source.read(name).reshape(()))", "return 0.0"),
+        ("if source.shapes[name] not in ((1,), ()):", "if False:"),
+        ("if shape in ((1, width), (width, 1)) and", "if shape == (1, width) and"),
+        ("if (place / name).is_file():", "if False:"),
+        ("any(_CLASSIFIER.search(str(name))", "any(False"),
+        *((f'    "{name}",', "") for name in ("v_head.summary", "v_head", "value_head", "classifier", "model.score")),
+    ),
+    *variants(
+        "command_line.py",
+        _LINE,
+        ("sys.exit(2)", "sys.exit(1)"),
+        ("Path(name).expanduser()", "Path(name)"),
+        ("get_config(parameter) if colon else get_config()", "get_config()"),
+        ("if not isinstance(config, ConfigDict):", "if False:"),
+        ("if match and match[2] not in known:", "if False:"),
+        ('if text == "None":', "if False:"),
+        ('if text[:1] in ("(", "["):', "if False:"),
+        ("for element in found if element.strip()]", "for element in found]"),
+        ("(kind is not str or all(isinstance(part, str) for part in value))", "True"),
+    ),
+    *variants(
+        "settings.py",
+        "tests/test_command_line.py tests/training/test_config.py",
+        ('rpartition(".")[2]\n    for pattern, what', 'rpartition(".")[0]\n    for pattern, what'),
+        ("if last in _OTHER_NAMES and not same:", "if False:"),
+        ("near = list(dict.fromkeys([*same,", "near = list(dict.fromkeys(["),
+        ("and not isinstance(value, bool):\n            return float", ":\n            return float"),
+        ("type(value) is option", "isinstance(value, option)"),
+    ),
+]
