@@ -155,7 +155,7 @@ def tools_of(value: Any, where: str) -> list | None:
     Raises:
       DataError: it is neither.
     """
-    value = _from_json(value)
+    value = from_json(value)
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
@@ -176,13 +176,21 @@ def template_options(value: Any, where: str) -> dict[str, Any]:
     Raises:
       DataError: it is no object, or has a name that the call itself uses.
     """
-    value = _from_json(value) or {}
+    value = from_json(value) or {}
     if not isinstance(value, dict) or any(name in _RESERVED for name in value):
         raise DataError(f"{where}: chat_template_kwargs holds {str(value)[:80]!r}; an object of options is expected.")
     return {name: option for name, option in value.items() if option is not None}
 
 
-def _from_json(value: Any) -> Any:
+def from_json(value: Any) -> Any:
+    """What a column holds that a file can only hold as a text.
+
+    Args:
+      value: of the column.
+
+    Returns:
+      The JSON's content where it is JSON, None where it is blank, else the value as it is.
+    """
     if not isinstance(value, str):
         return value
     try:
@@ -240,6 +248,26 @@ def _continued(last: Message, answer: list[Message]) -> list[Message]:
 
 def _says(message: Message) -> bool:
     return bool(message["content"].strip() or message.get("tool_calls"))
+
+
+def writes_tools(render: Rendering, chat: list[Message]) -> bool:
+    """Whether a chat template writes the tools that there are, and the calls of them in a prompt.
+
+    Args:
+      render: how, its tools among it.
+      chat: the prompt's messages.
+
+    Returns:
+      Whether.
+    """
+    bare = [{key: value for key, value in message.items() if key != "tool_calls"} for message in chat]
+    text, without_tools = render(chat), dataclasses.replace(render, tools=None)
+    if render.tools and without_tools(chat) == text:
+        return False
+    try:
+        return bare == chat or render(bare) != text
+    except DataError:  # it looks for them
+        return True
 
 
 def _left_out(written: str, answer: list[Message]) -> str:

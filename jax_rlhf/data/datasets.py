@@ -37,7 +37,7 @@ _REPEATED = (
     "rows have answers that begin with their prompt's text, which the model learns to repeat; where chosen and "
     "rejected are whole conversations, --config.data.prompt_column=none takes the prompt out."
 )
-_TOOLS = "rows have tools, which the tokenizer's chat template does not write."
+_TOOLS = "rows have tools, or calls of them, which the tokenizer's chat template does not write."
 _NOT_A_CHAT = (
     "rows are plain texts, for which the tokenizer's chat template is not used; --config.data.as_chat=true uses it for "
     "those with a prompt."

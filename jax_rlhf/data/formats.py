@@ -24,7 +24,17 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from jax_rlhf.data.chats import Message, Rendering, agreeing, checked_messages, rendered, template_options, tools_of
+from jax_rlhf.data.chats import (
+    Message,
+    Rendering,
+    agreeing,
+    checked_messages,
+    from_json,
+    rendered,
+    template_options,
+    tools_of,
+    writes_tools,
+)
 from jax_rlhf.data.config import DataConfig
 from jax_rlhf.data.errors import DataError
 from jax_rlhf.data.shared_prompt import shared_prompt
@@ -55,7 +65,7 @@ class Texts:
       columns: the row's other columns.
       chat: the prompt's messages, where it is a chat.
       continued: the chat ends within a turn of the assistant, which the answer goes on with.
-      tools_unwritten: the row has tools, and the chat template does not write them.
+      tools_unwritten: the row has tools, or calls in its prompt, and the chat template does not write them.
       implicit: the prompt is what two texts begin with.
       repeated: each answer begins with the prompt's own text.
       unwritten: a part of an answer that the chat template leaves out, or "".
@@ -128,8 +138,8 @@ def row_texts(row: Row, phase: str, config: DataConfig, tokenizer: PreTrainedTok
     continued = _is_continued(found, chat, answers, row)
     begin, answers, unwritten = rendered(render, chat, answers, continued=continued)
     more |= {"chat": chat, "continued": continued, "unwritten": unwritten}
-    if tools and chat:
-        more["tools_unwritten"] = render(chat) == dataclasses.replace(render, tools=None)(chat)
+    if chat and (tools or any("tool_calls" in message for message in chat)):
+        more["tools_unwritten"] = not writes_tools(render, chat)
     return Texts(begin, answers, True, float(margin), others, **more)
 
 
@@ -173,7 +183,11 @@ def _names(row: Row, config: DataConfig) -> dict[str, str]:
     kinds = ("prompt", "completion", "chosen", "rejected", "text", "messages", "margin")
     names = {kind: getattr(config, f"{kind}_column") for kind in kinds}
     for kind, other in _OTHER_NAMES.items():
-        if names[kind] == kind and row.content.get(kind) is None and isinstance(row.content.get(other), list):
+        if (
+            names[kind] == kind
+            and row.content.get(kind) is None
+            and isinstance(from_json(row.content.get(other)), list)
+        ):
             names[kind] = other
     return names
 
@@ -181,6 +195,8 @@ def _names(row: Row, config: DataConfig) -> dict[str, str]:
 def _found(row: Row, names: dict[str, str]) -> dict[str, Any]:
     """What the row has of them, with chats in one form."""
     found = {kind: row.content[name] for kind, name in names.items() if row.content.get(name) is not None}
+    if isinstance(found.get("messages"), str):
+        found["messages"] = from_json(found["messages"])  # a CSV file holds no lists
     single = {kind: [part] for kind, part in found.items() if kind in _CHATS and isinstance(part, dict)}
     found |= single  # a message that stands alone
     chats = {kind: part for kind, part in found.items() if kind in _CHATS and isinstance(part, list)}
@@ -289,7 +305,7 @@ def _shared_beginning(chosen: Any, rejected: Any) -> int:
 def _check_part(part: Any, row: Row) -> None:
     if not isinstance(part, str | list):
         raise DataError(
-            f"{row.where}: {str(part)[:80]!r} is a {type(part).__name__}; a text or a list of chat messages is "
+            f"{row.where}: {str(part)[:80]!r} is of type {type(part).__name__}; a text or a list of chat messages is "
             "expected."
         )
 

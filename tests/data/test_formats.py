@@ -255,10 +255,19 @@ def test_a_call_that_the_template_does_not_write_is_noticed(content):
     for template, unwritten in ((tiny.TEMPLATE, True), (AGENT, False)):
         row = {"prompt": [user("a")], "tools": TOOLS}
         assert texts(row, "ppo", tiny.tokenizer(template=template)).tools_unwritten == unwritten
+        told = {"prompt": [user("a"), turn, {"role": "tool", "content": "c"}]}
+        assert texts(told, "ppo", tiny.tokenizer(template=template)).tools_unwritten == unwritten
     listed = tiny.tokenizer(template=AGENT.replace("m.tool_calls or []", "[]"))  # the tools, and not what is called
     read = texts({"messages": [user("what time a"), turn], "tools": TOOLS}, "sft", listed)
     assert read.prompt == "<tools> time <user> what time a <eos> <assistant> "
     assert read.unwritten == "time"
+
+
+def test_a_template_that_wants_a_call_or_a_text_looks_for_calls():
+    needed = "{% if not (m.content or m.tool_calls) %}{{ raise_exception('empty') }}{% endif %}"
+    strict = tiny.tokenizer(template=tiny.TEMPLATE.replace("{{ '<' ", needed + "{{ '<' "))
+    called = [user("a"), {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "c"}]
+    assert not texts({"prompt": called}, "ppo", strict).tools_unwritten
 
 
 def test_an_answer_of_several_messages():
@@ -310,6 +319,15 @@ def test_share_gpt_rows_are_chats(column):
     assert read.columns == {"id": "x"}
     with pytest.raises(DataError, match="line 7: 'robot' speaks in a message; human, user"):
         texts({column: [{"from": "robot", "value": "a"}]}, "ppo")
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_messages_may_be_json_as_csv_files_hold_them(column):
+    read = texts({column: json.dumps([user("a"), assistant("b")])}, "sft")
+    assert (read.prompt, read.completions) == (ASKED, ("b <eos> ",))
+    for wrong in ("[", "a b", '{"a"', "7"):
+        with pytest.raises(DataError, match="line 7: messages must be a list of at least one chat message"):
+            texts({column: wrong}, "sft", messages_column=column)
 
 
 def test_texts_in_parts_are_joined_and_images_are_named():
@@ -460,7 +478,7 @@ def test_other_columns_come_along_and_margins_are_numbers():
         ({"text": "a"}, "reward", "the reward phase needs"),
         ({"text": "a"}, "ppo", "text with config.data.prompt_tokens"),
         ({"prompt": "a", "completion": None}, "sft", "the sft phase needs"),
-        ({"prompt": 3, "completion": "b"}, "sft", "is a int; a text or a list of chat messages"),
+        ({"prompt": 3, "completion": "b"}, "sft", "is of type int; a text or a list of chat messages"),
         ({"messages": [{"role": "user"}]}, "sft", "is no chat message"),
         ({"messages": [user("a")]}, "sft", "the last message is the user's"),
         ({"messages": []}, "sft", "at least one chat message"),
