@@ -38,10 +38,8 @@ _REPEATED = (
     "rejected are whole conversations, --config.data.prompt_column=none takes the prompt out."
 )
 _TOOLS = "rows have tools, or calls of them, which the tokenizer's chat template does not write."
-_NOT_A_CHAT = (
-    "rows are plain texts, for which the tokenizer's chat template is not used; --config.data.as_chat=true uses it for "
-    "those with a prompt."
-)
+_NOT_A_CHAT = "rows are plain texts, for which the tokenizer's chat template is not used"
+_AS_CHAT = "; --config.data.as_chat=true uses it for those with a prompt."
 _TRAINED_ON = "held out, but in tokens as a prompt that is trained on"
 
 
@@ -226,7 +224,8 @@ class _Examples:
         self.notes[_REPEATED] += sum(text.repeated for text in texts)
         self.notes[_TOOLS] += sum(text.tools_unwritten for text in texts)
         if self.tokenizer.chat_template is not None:
-            self.notes[_NOT_A_CHAT] += sum(not text.templated for text in texts)
+            what = _NOT_A_CHAT + (", as they have no prompt of their own." if self.config.as_chat else _AS_CHAT)
+            self.notes[what] += sum(not text.templated for text in texts)
         how = self.tokenizer, self.config, self.dropped, self.eos_ids
         examples = tokenized(source.rows, texts, *how, vocab_size=self.vocab_size)
         if self.config.deduplicate:

@@ -283,11 +283,12 @@ def _parts(found: dict[str, Any], phase: str, row: Row) -> tuple[Any, tuple]:
         raise DataError(
             f"{row.where}: the last message is the {prompt[-1]['role']}'s; the SFT phase learns the assistant's."
         )
-    elif prompt is None:
-        parts = ("", (found["text"],)) if "text" in found else (None, ())
     else:
         completion = found.get("completion", found.get("chosen") if pair else None)
-        parts = (prompt, (completion,)) if completion is not None else (None, ())
+        if prompt is not None and completion is not None:
+            parts = prompt, (completion,)
+        else:
+            parts = ("", (found["text"],)) if "text" in found else (None, ())
     for part in parts[1] if parts[0] is None else (parts[0], *parts[1]):
         _check_part(part, row)
     return parts

@@ -315,6 +315,8 @@ def test_what_is_worth_knowing_of_the_rows_is_noted(tmp_path):
     )
     assert notes(apart, as_chat=True, max_tokens=12) == ()
     assert notes(apart, tokenizer=tiny.tokenizer(template=None)) == ()
+    (alone,) = notes([{"text": text} for text in tiny.letters(20)], as_chat=True)
+    assert alone.endswith("the tokenizer's chat template is not used, as they have no prompt of their own.")
     implicit = [{name: pair[name] for name in ("chosen", "rejected")} for pair in pairs(20)]
     first, _ = notes(implicit, "reward")
     assert first == "reward data: 20 pairs have no prompt of their own; what both texts begin with is taken for it."

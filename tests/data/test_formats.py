@@ -31,6 +31,9 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
     ("content", "phase", "prompt", "completions"),
     [
         ({"text": "a b"}, "sft", "", ("a b",)),
+        ({"text": "a b", "prompt": "a"}, "sft", "", ("a b",)),  # the whole, beside what it begins with
+        ({"text": "a b", "prompt": "a"}, "ppo", "a", ()),
+        ({"text": "x", "prompt": "a", "completion": "b"}, "sft", "a", ("b",)),
         ({"prompt": "a", "completion": "b"}, "sft", "a", ("b",)),
         ({"prompt": "a", "completion": "b"}, "ppo", "a", ()),
         (PAIR, "sft", "a", ("b",)),
