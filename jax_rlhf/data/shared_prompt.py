@@ -7,8 +7,8 @@ from jax_rlhf.data.chats import agreeing
 
 _TURNS = (
     # What chat templates write before an answer.
-    r"<\|(?:im_start|start_header_id|header_start|start_of_role|start)\|>(?:assistant|model)"  # ChatML, Llama, Granite
-    r"(?:<\|\w{1,20}\|>(?:final<\|message\|>)?)?\n{0,2}",
+    r"<\|(?:start_header_id|header_start)\|>assistant<\|\w{1,20}\|>\n{0,2}",  # Llama 3 and 4
+    r"<\|(?:im_start|start_of_role|start)\|>assistant(?:<\|\w{1,20}\|>(?:final<\|message\|>)?)?\n?",  # ChatML, Granite
     r"<start_of_turn>model\n?",  # Gemma
     r"\[/INST\]",  # Llama 2, Mistral
     r"<[|｜](?i:\w{0,20}assistant|answer|bot|chatbot_token)[|｜]>\n?",  # Phi-3, Zephyr, DeepSeek, Command R

@@ -376,6 +376,11 @@ HH = "\n\nHuman: May I?\n\nAssistant: Yes.\n\nHuman: And now?\n\nAssistant:"
             "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nI am c",
             "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n",
         ),
+        (
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n\nb",  # both answers begin with an empty line
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n\nc",
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n",
+        ),
         ("[INST] a [/INST] I b", "[INST] a [/INST] I c", "[INST] a [/INST]"),
         *(
             (before + "I am b", before + "I am c", before)
