@@ -81,7 +81,7 @@ def test_the_command_for_own_data_runs_all_phases(tmp_path):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     for phase in ("sft", "reward", "ppo"):
-        assert f"{phase} data: 100 rows read" in run.stdout
+        assert f"{phase}: data: 100 rows read" in run.stdout
         assert (tmp_path / "own" / phase / "model" / "model.safetensors").is_file()
 
 

@@ -238,7 +238,7 @@ class Record:
           datasets: the phase's.
         """
         for line in (datasets.report, *datasets.notes, datasets.example):
-            self.say(line)
+            self.say(line.removeprefix(f"{self.phase} "))  # which say() puts before it
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Writes summary.json, which says that the phase is finished, and how.
