@@ -6,13 +6,13 @@ import re
 import sys
 import typing
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.tuple_parser import TupleParser
 
+from jax_rlhf.names import local_path
 from jax_rlhf.packaged import get_config_of, packaged_configs, said_of
 from jax_rlhf.phases.config import RunConfig
 from jax_rlhf.settings import is_list_of, unknown_name
@@ -40,7 +40,7 @@ CONFIG = config_flags.DEFINE_config_file("config", help_string="A config: a file
 def _settings_of(argument: str) -> tuple[str, ConfigDict]:
     """(what config_flags is told, the settings) of --config=FILE[:PARAMETER] or --config=NAME."""
     name, colon, parameter = argument.partition(":")
-    file, known = Path(name).expanduser(), packaged_configs()
+    file, known = local_path(name), packaged_configs()
     if not file.is_file():
         if name not in known:
             near = [other for other in known if other == file.stem]

@@ -1,26 +1,18 @@
 """Rows from files, Hugging Face data sets and Python readers, each with where it stood."""
 
-import csv
 import dataclasses
 import importlib
-import io
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow
-import pyarrow.parquet
 
 from jax_rlhf.data.errors import DataError
+from jax_rlhf.data.files import SUFFIXES, kind_of, rows_of, without_fill
+from jax_rlhf.data.folders import rows_of_folder
+from jax_rlhf.names import local_path
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
-_SAVED_TO_DISK = ("dataset_dict.json", "state.json")
-_ROWS_AT_ONCE = 1024
-_LONGEST_FIELD = 1 << 30
-"""In characters; Python's own limit is 131,072."""
 _READER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+(:[\w./-]+)?)?")
 
@@ -42,7 +34,7 @@ class Row:
     @property
     def where(self) -> str:
         """For messages."""
-        return f"{self.source}, {'line' if self.source.endswith('.jsonl') else 'row'} {self.number}"
+        return f"{self.source}, {'line' if self.source.endswith(('.jsonl', '.jsonl.gz')) else 'row'} {self.number}"
 
 
 def read_rows(path: str, *, phase: str, split: str, hub_split: str, revision: str | None = None) -> list[Row]:
@@ -63,29 +55,35 @@ def read_rows(path: str, *, phase: str, split: str, hub_split: str, revision: st
       FileNotFoundError: there is nothing of that name.
       DataError: it cannot be read; says where.
     """
-    file = Path(path).expanduser()
+    file = local_path(path)
+    numbered: Iterable[tuple[Any, int, Any]]
     if is_reader(path):
-        numbered: Iterable = enumerate(_from_reader(path, phase, split), 1)
+        numbered = ((path, number, row) for number, row in enumerate(_from_reader(path, phase, split), 1))
     elif file.is_file():
-        if file.suffix.lower() not in SUFFIXES:
-            raise DataError(f"{path}: files of {', '.join(SUFFIXES)} can be read; name it after what it holds.")
-        readers = {".jsonl": _json_lines, ".json": _json, ".parquet": _parquet, ".csv": _csv}
-        numbered = readers[file.suffix.lower()](file)
-    elif file.is_dir() or (_HUB_ID.fullmatch(path) and file.suffix.lower() not in SUFFIXES):
-        numbered = enumerate(_from_hub(path, hub_split, revision), 1)
+        if kind_of(file) is None:
+            raise DataError(
+                f"{path}: files of {', '.join(SUFFIXES)} can be read, and all but the last two with .gz after it; name "
+                "it after what it holds."
+            )
+        numbered = ((path, number, row) for number, row in rows_of(file))
+    elif file.is_dir():
+        numbered = rows_of_folder(file, hub_split)
+    elif _HUB_ID.fullmatch(path) and kind_of(file) is None:
+        numbered = ((path, number, row) for number, row in enumerate(_from_hub(path, hub_split, revision), 1))
     else:
         raise FileNotFoundError(
             f"config.data: {path!r} is no file or folder here, no Hugging Face id, and no reader "
             '("package.module:function").'
         )
     rows = []
-    for number, content in numbered:
+    for source, number, content in numbered:
+        row = Row(content, str(source), number)
         if not isinstance(content, dict):
             raise DataError(
-                f"{Row({}, path, number).where}: a row must be an object of columns, this is a "
-                f"{type(content).__name__}: {str(content)[:80]!r}."
+                f"{row.where}: a row must be an object of columns, this is a {type(content).__name__}: "
+                f"{str(content)[:80]!r}."
             )
-        rows.append(Row(content, path, number))
+        rows.append(row)
     if not rows:
         raise DataError(f"{path}: there is not a single row.")
     return rows
@@ -100,7 +98,7 @@ def is_reader(path: str) -> bool:
     Returns:
       Whether.
     """
-    return _READER.fullmatch(path) is not None and not Path(path).expanduser().exists()
+    return _READER.fullmatch(path) is not None and not local_path(path).exists()
 
 
 def imported(name: str, what: str) -> Callable:
@@ -140,15 +138,12 @@ def _from_reader(path: str, phase: str, split: str) -> list:
 
 
 def _from_hub(path: str, split: str, revision: str | None) -> Iterator[dict]:
-    """The rows of "org/name", "org/name:configuration", "org/name:folder", a local folder, or one of `save_to_disk`."""
-    folder = Path(path).expanduser()
+    """The rows of "org/name", "org/name:configuration" or "org/name:folder"."""
     try:
-        if any((folder / name).is_file() for name in _SAVED_TO_DISK):
-            saved = datasets.load_from_disk(str(folder))
-            rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-        else:
-            rows = _load_dataset(str(folder) if folder.is_dir() else path, split, revision)
-        return iter([_without_fill(row) for row in rows])  # here: a column of sounds or images fails when it is read
+        # Here: a column of sounds or images fails when it is read.
+        return iter([without_fill(row) for row in _load_dataset(path, split, revision)])
+    except DataError:
+        raise
     except Exception as error:  # datasets raises many types
         raise DataError(
             f"Hugging Face data set {path!r}, split {split!r}: {type(error).__name__}: {error}. A split is chosen with "
@@ -158,93 +153,25 @@ def _from_hub(path: str, split: str, revision: str | None) -> Iterator[dict]:
 
 
 def _load_dataset(path: str, split: str, revision: str | None) -> Iterable[dict]:
-    name, colon, part = (path, "", "") if Path(path).is_dir() else path.partition(":")
-    if not colon:
-        return datasets.load_dataset(name, split=split, revision=revision)
+    name, colon, part = path.partition(":")
+    more: dict[str, Any] = {"name": part} if colon else {}
     try:
-        return datasets.load_dataset(name, part, split=split, revision=revision)
+        builder = datasets.load_dataset_builder(name, revision=revision, **more)
     except ValueError as error:  # no configuration of that name: Anthropic/hh-rlhf:harmless-base is a folder
-        if "BuilderConfig" not in str(error):
+        if not colon or "BuilderConfig" not in str(error):
             raise
-        return datasets.load_dataset(name, data_dir=part, split=split, revision=revision)
+        more = {"data_dir": part}
+        builder = datasets.load_dataset_builder(name, revision=revision, **more)
+    _check_own_files(builder, name)
+    return datasets.load_dataset(name, split=split, revision=revision, **more)
 
 
-def _text(file: Path) -> str:
-    try:
-        return file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = file.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(f"{file}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8.") from error
-
-
-def _json_lines(file: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(_text(file).split("\n"), 1):  # not splitlines: U+2028 may stand inside a string
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{file}, line {number}: not JSON ({error}): {line[:80]!r}") from error
-
-
-def _json(file: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        content = json.loads(_text(file))
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{file}: not JSON ({error}). If it has an object a line, call it {file.with_suffix('.jsonl').name}."
-        ) from error
-    if isinstance(content, dict) and isinstance(content.get("data"), list):
-        content = content["data"]
-    if not isinstance(content, list):
-        raise DataError(f"{file}: a list of objects is expected, this is a {type(content).__name__}.")
-    return enumerate(content, 1)
-
-
-def _parquet(file: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        table = pyarrow.parquet.read_table(file)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{file}: not a parquet file that can be read ({error}).") from error
-    first = 1
-    for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE):
-        yield from enumerate(map(_without_fill, _arrow_rows(batch, first, file)), first)
-        first += len(batch)
-
-
-def _arrow_rows(batch: pyarrow.RecordBatch, first: int, file: Path) -> list[dict[str, Any]]:
-    """Rows as dicts; where one cannot be read (a text that is not UTF-8, a year past 9999), it is named."""
-    try:
-        return batch.to_pylist()
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
-        if len(batch) == 1:
-            raise DataError(f"{file}, row {first}: a value that cannot be read ({error}).") from error
-    return [row for i in range(len(batch)) for row in _arrow_rows(batch.slice(i, 1), first + i, file)]
-
-
-def _without_fill(value: Any) -> Any:
-    """Without the keys that are None in what columns hold: Arrow gives each object of a column the keys of all."""
-    if isinstance(value, dict):
-        return {key: _without_nones(inner) for key, inner in value.items()}
-    return value
-
-
-def _without_nones(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nones(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nones(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _csv(file: Path) -> Iterator[tuple[int, Any]]:
-    csv.field_size_limit(_LONGEST_FIELD)
-    reader = csv.DictReader(io.StringIO(_text(file), newline=""), strict=True)
-    number = 0
-    try:
-        for number, content in enumerate(reader, 1):
-            if None in content or None in content.values():
+def _check_own_files(builder: datasets.DatasetBuilder, name: str) -> None:
+    """Raises where a data set's card names files that are not its own: of this machine, or of another address."""
+    own = f"hf://datasets/{name}@".lower()
+    for files in (getattr(builder.config, "data_files", None) or {}).values():
+        for file in files:
+            if not str(file).lower().startswith(own):
                 raise DataError(
-                    f"{file}, row {number}: {len(reader.fieldnames)} columns are named in the first line, "
-                    "this row has another number."
+                    f"Hugging Face data set {name!r}: its card names {str(file)[:200]!r}, which is not its own."
                 )
-            yield number, content
-    except csv.Error as error:
-        raise DataError(f"{file}, after row {number}: not CSV ({error}).") from error

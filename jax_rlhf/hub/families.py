@@ -10,14 +10,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from jax_rlhf.hub import settings
 from jax_rlhf.hub.errors import CheckpointError
 from jax_rlhf.hub.layout import HubTensor
+from jax_rlhf.hub.limits import check_sizes, checked_ids
 from jax_rlhf.hub.settings import Fields
 from jax_rlhf.models import Decoder, DecoderConfig, abstract_params
 from jax_rlhf.models.layers import ACTIVATIONS
+from jax_rlhf.models.rotary import Rotary, frequencies
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,11 +174,7 @@ def config_from_hub(config: Mapping[str, Any]) -> DecoderConfig:
         raise CheckpointError(
             f"config.json: model_type {kind!r} is not a supported architecture; {', '.join(FAMILIES)} are.{hint}"
         )
-    if config.get("quantization_config"):
-        raise CheckpointError(
-            "config.json: quantization_config is set; quantized safetensors are not supported. Take the checkpoint in "
-            "its original precision, or a GGUF file."
-        )
+    config = _checked(config, kind)
     try:
         normalised = CONFIG_MAPPING[kind].from_dict(dict(config)).to_dict()
         fields = FAMILIES[kind].fields(normalised)
@@ -185,14 +184,48 @@ def config_from_hub(config: Mapping[str, Any]) -> DecoderConfig:
         raise CheckpointError(
             f"config.json ({kind}) is not one that transformers accepts: {type(error).__name__}: {error}"
         ) from error
-    if fields["activation"] not in ACTIVATIONS:
+    if not isinstance(fields["activation"], str) or fields["activation"] not in ACTIVATIONS:
         raise CheckpointError(
             f"config.json: activation {fields['activation']!r} is not supported; {', '.join(ACTIVATIONS)} are."
         )
     try:
-        return DecoderConfig(**fields, hf_config=json.dumps(normalised))
-    except ValueError as error:
+        decoder = DecoderConfig(**fields, hf_config=json.dumps(normalised))
+        for rotary in filter(None, (decoder.rotary, decoder.local_rotary)):
+            _check_frequencies(rotary)
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"config.json ({kind}): {error}") from error
+    return decoder
+
+
+def _checked(config: Mapping[str, Any], kind: str) -> Fields:
+    """A config.json that can be built from; CheckpointError where it claims what no model has."""
+    where = f"config.json ({kind})"
+    try:
+        check_sizes(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    config = checked_ids(config, where)
+    names = config.get("architectures")
+    if not isinstance(names, list | None) or not all(isinstance(name, str) for name in names or ()):
+        raise CheckpointError(f"{where}: architectures={str(names)[:60]}; a list of names is expected.")
+    if config.get("quantization_config"):
+        raise CheckpointError(
+            f"{where}: quantization_config is set; quantized safetensors are not supported. Take the checkpoint in its "
+            "original precision, or a GGUF file."
+        )
+    return config
+
+
+def _check_frequencies(rotary: Rotary) -> None:
+    """Raises where a rotation's settings give no frequencies: a list too short, a factor that is no number."""
+    for long in (False, True) if rotary.kind == "longrope" else (False,):
+        try:
+            with np.errstate(all="ignore"):
+                found = np.asarray(frequencies(rotary, long=long), np.float64)
+        except (ArithmeticError, TypeError, ValueError) as error:
+            raise ValueError(f"rope_parameters of the type {rotary.kind!r} cannot be used: {error}") from error
+        if found.shape != (-(-rotary.dim // 2),) or not np.isfinite(found).all():
+            raise ValueError(f"rope_parameters of the type {rotary.kind!r} do not give {-(-rotary.dim // 2)} numbers.")
 
 
 def config_to_hub(model: Decoder, dtype: str) -> PretrainedConfig:

@@ -1,6 +1,5 @@
 """Where a checkpoint is: a folder, a GGUF file or a hub id; and what its JSON files say."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,11 @@ from huggingface_hub.errors import HFValidationError
 
 from jax_rlhf.hub.errors import CheckpointError
 from jax_rlhf.hub.gguf import GGUFSource
+from jax_rlhf.hub.limits import checked_ids
 from jax_rlhf.hub.sources import ADAPTER, SafetensorsSource, TensorSource, adapter_message
+from jax_rlhf.json_files import JSONFileError, read_object
 from jax_rlhf.models import DecoderConfig
+from jax_rlhf.names import local_path
 
 _HUB_FILES = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "*.jinja"]
 
@@ -31,7 +33,7 @@ def resolve(path_or_hub_id: str | Path, revision: str | None, *, weights: bool =
       FileNotFoundError: there is nothing of that name.
       CheckpointError: it is not clear which file is meant.
     """
-    local = Path(path_or_hub_id).expanduser()
+    local = local_path(path_or_hub_id)
     if local.is_dir():
         inside = sorted(local.glob("*.gguf"))
         if inside and not (local / "config.json").is_file():
@@ -76,7 +78,7 @@ def open_source(
     """
     if place.suffix == ".gguf" and place.is_file():
         source = GGUFSource(place)
-        return source, source.config, source.generation_config
+        return source, source.config, checked_ids(source.generation_config, str(place))
     config = _read_json(place / "config.json")
     if config is None and (place / ADAPTER).is_file():
         raise CheckpointError(adapter_message(place, name))
@@ -85,19 +87,18 @@ def open_source(
     generation_config = _read_json(place / "generation_config.json")
     if generation_config is None and config.get("eos_token_id") is not None:  # as transformers has it
         generation_config = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if generation_config is not None:
+        generation_config = checked_ids(generation_config, str(place / "generation_config.json"))
     return SafetensorsSource(place, name) if weights else None, config, generation_config
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:
-    if not file.is_file():
-        return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not JSON ({error}); copy or download it again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: a JSON object is expected, this is a {type(content).__name__}.")
-    return content
+        return read_object(file)
+    except FileNotFoundError:
+        return None
+    except JSONFileError as error:
+        raise CheckpointError(f"{file}: {error}; copy or download it again.") from error
 
 
 def in_file(place: Path, read: Callable, content: dict[str, Any]) -> DecoderConfig:

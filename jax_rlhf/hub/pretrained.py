@@ -32,6 +32,7 @@ from jax_rlhf.hub.write import MAX_SHARD_BYTES, weight_files, write_weights
 from jax_rlhf.models import Decoder, DecoderConfig, abstract_params, logical_axes
 from jax_rlhf.models.decoder import Head
 from jax_rlhf.models.layers import head_init
+from jax_rlhf.names import local_path
 from jax_rlhf.parallel import Layout, as_layout, padded_vocab_size, shardings
 
 _SCORE = ("scalar_head", "kernel")
@@ -229,7 +230,7 @@ def save_pretrained(directory: str | Path, pretrained: Pretrained, *, max_shard_
       FileExistsError: the directory holds other things than a model.
       OSError: it cannot be written; what was there is as it was.
     """
-    directory = Path(directory).expanduser()
+    directory = local_path(directory)
     model, params = pretrained.model, pretrained.params
     if "layers_0" in params:
         raise ValueError("params are those of unrolled layers; save the scanned ones that they were made from.")

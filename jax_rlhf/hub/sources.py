@@ -4,7 +4,6 @@ Whole tensors are read with plain reads, not through a memory map: pages of a ma
 would be held twice while it loads.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jax_rlhf.hub.errors import CheckpointError
+from jax_rlhf.json_files import JSONFileError, read_object
+from jax_rlhf.names import is_name, local_path
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -111,12 +112,17 @@ def _files(folder: Path, name: str) -> list[Path]:
     if not index.is_file():
         raise _nothing_to_read(folder, name)
     try:
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not a safetensors index ({error!r}); copy or download it again.") from error
+        weight_map = read_object(index).get("weight_map")
+    except JSONFileError as error:
+        raise CheckpointError(f"{index}: not a safetensors index ({error}); copy or download it again.") from error
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index}: not a safetensors index (it has no weight_map); copy or download it again.")
+    named = list(weight_map.values())
+    for file in named:
+        if not isinstance(file, str) or not is_name(file):
+            raise CheckpointError(f"{index}: names the file {str(file)[:300]!r}, which is not in its folder.")
+    files = sorted(set(named))
     for file in files:
-        if not isinstance(file, str) or file == ".." or Path(file).name != file:
-            raise CheckpointError(f"{index}: names the file {file!r}, which is not in its folder.")
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / file} is missing; {index.name} names it. Copy or download it.")
     return [folder / file for file in files]
@@ -138,7 +144,7 @@ def _nothing_to_read(folder: Path, name: str) -> Exception:
     if (folder / ADAPTER).is_file():
         return CheckpointError(adapter_message(folder, name))
     missing = f"{name} holds no model.safetensors, model.safetensors.index.json or .gguf file"
-    if Path(name).expanduser().is_dir():
+    if folder == local_path(name):
         return FileNotFoundError(f"{missing}.")
     return CheckpointError(f"{missing}. If its weights are pickled (pytorch_model.bin) and you trust them, {convert}")
 
@@ -154,9 +160,9 @@ def adapter_message(folder: Path, name: str) -> str:
       What it is, of which base model, and how to make a model of it.
     """
     try:
-        config = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+        config = read_object(folder / ADAPTER)
         kind, base = str(config.get("peft_type")), str(config.get("base_model_name_or_path"))
-    except (ValueError, AttributeError, OSError, RecursionError):
+    except (JSONFileError, OSError):
         kind = base = "None"
     known = re.fullmatch(r"[\w./-]+", base) and base != "None"  # it becomes part of a command
     return (

@@ -4,7 +4,8 @@ transformers can build one from a GGUF file too (5.23: `integrations/gguf`), but
 without the digit splitting that SmolLM was trained with.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.tokenization_utils_base import generate_merges
 
 from jax_rlhf.hub.errors import CheckpointError
+from jax_rlhf.hub.limits import MOST_IDS
+from jax_rlhf.hub.pieces import check_files, check_tokens
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
 
@@ -103,10 +106,43 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
+    check_files(folder)
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        with panics_as_errors():
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+            return _checked(tokenizer)
     except Exception as error:  # transformers and tokenizers raise many types, bare Exception among them
         raise CheckpointError(f"{folder}: its tokenizer cannot be read: {type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Where the tokenizers library panics, which is a BaseException that nobody expects, ValueError is raised.
+
+    Yields:
+      Nothing.
+
+    Raises:
+      ValueError: it did.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizers library panicked: {error}") from error
+
+
+def _checked(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer that can be used: it has tokens, with believable ids, and a text as its chat template."""
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if not 0 <= largest < MOST_IDS:
+        raise ValueError(f"its largest id is {largest}; from 0 to {MOST_IDS - 1:,} are read")
+    template = tokenizer.chat_template
+    texts = list(template.values()) if isinstance(template, dict) else [template]
+    if not all(text is None or isinstance(text, str) for text in texts):
+        raise ValueError(f"its chat template is a {type(template).__name__}; a text is expected")
+    return tokenizer
 
 
 def gguf_tokenizer(fields: Mapping[str, Any], file: Path) -> PreTrainedTokenizerBase | None:
@@ -132,10 +168,12 @@ def gguf_tokenizer(fields: Mapping[str, Any], file: Path) -> PreTrainedTokenizer
             "Take the safetensors form."
         )
     try:
-        tokenizer = builders[kind](fields, file)
-        added = _typed(fields, _CONTROL), _typed(fields, _USER_DEFINED)
-        for tokens, special in zip(added, (True, False), strict=True):
-            tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token in tokens])
+        with panics_as_errors():
+            tokenizer = builders[kind](fields, file)
+            added = _typed(fields, _CONTROL), _typed(fields, _USER_DEFINED)
+            for tokens, special in zip(added, (True, False), strict=True):
+                tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token in tokens])
+            _checked(tokenizer)
     except CheckpointError:
         raise
     except Exception as error:  # as above
@@ -175,6 +213,7 @@ def _sentencepiece(fields: Mapping[str, Any], file: Path) -> PreTrainedTokenizer
     if "ggml.merges" in fields:
         merges = [tuple(merge.split(" ")) for merge in fields["ggml.merges"]]
     else:  # a piece's score is the rank of the merge that makes it
+        check_tokens(fields["ggml.tokens"], str(file))
         scores = dict(zip(fields["ggml.tokens"], fields["ggml.scores"], strict=True))
         skipped = {token for kind in (_UNKNOWN, _CONTROL, _BYTE) for token in _typed(fields, kind)}
         merges = generate_merges(vocabulary, scores, skipped)

@@ -12,6 +12,7 @@ from jax_rlhf.data.formats import PHASES
 from jax_rlhf.engine import check_roles, headless
 from jax_rlhf.hub import Description, describe_pretrained, other_ids
 from jax_rlhf.models.config import DecoderConfig
+from jax_rlhf.names import local_path
 from jax_rlhf.parallel import create_layout, row_shards
 from jax_rlhf.phases.config import RunConfig
 from jax_rlhf.phases.ppo import ppo_microbatch, ptx_data, with_schedule_ends
@@ -101,7 +102,7 @@ def _check_overwrite(config: RunConfig, workdir: Path) -> None:
     for phase in config.phases:
         folder = (workdir / phase).resolve()
         for field, path in inputs:
-            if path is not None and Path(path).expanduser().resolve().is_relative_to(folder):
+            if path is not None and local_path(path).resolve().is_relative_to(folder):
                 raise WorkdirError(
                     f"config.{field}={path} lies in {folder}, which --overwrite deletes; take another --workdir."
                 )

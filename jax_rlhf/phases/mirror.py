@@ -14,6 +14,8 @@ import jax
 from etils import epath
 from filelock import BaseFileLock, FileLock, Timeout
 
+from jax_rlhf.names import local_path
+
 _REMOTE = ".remote"  # in the local folder: where it is mirrored
 _MODELS = ("model", "model_ema", "critic")
 CHECKPOINTS = "checkpoints"
@@ -33,7 +35,7 @@ def open_workdir_at(workdir: str) -> tuple[Path, BaseFileLock | None]:
       ValueError: the bucket cannot be reached, or another run on this machine uses it.
     """
     if "://" not in workdir:
-        return Path(workdir).expanduser(), None
+        return local_path(workdir), None
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "jax_rlhf"
     name = hashlib.blake2b(workdir.encode(), digest_size=8).hexdigest()
     local = cache / f"{name}-{jax.process_index()}"

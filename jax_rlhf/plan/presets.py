@@ -1,13 +1,13 @@
 """Shapes of models that need not be there: presets, config.json files, checkpoints' folders."""
 
-import json
 import re
-from pathlib import Path
 from typing import Any
 
-from jax_rlhf.hub import describe_pretrained
+from jax_rlhf.hub import CheckpointError, describe_pretrained
 from jax_rlhf.hub.families import config_from_hub
+from jax_rlhf.json_files import JSONFileError, read_object
 from jax_rlhf.models import DecoderConfig
+from jax_rlhf.names import local_path
 
 
 def _llama3(**sizes: Any) -> dict[str, Any]:
@@ -69,11 +69,14 @@ def model_shape(path: str) -> tuple[DecoderConfig, str]:
       ValueError: none of these.
       CheckpointError: the file cannot be used.
     """
-    local = Path(path).expanduser()
+    local = local_path(path)
     if local.is_dir() and (local / "config.json").is_file():
         local = local / "config.json"
     if local.is_file() and local.suffix == ".json":
-        content = json.loads(local.read_text(encoding="utf-8"))
+        try:
+            content = read_object(local)
+        except JSONFileError as error:
+            raise CheckpointError(f"{local}: {error}; copy or download it again.") from error
     elif local.exists():
         return describe_pretrained(local).config, "float32"
     else:

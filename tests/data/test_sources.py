@@ -1,7 +1,10 @@
 """Rows come from files, readers and data sets, and a broken one is named by file and line."""
 
 import csv
+import gzip
 import json
+import re
+from types import SimpleNamespace
 
 import datasets
 import pyarrow
@@ -26,24 +29,53 @@ def write_as(suffix, folder):
         file.write_text(json.dumps(ROWS))
     elif suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), file)
+    elif suffix == ".arrow":
+        table = pyarrow.Table.from_pylist(ROWS)
+        with pyarrow.ipc.new_file(file, table.schema) as written:
+            written.write_table(table)
     else:
         with file.open("w", newline="", encoding="utf-8") as lines:
-            writer = csv.DictWriter(lines, ["prompt", "completion"])
+            writer = csv.DictWriter(lines, ["prompt", "completion"], delimiter="\t" if suffix == ".tsv" else ",")
             writer.writeheader()
             writer.writerows(ROWS)
     return file
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".arrow", ".csv", ".tsv"])
 def test_every_kind_of_file_holds_the_same_rows(suffix, tmp_path):
-    assert [row.content for row in read(write_as(suffix, tmp_path))] == ROWS
+    file = write_as(suffix, tmp_path)
+    assert [row.content for row in read(file)] == ROWS
+    if suffix not in (".parquet", ".arrow"):
+        packed = file.with_name(f"{file.name}.gz")
+        packed.write_bytes(gzip.compress(b"\xef\xbb\xbf" + file.read_bytes()))  # with a byte-order mark
+        assert [row.content for row in read(packed)] == ROWS
+
+
+def test_a_json_file_may_have_a_row_per_line_or_be_one(tmp_path):
+    (tmp_path / "x.json").write_text("\n".join(map(json.dumps, ROWS)))
+    assert [row.content for row in read(tmp_path / "x.json")] == ROWS
+    (tmp_path / "x.json").write_text(json.dumps({"data": ROWS}))
+    assert [row.content for row in read(tmp_path / "x.json")] == ROWS
+    (tmp_path / "x.json").write_text(json.dumps(ROWS[0], indent=1))
+    assert [row.content for row in read(tmp_path / "x.json")] == ROWS[:1]
+
+
+def test_values_of_arrow_s_json_type_are_what_they_say(tmp_path):
+    """datasets stores columns of several types so."""
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"x": 1}], "b": 2}, {"messages": None, "b": "c"}]
+    kinds = datasets.Features(messages=datasets.List(datasets.Json()), b=datasets.Json())
+    table = datasets.Dataset.from_list(rows, features=kinds)
+    table.to_parquet(tmp_path / "x.parquet")
+    assert [row.content for row in read(tmp_path / "x.parquet")] == rows
+    table.save_to_disk(str(tmp_path / "saved"))
+    assert [row.content for row in read(tmp_path / "saved")] == rows
 
 
 def test_a_parquet_row_that_cannot_be_read_is_named(tmp_path):
     """A text that is not UTF-8, as other writers store them, in a row of the second batch."""
     texts = pyarrow.array([b"fine"] * 1500 + [b"\xff\xfe"] + [b"fine"]).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "x.parquet")
-    with pytest.raises(DataError, match=r"x.parquet, row 1501: a value that cannot be read \(.*utf-8"):
+    with pytest.raises(DataError, match=r"x.parquet, row 1501: a value that cannot be read \(.*UTF8"):
         read(tmp_path / "x.parquet")
 
 
@@ -60,12 +92,14 @@ def test_long_fields_of_csv_files_are_read(tmp_path):
         ("x.jsonl", '{"a": 1}\n[1]\n', "x.jsonl, line 2: a row must be an object of columns, this is a list"),
         ("x.jsonl", "\n\n", "not a single row"),
         ("x.jsonl", "[" * 100_000, "line 1: not JSON"),
-        ("x.json", '{"a": 1}\n{"a": 2}', "call it x.jsonl"),
+        ("x.json", '{"a": 1}\n{"a": 2', "x.json, line 2: not JSON"),
         ("x.json", '"text"', "a list of objects is expected"),
         ("x.csv", "a,b\n1,2\n3\n", "x.csv, row 2: 2 columns are named"),
         ("x.csv", 'a,b\n"1,2', "not CSV"),
-        ("x.parquet", "PAR1", "not a parquet file"),
-        ("x.txt", "a", "files of .jsonl, .json, .parquet, .csv can be read"),
+        ("x.parquet", "PAR1", "not a parquet file that can be read .*[Pp]arquet"),
+        ("x.arrow", "ARROW1", "not an Arrow file that can be read"),
+        ("x.jsonl.gz", "text", "not a whole gzip file"),
+        ("x.txt", "a", "files of .jsonl, .json, .csv, .tsv, .parquet, .arrow can be read"),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(name, content, message, tmp_path):
@@ -116,14 +150,8 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path, whole):
     if whole:
         test = read_rows(str(tmp_path / "saved"), phase="sft", split="eval", hub_split="test")
         assert [row.content for row in test] == ROWS[1:]
-        with pytest.raises(DataError, match=r"split 'dev': KeyError.* config.data.split"):
+        with pytest.raises(DataError, match=r"no split 'dev'; it has .*train.* config.data.split"):
             read_rows(str(tmp_path / "saved"), phase="sft", split="train", hub_split="dev")
-
-
-def test_a_folder_that_datasets_loads_is_read(tmp_path):
-    (tmp_path / "set").mkdir()
-    write_as(".jsonl", tmp_path / "set")
-    assert [row.content for row in read(tmp_path / "set")] == ROWS
 
 
 @pytest.mark.parametrize(
@@ -146,7 +174,14 @@ def test_a_configuration_or_a_folder_of_a_data_set_is_part_of_its_path(monkeypat
         asked.append({"path": where, "name": name, "data_dir": data_dir, "split": split, "revision": revision})
         return ROWS
 
+    def load_dataset_builder(where, **more):
+        load_dataset(where, **more, split=None)
+        asked.clear()
+        own = f"hf://datasets/{where}@abc/data/train.parquet"
+        return SimpleNamespace(config=SimpleNamespace(data_files={"train": [own]}))
+
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     rows = read_rows(path, phase="sft", split="train", hub_split="dev", revision="v1")
     assert [row.content for row in rows] == ROWS
     assert asked == [{"path": path.partition(":")[0], "split": "dev", "revision": "v1"} | expected]
@@ -160,10 +195,24 @@ def test_a_column_that_cannot_be_decoded_is_said(monkeypatch):
         raise ImportError("To support decoding audio data, please install 'torchcodec'.")
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **how: rows())
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **how: SimpleNamespace(config=None))
     with pytest.raises(DataError, match="'org/name', split 'train': ImportError: To support decoding audio"):
         read("org/name")
     with pytest.raises(ValueError, match=r"cannot be imported.*org/name:configuration"):
         read("gsm8k:main")
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "https://example.org/rows.jsonl", "hf://datasets/org/other@abc/x.jsonl"]
+)
+def test_a_data_set_of_the_hub_reads_its_own_files_alone(monkeypatch, name):
+    builder = SimpleNamespace(
+        config=SimpleNamespace(data_files={"train": ["hf://datasets/org/name@abc/x.jsonl", name]})
+    )
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **how: builder)
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    with pytest.raises(DataError, match=f"its card names '{re.escape(name)}', which is not its own"):
+        read("org/name")
 
 
 def test_a_data_set_that_cannot_be_had_says_how_one_is_named():

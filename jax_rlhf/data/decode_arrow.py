@@ -1,0 +1,161 @@
+"""A program of its own: reads a parquet or Arrow file under a limit of memory, and writes its rows as an Arrow stream.
+
+A file of a few hundred bytes can stand for gigabytes: a dictionary whose one long text every row repeats, a text that
+compresses to nothing, a billion rows of nulls. And a broken one can make pyarrow's C++ end the process. Here only this
+process ends. It imports pyarrow alone, and is run by its path: see `columns.py`.
+"""
+
+import resource
+import sys
+from collections.abc import Iterator
+
+import pyarrow
+import pyarrow.compute
+import pyarrow.ipc
+import pyarrow.parquet
+from pyarrow import types
+
+_ROWS_AT_ONCE = 256
+_ROW, _VALUE = 300, 16  # bytes that Python takes for a row, and at least for a value
+_BUFFER = 2**20
+_OVERHEAD = 2**30
+"""Bytes of address space for Python, pyarrow and one batch."""
+_FILE = b"ARROW1"
+"""What Arrow's file format begins with; its stream format, which datasets writes, does not."""
+TOO_LARGE, UNREADABLE, BAD_ROW = 3, 4, 5
+
+
+def main(kind: str, path: str, budget: int, size: int) -> int:
+    """Decodes a file to stdout.
+
+    Args:
+      kind: "parquet" or "arrow".
+      path: the file.
+      budget: bytes that its rows may take.
+      size: of the file, in bytes.
+
+    Returns:
+      0, TOO_LARGE, UNREADABLE or BAD_ROW, with a line on stderr.
+    """
+    for limit, most in (
+        (resource.RLIMIT_AS, _OVERHEAD + 2 * size + budget),
+        (resource.RLIMIT_CPU, 600 + size // 2**20),
+    ):
+        _, hard = resource.getrlimit(limit)
+        resource.setrlimit(limit, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())
+    try:
+        schema, batches = _parquet(path) if kind == "parquet" else _arrow(path)
+        with pyarrow.ipc.new_stream(sys.stdout.buffer, schema) as stream:
+            first = 1
+            for batch in batches:
+                _check(batch, first)
+                first += len(batch)
+                budget -= len(batch) * _ROW + sum(map(_cost, batch.columns))
+                if budget < 0:
+                    print("too large", file=sys.stderr)
+                    return TOO_LARGE
+                stream.write_batch(batch)
+    except MemoryError:
+        print("too large", file=sys.stderr)
+        return TOO_LARGE
+    except BrokenPipeError:
+        return 0
+    except _BadRowError as error:
+        print(error, file=sys.stderr)
+        return BAD_ROW
+    except Exception as error:  # of pyarrow, which has many, and UnicodeDecodeError of names
+        print(f"{type(error).__name__}: {error}".encode("ascii", "backslashreplace").decode(), file=sys.stderr)
+        return UNREADABLE
+    return 0
+
+
+def _parquet(path: str) -> tuple[pyarrow.Schema, Iterator[pyarrow.RecordBatch]]:
+    file = pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER)
+    return file.schema_arrow, file.iter_batches(batch_size=_ROWS_AT_ONCE, use_threads=False)
+
+
+def _arrow(path: str) -> tuple[pyarrow.Schema, Iterator[pyarrow.RecordBatch]]:
+    source = pyarrow.OSFile(path)
+    options = pyarrow.ipc.IpcReadOptions(use_threads=False)
+    magic = source.read(len(_FILE))
+    source.seek(0)
+    if magic == _FILE:
+        file = pyarrow.ipc.open_file(source, options=options)
+        return file.schema, _slices(file.get_batch(index) for index in range(file.num_record_batches))
+    stream = pyarrow.ipc.open_stream(source, options=options)
+    return stream.schema, _slices(stream)
+
+
+def _slices(batches: Iterator[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
+    for batch in batches:
+        batch.validate()  # before it is sliced
+        for first in range(0, len(batch), _ROWS_AT_ONCE):
+            yield batch.slice(first, _ROWS_AT_ONCE)
+
+
+class _BadRowError(Exception):
+    """A row with a value that cannot be."""
+
+
+def _check(batch: pyarrow.RecordBatch, first: int) -> None:
+    """Raises where a text is not UTF-8, or offsets lead out of their buffers: the first such row, from `first` on."""
+    try:
+        batch.validate(full=True)
+    except pyarrow.ArrowException as error:
+        if len(batch) <= 1:
+            raise _BadRowError(f"{first} {error}") from error
+        for index in range(len(batch)):
+            _check(batch.slice(index, 1), first + index)
+        raise
+
+
+def _cost(array: pyarrow.Array) -> int:
+    """Bytes that an array's values take in Python, about."""
+    kind, cost = array.type, _VALUE * len(array)
+    if isinstance(array, pyarrow.ExtensionArray):
+        return _cost(array.storage)
+    if types.is_dictionary(kind):
+        sizes = _sizes(array.dictionary)
+        return cost if sizes is None else cost + _sum(pyarrow.compute.take(sizes, array.indices))
+    sizes = _sizes(array)
+    if sizes is not None:
+        return cost + _sum(sizes)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return cost + _cost(array.flatten())
+    if types.is_map(kind):
+        first, last = array.offsets[0].as_py(), array.offsets[-1].as_py()
+        entries = (array.keys.slice(first, last - first), array.items.slice(first, last - first))
+        return cost + _VALUE * len(entries[0]) + sum(map(_cost, entries))
+    if types.is_struct(kind):
+        return cost + sum(map(_cost, array.flatten()))
+    if types.is_primitive(kind) or types.is_null(kind) or types.is_decimal(kind):
+        return cost
+    raise TypeError(f"a column of the type {kind} cannot be read")
+
+
+def _sizes(array: pyarrow.Array) -> pyarrow.Array | None:
+    """The bytes of each text; None where they are no texts."""
+    kind = array.type
+    if types.is_string_view(kind) or types.is_binary_view(kind):
+        array = array.cast(pyarrow.large_binary())
+    elif types.is_nested(kind) or not any(
+        is_one(kind)
+        for is_one in (
+            types.is_string,
+            types.is_large_string,
+            types.is_binary,
+            types.is_large_binary,
+            types.is_fixed_size_binary,
+        )
+    ):
+        return None
+    return pyarrow.compute.binary_length(array)
+
+
+def _sum(sizes: pyarrow.Array) -> int:
+    return pyarrow.compute.sum(sizes.cast(pyarrow.int64())).as_py() or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))

@@ -1,0 +1,200 @@
+"""Of a data set's folder its own files are read, whatever its card says, and those of the split that was asked for."""
+
+import gzip
+import json
+
+import datasets
+import pytest
+
+from jax_rlhf.data import DataError
+from jax_rlhf.data.sources import read_rows
+from tests.data import tiny
+
+ROWS = [{"prompt": text, "completion": text} for text in tiny.letters(6)]
+
+
+def read(folder, split="train"):
+    return [row.content for row in read_rows(str(folder), phase="sft", split="train", hub_split=split)]
+
+
+def with_card(folder, configs):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\nlicense: mit\n---\n# A data set\n")
+    return folder
+
+
+def as_datasets_has_it(folder, split="train", **how):
+    loaded = datasets.load_dataset(str(folder), split=split, cache_dir=str(folder.parent / "cache"), **how)
+    return list(loaded)
+
+
+# ---- what datasets would read --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("files", "splits"),
+    [
+        (("x.jsonl",), ("train",)),
+        (("train.jsonl", "test.jsonl"), ("train", "test")),
+        (("data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"), ("train", "train[:3]")),
+        (("train/b.jsonl", "train/a.jsonl", "test/a.jsonl"), ("train", "test", "train[50%:]+test[:1]")),
+        (("my_train.jsonl", "my_validation.jsonl", "notes.txt", ".hidden.jsonl"), ("train", "validation")),
+        (("harmless/train.jsonl.gz", "helpful/train.jsonl.gz"), ("train",)),
+    ],
+)
+def test_the_same_files_in_the_same_order(tmp_path, files, splits):
+    for number, name in enumerate(files):
+        file = tmp_path / "set" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = "".join(json.dumps(row | {"from": number}) + "\n" for row in ROWS).encode()
+        file.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    for split in splits:
+        assert read(tmp_path / "set", split) == as_datasets_has_it(tmp_path / "set", split)
+
+
+@pytest.mark.parametrize(
+    "configs",
+    [
+        [{"config_name": "default", "data_files": "a.jsonl"}],
+        [{"config_name": "default", "data_files": ["a.jsonl", "sub/*"]}],
+        [{"config_name": "default", "data_files": [{"split": "train", "path": "sub/b.jsonl"}]}],
+        [
+            {"config_name": "one", "data_files": [{"split": "train", "path": ["a.jsonl"]}]},
+            {"config_name": "two", "data_files": [{"split": "train", "path": ["sub/b.jsonl"]}], "default": True},
+        ],
+        [{"config_name": "default", "data_dir": "sub"}],
+    ],
+)
+def test_a_card_says_which_files_are_read(tmp_path, configs):
+    folder = with_card(tmp_path / "set", configs)
+    (folder / "sub").mkdir()
+    tiny.write(folder / "a.jsonl", ROWS[:2])
+    tiny.write(folder / "sub" / "b.jsonl", ROWS[2:])
+    assert read(folder) == as_datasets_has_it(folder)
+
+
+def test_a_card_says_what_stands_between_columns(tmp_path):
+    folder = with_card(tmp_path / "set", [{"config_name": "default", "data_files": "a.csv", "sep": ";"}])
+    (folder / "a.csv").write_text("prompt;completion\na;b\n")
+    assert read(folder) == [{"prompt": "a", "completion": "b"}]
+    with_card(folder, [{"config_name": "default", "data_files": "a.csv", "skiprows": 1}])
+    with pytest.raises(DataError, match="its card sets skiprows, which is not read here"):
+        read(folder)
+
+
+def test_a_row_is_named_by_its_file_and_line(tmp_path):
+    (tmp_path / "set").mkdir()
+    tiny.write(tmp_path / "set" / "train.jsonl", ROWS)
+    rows = read_rows(str(tmp_path / "set"), phase="sft", split="train", hub_split="train")
+    assert rows[2].where == f"{tmp_path / 'set' / 'train.jsonl'}, line 3"
+
+
+def test_what_is_missing_is_said(tmp_path):
+    (tmp_path / "set").mkdir()
+    with pytest.raises(DataError, match="it has no files that can be read"):
+        read(tmp_path / "set")
+    (tmp_path / "set" / "train.txt").write_text("a")
+    with pytest.raises(DataError, match=r"none of the files of 'train' can be read \(train.txt\)"):
+        read(tmp_path / "set")
+    tiny.write(tmp_path / "set" / "train.jsonl", ROWS)
+    with pytest.raises(DataError, match=r"no split 'dev'; it has 'train'.*config.data.split"):
+        read(tmp_path / "set", "dev")
+    with pytest.raises(DataError, match=r"'a b' is no split|no split 'a b'"):
+        read(tmp_path / "set", "a b")
+    with_card(tmp_path / "two", [{"config_name": "a", "data_files": "*"}, {"config_name": "b", "data_files": "*"}])
+    with pytest.raises(DataError, match=r"several configurations \(a, b\)"):
+        read(tmp_path / "two")
+
+
+# ---- names that lead out -------------------------------------------------------------------------------------------
+
+LEADING_OUT = ["../secret.jsonl", "sub/../../secret.jsonl", "{root}/secret.jsonl", "https://example.org/a.jsonl", "~/a"]
+LEADING_OUT += ["file://{root}/secret.jsonl", "zip://a::b.zip", "hf://datasets/a/b/c.jsonl", "..", "..\\secret.jsonl"]
+
+
+@pytest.mark.parametrize("name", [*LEADING_OUT, 7, None, ["a"], {"a": "b"}])
+@pytest.mark.parametrize("form", ["one", "list", "split", "data_dir", "yaml"])
+def test_a_card_cannot_name_what_lies_elsewhere(tmp_path, name, form):
+    tiny.write(tmp_path / "secret.jsonl", [{"prompt": "secret", "completion": "secret"}])
+    name = name.format(root=tmp_path) if isinstance(name, str) else name
+    if name is None and form in ("one", "data_dir", "yaml"):
+        pytest.skip("means that nothing is named")
+    files = {"one": name, "list": ["own.jsonl", name], "split": [{"split": "train", "path": [name]}]}.get(form)
+    named = {"data_files": "*.jsonl", "data_dir": name} if form == "data_dir" else {"data_files": files}
+    folder = tmp_path / "set"
+    if form == "yaml":
+        folder.mkdir()
+        content = json.dumps({"configs": [{"config_name": "default", "data_files": name}]})
+        (folder / ".huggingface.yaml").write_text(content)
+    else:
+        with_card(folder, [{"config_name": "default", **named}])
+    tiny.write(folder / "own.jsonl", ROWS)
+    with pytest.raises(DataError) as error:
+        read(folder)
+    assert "secret" not in str(error.value).replace("secret.jsonl", "")
+
+
+def test_links_that_lead_out_are_not_followed(tmp_path):
+    tiny.write(tmp_path / "secret.jsonl", ROWS)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    with pytest.raises(DataError, match=r"is a link to .*secret.jsonl, which is not in the folder"):
+        read(tmp_path / "set")
+    (tmp_path / "set" / "train.jsonl").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    tiny.write(tmp_path / "elsewhere" / "train.jsonl", ROWS)
+    (tmp_path / "set" / "train").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError):
+        read(tmp_path / "set")
+
+
+def test_a_folder_of_the_hub_s_cache_is_read(tmp_path):
+    """Its files are links to blobs beside it."""
+    blobs, snapshot = tmp_path / "datasets--a--b" / "blobs", tmp_path / "datasets--a--b" / "snapshots" / "1a2b"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    tiny.write(blobs / "ffff", ROWS)
+    (snapshot / "train.jsonl").symlink_to("../../blobs/ffff")
+    assert read(snapshot) == ROWS
+
+
+def test_archives_are_not_unpacked(tmp_path):
+    import zipfile
+
+    (tmp_path / "set").mkdir()
+    with zipfile.ZipFile(tmp_path / "set" / "train.zip", "w") as archive:
+        archive.writestr("train.jsonl", json.dumps(ROWS[0]))
+    with pytest.raises(DataError, match=r"can be read \(train.zip\)"):
+        read(tmp_path / "set")
+    (tmp_path / "set" / "train.zip").rename(tmp_path / "set" / "train.jsonl")  # datasets goes by the content
+    with pytest.raises(DataError, match=r"not UTF-8|not JSON"):
+        read(tmp_path / "set")
+
+
+@pytest.mark.parametrize("name", ["../../outside.arrow", "/etc/passwd", "..", 7, None, "a\x00b"])
+def test_a_saved_folder_cannot_name_a_file_elsewhere(tmp_path, name):
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "set"))
+    state = json.loads((tmp_path / "set" / "state.json").read_text())
+    (tmp_path / "set" / "state.json").write_text(json.dumps(state | {"_data_files": [{"filename": name}]}))
+    with pytest.raises(DataError, match="must name files in its folder"):
+        read(tmp_path / "set")
+
+
+def test_a_saved_dict_cannot_name_a_split_elsewhere(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "other"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "dataset_dict.json").write_text(json.dumps({"splits": ["../other"]}))
+    with pytest.raises(DataError, match=r"no name of a split|is no split"):
+        read(tmp_path / "set", "../other")
+
+
+def test_a_card_of_aliases_within_aliases_ends(tmp_path):
+    """A YAML text of a kilobyte can stand for a billion entries."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    (tmp_path / "set").mkdir()
+    card = "\n".join([*lines, "configs:", "- config_name: default", "  data_files: *a11"])
+    (tmp_path / "set" / "README.md").write_text(f"---\n{card}\n---\n")
+    tiny.write(tmp_path / "set" / "train.jsonl", ROWS)
+    with pytest.raises(DataError, match="data_files must be patterns"):
+        read(tmp_path / "set")
