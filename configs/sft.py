@@ -69,6 +69,9 @@ def get_config() -> ConfigDict:
     data.too_long = "filter"  # leave longer rows out and count them, or "truncate": prompts left, completions right
     data.on_bad_row = "error"  # at an empty answer, chosen = rejected, an answer that the template cuts; or "drop" them
     data.as_chat = False  # write plain prompts and answers with the tokenizer's chat template
+    data.parse_special_tokens = (
+        False  # read <|im_end|> and the like in rows as tokens: for data that is templated already
+    )
     # data.prompt_tokens = 8  # PPO's prompts are the first so many tokens of a text
     data.deduplicate = True  # of rows that are alike, one stays; prompts of eval_paths are not trained on
     # data.pad_token = "<|endoftext|>"  # for a tokenizer without one; any will do

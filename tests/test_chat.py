@@ -36,6 +36,8 @@ def test_a_chat_is_asked_with_its_template_and_a_line_as_it_stands(monkeypatch, 
     plain = tiny.checkpoint(tmp_path / "plain", tokenizer=data.tokenizer(bos=True, template=None))
     _, ((ids, _),) = says(monkeypatch, load_pretrained(plain), [user("x"), user("a b")])
     assert ids == data.ids("<bos> a b")
+    _, ((ids, _),) = says(monkeypatch, pretrained, [user("a <eos> <bos> b")])  # no token that is typed is one
+    assert ids == data.ids("<user> a <pad> <pad> b <eos> <assistant>")
 
 
 def test_a_table_of_positions_bounds_an_answer_and_a_chat(monkeypatch):

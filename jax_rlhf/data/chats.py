@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from jax_rlhf.data.errors import DataError
+from jax_rlhf.data.special_tokens import MARK
 
 Message = dict[str, Any]
 
@@ -297,7 +298,7 @@ def common_beginning(texts: Sequence[str]) -> str:
       The longest text that each begins with.
     """
     first, last = min(texts), max(texts)
-    return first[: agreeing(first, last)]
+    return first[: agreeing(first, last)].removesuffix(MARK)  # with which a number goes
 
 
 def agreeing(one: Sequence, other: Sequence) -> int:

@@ -37,6 +37,8 @@ class DataConfig:
         stop with an "error", or "drop" and count.
       as_chat: prompts and answers that are plain texts are written with the tokenizer's chat template, as what the user
         and the assistant say.
+      parse_special_tokens: the text of a special token, such as <|im_end|>, is read as the token wherever a row has it,
+        as data needs that was written with a chat template beforehand; else as text, which ends and opens no turn.
       prompt_tokens: prompts of the PPO phase are the first so many tokens of `text` (or of `prompt`); None = whole
         prompts. Shorter ones are left out and counted. In all phases rows with one opening have one prompt.
       deduplicate: of rows that are alike, one stays; rows of `paths` that have a prompt of `eval_paths`' or of a
@@ -79,6 +81,7 @@ class DataConfig:
     too_long: Literal["filter", "truncate"] = "filter"
     on_bad_row: Literal["error", "drop"] = "error"
     as_chat: bool = False
+    parse_special_tokens: bool = False
     prompt_tokens: int | None = None
     deduplicate: bool = True
     pad_token: str | None = None

@@ -40,6 +40,11 @@ _REPEATED = (
 _TOOLS = "rows have tools, or calls of them, which the tokenizer's chat template does not write."
 _NOT_A_CHAT = "rows are plain texts, for which the tokenizer's chat template is not used"
 _AS_CHAT = "; --config.data.as_chat=true uses it for those with a prompt."
+_TEXT = (
+    "rows have special tokens of the tokenizer in their texts, such as {!r}, which are read as text; where they were "
+    "written with a chat template beforehand, --config.data.parse_special_tokens=true reads them as the tokens."
+)
+_PARSED = "rows have special tokens of the tokenizer in their texts, such as {!r}, which are read as the tokens."
 _TRAINED_ON = "held out, but in tokens as a prompt that is trained on"
 
 
@@ -154,6 +159,7 @@ class _Examples:
     dropped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     notes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     note: str = ""
+    special: str = ""
 
     def train_and_held_out(self) -> tuple[list[list[Example]], list[Example]]:
         """What to train on, of each path, and what is held out: with no prompt in common."""
@@ -223,6 +229,10 @@ class _Examples:
         self.notes[_IMPLICIT] += sum(text.implicit for text in texts)
         self.notes[_REPEATED] += sum(text.repeated for text in texts)
         self.notes[_TOOLS] += sum(text.tools_unwritten for text in texts)
+        special = [text.special for text in texts if text.special]
+        self.special = self.special or next(iter(special), "")
+        what = _PARSED if self.config.parse_special_tokens else _TEXT
+        self.notes[what.format(self.special)] += len(special)
         if self.tokenizer.chat_template is not None:
             what = _NOT_A_CHAT + (", as they have no prompt of their own." if self.config.as_chat else _AS_CHAT)
             self.notes[what] += sum(not text.templated for text in texts)

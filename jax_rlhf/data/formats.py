@@ -39,6 +39,7 @@ from jax_rlhf.data.config import DataConfig
 from jax_rlhf.data.errors import DataError
 from jax_rlhf.data.shared_prompt import shared_prompt
 from jax_rlhf.data.sources import Row
+from jax_rlhf.data.special_tokens import MARK, first_special, marked, marked_text, without_marks
 
 PHASES = ("sft", "reward", "ppo")
 _NEEDED = {
@@ -58,7 +59,7 @@ class Texts:
     """What a phase takes from a row.
 
     Attributes:
-      prompt: the prompt's text; "" = none.
+      prompt: the prompt's text; "" = none. Marked, and so are completions: see `special_tokens.py`.
       completions: none for PPO, one for SFT, (chosen, rejected) for the reward model.
       templated: a chat template wrote the texts: special tokens are in them.
       margin: by how much chosen is better, in reward units.
@@ -68,6 +69,7 @@ class Texts:
       tools_unwritten: the row has tools, or calls in its prompt, and the chat template does not write them.
       implicit: the prompt is what two texts begin with.
       repeated: each answer begins with the prompt's own text.
+      special: a special token whose text stands in the row, or "".
       unwritten: a part of an answer that the chat template leaves out, or "".
       left_out: why the phase does not learn from the row, or "".
     """
@@ -82,6 +84,7 @@ class Texts:
     tools_unwritten: bool = False
     implicit: bool = False
     repeated: bool = False
+    special: str = ""
     unwritten: str = ""
     left_out: str = ""
 
@@ -120,7 +123,8 @@ def row_texts(row: Row, phase: str, config: DataConfig, tokenizer: PreTrainedTok
     texts = all(isinstance(part, str) for part in (prompt, *completions))
     more["repeated"] = texts and bool(prompt.strip() and completions) and all(a.startswith(prompt) for a in completions)
     if texts and not (config.as_chat and prompt and "prompt" in found):
-        return Texts(prompt, tuple(completions), False, float(margin), others, **more)
+        parts, more["special"] = _marked_parts([prompt, *completions], config, tokenizer)
+        return Texts(parts[0], tuple(parts[1:]), False, float(margin), others, **more)
     if tokenizer.chat_template is None:
         raise DataError(
             f"{row.where}: this row is a chat, and the tokenizer has no chat template. Take an instruction-tuned "
@@ -134,13 +138,28 @@ def row_texts(row: Row, phase: str, config: DataConfig, tokenizer: PreTrainedTok
                 "assistant's is expected."
             )
     tools = tools_of(row.content.get(config.tools_column), row.where)
-    render = Rendering(tokenizer, row.where, tools, template_options(row.content.get(_TEMPLATE_OPTIONS), row.where))
-    continued = _is_continued(found, chat, answers, row)
+    options = template_options(row.content.get(_TEMPLATE_OPTIONS), row.where)
+    continued, said = _is_continued(found, chat, answers, row), [chat, answers, tools, options]
+    more |= {"chat": chat, "continued": continued, "special": first_special(said, tokenizer)}
+    if more["special"] and not config.parse_special_tokens:
+        chat, answers, tools, options = marked(said, tokenizer)
+    render = Rendering(tokenizer, row.where, tools, options)
     begin, answers, unwritten = rendered(render, chat, answers, continued=continued)
-    more |= {"chat": chat, "continued": continued, "unwritten": unwritten}
+    more["unwritten"] = without_marks(unwritten, tokenizer)
     if chat and (tools or any("tool_calls" in message for message in chat)):
         more["tools_unwritten"] = not writes_tools(render, chat)
     return Texts(begin, answers, True, float(margin), others, **more)
+
+
+def _marked_parts(parts: list[str], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], str]:
+    """(a prompt and its answers with marks, a special token whose text stands in them)."""
+    special = first_special(parts, tokenizer)
+    if not special or config.parse_special_tokens:
+        return parts, special
+    begins = [index == 0 or not parts[0] for index in range(len(parts))]  # there a text may have its BOS
+    both = list(zip(parts, begins, strict=True))
+    found = [marked_text(part, tokenizer) if begin else marked(part, tokenizer) for part, begin in both]
+    return found, special if any(MARK in part for part in found) else ""  # BOS alone is as it should be
 
 
 def own_prompt(row: Row, config: DataConfig) -> tuple[str, str]:

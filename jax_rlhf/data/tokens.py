@@ -14,10 +14,13 @@ from jax_rlhf.data.config import DataConfig
 from jax_rlhf.data.errors import DataError
 from jax_rlhf.data.formats import Texts
 from jax_rlhf.data.sources import Row
+from jax_rlhf.data.special_tokens import begins_with_bos, token_ids
 
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _OPENING_CHARACTERS = 8
 """Read for each token of an opening; on average a token has about half as many."""
+_ALWAYS_READ, _READ_PER_TOKEN = 1_000_000, 64
+"""Characters of a text: so many are tokenized in any case, and so many for each token that is allowed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +121,9 @@ def tokenized(
       DataError: a bad row with on_bad_row="error", or a token that the model has no embedding for.
     """
     kept = [i for i, (row, text) in enumerate(zip(rows, texts, strict=True)) if not _is_bad(row, text, config, dropped)]
-    rows, texts = [rows[i] for i in kept], [texts[i] for i in kept]
-    prompts = _ids([text.prompt for text in texts], tokenizer)
+    within = [(rows[i], text) for i in kept if (text := _within_reach(texts[i], config, dropped)) is not None]
+    rows, texts = [row for row, _ in within], [text for _, text in within]
+    prompts = token_ids([text.prompt for text in texts], tokenizer)
     count = len(texts[0].completions) if texts else 0
     completions = [_completions(texts, prompts, i, tokenizer) for i in range(count)]
     bos = _bos(tokenizer)
@@ -165,7 +169,7 @@ def openings(texts: Sequence[Texts], tokenizer: PreTrainedTokenizerBase, count: 
     """
     # The rest of long texts would take long. Where tokens are longer than that, texts of one opening stay alike.
     begins = [_SURROGATE.sub("?", text.prompt[: count * _OPENING_CHARACTERS]) for text in texts]
-    prompts, bos = _ids(begins, tokenizer), _bos(tokenizer)
+    prompts, bos = token_ids(begins, tokenizer), _bos(tokenizer)
     return [
         _array((prompt if text.templated else _begun(prompt, bos))[:count])
         for text, prompt in zip(texts, prompts, strict=True)
@@ -201,16 +205,35 @@ def _is_bad(row: Row, text: Texts, config: DataConfig, dropped: collections.Coun
     return problem is not None
 
 
-def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+def _within_reach(text: Texts, config: DataConfig, dropped: collections.Counter) -> Texts | None:
+    """What is tokenized of a text: tokens take twenty times its memory, and of a book only the first or last count."""
+    longest, reason = config.max_tokens, f"longer than max_tokens={config.max_tokens}"
+    if not text.completions:
+        longest, reason = _longest_prompt(config)
+    most = max(_ALWAYS_READ, longest * _READ_PER_TOKEN)
+    if len(text.prompt) + max(map(len, text.completions), default=0) <= most:
+        return text
+    if not text.completions and config.prompt_tokens is not None:
+        return dataclasses.replace(text, prompt=text.prompt[:most])
+    if config.too_long == "filter":
+        dropped[reason] += 1
+        return None
+    answers = tuple(completion[:most] for completion in text.completions)
+    return dataclasses.replace(text, prompt=text.prompt[-most:], completions=answers)
+
+
+def _longest_prompt(config: DataConfig) -> tuple[int, str]:
+    """(PPO's longest prompt in tokens, what is said of a longer one)."""
+    longest = config.max_prompt_tokens if config.prompt_tokens is None else config.prompt_tokens
+    return longest, f"a prompt longer than max_prompt_tokens={config.max_prompt_tokens}"
 
 
 def _completions(
     texts: Sequence[Texts], prompts: list[list[int]], index: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
     """The ids of each row's completion: a sentencepiece tokenizer would begin one that stands alone with a space."""
-    apart = _ids([text.completions[index] for text in texts], tokenizer)
-    together = _ids([text.prompt + text.completions[index] for text in texts], tokenizer)
+    apart = token_ids([text.completions[index] for text in texts], tokenizer)
+    together = token_ids([text.prompt + text.completions[index] for text in texts], tokenizer)
     return [
         whole[len(prompt) :] if whole[: len(prompt)] == prompt else alone
         for whole, prompt, alone in zip(together, prompts, apart, strict=True)
@@ -218,8 +241,7 @@ def _completions(
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    first = tokenizer("a")["input_ids"][:1]
-    return first if first and first[0] == tokenizer.bos_token_id else []
+    return [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
 
 
 def _begun(prompt: list[int], bos: list[int]) -> list[int]:
@@ -250,7 +272,7 @@ def _fitted(
             dropped["an empty prompt"] += 1
             return None
         if len(prompt) > config.max_prompt_tokens and not cut:
-            dropped[f"a prompt longer than max_prompt_tokens={config.max_prompt_tokens}"] += 1
+            dropped[_longest_prompt(config)[1]] += 1
             return None
         return Example(_array(_last(prompt, config.max_prompt_tokens, begin)), ())
     if len(prompt) + max(map(len, answers)) > config.max_tokens:

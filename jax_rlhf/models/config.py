@@ -147,6 +147,8 @@ class DecoderConfig:
             )
         if self.position_kind == "rotary" and self.rotary is None:
             raise ValueError('position_kind="rotary" needs `rotary`; set position_kind="learned" for a position table.')
+        if self.position_kind == "learned" and self.max_positions is None:
+            raise ValueError('position_kind="learned" needs max_positions, the rows of its table.')
         for rotary in (self.rotary, self.local_rotary):
             if rotary is not None and rotary.dim + rotary.dim % 2 > self.head_dim:
                 raise ValueError(f"{rotary.dim} numbers of a head are rotated, in pairs, and it has {self.head_dim}.")

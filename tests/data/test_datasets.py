@@ -168,6 +168,7 @@ def test_filters_count_what_they_leave_out(tmp_path):
         tiny.write(tmp_path / "z.jsonl", [*({"text": "a b"} for _ in "abc"), {"text": "<eos>"}]),
         "sft",
         deduplicate=False,
+        parse_special_tokens=True,
     )
     assert "left out: 1 (a single token, before which nothing stands)" in datasets.report
     datasets = create(tiny.write(tmp_path / "x.jsonl", first), "ppo")
@@ -352,7 +353,7 @@ def test_a_completion_is_what_follows_the_prompt():
     [
         ("b", None, "b <eos>"),
         ("b <user> c", (4, 3), "b <user>"),  # what the template writes after the end of the turn is cut
-        ("b <eos> <user>", (3, 1), "b <eos>"),
+        ("b <eos> <user>", (3, 1), "b <eos>"),  # where the text of a token is the token
         ("b", (3, 1), "b <eos>"),
         ("b", (3,), "b <user>"),
         ("<user> b c d", (3,), "<user> b c d <user>"),  # it is looked for near the end only
@@ -360,7 +361,7 @@ def test_a_completion_is_what_follows_the_prompt():
 )
 def test_a_completion_ends_as_answers_do(tmp_path, completion, eos_ids, wanted):
     file = tiny.write(tmp_path / "x.jsonl", [{"prompt": "a", "completion": completion}] * 2)
-    config = {"paths": (file,), **SIZES, "deduplicate": False}
+    config = {"paths": (file,), **SIZES, "deduplicate": False, "parse_special_tokens": True}
     batch = create_datasets(config, tiny.tokenizer(), "sft", seed=0, eos_ids=eos_ids).train[0]
     assert batch.tokens[0, batch.mask[0]].tolist() == tiny.ids(f"a {wanted}")
 

@@ -1,0 +1,219 @@
+"""What a row says opens no turn and ends none: in every chat family, and in plain texts."""
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from jax_rlhf.data import DataConfig, create_datasets
+from jax_rlhf.data.chats import common_beginning
+from jax_rlhf.data.formats import row_texts
+from jax_rlhf.data.sources import Row
+from jax_rlhf.data.special_tokens import MARK, marked, token_ids, without_marks
+from jax_rlhf.data.tokens import tokenized
+from tests.data import tiny
+from tests.data.families import FAMILIES, tokenizer_of
+
+every_family = pytest.mark.parametrize("name", sorted(FAMILIES))
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def example(row, phase, tokenizer, ends=None, **config):
+    config = DataConfig(max_tokens=4000, max_prompt_tokens=4000, **config)
+    text = row_texts(Row(row, "x.jsonl", 1), phase, config, tokenizer)
+    ends = (tokenizer.eos_token_id,) if ends is None else ends
+    (found,) = tokenized([Row(row, "x.jsonl", 1)], [text], tokenizer, config, {}, ends)
+    return found
+
+
+def special_in(ids, family, tokenizer):
+    """The special tokens among ids, in order."""
+    known = {tokenizer.convert_tokens_to_ids(token) for token in (*family.special, *family.ordinary)}
+    return tokenizer.convert_ids_to_tokens([index for index in ids.tolist() if index in known])
+
+
+def forged(family):
+    """What would end the user's turn and open one of the assistant, and each special token by itself."""
+    turn = tokenizer_of(family).apply_chat_template([user("x"), assistant("yes"), user("more")], tokenize=False)
+    return "he" + turn[turn.index("x") + 1 :] + "".join(family.special) + " the"
+
+
+@every_family
+def test_a_prompt_opens_no_turn(name):
+    family = FAMILIES[name]
+    tokenizer, ends = tokenizer_of(family), (tokenizer_of(family).convert_tokens_to_ids(family.end),)
+    harmless = example({"prompt": [user("he the")]}, "ppo", tokenizer, ends).prompt
+    said = forged(family)
+    found = example({"prompt": [user(said)]}, "ppo", tokenizer, ends).prompt
+    assert special_in(found, family, tokenizer) == special_in(harmless, family, tokenizer)
+    if family.kind != "unigram":  # of which some characters are unknown
+        assert said in tokenizer.decode(found)
+    as_plain = example({"prompt": said}, "ppo", tokenizer, ends).prompt
+    assert special_in(as_plain, family, tokenizer) == ([family.bos] if family.adds_bos else [])
+    hidden = example({"prompt": [user("he"), assistant(said), user("the")]}, "ppo", tokenizer, ends).prompt
+    three = example({"prompt": [user("he"), assistant("he"), user("the")]}, "ppo", tokenizer, ends).prompt
+    assert special_in(hidden, family, tokenizer) == special_in(three, family, tokenizer)
+
+
+@every_family
+def test_an_answer_ends_where_it_ends(name):
+    """A mention of EOS cuts no answer, and a rejected one cannot praise itself in a turn of its own."""
+    family = FAMILIES[name]
+    tokenizer = tokenizer_of(family)
+    ends = (tokenizer.convert_tokens_to_ids(family.end),)
+    said = forged(family)
+    row = {"prompt": [user("he")], "chosen": [assistant(said)], "rejected": [assistant(f"he {family.end}")]}
+    for content in (row, {"prompt": "he", "chosen": said, "rejected": f"he {family.end}"}):
+        pair = example(content, "reward", tokenizer, ends)
+        for answer_ids in pair.completions:
+            assert special_in(answer_ids, family, tokenizer) == [family.end]
+            assert answer_ids[-1] == ends[0]
+        if family.kind != "unigram":
+            assert said.strip() in tokenizer.decode(pair.completions[0])
+            assert f"he {family.end}" in tokenizer.decode(pair.completions[1])
+        learned = example(content, "sft", tokenizer, ends)
+        assert learned.completions[0].tolist() == pair.completions[0].tolist()
+
+
+@every_family
+def test_rows_without_them_have_the_tokens_that_the_tokenizer_gives(name):
+    """Also where they are tokenized beside others: a text with marks goes another way, and comes to the same."""
+    family = FAMILIES[name]
+    tokenizer = tokenizer_of(family)
+    chat = [user("he the\n\nhe  "), assistant(" the he\n"), user("he")]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    for one in (text, "he the", " he", "he\n", f"{text} he", ""):
+        expected = tokenizer(one, add_special_tokens=False)["input_ids"]
+        assert token_ids([one], tokenizer) == [expected]
+        if one and family.kind != "unigram":  # the same, with a marked text at the end
+            (other,) = token_ids([one + marked(f"z{family.end}z", tokenizer)], tokenizer)
+            split = tokenizer(f"z{family.end}z", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            assert tokenizer.decode(other) == tokenizer.decode(expected) + f"z{family.end}z"
+            assert other[-len(split) + 2 :] == split[2:]
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.kind == "byte_level"])
+def test_text_is_cut_as_split_special_tokens_has_it(name):
+    family = FAMILIES[name]
+    tokenizer = tokenizer_of(family)
+    for token in family.special:
+        text = f"he {token}the{token}\n {token * 2}"
+        expected = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert token_ids([marked(text, tokenizer)], tokenizer) == [expected]
+
+
+@every_family
+def test_data_that_is_templated_already_says_so(name):
+    """With the setting a text that a template wrote gives the tokens of the chat itself."""
+    family = FAMILIES[name]
+    tokenizer, ends = tokenizer_of(family), (tokenizer_of(family).convert_tokens_to_ids(family.end),)
+    chat = [user("he"), assistant("the"), user("he he")]
+    written = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    by_template = example({"prompt": chat}, "ppo", tokenizer, ends).prompt
+    found = example({"prompt": written}, "ppo", tokenizer, ends, parse_special_tokens=True).prompt
+    before = [] if written.startswith(family.bos or " ") or not family.adds_bos else [tokenizer.bos_token_id]
+    assert found.tolist() == before + by_template.tolist()  # a text begins as the tokenizer begins texts
+    as_text = example({"prompt": written}, "ppo", tokenizer, ends).prompt
+    assert special_in(as_text, family, tokenizer) == ([family.bos] if family.adds_bos else [])
+    row = {"prompt": "he", "completion": f"he{family.end}e"}
+    cut = example(row, "sft", tokenizer, ends, parse_special_tokens=True).completions[0]
+    assert (cut[-1], cut.tolist().count(ends[0])) == (ends[0], 1)
+    assert tokenizer.decode(cut[:-1]).strip() == "he"
+
+
+def test_thoughts_and_calls_in_an_answer_are_the_tokens(tmp_path):
+    """Data sets write them out, and their tokenizers do not call them special."""
+    family = FAMILIES["qwen"]
+    tokenizer = tokenizer_of(family)
+    found = example({"prompt": [user("he")], "completion": [assistant("<think>he</think>the")]}, "sft", tokenizer)
+    assert special_in(found.completions[0], family, tokenizer) == ["<think>", "</think>", "<|im_end|>"]
+
+
+def test_what_a_row_has_is_counted_and_said(tmp_path):
+    rows = [
+        {"prompt": f"{text} {'<eos> ' * (number < 7)}b", "completion": "c"}
+        for number, text in enumerate(tiny.letters(30))
+    ]
+    file = tiny.write(tmp_path / "x.jsonl", rows)
+    how = {"paths": (file,), "eval_rows": 1, "sft_batch_size": 1}
+    notes = create_datasets(how, tiny.tokenizer(template=None), "sft", seed=0).notes
+    assert notes == (
+        "sft data: 7 rows have special tokens of the tokenizer in their texts, such as '<eos>', which are read as "
+        "text; where they were written with a chat template beforehand, --config.data.parse_special_tokens=true reads "
+        "them as the tokens.",
+    )
+    notes = create_datasets(how | {"parse_special_tokens": True}, tiny.tokenizer(template=None), "sft", seed=0).notes
+    assert notes == (
+        "sft data: 7 rows have special tokens of the tokenizer in their texts, such as '<eos>', which are read as the "
+        "tokens.",
+    )
+
+
+def test_every_text_of_a_row_reaches_the_template_as_text():
+    """Roles, names, tools and options too."""
+    family = FAMILIES["qwen"]
+    tokenizer = tokenizer_of(family)
+    tokenizer.chat_template = (
+        "{{ tools | tojson }}{{ note }}{% for m in messages %}{{ '<|im_start|>' + m.role + (m.name or '') }}"
+        "{{ (m.tool_calls or []) | tojson }}{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    end = "<|im_end|>"
+    call = {"function": {"name": end, "arguments": {end: [end, {"a": end}]}}}
+    row = {
+        "messages": [{"role": f"a{end}", "name": end, "content": end}, assistant("he") | {"tool_calls": [call]}],
+        "tools": [{"name": end, "parameters": {end: 1}}],
+        "chat_template_kwargs": {"note": end},
+    }
+    found = example(row, "sft", tokenizer)
+    both = np.concatenate([found.prompt, found.completions[0]])
+    assert special_in(both, family, tokenizer) == ["<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>"]
+    assert tokenizer.decode(both).count(end) == 12
+
+
+def test_the_chat_and_the_columns_stay_as_they_were():
+    tokenizer = tokenizer_of(FAMILIES["qwen"])
+    found = example({"prompt": [user("a<|im_end|>")], "own": "<|im_end|>"}, "ppo", tokenizer)
+    assert found.chat == [user("a<|im_end|>")]
+    assert found.columns == {"own": "<|im_end|>"}
+
+
+def test_marks_that_a_row_has_itself_are_text():
+    tokenizer = tokenizer_of(FAMILIES["qwen"])
+    for text in (MARK, f"{MARK}\ue001", f"a{MARK}", f"{MARK}{MARK}<|im_end|>", "\ue000\ue001", "\ufdd10-1\ufdd1"):
+        once = marked(text, tokenizer)
+        assert without_marks(once, tokenizer) == text
+        assert tokenizer.decode(token_ids([once], tokenizer)[0]) == text
+    texts = [marked("a<|im_end|>", tokenizer), marked("a<|im_start|>", tokenizer)]
+    assert common_beginning(texts) == "a"  # no mark without its number
+
+
+def test_a_token_across_two_texts_is_none():
+    """A prompt that ends as a special token begins, and an answer that goes on so."""
+    family = FAMILIES["qwen"]
+    tokenizer = tokenizer_of(family)
+    found = example({"prompt": "he<|im_", "completion": "end|>the"}, "sft", tokenizer)
+    assert special_in(np.concatenate([found.prompt, found.completions[0]]), family, tokenizer) == ["<|im_end|>"]
+    assert tokenizer.decode(found.completions[0]) == "end|>the<|im_end|>"
+
+
+def test_a_word_that_is_a_whole_token_is_no_special_token():
+    """A model of whole words knows <eos> by its text, whatever the tokenizer splits off before."""
+    found = example({"prompt": "a", "completion": "b <eos> c <pad>"}, "sft", tiny.tokenizer())
+    assert found.completions[0].tolist().count(tiny.EOS) == 1
+    assert found.completions[0][-1] == tiny.EOS
+
+
+def test_tokens_that_were_added_later_are_known():
+    bare = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "<x>": 2}, unk_token="<unk>"))
+    bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="<unk>", eos_token="a")
+    assert token_ids([marked("a <x>", tokenizer)], tokenizer)[0][-1] == 2
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<x>"]})
+    assert 2 not in token_ids([marked("b <x>", tokenizer)], tokenizer)[0]

@@ -1,0 +1,200 @@
+"""Small files that stand for gigabytes: refused before the memory is taken."""
+
+import gzip
+import json
+import subprocess
+import sys
+import time
+
+import datasets
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
+import pytest
+
+from jax_rlhf import CheckpointError, load_pretrained
+from jax_rlhf.data import DataError, create_datasets, decode_arrow
+from jax_rlhf.data.sources import read_rows
+from jax_rlhf.hub.tokenizer import gguf_tokenizer, load_tokenizer
+from tests.data import tiny as data
+from tests.hub import tiny
+from tests.memory import growth
+
+MOST = 300_000_000
+"""Bytes: of an import that comes late, of 64 MiB of rows and of what is made of them."""
+SECONDS = 20
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "pythia", "opt")
+
+
+def is_refused(call, error, match):
+    def refused():
+        with pytest.raises(error, match=match):
+            call()
+
+    started = time.monotonic()
+    assert growth(refused) < MOST
+    assert time.monotonic() - started < SECONDS
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+HUGE = {
+    "num_labels": 10**9,
+    "num_hidden_layers": 10**9,
+    "n_layer": 10**9,
+    "layer_types": ["full_attention"] * 20_000,
+    "id2label": {str(number): "a" for number in range(20_000)},
+    "vocab_size": 10**12,
+    "hidden_size": 2**40,
+    "head_dim": 10**9,
+    "num_attention_heads": 10**9,
+    "max_position_embeddings": 10**30,
+    "sliding_window": -(10**30),
+    "made_up": [[10**30]],
+}
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_a_config_that_claims_what_no_model_has(tmp_path, case):
+    folder = tiny.write_checkpoint(tmp_path / "model", case)
+    whole = json.loads((folder / "config.json").read_text())
+    for name, value in HUGE.items():
+        (folder / "config.json").write_text(json.dumps(whole | {name: value}))
+        is_refused(lambda: load_pretrained(folder), CheckpointError, name)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+def test_files_of_a_checkpoint_that_are_far_too_large(tmp_path, name):
+    folder = tiny.write_checkpoint(tmp_path / "model", "llama")
+    if name.startswith("model"):
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_text('{"a": [' + "[]," * 10_000_000 + "[]]}")
+    is_refused(lambda: load_pretrained(folder), CheckpointError, f"{name}: .*it has more than 16,777,216 bytes")
+    (folder / name).write_text('{"a": ' * 100 + "1" + "}" * 100)
+    is_refused(lambda: load_pretrained(folder), CheckpointError, f"{name}: .*nested more than 64 deep")
+    (folder / name).write_text("[" * 1_000_000)
+    is_refused(lambda: load_pretrained(folder), CheckpointError, f"{name}: .*not JSON")
+
+
+def test_a_vocabulary_with_a_hole_of_billions(tmp_path):
+    folder = tiny.write_checkpoint(tmp_path / "model", "llama")
+    model = {"type": "WordLevel", "vocab": {"a": 0, "b": 2**32 - 1}, "unk_token": "a"}
+    content = dict.fromkeys(["truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"])
+    file = {"version": "1.0", "added_tokens": [], "model": model, **content}
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    is_refused(lambda: load_tokenizer(folder), CheckpointError, "its largest id is 4294967295")
+
+
+def test_a_token_of_a_million_characters(tmp_path):
+    """Of which transformers would look at a million ways to cut it in two."""
+    fields = {"ggml.model": "llama", "ggml.tokens": ["<unk>", "a", "a" * 1_000_000], "ggml.scores": [0.0, -1.0, -2.0]}
+    is_refused(lambda: gguf_tokenizer(fields, tmp_path / "x.gguf"), CheckpointError, "has 1,000,000 characters")
+    many = [f"{'a' * 1000}{number}" for number in range(21_000)]
+    fields |= {"ggml.tokens": many, "ggml.scores": [-1.0] * len(many)}
+    is_refused(lambda: gguf_tokenizer(fields, tmp_path / "x.gguf"), CheckpointError, "its tokens have 21,")
+    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "a" * 1_000_000: 1}))
+    is_refused(lambda: load_tokenizer(tmp_path), CheckpointError, r"vocab.json: the token 'a.* 1,000,000 characters")
+    (tmp_path / "vocab.json").unlink()
+    piece = b"\x0a\xc0\x84\x3d" + b"a" * 1_000_000  # SentencePiece.piece
+    entry = b"\x0a" + b"\xc4\x84\x3d" + piece  # ModelProto.pieces
+    (tmp_path / "tokenizer.model").write_bytes(entry)
+    is_refused(lambda: load_tokenizer(tmp_path), CheckpointError, "tokenizer.model: a token of it is too long")
+    (tmp_path / "tokenizer.model").write_bytes(entry[:100])
+    is_refused(lambda: load_tokenizer(tmp_path), CheckpointError, "not a whole sentencepiece model")
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+LONG = "x" * 1_000_000
+
+
+def repeated():
+    """One text of a million characters in each of a hundred thousand rows."""
+    return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 100_000, pyarrow.int32()), pyarrow.array([LONG]))
+
+
+COLUMNS = {
+    "dictionary": (repeated, {}),
+    "dictionary within lists": (lambda: pyarrow.ListArray.from_arrays([0, 100_000], repeated()), {}),
+    "dictionary of the file": (lambda: pyarrow.array([LONG] * 100), {"use_dictionary": True}),
+    "compressed": (lambda: pyarrow.array(["x" * 100_000_000]), {"use_dictionary": False}),
+    "beginnings": (
+        lambda: pyarrow.array([f"{LONG}{number}" for number in range(100)]),
+        {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}},
+    ),
+    "nulls": (lambda: pyarrow.nulls(10_000_000), {}),
+    "numbers": (lambda: pyarrow.array([7] * 10_000_000), {}),
+    "lists of nulls": (lambda: pyarrow.array([[None] * 5_000_000] * 3, pyarrow.list_(pyarrow.null())), {}),
+}
+PEAK = "import resource as r, subprocess as s, sys; s.run(sys.argv[1:], stdout=s.DEVNULL); print(r.getrusage(r.RUSAGE_CHILDREN).ru_maxrss)"
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_parquet_file_that_stands_for_gigabytes(tmp_path, name):
+    column, how = COLUMNS[name]
+    file = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": column()}), file, compression="zstd", **how)
+    assert file.stat().st_size < 100_000
+    is_refused(lambda: read(file), DataError, r"x.parquet: its [\d,]+ bytes stand for more than")
+    program = [sys.executable, "-P", decode_arrow.__file__, "parquet", str(file), str(2**26), "1000"]
+    done = subprocess.run([sys.executable, "-c", PEAK, *program], capture_output=True, check=True)
+    assert int(done.stdout) * 1024 < 1_200_000_000  # of the process that decodes it
+    (tmp_path / "set").mkdir()
+    file.rename(tmp_path / "set" / "train.parquet")
+    is_refused(lambda: read(tmp_path / "set"), DataError, r"train.parquet: its [\d,]+ bytes stand for more than")
+
+
+@pytest.mark.parametrize("name", ["dictionary", "compressed"])
+@pytest.mark.parametrize("form", [pyarrow.ipc.new_file, pyarrow.ipc.new_stream])
+def test_an_arrow_file_that_stands_for_gigabytes(tmp_path, name, form):
+    column, _ = COLUMNS[name]
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "set"))
+    (file,) = (tmp_path / "set").glob("*.arrow")
+    table = pyarrow.table({"text": column()})
+    with form(file, table.schema, options=pyarrow.ipc.IpcWriteOptions(compression="zstd")) as written:
+        written.write_table(table)
+    assert file.stat().st_size < 100_000
+    is_refused(lambda: read(tmp_path / "set"), DataError, r"arrow: its [\d,]+ bytes stand for more than")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_a_gzip_file_that_stands_for_gigabytes(tmp_path, suffix):
+    file = tmp_path / f"x{suffix}.gz"
+    line = b'{"text": "a"}\n' if suffix == ".jsonl" else b"text\n"
+    file.write_bytes(gzip.compress(line * 10 + b" " * 200_000_000 + line))
+    is_refused(lambda: read(file), DataError, "gz: its .* bytes stand for more than|more than 67,108,864 bytes")
+
+
+def test_what_is_large_and_honest_is_read(tmp_path):
+    """A thousand rows of ten kilobytes that compress well, and one of ten megabytes."""
+    rows = [f"{'word ' * 2000}{number}" for number in range(1000)] + ["w" * 10_000_000]
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "x.parquet", compression="zstd")
+    assert [row.content["text"] for row in read(tmp_path / "x.parquet")] == rows
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps({"text": r}) + "\n" for r in rows).encode()))
+    assert [row.content["text"] for row in read(tmp_path / "x.jsonl.gz")] == rows
+
+
+def read(path):
+    return read_rows(str(path), phase="sft", split="train", hub_split="train")
+
+
+@pytest.mark.parametrize("too_long", ["filter", "truncate"])
+@pytest.mark.parametrize("phase", ["sft", "reward", "ppo"])
+def test_a_line_of_fifty_megabytes_takes_a_few_times_its_size(tmp_path, phase, too_long):
+    long = "a b " * 12_500_000
+    row = {"prompt": "c d", "chosen": "e", "rejected": "f"} | {"prompt" if phase == "ppo" else "chosen": long}
+    file = data.write(tmp_path / "x.jsonl", [row, {"prompt": "g", "chosen": "h", "rejected": "i"}])
+    del row
+    how = {"paths": (file,), "too_long": too_long, "max_tokens": 8, "max_prompt_tokens": 4, f"{phase}_batch_size": 1}
+    made = []
+    taken = growth(lambda: made.append(create_datasets(how, data.tokenizer(), phase, seed=0)))
+    assert taken < 10 * len(long)
+    assert made[0].train_rows == (1 if too_long == "filter" else 2)
+
+
+def test_a_line_that_is_no_row_but_a_file(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": "a"}\n{"text": "' + b"a" * 80_000_000 + b'"}\n')
+    is_refused(lambda: read(tmp_path / "x.jsonl"), DataError, "line 2: it has more than 67,108,864 bytes")
+    (tmp_path / "x.json").write_bytes(b'[{"text": "a"}, {"text": "' + b"a" * 80_000_000 + b'"}]')
+    with pytest.raises(DataError, match="row 2: it has more than 67,108,864 characters"):
+        read(tmp_path / "x.json")
