@@ -5,7 +5,6 @@ optimizer states that an update changes are donated to it. Between the two nothi
 """
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ from jax_rlhf.parallel import (
     summed,
     together,
 )
-from jax_rlhf.rewards import Failures, OnFailure, RewardFunction, score_texts
+from jax_rlhf.rewards import Failures, OnFailure, RewardFunction, asks_for_special_tokens, score_texts
 from jax_rlhf.rl import Experience, Prompts
 from jax_rlhf.rollout import Samples, check_prompts
 from jax_rlhf.settings import from_mapping
@@ -240,9 +239,18 @@ class PPOTrainer:
         """The texts that this process owns to its functions; the scores go to all who hold their rows."""
         width = prompts.mask.shape[1]
         tokens, mask = local_rows(samples.tokens), local_rows(samples.response_mask)
-        decode = functools.partial(self.engine.tokenizer.decode, skip_special_tokens=True)
-        texts = [decode(row[real]) for row, real in zip(tokens[:, :width], np.asarray(prompts.mask), strict=True)]
-        responses = [decode(row[real]) for row, real in zip(tokens[:, width:], mask, strict=True)]
+        masks, decode = (np.asarray(prompts.mask), mask), self.engine.tokenizer.decode
+
+        def read(skip_special_tokens: bool) -> list[list[str]]:
+            """The prompts and the responses."""
+            return [
+                [decode(row[real], skip_special_tokens=skip_special_tokens) for row, real in zip(*part, strict=True)]
+                for part in zip((tokens[:, :width], tokens[:, width:]), masks, strict=True)
+            ]
+
+        texts, responses = read(skip_special_tokens=True)
+        special = any(asks_for_special_tokens(source.function) for source in self.reward_functions)
+        with_special = read(skip_special_tokens=False) if special else None
         ids = [row[real].tolist() for row, real in zip(tokens[:, width:], mask, strict=True)]
         mine = np.flatnonzero(owned_rows(batch_rows(len(texts), self.engine.layout), self.engine.layout))
         scores, config = np.zeros(len(texts), np.float32), self.config
@@ -259,6 +267,7 @@ class PPOTrainer:
                 completion_ids=[ids[row] for row in mine],
                 chats=None if prompts.chats is None else [prompts.chats[row] for row in mine],
                 continued=None if prompts.continued is None else [prompts.continued[row] for row in mine],
+                with_special_tokens=with_special and tuple([part[row] for row in mine] for part in with_special),
                 unscored=unscored,
             )
         everywhere = all_rows(scores, self.engine.layout)

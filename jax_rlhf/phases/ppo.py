@@ -32,7 +32,7 @@ from jax_rlhf.phases.record import Record, sample_row
 from jax_rlhf.phases.stop import StopSignals
 from jax_rlhf.phases.supervised import microbatches, other_widths, with_end
 from jax_rlhf.phases.workdir import reward_model, sft_model
-from jax_rlhf.rewards import OnFailure, RewardFunction, score_texts
+from jax_rlhf.rewards import OnFailure, RewardFunction, asks_for_special_tokens, score_texts
 from jax_rlhf.rl import Experience, Prompts, check_experience
 from jax_rlhf.text import printable
 from jax_rlhf.trainer import PPOTrainer, microbatch_rows
@@ -326,6 +326,11 @@ def _verdicts(
         of_mine = lambda rows: None if rows is None else [rows[row] for row in np.flatnonzero(mine)]  # noqa: E731
         more = {"completion_ids": ids, "chats": of_mine(prompts.chats), "continued": of_mine(prompts.continued)}
         more["unscored"] = math.nan
+        if asks_for_special_tokens(judge.function):
+            width, decode = experience.prompt_mask.shape[1], trainer.engine.tokenizer.decode
+            begins = zip(tokens, local_rows(experience.prompt_mask)[mine], strict=True)
+            prompt_texts = [decode(row[:width][real]) for row, real in begins]
+            more["with_special_tokens"] = (prompt_texts, [decode(response) for response in ids])
         verdicts[mine] = score_texts([judge], *texts, columns, how, trainer.failures, **more)
     return all_rows(verdicts, layout)
 

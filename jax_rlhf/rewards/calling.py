@@ -8,6 +8,7 @@ from typing import Any
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_WITH_SPECIAL = ("prompts_with_special_tokens", "responses_with_special_tokens")
 _TRL = ("prompts", "completions", "completion_ids")
 
 
@@ -21,6 +22,7 @@ class Answers:
       columns: the data set's other columns, B entries each.
       completion_ids: the ids of each response, its EOS included; None = not known.
       chats: the messages of each prompt, None where it is a plain text; None = all are.
+      with_special_tokens: prompts and responses once more, special tokens among them; None = no function asked.
       continued: the chat ends within a turn of the assistant, which the response goes on with; None = none does.
     """
 
@@ -30,6 +32,7 @@ class Answers:
     completion_ids: Sequence[Sequence[int]] | None = None
     chats: Sequence[list[dict[str, Any]] | None] | None = None
     continued: Sequence[bool] | None = None
+    with_special_tokens: tuple[Sequence[str], Sequence[str]] | None = None
 
     def __len__(self) -> int:
         """B."""
@@ -42,7 +45,8 @@ def arguments(function: Callable, answers: Answers) -> tuple[tuple, dict[str, An
     A function with a parameter `completions` or `completion_ids`, or with ** alone, is called as TRL calls it:
     f(prompts=…, completions=…, completion_ids=…, **columns), where a chat's prompt is its messages and its completion a
     list with the assistant's message. All others are called as f(prompts, responses, **columns); one with a parameter
-    `messages` or `completion_ids` has those too. A column whose name is taken by these is left out, and so is a column
+    `messages` or `completion_ids` has those too, and one of either form with a parameter `prompts_with_special_tokens`
+    or `responses_with_special_tokens` has those. A column whose name is taken by these is left out, and so is a column
     that the function has no parameter for.
 
     Args:
@@ -57,6 +61,9 @@ def arguments(function: Callable, answers: Answers) -> tuple[tuple, dict[str, An
     takes_all = not parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     columns = {name: copy.deepcopy(list(values)) for name, values in answers.columns.items()}
     more = {"completion_ids": [list(ids) for ids in answers.completion_ids or ()] or None}
+    texts = answers.with_special_tokens or (answers.prompts, answers.responses)
+    special = {name: list(some) for name, some in zip(_WITH_SPECIAL, texts, strict=True) if name in named}
+    columns |= special
     if in_trl_form(function):
         prompts, completions = _conversations(answers)
         given = columns | {"prompts": prompts, "completions": completions} | more
@@ -85,6 +92,18 @@ def in_trl_form(function: Callable) -> bool:
         return False
     alone = bool(parameters) and all(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return alone or "completions" in named or named[:1] == ["completion_ids"]
+
+
+def asks_for_special_tokens(function: Callable) -> bool:
+    """Whether a function has a parameter for texts with special tokens.
+
+    Args:
+      function: the function.
+
+    Returns:
+      Whether.
+    """
+    return not _parameters(function).keys().isdisjoint(_WITH_SPECIAL)
 
 
 def call_in_words(function: Callable, name: str, columns: Mapping[str, Any]) -> str:

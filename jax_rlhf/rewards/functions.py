@@ -217,6 +217,7 @@ def score_texts(
     completion_ids: Sequence[Sequence[int]] | None = None,
     chats: Sequence[list[dict[str, Any]] | None] | None = None,
     continued: Sequence[bool] | None = None,
+    with_special_tokens: tuple[Sequence[str], Sequence[str]] | None = None,
     unscored: float | None = None,
 ) -> np.ndarray:
     """The weighted sum of several functions' scores.
@@ -229,6 +230,7 @@ def score_texts(
       failures: counts them, where given.
       completion_ids: the ids of each response; None = not known.
       chats, continued: of each prompt, as `Prompts` has them.
+      with_special_tokens: prompts and responses once more, special tokens among them, for functions that ask for them.
       unscored: of a response for which all functions gave None; None = that is a failure.
 
     Returns:
@@ -240,7 +242,7 @@ def score_texts(
     if not responses:  # of several processes one may own no rows
         return np.zeros(0, np.float32)
     how, count = on_failure or OnFailure(), Failures() if failures is None else failures
-    answers = Answers(prompts, responses, columns, completion_ids, chats, continued)
+    answers = Answers(prompts, responses, columns, completion_ids, chats, continued, with_special_tokens)
     scored = [_tried(function, answers, how, count) for function in functions]
     total = np.sum([scores for scores, _ in scored], axis=0, dtype=np.float32)
     nobody = ~np.any([given for _, given in scored], axis=0)

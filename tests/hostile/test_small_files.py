@@ -126,7 +126,11 @@ COLUMNS = {
     "numbers": (lambda: pyarrow.array([7] * 10_000_000), {}),
     "lists of nulls": (lambda: pyarrow.array([[None] * 5_000_000] * 3, pyarrow.list_(pyarrow.null())), {}),
 }
-PEAK = "import resource as r, subprocess as s, sys; s.run(sys.argv[1:], stdout=s.DEVNULL); print(r.getrusage(r.RUSAGE_CHILDREN).ru_maxrss)"
+PEAK = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
 
 
 @pytest.mark.parametrize("name", COLUMNS)

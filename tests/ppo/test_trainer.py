@@ -221,6 +221,30 @@ def test_prompts_that_cannot_be_sampled_from_are_named():
         tiny.trainer().generate_experience(prompts)
 
 
+def test_a_reward_function_may_ask_for_special_tokens():
+    """They are left out of the texts, but for who names a parameter for them."""
+    seen = []
+
+    def judge(prompts, responses, prompts_with_special_tokens, responses_with_special_tokens):
+        seen.append((prompts, responses, prompts_with_special_tokens, responses_with_special_tokens))
+        return [1.0] * len(responses)
+
+    engine = RLHFEngine(tiny.policy())
+    engine.tokenizer.add_special_tokens({"additional_special_tokens": tiny.WORDS[4:7]})
+    trainer = tiny.trainer(engine, reward=judge)
+    experience = trainer.generate_experience(tiny.ragged_prompts(ROWS))
+    ((prompts, responses, all_prompts, all_responses),) = seen
+    width = experience.prompt_mask.shape[1]
+    tokens, mask = np.asarray(experience.tokens), np.asarray(experience.response_mask)
+    whole = [" ".join(tiny.WORDS[i] for i in row[width:][real]) for row, real in zip(tokens, mask, strict=True)]
+    assert all_responses == whole
+    without = [" ".join(word for word in text.split() if word not in tiny.WORDS[4:7]) for text in whole]
+    assert responses == without != whole
+    assert [text.split() for text in prompts] == [
+        [word for word in text.split() if word not in tiny.WORDS[4:7]] for text in all_prompts
+    ]
+
+
 def test_failures_of_reward_functions_are_counted_between_updates():
     calls = []
 

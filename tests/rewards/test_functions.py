@@ -112,6 +112,15 @@ def with_ids(prompts, responses, completion_ids, messages, tag=None):
     return with_ids.remember(prompts, responses, completion_ids=completion_ids, messages=messages, tag=tag)
 
 
+def with_special(prompts, responses, responses_with_special_tokens, prompts_with_special_tokens):
+    seen = {"own": responses_with_special_tokens, "before": prompts_with_special_tokens}
+    return with_special.remember(prompts, responses, **seen)
+
+
+def trl_with_special(completions, responses_with_special_tokens, **kwargs):
+    return trl_with_special.remember(completions=completions, own=responses_with_special_tokens)
+
+
 def trl_ids(completion_ids, **kwargs):
     return trl_ids.remember(completion_ids=completion_ids, **kwargs)
 
@@ -137,6 +146,11 @@ def test_our_form_is_called_by_position_and_gets_what_it_names():
     assert seen == {"positional": (PROMPTS, RESPONSES), "completion_ids": IDS, "messages": CHATS, "tag": [1, 2, 3]}
     seen = called(with_a_reference, {"completions": [4, 5, 6]})  # a column of the data set
     assert seen == {"positional": (PROMPTS, RESPONSES), "completions": [4, 5, 6]}
+    special = ["<bos> p"] * 3, ["r <eos>"] * 3
+    seen = called(with_special, {"answer": [1, 2, 3]}, with_special_tokens=special)
+    assert seen == {"positional": (PROMPTS, RESPONSES), "before": special[0], "own": special[1]}
+    seen = called(trl_with_special, {}, with_special_tokens=special)
+    assert seen == {"positional": (), "completions": RESPONSES, "own": special[1]}
     wrapped = lambda *positional, **keywords: plain(*positional, **keywords)  # noqa: E731
     assert score_texts([RewardFunction(wrapped)], PROMPTS, RESPONSES, ANSWER).tolist() == [1.0] * 3
 
