@@ -1,6 +1,5 @@
 """`python -m jax_rlhf --config=FILE [--config.a.b=value …] --workdir=DIR`: runs the phases that the config names."""
 
-import errno
 import hashlib
 import sys
 import threading
@@ -35,6 +34,7 @@ from jax_rlhf.phases.workdir import (
     status,
 )
 from jax_rlhf.rewards import RewardError
+from jax_rlhf.terminal import make_output_harmless
 from jax_rlhf.text import printable_lines
 from jax_rlhf.training.checkpoint import RestoreError
 
@@ -59,7 +59,14 @@ _PROCESS_TIMEOUT = flags.DEFINE_integer(
     "process_timeout", 100, "Seconds of silence after which a process counts as dead, and the others end."
 )
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+_NOT_OF_FILES = (
+    ConnectionError,
+    TimeoutError,
+    ChildProcessError,
+    InterruptedError,
+    BlockingIOError,
+    ProcessLookupError,
+)
 _EXPECTED = (
     ValueError,
     FileNotFoundError,
@@ -90,6 +97,7 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
       The exit code: 0, 1 after an error in what the user gave, 70 after another one, 75 where it was asked to stop.
     """
+    make_output_harmless()
     _quieten_writers()
     try:
         if len(arguments) > 1:
@@ -107,10 +115,13 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {printable_lines(str(error))}", file=sys.stderr)
         return leave(FAILED if getattr(error, "ours", False) else 1, error)
     except Stopped as error:
-        print(f"stopped ({error}); the same command goes on.", file=sys.stderr)
+        print(f"stopped ({printable_lines(str(error))}); the same command goes on.", file=sys.stderr)
         return leave(SAVED, error)
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in _DISK:
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # the tokenizers library's panics are none of Exception
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, _NOT_OF_FILES):
+            logging.debug("where it came from", exc_info=True)
             print(
                 f"error: {printable_lines(str(error))}. What was saved before stays; mended, the same command goes on.",
                 file=sys.stderr,

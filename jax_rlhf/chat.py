@@ -20,6 +20,7 @@ from jax_rlhf.data.tokens import tokenized
 from jax_rlhf.engine import ModelConfig, load_model
 from jax_rlhf.hub import CheckpointError, Pretrained, end_ids
 from jax_rlhf.rollout import sample
+from jax_rlhf.terminal import make_output_harmless
 from jax_rlhf.text import printable_lines
 from jax_rlhf.training.roles import sampled_ids
 
@@ -84,6 +85,7 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 2:
         print("usage: python -m jax_rlhf.chat MODEL [--max_new_tokens=256] [--temperature=1.0]", file=sys.stderr)
         return 2
+    make_output_harmless()
     logging.set_verbosity(logging.WARNING)  # at INFO JAX reports each missing device
     try:
         pretrained = load_model(ModelConfig(path=arguments[1]), "lm")

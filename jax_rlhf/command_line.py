@@ -16,6 +16,7 @@ from jax_rlhf.names import local_path
 from jax_rlhf.packaged import get_config_of, packaged_configs, said_of
 from jax_rlhf.phases.config import RunConfig
 from jax_rlhf.settings import is_list_of, unknown_name
+from jax_rlhf.text import printable_lines
 
 USAGE = "usage: jax-rlhf --config=FILE_OR_NAME --workdir=DIR [--config.FIELD=VALUE …]"
 _ELEMENT = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)'|([^,]*))\s*(?:,|$)""")
@@ -77,7 +78,7 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
         return _parsed(list(arguments))
     except (flags.Error, ArithmeticError, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"{USAGE}\nerror: {message}", file=sys.stderr)
+        print(f"{USAGE}\nerror: {printable_lines(str(message))}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -2,11 +2,12 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 MOST_BYTES = 16 * 2**20
-_DEEPEST = 64
+DEEPEST = 64
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -41,25 +42,35 @@ def read_object(file: Path, *, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
         raise JSONFileError(f"not JSON: {error}") from error
     if not isinstance(value, dict):
         raise JSONFileError(f"a JSON object is expected, this is {json.dumps(value)[:40]}")
-    _check_values(value)
+    for level in levels(value):
+        lone = next((text for text in level if isinstance(text, str) and _SURROGATE.search(text)), None)
+        if lone is not None:
+            raise JSONFileError(f"half of a surrogate pair, which is no character, in {lone[:80]!r}")
     return value
 
 
-def _check_values(value: Any) -> None:
-    """Level by level, since a deep value cannot be walked by recursion."""
+def levels(value: Any) -> Iterator[list[Any]]:
+    """A value, what it holds, what that holds …: a deep value cannot be walked by recursion.
+
+    Args:
+      value: what JSON can hold.
+
+    Yields:
+      What is on each level, keys and values.
+
+    Raises:
+      JSONFileError: there are more than 64.
+    """
     level = [value]
-    for _ in range(_DEEPEST):
-        texts = [inner for inner in level if isinstance(inner, str)]
-        lone = next((text for text in texts if _SURROGATE.search(text)), None)
-        if lone is not None:
-            raise JSONFileError(f"half of a surrogate pair, which is no character, in {lone[:80]!r}")
+    for _ in range(DEEPEST):
+        yield level
         children: list[Any] = []
         for inner in level:
             if isinstance(inner, dict):
                 children += [*inner, *inner.values()]
-            elif isinstance(inner, list):
+            elif isinstance(inner, list | tuple):
                 children += inner
         if not children:
             return
         level = children
-    raise JSONFileError(f"it is nested more than {_DEEPEST} deep")
+    raise JSONFileError(f"it is nested more than {DEEPEST} deep")

@@ -50,6 +50,8 @@ _NEEDED = {
 _CHATS = ("prompt", "completion", "chosen", "rejected", "messages", "text")
 _OTHER_NAMES = {"messages": "conversations"}
 """ShareGPT's name, where a row has no column of ours."""
+_LARGEST_MARGIN = 1_000_000
+"""Past which float32 has no fractions left, and a loss no meaning."""
 _TEMPLATE_OPTIONS = "chat_template_kwargs"
 UNDESIRED = "an undesired completion, whose label is false; --config.data.label_column=none learns it too"
 
@@ -113,8 +115,12 @@ def row_texts(row: Row, phase: str, config: DataConfig, tokenizer: PreTrainedTok
             f"{', '.join(sorted(row.content)) or 'none'}. Other names: --config.data.prompt_column=… and so on."
         )
     margin = found.get("margin", 0.0)
-    if isinstance(margin, bool) or not isinstance(margin, int | float | str) or not _is_number(margin):
-        raise DataError(f"{row.where}: column {names['margin']!r} holds {margin!r}; a number is expected.")
+    is_number = not isinstance(margin, bool) and isinstance(margin, int | float | str) and _is_number(margin)
+    if not is_number or abs(float(margin)) > _LARGEST_MARGIN:
+        raise DataError(
+            f"{row.where}: column {names['margin']!r} holds {str(margin)[:80]!r}; a number is expected, in reward "
+            f"units and from −{_LARGEST_MARGIN:,} to {_LARGEST_MARGIN:,}."
+        )
     others = {name: value for name, value in row.content.items() if name not in names.values()}
     more = {
         "implicit": "prompt" not in found and isinstance(found.get("chosen"), str) and "rejected" in found,

@@ -11,6 +11,7 @@ import datasets
 from jax_rlhf.data.errors import DataError
 from jax_rlhf.data.files import SUFFIXES, kind_of, rows_of, without_fill
 from jax_rlhf.data.folders import rows_of_folder
+from jax_rlhf.json_files import JSONFileError, levels
 from jax_rlhf.names import local_path
 
 _READER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -83,6 +84,11 @@ def read_rows(path: str, *, phase: str, split: str, hub_split: str, revision: st
                 f"{row.where}: a row must be an object of columns, this is a {type(content).__name__}: "
                 f"{str(content)[:80]!r}."
             )
+        try:
+            for _ in levels(content):
+                pass
+        except JSONFileError as error:
+            raise DataError(f"{row.where}: {error}.") from error
         rows.append(row)
     if not rows:
         raise DataError(f"{path}: there is not a single row.")

@@ -142,6 +142,7 @@ def _checked(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     texts = list(template.values()) if isinstance(template, dict) else [template]
     if not all(text is None or isinstance(text, str) for text in texts):
         raise ValueError(f"its chat template is a {type(template).__name__}; a text is expected")
+    tokenizer("a")  # one that has no token for unknown characters fails here
     return tokenizer
 
 

@@ -25,6 +25,8 @@ from jax_rlhf.plan.measure import measured_peak, topology_here
 from jax_rlhf.plan.report import Account, account, as_json, as_table
 from jax_rlhf.plan.topology import Topology, describe_topology
 from jax_rlhf.rollout import sampling_layout
+from jax_rlhf.terminal import make_output_harmless
+from jax_rlhf.text import printable_lines
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5p:2x2x4, v5e:…, v6e:…, h100:8, h100:4x8, 2*v5p:2x2x4 (slices).")
 _JSON = flags.DEFINE_bool("json", False, "The plan as JSON on standard output.")
@@ -43,6 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
       0 where all fits, 3 where something does not, 1 after an error in what the user gave.
     """
+    make_output_harmless()
     try:
         if len(arguments) > 1:
             raise ValueError(f"{arguments[1]!r} is no flag; fields are given as --config.name=value.")
@@ -52,9 +55,9 @@ def main(arguments: Sequence[str]) -> int:
             raise ValueError("--topology is missing: v5p:2x2x4, v5e:2x4, h100:8, …")
         jax.config.update("jax_platforms", "cpu")  # the hardware is not here, and is not to be looked for
         return _plan(CONFIG.value, describe_topology(_TOPOLOGY.value))
-    except (ValueError, RuntimeError, FileNotFoundError, CheckpointError) as error:
+    except (ValueError, RuntimeError, OSError, CheckpointError) as error:
         logging.debug("where it came from", exc_info=True)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable_lines(str(error))}", file=sys.stderr)
         return 1
 
 

@@ -3,11 +3,15 @@
 import ast
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from safetensors.numpy import save_file
 
 from jax_rlhf import CheckpointError, load_pretrained, save_pretrained
+from jax_rlhf.data import DataError
+from jax_rlhf.data.sources import read_rows
 from jax_rlhf.phases.config import LogConfig
 from jax_rlhf.phases.record import Record
 from tests.hub import tiny as hub
@@ -98,6 +102,65 @@ def test_texts_do_not_steer_the_terminal(tmp_path, capsys):
     assert line.decode().isprintable()  # JSON has escapes for what is not
     assert "ö€😀" in line.decode()
     assert json.loads(line)["response"] == "\x1b[31m</script>\ud800\x9b\u202eö€😀"
+
+
+ESCAPES = "harmless \x1b]0;title\x07\x1b[2J\u202e\r\x9b text"
+
+LOGS = f"""
+import logging, sys, threading, warnings
+from absl import logging as absl_logging
+import transformers
+from jax_rlhf.terminal import make_output_harmless
+make_output_harmless()
+text = {ESCAPES!r}
+logging.getLogger("other").warning("%s", text)
+logging.getLogger("other").addHandler(logging.StreamHandler())
+logging.getLogger("other").warning("message %s", text)
+transformers.logging.get_logger("transformers.x").warning(text)
+absl_logging.warning("%s", text)
+absl_logging.use_absl_handler()
+absl_logging.error(text)
+warnings.warn(text)
+try:
+    raise ValueError(text)
+except ValueError:
+    logging.getLogger("other").exception("it failed")
+    absl_logging.exception("it failed")
+thread = threading.Thread(target=lambda: {{}}[text])
+thread.start()
+thread.join()
+class Ends:
+    def __del__(self):
+        raise ValueError(text)
+Ends()
+print("\\udc80 \\ud800")
+raise KeyError(text)
+"""
+
+
+def test_other_packages_do_not_steer_the_terminal():
+    """Their loggers and warnings, tracebacks of threads, finalizers and of the program itself."""
+    done = subprocess.run([sys.executable, "-c", LOGS], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    said = done.stderr + done.stdout
+    assert said.count("harmless") >= 12
+    strange = {character for character in said if not character.isprintable()} - {"\n"}
+    assert strange == set()
+    assert "\\udc80" in done.stdout
+
+
+def test_names_that_no_file_can_have_are_said(tmp_path):
+    for name in (
+        "x" * 5000,
+        "a\x00b",
+        "~nobody-of-that-name/x",
+        f"{'x' * 300}/config.json",
+        f"{tmp_path}/{'y' * 300}.jsonl",
+    ):
+        with pytest.raises((FileNotFoundError, CheckpointError)):
+            load_pretrained(name)
+        with pytest.raises((FileNotFoundError, DataError)):
+            read_rows(name, phase="sft", split="train", hub_split="train")
 
 
 def test_tokens_of_the_environment_stay_there(tmp_path, monkeypatch):
