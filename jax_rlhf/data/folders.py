@@ -88,6 +88,10 @@ def _saved_rows(folder: Path, split: str) -> Iterator[tuple[Path, int, Any]]:
         raise DataError(f"{folder}: it was saved by an old version of datasets; load and save it again.")
     columns = state.get("_format_columns")
     for name in named:
+        if not (folder / name).is_file():
+            raise DataError(f"{folder / name} is missing; copy the folder again, or save it again.")
+        if kind_of(folder / name) != ".arrow":
+            raise DataError(f"{folder / name}: an .arrow file is expected there.")
         for file, number, content in _named(folder / name, rows_of(_own(folder, folder / name))):
             if isinstance(columns, list):
                 content = {key: value for key, value in content.items() if key in columns}
@@ -97,6 +101,8 @@ def _saved_rows(folder: Path, split: str) -> Iterator[tuple[Path, int, Any]]:
 def _object(file: Path) -> dict[str, Any]:
     try:
         return read_object(file)
+    except FileNotFoundError as error:
+        raise DataError(f"{file} is missing; copy the folder again, or save it again.") from error
     except JSONFileError as error:
         raise DataError(f"{file}: {error}.") from error
 
