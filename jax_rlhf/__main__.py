@@ -25,6 +25,7 @@ from jax_rlhf.phases.faults import FaultError
 from jax_rlhf.phases.mirror import open_workdir_at, put_up, refresh
 from jax_rlhf.phases.stop import Stopped, StopSignals
 from jax_rlhf.phases.workdir import (
+    check_inputs,
     check_shared,
     forget_failed_start,
     forget_overwritten,
@@ -227,6 +228,9 @@ def _run_phases(config: ConfigDict, workdir: Path, stop: StopSignals, locks: lis
             if first:
                 print(f"{phase}: finished before, in {workdir / phase}; --overwrite repeats it.")
             continue
+        with together(f"looking at what {phase} begins with"):
+            for line in check_inputs(settings, workdir, phase, accept_changes=accept_changes) if first else ():
+                print(f"changed: {printable_lines(line)}")
         results[phase] = phases[phase](settings, workdir, stop=stop, accept_changes=accept_changes)
         with together(f"putting {phase} up"):
             put_up(workdir, phase, models=True)

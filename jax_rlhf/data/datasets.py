@@ -2,9 +2,7 @@
 
 import collections
 import dataclasses
-import hashlib
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -16,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jax_rlhf.data.batches import FIRST_EVAL_ROW, packed, packed_pairs, pair_batch, prompt_batch, text_batch, width
 from jax_rlhf.data.config import DataConfig, shares
+from jax_rlhf.data.digests import examples_digest, row_digest
 from jax_rlhf.data.errors import DataError
 from jax_rlhf.data.formats import PHASES, row_texts
 from jax_rlhf.data.sources import Row, is_reader, read_rows
@@ -62,7 +61,7 @@ class Datasets:
       notes: what else is worth knowing of them, a sentence each.
       example: the first row that is trained on, decoded with special tokens.
       held_out: the rows of `eval`, in the same order.
-      digest: of all tokens, in order: processes that read other files differ in it.
+      digest: of all that training reads, in order: processes that read other files differ in it.
       widths: that batches can have with these rows, in tokens; each is compiled for when it first comes.
       prefetch: batches made ahead of their use.
     """
@@ -271,17 +270,13 @@ def _middle_cut(text: str) -> str:
     return text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]} … {text[-_SHOWN:]}"
 
 
-def _digest(content: Any) -> bytes:
-    return hashlib.blake2b(json.dumps(content, sort_keys=True, default=str).encode(), digest_size=16).digest()
-
-
 def _distinct(rows: list[Row], config: DataConfig, dropped: collections.Counter) -> list[Row]:
     """Rows of which no two are alike: before the split, so that the phases' shares are disjoint."""
     if not config.deduplicate:
         return rows
     first = {}
     for row in rows:
-        first.setdefault(_digest(row.content), row)
+        first.setdefault(row_digest(row.content), row)
     if len(first) < len(rows):
         dropped["a copy of another row"] += len(rows) - len(first)
     return list(first.values())
@@ -318,7 +313,7 @@ def _batched(
     packing = config.packing and phase != "ppo"
     groups: list = list(held_out)
     every = itertools.chain(*train, held_out)
-    digest = _digest([[part.hex() for part in _tokens_of(example)] for example in every]).hex()
+    digest = examples_digest(every, phase)
     if packing:
         longest *= 2 if phase == "reward" else 1  # a row holds both texts of a pair
         train, groups = [packed(examples, longest) for examples in train], packed(held_out, longest)

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from jax_rlhf.durable import sync
+
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -72,23 +74,15 @@ def replaced_folder(target: Path) -> Iterator[Path]:
         readable = fresh.stat().st_mode & 0o666  # as the umask has it; safetensors makes files for the owner alone
         for file in fresh.iterdir():
             file.chmod(readable)
-            _flush(file)
-        _flush(fresh)
+            sync(file)
+        sync(fresh)
         if target.exists():
             _exchange(fresh, target)
         else:
             fresh.rename(target)
-        _flush(target.parent)
+        sync(target.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)  # the partial one, or the old one after an exchange
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _exchange(fresh: Path, target: Path) -> None:

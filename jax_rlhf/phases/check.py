@@ -17,7 +17,7 @@ from jax_rlhf.parallel import create_layout, row_shards
 from jax_rlhf.phases.config import RunConfig
 from jax_rlhf.phases.ppo import ppo_microbatch, ptx_data, with_schedule_ends
 from jax_rlhf.phases.supervised import microbatches, with_end
-from jax_rlhf.phases.workdir import WorkdirError, reward_model, sft_model, status
+from jax_rlhf.phases.workdir import WorkdirError, check_overwrite, reward_model, sft_model, status
 from jax_rlhf.training.optimizer import learning_rate_schedule
 
 
@@ -96,7 +96,8 @@ def _check_data(
 
 
 def _check_overwrite(config: RunConfig, workdir: Path) -> None:
-    """What is deleted is neither this run's input, nor what a phase that stays was made from."""
+    """What is deleted is neither this run's input, nor what a phase that stays was made from, nor somebody else's."""
+    check_overwrite(workdir, config.phases)
     inputs = [("model.path", config.model.path), *((name, path) for name, path, _ in _checkpoints(config))]
     inputs += [("data.paths or eval_paths", path) for path in (*config.data.paths, *config.data.eval_paths)]
     for phase in config.phases:

@@ -15,6 +15,7 @@ from etils import epath
 from filelock import BaseFileLock, FileLock, Timeout
 
 from jax_rlhf.names import local_path
+from jax_rlhf.phases import manifest
 
 _REMOTE = ".remote"  # in the local folder: where it is mirrored
 _MODELS = ("model", "model_ema", "critic")
@@ -164,8 +165,14 @@ def delete(workdir: Path, part: str) -> None:
       workdir: the local folder.
       part: in it.
     """
-    if (workdir / part).exists():
-        shutil.rmtree(workdir / part)
     remote = remote_of(workdir)
-    if remote is not None and (remote / part).exists():
-        (remote / part).rmtree()
+    for folder in (epath.Path(workdir) / part, *(() if remote is None else (remote / part,))):
+        if not folder.exists():
+            continue
+        # The manifest last: who is killed in between can go on with it.
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == manifest.NAME):
+            if entry.is_dir():
+                entry.rmtree()
+            else:
+                entry.unlink()
+        folder.rmtree()

@@ -13,7 +13,6 @@ from jax import Array
 
 from jax_rlhf.data import DataConfig, Datasets, create_datasets, imported, pad_id
 from jax_rlhf.engine import RLHFEngine
-from jax_rlhf.hub import save_pretrained
 from jax_rlhf.parallel import (
     Layout,
     all_rows,
@@ -27,6 +26,7 @@ from jax_rlhf.parallel import (
 )
 from jax_rlhf.phases.config import RunConfig
 from jax_rlhf.phases.faults import check_step, debugged
+from jax_rlhf.phases.manifest import export_model
 from jax_rlhf.phases.progress import Progress, digest, tokenizer_digest
 from jax_rlhf.phases.record import Record, sample_row
 from jax_rlhf.phases.stop import StopSignals
@@ -236,10 +236,10 @@ def _pretraining(texts: Datasets | None, iteration: int) -> PretrainingRows | No
 
 
 def _save(engine: RLHFEngine, folder: Path) -> None:
-    save_pretrained(folder / "model", engine.actor)
-    save_pretrained(folder / "critic", engine.critic)
+    export_model(folder / "model", engine.actor)
+    export_model(folder / "critic", engine.critic)
     if engine.trained.actor_ema is not None:
-        save_pretrained(folder / "model_ema", engine.actor_ema)
+        export_model(folder / "model_ema", engine.actor_ema)
 
 
 # ---- what is shown -------------------------------------------------------------------------------------------------

@@ -17,7 +17,9 @@ import tensorboardX
 from tqdm import tqdm
 
 from jax_rlhf.data import Datasets
+from jax_rlhf.durable import write_text
 from jax_rlhf.phases.config import LogConfig
+from jax_rlhf.phases.manifest import begin_manifest
 from jax_rlhf.phases.stop import StopSignals
 from jax_rlhf.text import printable_lines
 
@@ -63,6 +65,7 @@ class Record:
         self._widths: set[int] = set()
         if self._writes:
             folder.mkdir(parents=True, exist_ok=True)
+            begin_manifest(folder)
 
     def __enter__(self) -> "Record":
         """Listens for Ctrl-C, where nobody does yet."""
@@ -250,9 +253,7 @@ class Record:
             content = {"finished": True, "seconds": round(self._seconds(), 1)}
             content |= {k: _json_number(v) if isinstance(v, float) else v for k, v in values.items()}
             self.sync()  # what it speaks of is on the disk before it is
-            partial = self.folder / "summary.json.partial"
-            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            partial.replace(self.folder / "summary.json")
+            write_text(self.folder / "summary.json", json.dumps(content, indent=2) + "\n")
 
     def _line(self, name: str, content: Mapping[str, Any]) -> None:
         if self._writes:

@@ -13,11 +13,12 @@ from jax import Array
 
 from jax_rlhf.data import Datasets, PackedPairs, PairBatch, create_datasets
 from jax_rlhf.engine import load_model
-from jax_rlhf.hub import Pretrained, describe_pretrained, save_pretrained
+from jax_rlhf.hub import Pretrained, describe_pretrained
 from jax_rlhf.models import Decoder, model_jit
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.parallel import Layout, create_layout, map_row_groups, put_rows, same_everywhere
 from jax_rlhf.phases.config import RewardTrainingConfig, RunConfig
+from jax_rlhf.phases.manifest import export_model
 from jax_rlhf.phases.record import Record, sample_row
 from jax_rlhf.phases.stop import StopSignals
 from jax_rlhf.phases.supervised import begun, microbatches, total_steps, train, with_end
@@ -75,7 +76,7 @@ def run(
             return SplitParams(frozen, progress.state.trainable)
 
         def save(**calibration: float) -> None:
-            save_pretrained(folder / "model", _calibrated(how.network, params(), pretrained, **calibration))
+            export_model(folder / "model", _calibrated(how.network, params(), pretrained, **calibration))
 
         def report(step: int) -> dict[str, float]:
             held_out = _held_out(how, params(), datasets, record, layout)

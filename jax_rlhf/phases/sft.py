@@ -10,11 +10,12 @@ import numpy as np
 
 from jax_rlhf.data import Datasets, Example, create_datasets
 from jax_rlhf.engine import load_model
-from jax_rlhf.hub import Pretrained, save_pretrained
+from jax_rlhf.hub import Pretrained
 from jax_rlhf.models import Decoder
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.parallel import create_layout, gather_to_host, same_everywhere
 from jax_rlhf.phases.config import RunConfig
+from jax_rlhf.phases.manifest import export_model
 from jax_rlhf.phases.record import Record, sample_row
 from jax_rlhf.phases.stop import StopSignals
 from jax_rlhf.phases.supervised import begun, evaluated, microbatches, total_steps, train, with_end
@@ -79,7 +80,7 @@ def run(
             report(0)
 
         def save() -> None:
-            save_pretrained(folder / "model", trained())
+            export_model(folder / "model", trained())
 
         how_often = {"evaluate": report, "eval_every": settings.eval_every}
         train(config, how, progress, frozen, datasets, steps, record, layout, **how_often, export=save)

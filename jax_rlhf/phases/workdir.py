@@ -1,7 +1,8 @@
 """A run's folder: where each phase finds the former's result, and whether it is this config's folder at all."""
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,14 @@ from filelock import BaseFileLock, FileLock, Timeout
 from ml_collections import ConfigDict
 
 from jax_rlhf.data.formats import PHASES
-from jax_rlhf.phases.config import RunConfig
-from jax_rlhf.phases.mirror import delete, put_up, remote_of
+from jax_rlhf.durable import write_json, write_text
+from jax_rlhf.json_files import JSONFileError, read_object
+from jax_rlhf.phases.config import RunConfig, run_config
+from jax_rlhf.phases.manifest import ManifestError, check_deletable, check_model
+from jax_rlhf.phases.mirror import checkpoints_of, delete, put_up, remote_of
+from jax_rlhf.training.notes import last_notes
 
+_CONFIG = "config.json"
 _OVERWRITTEN = "overwritten.json"  # the config of the run that did it, as long as that has not ended
 _FREE = ("phases", "log", "checkpoint", "max_bad_steps", "debug")  # may differ from run to run in one workdir
 _OF_A_PHASE = {"sft": "sft", "reward_training": "reward", "ppo": "ppo"}  # a section → the phase that it alone concerns
@@ -58,19 +64,17 @@ def open_workdir(
       WorkdirError: the folder belongs to another config; says which fields differ.
     """
     wanted = json.loads(ConfigDict(config).to_json_best_effort())
-    file = workdir / "config.json"
     changed: dict[str, str] = {}
     states = {phase: status(workdir, phase) for phase in PHASES}
+    said = []
     # Where no phase has left anything, an earlier start failed: there is no run to differ from.
-    if file.is_file() and not overwrite and set(states.values()) != {"new"}:
-        try:
-            changed = dict(_differences(json.loads(file.read_text(encoding="utf-8")), wanted))
-        except ValueError as error:
-            raise WorkdirError(f"{file} is not JSON ({error}); take another --workdir, or --overwrite.") from error
+    if not overwrite and set(states.values()) != {"new"}:
+        lost, changed = _changes(workdir, config, wanted, accept_changes=accept_changes)
+        said = [lost] if lost else []
         refused = [line for name, line in changed.items() if not _can_change(name, states)]
         if refused and not accept_changes:
             raise WorkdirError(
-                f"{workdir} belongs to a run of another config: {'; '.join(refused[:8])}. Take another --workdir "
+                f"{workdir} belongs to a run of another config: {'; '.join(refused[:8])}. {lost}Take another --workdir "
                 "(earlier results are found with --config.sft_model_path and --config.reward.path), --overwrite to "
                 f"repeat {', '.join(phases)} here, or --accept_changes to go on all the same."
             )
@@ -78,13 +82,42 @@ def open_workdir(
     if overwrite:
         for phase in phases:
             delete(workdir, phase)
-    partial = file.with_name("config.json.partial")
-    partial.write_text(json.dumps(wanted, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(file)
+    write_json(workdir / _CONFIG, wanted)
     if overwrite:  # all is done
-        (workdir / _OVERWRITTEN).write_text(_as_text(config), encoding="utf-8")
+        write_text(workdir / _OVERWRITTEN, _as_text(config))
     put_up(workdir)
-    return list(changed.values())
+    return [*said, *changed.values()]
+
+
+def _changes(
+    workdir: Path, config: Mapping[str, Any] | ConfigDict, wanted: dict[str, Any], *, accept_changes: bool
+) -> tuple[str, dict[str, str]]:
+    """(what to say where config.json is lost, what differs from the settings that the run had: field → a line)."""
+    file = workdir / _CONFIG
+    try:
+        before = read_object(file)
+        why = "" if before.keys() >= wanted.keys() else "it lacks settings"
+    except FileNotFoundError:
+        before, why = {}, "it is missing"
+    except JSONFileError as error:
+        before, why = {}, str(error)
+    if not why:
+        return "", dict(_differences(before, wanted))
+    for phase in reversed(PHASES):
+        found = last_notes(checkpoints_of(workdir / phase))
+        if found is not None:
+            step, notes = found
+            now = json.loads(json.dumps(dataclasses.asdict(run_config(config))))
+            lost = (
+                f"{file} was lost ({why}); settings were compared with those in {phase}'s checkpoint of step {step}. "
+            )
+            return lost, dict(_differences(notes["config"], now))
+    if not accept_changes:
+        raise WorkdirError(
+            f"{file} is lost ({why}), and no checkpoint has the settings of this run. Put it back from a copy, or go "
+            "on with the settings that are given: --accept_changes."
+        )
+    return f"{file} was lost ({why}); the settings that are given are taken. ", {}
 
 
 def forget_failed_start(workdir: Path) -> None:
@@ -95,7 +128,7 @@ def forget_failed_start(workdir: Path) -> None:
     """
     if any(status(workdir, phase) != "new" for phase in PHASES):
         return
-    (workdir / "config.json").unlink(missing_ok=True)
+    (workdir / _CONFIG).unlink(missing_ok=True)
     remote = remote_of(workdir)
     if remote is not None:
         (remote / "config.json").unlink(missing_ok=True)
@@ -114,8 +147,8 @@ def overwritten(workdir: Path, config: Mapping[str, Any] | ConfigDict) -> bool:
       Whether.
     """
     try:
-        return (workdir / _OVERWRITTEN).read_text(encoding="utf-8") == _as_text(config)
-    except FileNotFoundError:
+        return (workdir / _OVERWRITTEN).read_bytes() == _as_text(config).encode()
+    except (FileNotFoundError, IsADirectoryError):
         return False
 
 
@@ -212,15 +245,71 @@ def status(workdir: Path, phase: str) -> str:
     """
     folder = workdir / phase
     try:
-        if json.loads((folder / "summary.json").read_text(encoding="utf-8")).get("finished"):
+        if read_object(folder / "summary.json").get("finished") is True:
             return "finished"
     except (FileNotFoundError, NotADirectoryError):
         pass
-    except (ValueError, AttributeError):
-        logging.warning("%s is not what this program writes.", folder / "summary.json")
+    except JSONFileError as error:
+        logging.warning("%s is not what this program writes (%s); the phase does not count as finished.", folder, error)
     if any(path.name.isdigit() for path in folder.glob("checkpoints/*")):
         return "interrupted"
     return "partial" if (folder / "model").exists() else "new"
+
+
+def check_inputs(config: RunConfig, workdir: Path, phase: str, *, accept_changes: bool) -> list[str]:
+    """Whether the models that a phase takes from this workdir are as they were exported.
+
+    Args:
+      config: the run's.
+      workdir: its folder.
+      phase: that begins.
+      accept_changes: go on with another one.
+
+    Returns:
+      What differs and is accepted, a line each.
+
+    Raises:
+      WorkdirError: a model is not what the former phase exported.
+    """
+    training, paths = config.reward_training, []
+    if phase == "ppo" or (phase == "reward" and (not training.path or training.normalize_rows > 0)):
+        paths.append(sft_model(config, workdir))
+    if phase == "ppo":
+        paths.append(reward_model(config, workdir))
+    said = []
+    for former in PHASES:
+        folder = workdir / former / "model"
+        if str(folder) not in paths:
+            continue
+        try:
+            check_model(folder)
+        except ManifestError as error:
+            if not accept_changes:
+                raise WorkdirError(
+                    f"{folder} is not what the {former} phase exported: {error}. Put it back from a copy; or take it "
+                    "as it is, with --accept_changes."
+                ) from error
+            said.append(f"{folder} is not what the {former} phase exported: {error} (--accept_changes)")
+    return said
+
+
+def check_overwrite(workdir: Path, phases: Iterable[str]) -> None:
+    """Whether all that --overwrite would delete was written by this program.
+
+    Args:
+      workdir: the folder.
+      phases: to repeat.
+
+    Raises:
+      WorkdirError: a phase's folder holds something else.
+    """
+    for phase in phases:
+        try:
+            check_deletable(workdir / phase)
+        except ManifestError as error:
+            raise WorkdirError(
+                f"--overwrite deletes only what this program wrote: {error}. Move it away, or take another --workdir."
+            ) from error
 
 
 def sft_model(config: RunConfig, workdir: Path) -> str:

@@ -10,7 +10,6 @@ network or file system in between can change a bit unseen.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from orbax.checkpoint import checkpoint_managers
 from jax_rlhf.hub import CheckpointError
 from jax_rlhf.parallel import ProcessError, together
 from jax_rlhf.training.checksum import checksums
+from jax_rlhf.training.notes import DamagedError, first_line, read_notes, reading, with_digest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,9 +189,7 @@ class Checkpoints:
         # As JSON will give it back; and a copy, since it is written while the caller goes on.
         metric = float(metric) if metric is not None and math.isfinite(metric) else None
         content = json.loads(json.dumps({"step": step, "arrays": arrays, "metric": metric, "notes": dict(notes)}))
-        items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(leaves), notes=ocp.args.JsonSave({"digest": _digest(content), **content})
-        )
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(leaves), notes=ocp.args.JsonSave(with_digest(content)))
         if metric is not None:
             self._best.metrics[step] = metric
         with self._explained(step):
@@ -239,11 +237,11 @@ class Checkpoints:
                 restored = self._read(step, like)
             except _OtherArraysError as error:
                 raise RestoreError(f"{self.folder / str(step)}: {error}") from error
-            except (_DamagedError, ProcessError) as error:
+            except (DamagedError, ProcessError) as error:
                 if getattr(error, "ours", False):  # of another process, and no damage
                     raise
                 logging.debug("where it came from", exc_info=True)
-                self._say(f"{self.folder / str(step)} is damaged: {_first_line(error)}")
+                self._say(f"{self.folder / str(step)} is damaged: {first_line(error)}")
                 continue
             self._move_away([other for other in found if other > step])
             return restored
@@ -259,40 +257,33 @@ class Checkpoints:
         with together(f"reading the checkpoint of step {step}"):
             try:
                 content, leaves = self._read_files(step, like)
-            except _DamagedError:  # once more: a network's file system may have been away for a moment
+            except DamagedError:  # once more: a network's file system may have been away for a moment
                 logging.warning("%s could not be read; trying once more.", self.folder / str(step))
                 content, leaves = self._read_files(step, like)
         found = checksums(leaves)
         wrong = [name for name, (_, _, written) in content["arrays"].items() if found[name] != written]
         if wrong:
-            raise _DamagedError(f"{', '.join(wrong[:3])} has another checksum than when it was written")
+            raise DamagedError(f"{', '.join(wrong[:3])} has another checksum than when it was written")
         tree = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in named(like)])
         return Restored(content["step"], tree, content["notes"])
 
     def _read_files(self, step: int, like: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        with _damage():
-            content = self._read_notes(step)
+        with reading():
+            content = read_notes(self.folder / str(step))
         wanted = named(like)
         _check_arrays(content["arrays"], wanted)
         arguments = ocp.args.PyTreeRestore(
             item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
         )
-        with _damage():
+        with reading():
             # Not the manager's restore: it waits for all processes at its end, and for ever where another one failed.
             return content, ocp.PyTreeCheckpointHandler().restore(self.folder / str(step) / "state", args=arguments)
 
-    def _read_notes(self, step: int) -> dict[str, Any]:
-        content = ocp.JsonCheckpointHandler().restore(self.folder / str(step) / "notes")
-        digest = content.pop("digest", None)
-        if digest != _digest(content):
-            raise _DamagedError("its notes have another checksum than when they were written")
-        return content
-
     def _metric(self, step: int) -> float | None:
         try:
-            with _damage():
-                return self._read_notes(step)["metric"]
-        except _DamagedError as error:  # whether it can be read at all is seen where it is needed
+            with reading():
+                return read_notes(self.folder / str(step))["metric"]
+        except DamagedError as error:  # whether it can be read at all is seen where it is needed
             logging.warning("%s: its metric cannot be read: %s", self.folder / str(step), error)
             return None
 
@@ -322,24 +313,9 @@ class Checkpoints:
             whole = [other for other in self.steps if other != step]
             left = f"the last complete one is of step {whole[-1]}" if whole else "there is no complete one"
             raise CheckpointError(
-                f"{self.folder}: the checkpoint of step {step} could not be written: {_first_line(error)}; {left}. "
+                f"{self.folder}: the checkpoint of step {step} could not be written: {first_line(error)}; {left}. "
                 "Once this is mended (is the disk full?), the same command goes on from there."
             ) from error
-
-
-class _DamagedError(Exception):
-    """Files that are not as they were written."""
-
-
-@contextlib.contextmanager
-def _damage() -> Iterator[None]:
-    """Reading files: orbax and tensorstore have many words for one that is not as it was."""
-    try:
-        yield
-    except (_DamagedError, jax.errors.JaxRuntimeError, MemoryError):  # the latter are of devices, network and host
-        raise
-    except Exception as error:
-        raise _DamagedError(_first_line(error)) from error
 
 
 class _OtherArraysError(Exception):
@@ -372,14 +348,6 @@ def named(tree: Any) -> dict[str, Any]:
     """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def _digest(content: Any) -> str:
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:400]
 
 
 def abstract(tree: Any) -> Any:

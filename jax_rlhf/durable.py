@@ -1,0 +1,59 @@
+"""Files that decide, written so that a crash or a power cut leaves the former one or the whole new one."""
+
+import errno
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_NOT_FOR_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # what file systems say that cannot sync a folder
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's entries, are on the disk.
+
+    Args:
+      path: a file or folder.
+
+    Raises:
+      OSError: the disk fails.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NOT_FOR_FOLDERS or not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a file as a whole, and waits until it is on the disk under its name.
+
+    Args:
+      file: to make or replace; its folder is there.
+      text: its content.
+
+    Raises:
+      OSError: the disk is full, …; the former file is as it was.
+    """
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
+    partial.replace(file)
+    sync(file.parent)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """The same with a JSON object, its keys sorted.
+
+    Args:
+      file: to make or replace.
+      content: the object.
+
+    Raises:
+      OSError: as above.
+    """
+    write_text(file, json.dumps(content, indent=2, sort_keys=True) + "\n")

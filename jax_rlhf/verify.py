@@ -1,0 +1,179 @@
+"""`python -m jax_rlhf.verify WORKDIR`: reads every checkpoint and model of a run, and says which are whole.
+
+A checkpoint is whole where each of its arrays has the checksum that it was written with, a model where each of its
+files has the digest that the phase's manifest lists. Nothing is changed.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from absl import app, logging
+from etils import epath
+from jax.sharding import SingleDeviceSharding
+
+from jax_rlhf.data.formats import PHASES
+from jax_rlhf.json_files import JSONFileError, read_object
+from jax_rlhf.phases.manifest import ManifestError, check_model, listed_models
+from jax_rlhf.phases.mirror import checkpoints_of, open_workdir_at
+from jax_rlhf.terminal import make_output_harmless
+from jax_rlhf.text import printable
+from jax_rlhf.training.checksum import checksums
+from jax_rlhf.training.notes import DamagedError, read_notes, reading
+
+_AT_ONCE = 2**30
+"""Bytes of arrays that are read together; one array may be larger."""
+_OBJECTS, _LINES = ("manifest.json", "summary.json"), ("metrics.jsonl", "samples.jsonl")
+
+
+def verify(workdir: Path) -> Iterator[tuple[str, str]]:
+    """Looks at all that a run has left.
+
+    Args:
+      workdir: its folder.
+
+    Yields:
+      (what, "" where it is whole, else what is wrong with it).
+
+    Raises:
+      FileNotFoundError: it is no run's folder.
+    """
+    phases = [phase for phase in PHASES if (workdir / phase).is_dir()]
+    if not phases:
+        raise FileNotFoundError(f"{workdir} holds no phase of a run ({', '.join(PHASES)}).")
+    yield "config.json", _of_object(workdir / "config.json")
+    for phase in phases:
+        folder = workdir / phase
+        for name in _OBJECTS:
+            if name in _OBJECTS[:1] or (folder / name).exists():
+                yield f"{phase}/{name}", _of_object(folder / name)
+        for name in _LINES:
+            if (folder / name).exists():
+                yield f"{phase}/{name}", _of_lines(folder / name)
+        checkpoints = checkpoints_of(folder)
+        found = (
+            [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()] if checkpoints.is_dir() else []
+        )
+        for step in sorted(found):
+            yield f"{phase}/checkpoints/{step}", of_checkpoint(checkpoints / str(step))
+        yield from _of_models(folder)
+
+
+def _of_models(folder: Path) -> Iterator[tuple[str, str]]:
+    try:
+        models = listed_models(folder)
+    except ManifestError:  # which is said of the manifest
+        return
+    for name in models:
+        try:
+            check_model(folder / name)
+            yield f"{folder.name}/{name}", ""
+        except (ManifestError, OSError) as error:
+            yield f"{folder.name}/{name}", str(error)
+
+
+def _of_object(file: Path) -> str:
+    try:
+        read_object(file)
+    except (JSONFileError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def _of_lines(file: Path) -> str:
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    whole = line.endswith(b"\n") and isinstance(json.loads(line), dict)
+                except (ValueError, RecursionError):
+                    whole = False
+                if not whole:
+                    return f"line {number} is not a whole JSON object"
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def of_checkpoint(checkpoint: Path | epath.Path) -> str:
+    """Reads a checkpoint, some of its arrays at a time.
+
+    Args:
+      checkpoint: its folder.
+
+    Returns:
+      "" where it is whole, else what is wrong.
+    """
+    checkpoint = epath.Path(checkpoint)
+    try:
+        with reading():
+            arrays = read_notes(checkpoint)["arrays"]
+            wrong = [name for group in _groups(arrays) for name in _wrong(checkpoint, group)]
+    except DamagedError as error:
+        return str(error)
+    return f"{', '.join(wrong[:3])}: another checksum than when it was written" if wrong else ""
+
+
+def _groups(arrays: dict) -> Iterator[dict]:
+    group: dict = {}
+    size = 0
+    for name, (shape, dtype, written) in arrays.items():
+        bytes_of_it = math.prod(shape) * jnp.dtype(dtype).itemsize
+        if group and size + bytes_of_it > _AT_ONCE:
+            yield group
+            group, size = {}, 0
+        group[name] = (shape, dtype, written)
+        size += bytes_of_it
+    if group:
+        yield group
+
+
+def _wrong(checkpoint: epath.Path, arrays: dict) -> list[str]:
+    place = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    wanted = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, (shape, dtype, _) in arrays.items()}
+    how = {"restore_args": ocp.checkpoint_utils.construct_restore_args(wanted), "partial_restore": True}
+    leaves = ocp.PyTreeCheckpointHandler().restore(
+        checkpoint / "state", args=ocp.args.PyTreeRestore(item=wanted, **how)
+    )
+    found = checksums(leaves)
+    return [name for name, (_, _, written) in arrays.items() if found[name] != written]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prints a line for each file, checkpoint and model.
+
+    Args:
+      arguments: the program and the workdir.
+
+    Returns:
+      The exit code: 0 where all is whole, 1 where something is not, 2 where nothing could be looked at.
+    """
+    make_output_harmless()
+    if len(arguments) != 2:
+        print("usage: python -m jax_rlhf.verify WORKDIR", file=sys.stderr)
+        return 2
+    logging.set_verbosity(logging.ERROR)  # what is damaged is said here
+    jax.config.update("jax_platforms", "cpu")
+    damaged = count = 0
+    try:
+        workdir, _lock = open_workdir_at(arguments[1])
+        for what, wrong in verify(workdir):
+            count, damaged = count + 1, damaged + bool(wrong)
+            print(
+                f"{'DAMAGED' if wrong else 'whole  '}  {what}{f': {printable(wrong, 400)}' if wrong else ''}",
+                flush=True,
+            )
+    except (ValueError, OSError) as error:
+        print(f"error: {printable(str(error), 400)}", file=sys.stderr)
+        return 2
+    print(f"{count - damaged} of {count} are whole.")
+    return 1 if damaged else 0
+
+
+if __name__ == "__main__":
+    app.run(main)
