@@ -29,6 +29,22 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def sync_tree(folder: Path) -> None:
+    """Waits until a folder, and all that is in it, is on the disk under its name.
+
+    Args:
+      folder: a local folder.
+
+    Raises:
+      OSError: the disk fails.
+    """
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            sync(Path(parent, name))
+        sync(Path(parent))
+    sync(folder.parent)
+
+
 def write_text(file: Path, text: str) -> None:
     """Writes a file as a whole, and waits until it is on the disk under its name.
 

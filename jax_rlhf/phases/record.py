@@ -111,13 +111,14 @@ class Record:
         self._started = time.perf_counter() - position.get("seconds", 0.0)
         for name in _FILES if self._writes else ():
             size, file = position["bytes"][name], self._file(name)
-            if file.seek(0, os.SEEK_END) < size:
+            whole = _end_of_lines(file, min(size, file.seek(0, os.SEEK_END)))
+            if whole < size:
                 self.say(
-                    f"{self.folder / name}.jsonl is shorter than when step {step} was saved; it goes on from its end."
+                    f"{self.folder / name}.jsonl is shorter than when step {step} was saved, by {size - whole:,} "
+                    "bytes; it goes on after its last whole line."
                 )
-            else:
-                file.truncate(size)
-                file.seek(size)
+            file.truncate(whole)
+            file.seek(whole)
 
     def sync(self) -> None:
         """Waits until what was written is on the disk."""
@@ -278,6 +279,19 @@ class Record:
             config = {} if self._settings is None else dataclasses.asdict(self._settings)
             where = {"job_type": self.phase, "dir": str(self.folder)}
             self._run = self._wandb.init(config=json.loads(json.dumps(config, default=str)), **names, **where, **again)
+
+
+def _end_of_lines(file: BinaryIO, most: int) -> int:
+    """Where the last whole line ends within so many bytes."""
+    end = most
+    while end > 0:
+        start = max(0, end - 2**16)
+        file.seek(start)
+        place = file.read(end - start).rfind(b"\n")
+        if place >= 0:
+            return start + place + 1
+        end = start
+    return 0
 
 
 def _json_number(value: float) -> float | None:

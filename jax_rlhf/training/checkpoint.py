@@ -22,6 +22,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from jax_rlhf.durable import sync_tree
 from jax_rlhf.hub import CheckpointError
 from jax_rlhf.parallel import ProcessError, together
 from jax_rlhf.training.checksum import checksums
@@ -90,6 +91,13 @@ class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
         del step
         return False
+
+    def _finalize_checkpoint(self, step: int) -> None:
+        """Called once a checkpoint has its name, and before older ones are deleted: a power cut must not take both."""
+        super()._finalize_checkpoint(step)
+        folder = epath.Path(self.directory) / str(step)
+        if jax.process_index() == 0 and "://" not in str(folder):
+            sync_tree(Path(folder))
 
 
 @dataclasses.dataclass

@@ -7,6 +7,7 @@ import sys
 import types
 
 import numpy as np
+import pytest
 
 from jax_rlhf.phases import record as records
 from jax_rlhf.phases.config import LogConfig
@@ -91,3 +92,45 @@ def test_weights_and_biases_has_the_config_the_run_s_name_and_tables(tmp_path, m
     assert dict(zip(columns, data[0], strict=True)) == told | {"length": 2, "ended": True}
     assert json.loads((tmp_path / "my-run" / "ppo" / "samples.jsonl").read_text())["columns"] == {"answer": 7}
     assert json.loads((tmp_path / "my-run" / "ppo" / "metrics.jsonl").read_text())["loss"] == 0.3
+
+
+LINES = [b'{"a": 1}\n', b'{"a": 2}\n', b'{"a": 3}\n']
+
+
+@pytest.mark.parametrize(
+    ("left", "kept", "missing"),
+    [
+        (LINES, 2, 0),  # what came after the checkpoint is dropped
+        (LINES[:2], 2, 0),
+        ([*LINES[:1], LINES[1][:4]], 1, 9),  # a power cut took the end of it
+        ([*LINES[:1], LINES[1][:-1]], 1, 9),  # and the line's break alone
+        ([LINES[0][:3]], 0, 18),
+        ([b"x" * 200_000], 0, 18),  # not one line
+        ([b""], 0, 18),
+        (None, 0, 18),
+    ],
+)
+def test_a_file_that_was_cut_goes_on_after_its_last_whole_line(tmp_path, capsys, left, kept, missing):
+    folder = tmp_path / "sft"
+    folder.mkdir()
+    if left is not None:
+        (folder / "metrics.jsonl").write_bytes(b"".join(left))
+    (folder / "samples.jsonl").write_bytes(b"")
+    position = {"seconds": 1.0, "bytes": {"metrics": len(LINES[0]) * 2, "samples": 0}}
+    with Record(folder, LogConfig(tensorboard=False)) as record:
+        record.continue_from(position, 2)
+        record.metrics(3, {"loss": 0.5})
+    *before, last = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert before == LINES[:kept]
+    assert json.loads(last)["loss"] == 0.5
+    said = f"metrics.jsonl is shorter than when step 2 was saved, by {missing} bytes"
+    assert (said in capsys.readouterr().out.replace("\n", " ")) == bool(missing)
+
+
+def test_the_last_whole_line_may_be_far_from_the_end(tmp_path):
+    file = tmp_path / "x"
+    file.write_bytes(b"a\n" + b"b" * 300_000)
+    with file.open("rb") as stream:
+        for most in (300_002, 100_000, 3, 2):
+            assert records._end_of_lines(stream, most) == 2
+        assert records._end_of_lines(stream, 1) == 0

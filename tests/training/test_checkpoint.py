@@ -1,7 +1,9 @@
 """Checkpoints are whole or not there, and a bit that changed on the way is seen."""
 
 import math
+import os
 import resource
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +47,27 @@ def saved(folder, *steps, **config):
         checkpoints.save(step, tree(step), {"at": step})
     checkpoints.wait()
     checkpoints.close()
+
+
+def test_a_checkpoint_is_on_the_disk_before_an_older_one_is_deleted(tmp_path, monkeypatch):
+    """A power cut right after the deletion must leave one of them."""
+    saved(tmp_path, 1, keep=1)
+    folder, happened = tmp_path / "checkpoints", []
+    sync, where = os.fsync, Path("/proc/self/fd")
+
+    def watched(handle):
+        happened.append((os.readlink(where / str(handle)), (folder / "1").exists()))
+        return sync(handle)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    checkpoints = opened(tmp_path, keep=1)
+    checkpoints.save(2, tree(2), {"at": 2})
+    checkpoints.wait()
+    checkpoints.close()
+    monkeypatch.undo()
+    assert not (folder / "1").exists()
+    files = {str(path) for path in [folder, folder / "2", *(folder / "2").rglob("*")]}
+    assert {path for path, old_is_there in happened if old_is_there} >= files
 
 
 def test_what_is_saved_comes_back_though_the_arrays_were_donated_at_once(tmp_path):

@@ -1,0 +1,70 @@
+"""What "the same data" means: all that a phase reads, and nothing else."""
+
+import datetime
+
+import numpy as np
+import pytest
+
+from jax_rlhf.data import create_datasets
+from jax_rlhf.data.digests import examples_digest
+from jax_rlhf.data.tokens import Example
+from tests.data import tiny
+
+
+def digest(tmp_path, phase, change=None):
+    rows = [
+        {"prompt": text, "chosen": f"{text} a", "rejected": f"{text} b", "margin": 1, "own": {"k": [number]}}
+        for number, text in enumerate(tiny.letters(20))
+    ]
+    rows[7] |= change or {}
+    how = {"paths": (tiny.write(tmp_path / "x.jsonl", rows),), "eval_rows": 2}
+    sizes = {"sft_batch_size": 2, "reward_batch_size": 2, "ppo_batch_size": 2}
+    return create_datasets(how | sizes, tiny.tokenizer(), phase, seed=0).digest
+
+
+@pytest.mark.parametrize(
+    ("change", "seen_by"),
+    [
+        ({}, ()),
+        ({"chosen": "z"}, ("sft", "reward")),
+        ({"rejected": "z"}, ("reward",)),
+        ({"prompt": "z"}, ("sft", "reward", "ppo")),
+        ({"margin": 1.5}, ("reward",)),
+        ({"margin": 1.0}, ()),
+        ({"own": {"k": [8]}}, ("ppo",)),
+        ({"new": "z"}, ("ppo",)),
+    ],
+)
+def test_a_phase_s_digest_is_of_what_it_reads(tmp_path, change, seen_by):
+    for phase in ("sft", "reward", "ppo"):
+        same = digest(tmp_path, phase) == digest(tmp_path, phase, change)
+        assert same != (phase in seen_by), phase
+
+
+def test_a_chat_s_messages_count_where_reward_functions_get_them():
+    one = Example(np.arange(3), (), chat=[{"role": "user", "content": "a", "name": "b"}])
+    two = Example(np.arange(3), (), chat=[{"role": "user", "content": "a", "name": "c"}])
+    assert examples_digest([one], "ppo") != examples_digest([two], "ppo")
+    assert examples_digest([one], "sft") == examples_digest([two], "sft")
+
+
+def test_values_that_json_does_not_know_are_told_apart_and_no_address_counts():
+    """Columns of parquet files and readers."""
+
+    class Own:
+        pass
+
+    values = [
+        b"a",
+        b"b",
+        datetime.date(2026, 1, 1),
+        datetime.date(2026, 1, 2),
+        np.arange(2),
+        np.arange(3),
+        {"a"},
+        {"b"},
+    ]
+    found = [examples_digest([Example(np.arange(3), (), columns={"c": value})], "ppo") for value in [*values, Own()]]
+    assert len(set(found)) == len(found)
+    again = [examples_digest([Example(np.arange(3), (), columns={"c": value})], "ppo") for value in [*values, Own()]]
+    assert again == found
