@@ -219,7 +219,7 @@ class Progress:
         where, saved = checkpoints_of(self._record.folder), self._checkpoints.steps[-1]
         self._record.say(f"step {saved} is saved in {where}; the same command goes on from there.")
         # Who is preempted has seconds; who pressed Ctrl-C may want to look at the model.
-        preempted = isinstance(error, Stopped) and self._record.stop.reason in ("SIGTERM", "preemption")
+        preempted = isinstance(error, Stopped) and self._record.stop.reason in ("SIGTERM", "SIGHUP", "preemption")
         if not preempted and not isinstance(error, _NUMBERS):
             export()
             put_up(self._record.folder.parent, self._record.phase, models=True)

@@ -1,4 +1,4 @@
-"""Being asked to stop: Ctrl-C, SIGTERM, a maintenance notice. The step at hand is finished, its state saved."""
+"""Being asked to stop, by signals or a maintenance notice: the step at hand is finished, its state saved."""
 
 import contextlib
 import os
@@ -20,12 +20,12 @@ class Stopped(Exception):
 class StopSignals:
     """Hears that the run is asked to stop.
 
-    Ctrl-C and SIGTERM are noted, and the program asks `agreed` where it can stop. The same signal once more ends it at
-    once. Of several processes JAX's preemption service has SIGTERM, on TPUs maintenance notices too, and names a point
-    that all reach.
+    Ctrl-C, SIGTERM and SIGHUP (a closed terminal) are noted, and the program asks `agreed` where it can stop. The same
+    signal once more ends it at once, but for SIGHUP. Of several processes JAX's preemption service has SIGTERM, on TPUs
+    maintenance notices too, and names a point that all reach.
 
     Attributes:
-      reason: "Ctrl-C", "SIGTERM" or "preemption"; None = this process was not asked to stop.
+      reason: "Ctrl-C", "SIGTERM", "SIGHUP" or "preemption"; None = this process was not asked to stop.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,9 @@ class StopSignals:
           Itself.
         """
         served = jax.process_count() > 1 and jax.distributed.is_initialized()
-        for number in (signal.SIGINT,) if served else (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGHUP) if served else (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # under nohup the run outlives its terminal
             with contextlib.suppress(ValueError):  # not in the main thread: signals are somebody else's
                 self._former[number] = signal.signal(number, self._note)
         return self
@@ -52,10 +54,13 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self.reason = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-        signal.signal(number, signal.SIG_DFL)  # once more: at once, whatever the main thread is in
-        # Not print: what it interrupts may be printing.
-        os.write(2, f"\n{self.reason}: this step is finished and saved; once more stops at once.\n".encode())
+        self.reason = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        hung_up = number == signal.SIGHUP  # the terminal is closed, and some send it twice
+        # Once more: at once, whatever the main thread is in.
+        signal.signal(number, signal.SIG_IGN if hung_up else signal.SIG_DFL)
+        once_more = "" if hung_up else "; once more stops at once"
+        with contextlib.suppress(OSError):  # not print: what it interrupts may be printing
+            os.write(2, f"\n{self.reason}: this step is finished and saved{once_more}.\n".encode())
 
     def agreed(self, *others: bool) -> tuple[bool, ...]:
         """Whether any process was asked to stop; all must call it, equally often.
