@@ -58,6 +58,8 @@ def get_config() -> ConfigDict:
     # ppo.reward_clip = 5.0  # scores beyond ± this are clipped
     ppo.missing_eos_penalty = 0.0  # subtracted from responses that do not end
     ppo.reward_timeout = 600.0  # seconds that a call of a reward function may take
+    ppo.reward_isolation = "none"  # "process": functions run in processes of their own, which cannot harm the run
+    # ppo.reward_memory_gb = 8.0  # address space of each of these
     ppo.reward_retries = 2  # how often a call that failed, hung, or gave no numbers is repeated
     ppo.on_reward_failure = "fatal"  # and then; or "penalize": its responses get
     ppo.reward_failure_score = -1.0  # this, instead of a score

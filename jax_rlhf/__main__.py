@@ -118,7 +118,10 @@ def main(arguments: Sequence[str]) -> int:
     except Stopped as error:
         print(f"stopped ({printable_lines(str(error))}); the same command goes on.", file=sys.stderr)
         return leave(SAVED, error)
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+    except SystemExit as error:  # of a reader, or of a package: who asks for 0 must not get it
+        print(f"error: something that the run called has ended it: sys.exit({error.code!r})", file=sys.stderr)
+        return leave(1, error)
+    except KeyboardInterrupt:
         raise
     except BaseException as error:  # the tokenizers library's panics are none of Exception
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, _NOT_OF_FILES):

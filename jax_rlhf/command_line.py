@@ -51,7 +51,7 @@ def _settings_of(argument: str) -> tuple[str, ConfigDict]:
     get_config = get_config_of(file)
     try:
         config = get_config(parameter) if colon else get_config()
-    except Exception as error:  # it is the user's code
+    except (Exception, SystemExit) as error:  # it is the user's code
         raise ValueError(said_of(file, error)) from error
     if not isinstance(config, ConfigDict):
         raise ValueError(

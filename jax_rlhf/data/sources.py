@@ -120,16 +120,32 @@ def imported(name: str, what: str) -> Callable:
     Raises:
       ValueError: there is none of that name.
     """
-    if not _READER.fullmatch(name):
-        raise ValueError(f'{what}={name!r}: "package.module:function" is expected.')
-    module, _, attribute = name.partition(":")
+    module, _, attribute = checked_name(name, what).partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{what}={name!r} cannot be imported: {error}. Is its folder on PYTHONPATH?") from error
+    except (ImportError, AttributeError, SystemExit) as error:
+        raise ValueError(f"{what}={name!r} cannot be imported: {error!s}. Is its folder on PYTHONPATH?") from error
     if not callable(function):
         raise ValueError(f"{what}={name!r} is a {type(function).__name__}, not a function.")
     return function
+
+
+def checked_name(name: str, what: str) -> str:
+    """A function's name, which nobody has looked for yet.
+
+    Args:
+      name: "package.module:function".
+      what: for messages.
+
+    Returns:
+      The name.
+
+    Raises:
+      ValueError: it is of another form.
+    """
+    if not _READER.fullmatch(name):
+        raise ValueError(f'{what}={name!r}: "package.module:function" is expected.')
+    return name
 
 
 def _from_reader(path: str, phase: str, split: str) -> list:

@@ -17,6 +17,8 @@ Fields = dict[str, Any]
 
 _TOP_LEVEL = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}
 """What a family calls rope_theta and partial_rotary_factor beside its other fields, where it has names of its own."""
+_LEARNED_POSITIONS = ("gpt2", "opt")
+"""Families for which a rotation in the file means nothing."""
 _NOT_SCALING = ("rope_theta", "partial_rotary_factor", "type")
 _OF_LOADING = ("backend", "is_local", "local_files_only", "auto_map", "name_or_path")
 """What transformers 5 adds to a tokenizer's settings of how, and from where, it was loaded."""
@@ -43,7 +45,7 @@ def config_fields(config: PretrainedConfig) -> Fields:
     """
     # All of the family's own fields are in it, at their defaults too: another version or program may have others.
     content = config.to_diff_dict()
-    if content.get("rope_parameters"):
+    if content.get("rope_parameters") and content["model_type"] not in _LEARNED_POSITIONS:
         content |= _rotary_fields(content)
     if content.get("dtype"):
         content["torch_dtype"] = content["dtype"]

@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from jax_rlhf.hub import settings
 from jax_rlhf.hub.errors import CheckpointError
+from jax_rlhf.hub.export import config_fields
 from jax_rlhf.hub.layout import HubTensor
 from jax_rlhf.hub.limits import check_sizes, checked_ids
 from jax_rlhf.hub.settings import Fields
@@ -176,7 +177,9 @@ def config_from_hub(config: Mapping[str, Any]) -> DecoderConfig:
         )
     config = _checked(config, kind)
     try:
-        normalised = CONFIG_MAPPING[kind].from_dict(dict(config)).to_dict()
+        read = CONFIG_MAPPING[kind].from_dict(dict(config))
+        normalised = read.to_dict()
+        config_fields(read)  # what could not be written again would be known after the training
         fields = FAMILIES[kind].fields(normalised)
     except CheckpointError as error:
         raise CheckpointError(f"config.json ({kind}): {error}") from error

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from jax_rlhf.data import DataError, Datasets, create_datasets, imported
+from jax_rlhf.data import DataError, Datasets, create_datasets
 from jax_rlhf.data.formats import PHASES
 from jax_rlhf.engine import check_roles, headless
 from jax_rlhf.hub import Description, describe_pretrained, other_ids
@@ -15,7 +15,7 @@ from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.names import local_path
 from jax_rlhf.parallel import create_layout, row_shards
 from jax_rlhf.phases.config import RunConfig
-from jax_rlhf.phases.ppo import ppo_microbatch, ptx_data, with_schedule_ends
+from jax_rlhf.phases.ppo import named_functions, ppo_microbatch, ptx_data, with_schedule_ends
 from jax_rlhf.phases.supervised import microbatches, with_end
 from jax_rlhf.phases.workdir import WorkdirError, check_overwrite, reward_model, sft_model, status
 from jax_rlhf.training.optimizer import learning_rate_schedule
@@ -62,8 +62,8 @@ def check_run(config: RunConfig, workdir: Path, *, overwrite: bool) -> list[str]
     _check_positions(config, policy.config, phases, others)
     _check_batches(config, phases)
     _check_schedules(config, phases)
-    for name in (*config.ppo.reward_functions, *config.ppo.eval_functions):
-        imported(name, "config.ppo.reward_functions or eval_functions")
+    for function in named_functions((*config.ppo.reward_functions, *config.ppo.eval_functions), config.ppo):
+        function.asks_for_special_tokens()  # with isolation, what cannot be imported is known then
     seen = _check_data(config, policy, phases, others)
     for described in inputs:  # last: of hub ids the weights are downloaded for it
         _check_tensors(*described)

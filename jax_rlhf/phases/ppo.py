@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from jax_rlhf.data import DataConfig, Datasets, create_datasets, imported, pad_id
+from jax_rlhf.data import DataConfig, Datasets, checked_name, create_datasets, imported, pad_id
 from jax_rlhf.engine import RLHFEngine
 from jax_rlhf.parallel import (
     Layout,
@@ -32,7 +32,7 @@ from jax_rlhf.phases.record import Record, sample_row
 from jax_rlhf.phases.stop import StopSignals
 from jax_rlhf.phases.supervised import microbatches, other_widths, with_end
 from jax_rlhf.phases.workdir import reward_model, sft_model
-from jax_rlhf.rewards import OnFailure, RewardFunction, asks_for_special_tokens, score_texts
+from jax_rlhf.rewards import OnFailure, RewardFunction, score_texts
 from jax_rlhf.rl import Experience, Prompts, check_experience
 from jax_rlhf.text import printable
 from jax_rlhf.trainer import PPOTrainer, microbatch_rows
@@ -66,15 +66,13 @@ def run(
         roles = {"model": actor, "reference": config.reference, "critic": config.critic, "reward": reward}
         engine = RLHFEngine.create(roles, layout)  # actor, reference, critic, reward
         settings = _completed(config, engine)
-        trainer = PPOTrainer(
-            engine, settings, reward_functions=_functions(settings.reward_functions, settings.reward_timeout)
-        )
+        trainer = PPOTrainer(engine, settings, reward_functions=named_functions(settings.reward_functions, settings))
         most = config.eval_rows_of("ppo")
         known = engine.networks.actor.model.config.vocab_size
         how = {"seed": config.seed, "eval_rows": most, "vocab_size": known}
         prompts = create_datasets(config.data, engine.tokenizer, "ppo", mesh=layout, **how)
         texts = _texts(config, engine) if settings.ptx_coef else None
-        judges = _functions(settings.eval_functions, settings.reward_timeout)
+        judges = named_functions(settings.eval_functions, settings)
         same_everywhere(prompts.digest, "the data")
         record.says_of(prompts)
         if texts is not None and config.data.ptx_paths:
@@ -223,9 +221,26 @@ def ptx_data(data: DataConfig) -> DataConfig:
     return dataclasses.replace(data, packing=False, **own)
 
 
-def _functions(names: Sequence[str], timeout: float | None) -> list[RewardFunction]:
-    where = "config.ppo"
-    return [RewardFunction(imported(name, where), name=name.partition(":")[2], timeout=timeout) for name in names]
+def named_functions(names: Sequence[str], config: PPOConfig) -> list[RewardFunction]:
+    """Reward functions by their names; with `reward_isolation` they are imported in their processes alone.
+
+    Args:
+      names: "package.module:function" each.
+      config: how they are called.
+
+    Returns:
+      The functions.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    how = {"timeout": config.reward_timeout, "isolation": config.reward_isolation, "memory_gb": config.reward_memory_gb}
+    functions = []
+    for name in names:
+        own = config.reward_isolation == "process"
+        function = checked_name(name, "config.ppo") if own else imported(name, "config.ppo")
+        functions.append(RewardFunction(function, name=name.partition(":")[2], **how))
+    return functions
 
 
 def _pretraining(texts: Datasets | None, iteration: int) -> PretrainingRows | None:
@@ -326,7 +341,7 @@ def _verdicts(
         of_mine = lambda rows: None if rows is None else [rows[row] for row in np.flatnonzero(mine)]  # noqa: E731
         more = {"completion_ids": ids, "chats": of_mine(prompts.chats), "continued": of_mine(prompts.continued)}
         more["unscored"] = math.nan
-        if asks_for_special_tokens(judge.function):
+        if judge.asks_for_special_tokens():
             width, decode = experience.prompt_mask.shape[1], trainer.engine.tokenizer.decode
             begins = zip(tokens, local_rows(experience.prompt_mask)[mine], strict=True)
             prompt_texts = [decode(row[:width][real]) for row, real in begins]

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import math
 import queue
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from absl import logging
 
-from jax_rlhf.rewards.calling import Answers, arguments, call_in_words
+from jax_rlhf.rewards.calling import Answers, arguments, asks_for_special_tokens, call_in_words
+from jax_rlhf.rewards.isolation import IsolatedFunction, IsolationError
 from jax_rlhf.text import printable
 
 ScoreTexts = Callable[..., Sequence[float] | np.ndarray]
@@ -47,17 +49,48 @@ class RewardFunction:
       name: for messages; default: the function's own.
       timeout: seconds that a call may take; None = for ever. With one it runs in a thread of its own, which Python
         cannot end: a call that hangs stays in memory.
+      isolation: "process": it runs in a process of its own, which is killed where it takes too long, and started again
+        where it ends. `function` is "package.module:function" then, or a function that can be imported so. "none": it
+        runs in this process, with its rights and its memory.
+      memory_gb: with isolation, address space that its process may take, in GB; None = no limit.
     """
 
-    function: ScoreTexts
+    function: ScoreTexts | str
     weight: float = 1.0
     name: str | None = None
     timeout: float | None = None
+    isolation: Literal["none", "process"] = "none"
+    memory_gb: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.isolation == "process":
+            isolated = IsolatedFunction(import_name(self.function), memory_gb=self.memory_gb)
+            object.__setattr__(self, "_isolated", isolated)
+        elif isinstance(self.function, str):
+            raise ValueError(f'function={self.function!r}: a name is for isolation="process"; else give the function.')
 
     @property
     def title(self) -> str:
         """What messages call it."""
+        if isinstance(self.function, str):
+            return self.name or self.function.rpartition(":")[2]
         return self.name or getattr(self.function, "__name__", type(self.function).__name__)
+
+    def asks_for_special_tokens(self) -> bool:
+        """Whether it has a parameter for texts with special tokens. With isolation its process is started.
+
+        Returns:
+          Whether.
+
+        Raises:
+          RewardError: its process cannot import it.
+        """
+        if self.isolation == "none":
+            return asks_for_special_tokens(self.function)
+        try:
+            return self._isolated.asks_for_special_tokens(self.timeout)
+        except IsolationError as error:
+            raise self._failure(error, "") from error
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]
@@ -93,20 +126,18 @@ class RewardFunction:
         name, count = self.title, len(answers)
         prompts, responses = list(answers.prompts), list(answers.responses)
         try:
-            positional, keywords = arguments(self.function, answers)
-            call = lambda: _awaited(self.function(*positional, **keywords))  # noqa: E731
-            returned = _in_time(call, self.timeout, name, responses)
+            returned = self._called(answers, responses)
             given = np.array([value is not None for value in returned]) if _is_list(returned) else np.ones(count, bool)
             scores = np.asarray(returned, dtype=np.float32)
         except RewardError:
             raise
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
+            form = name if isinstance(self.function, str) else call_in_words(self.function, name, answers.columns)
             raise RewardError(
                 f"reward function {name!r} failed, or did not return numbers: {type(error).__name__}: "
-                f"{printable(str(error), 400)} ({place.filename}, line {place.lineno}). It is called as "
-                f"{call_in_words(self.function, name, answers.columns)} and returns a float, or None, for each of "
-                f"{count} responses; the first was {responses[0]!r}."
+                f"{printable(str(error), 400)} ({place.filename}, line {place.lineno}). It is called as {form} and "
+                f"returns a float, or None, for each of {count} responses; the first was {responses[0]!r}."
             ) from error
         if scores.shape != (count,):
             raise RewardError(
@@ -124,6 +155,50 @@ class RewardFunction:
             error.scores, error.given = scores, given
             raise error
         return scores, given
+
+    def _called(self, answers: Answers, responses: list[str]) -> Any:
+        """What the function returns, wherever it runs."""
+        if self.isolation == "process":
+            try:
+                return self._isolated(answers, self.timeout)
+            except IsolationError as error:
+                raise self._failure(error, f" for {len(answers)} responses; the first was {responses[0]!r}") from error
+        positional, keywords = arguments(self.function, answers)
+        call = lambda: _awaited(self.function(*positional, **keywords))  # noqa: E731
+        return _in_time(call, self.timeout, self.title, responses)
+
+    def _failure(self, error: IsolationError, of: str) -> RewardError:
+        failure = RewardError(
+            f"reward function {self.title!r}, in its own process, failed{of}: {printable(str(error), 600)}."
+        )
+        failure.timed_out = error.timed_out
+        return failure
+
+
+def import_name(function: Callable | str) -> str:
+    """By what name another process can import a function.
+
+    Args:
+      function: one, or its name.
+
+    Returns:
+      "package.module:function".
+
+    Raises:
+      ValueError: it is a lambda, a method of an object, or of the program that was started.
+    """
+    if isinstance(function, str):
+        return function
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
+    found: Any = sys.modules.get(module or "")
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not name or found is not function or module == "__main__":
+        raise ValueError(
+            f"{function!r} cannot be imported by another process, as isolation needs: put it into a module of its own, "
+            'and give it, or its name "package.module:function".'
+        )
+    return f"{module}:{name}"
 
 
 def _is_list(returned: Any) -> bool:
@@ -146,7 +221,10 @@ async def _wait_for(returned: Any) -> Any:
 def _in_time(call: Callable[[], Any], timeout: float | None, name: str, responses: Sequence[str]) -> Any:
     """What a call returns, or its exception; RewardError where it takes too long."""
     if timeout is None:
-        return call()
+        try:
+            return call()
+        except (SystemExit, GeneratorExit) as error:  # a judge may not end the run
+            raise RuntimeError(f"it ended with {type(error).__name__}") from error
     title = f"reward function {name}"
     if sum(thread.name == title for thread in threading.enumerate()) >= _HANGING:
         raise RewardError(f"reward function {name!r}: {_HANGING} calls of it have not ended, and no other is begun.")

@@ -29,6 +29,9 @@ class PPOConfig:
       reward_clip: scores are clipped to ± this; None = not.
       missing_eos_penalty: subtracted from the (clipped) score of a response without EOS.
       reward_timeout: seconds that a call of a reward function may take; None = for ever.
+      reward_isolation: "process": each reward and evaluation function runs in a process of its own, which is killed
+        after `reward_timeout` and started again where it ends; "none": in the run's.
+      reward_memory_gb: with isolation, address space of each such process, in GB; None = no limit.
       reward_retries: how often a call is repeated that raised an exception, took too long, or did not return a finite
         number for each response.
       on_reward_failure: and then: "fatal", or "penalize": its responses without a score get `reward_failure_score`.
@@ -94,6 +97,8 @@ class PPOConfig:
     reward_clip: float | None = None
     missing_eos_penalty: float = 0.0
     reward_timeout: float | None = 600.0
+    reward_isolation: Literal["none", "process"] = "none"
+    reward_memory_gb: float | None = None
     reward_retries: int = 2
     on_reward_failure: Literal["fatal", "penalize"] = "fatal"
     reward_failure_score: float = -1.0
@@ -146,7 +151,7 @@ class PPOConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie within 0 and 1.")
         positive = ("kl_target", "kl_horizon", "target_kl", "penalty_coef", "penalty_target", "entropy_target")
-        for name in (*positive, "kl_limit", "reward_timeout"):
+        for name in (*positive, "kl_limit", "reward_timeout", "reward_memory_gb"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
         if self.kl_target is not None and not self.kl_coef > 0:

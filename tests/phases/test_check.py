@@ -1,6 +1,8 @@
 """What would fail later is said at the start, with how to mend it."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -14,10 +16,18 @@ from jax_rlhf.phases import reward, run_config, sft
 from jax_rlhf.phases.check import check_run
 from jax_rlhf.phases.config import LogConfig
 from jax_rlhf.phases.record import Record
-from jax_rlhf.phases.workdir import forget_failed_start, forget_overwritten, open_workdir, overwritten, status
+from jax_rlhf.phases.workdir import (
+    forget_failed_start,
+    forget_overwritten,
+    lock_workdir,
+    open_workdir,
+    overwritten,
+    status,
+)
 from jax_rlhf.text import printable, printable_lines
 from tests.data import tiny as data
 from tests.phases import tiny
+from tests.processes import ROOT
 
 
 @pytest.fixture
@@ -279,6 +289,24 @@ def test_a_start_that_failed_leaves_no_config(config, tmp_path):
     (workdir / "sft" / "checkpoints" / "3").mkdir(parents=True)
     forget_failed_start(workdir)
     assert (workdir / "config.json").exists()
+
+
+FORKS = """
+import os, sys, time
+from pathlib import Path
+from jax_rlhf.phases.workdir import lock_workdir
+lock = lock_workdir(Path(sys.argv[1]))
+if os.fork() == 0:
+    os.close(1)
+    os.close(2)
+    time.sleep(30)
+"""
+
+
+def test_a_child_that_was_forked_does_not_keep_the_lock(tmp_path):
+    """Such as a reward function's worker, which outlives the run."""
+    subprocess.run([sys.executable, "-c", FORKS, str(tmp_path)], cwd=ROOT, check=True, timeout=25, capture_output=True)
+    lock_workdir(tmp_path).release()
 
 
 def test_a_later_phase_s_broken_row_stops_the_run_at_its_start(config, tmp_path):

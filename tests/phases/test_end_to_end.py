@@ -276,6 +276,30 @@ def test_a_wrong_command_stops_at_once(whole, flags, message):
     assert message in errors.splitlines()[-1]
 
 
+JUDGED = ("--config.phases=ppo", "--config.ppo.iterations=2", "--config.ppo.reward_retries=0")
+
+
+@pytest.mark.parametrize(
+    ("judge", "flags", "code", "said"),
+    [
+        ("lengths", ["--config.ppo.reward_isolation=process"], 0, ""),
+        ("exits", ["--config.ppo.reward_timeout=None"], 1, "it ended with SystemExit"),
+    ],
+)
+def test_what_a_reward_function_does_to_its_process_is_no_end_of_the_run(tmp_path, judge, flags, code, said):
+    tiny.config(tmp_path)
+    names = (
+        f"--config.sft_model_path={tmp_path / 'base'}",
+        f"--config.ppo.reward_functions=tests.rewards.judges:{judge}",
+    )
+    found, _, errors = run(tmp_path, *JUDGED, *names, *flags)
+    assert found == code, errors[-3000:]
+    assert said in errors
+    if code == 0:
+        rows = lines(tmp_path / "run" / "ppo" / "samples.jsonl")
+        assert all(row["score"] == len(row["response"]) for row in rows)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_being_asked_to_stop_saves_all_and_says_so_by_the_exit_code(tmp_path, number):
     flags = ("--config.phases=sft", "--config.sft.steps=100000", "--overwrite")
