@@ -23,6 +23,11 @@ def get_config() -> ConfigDict:
     config.checkpoint.keep_every = 0  # those of steps that this divides stay as well
     # config.checkpoint.best = "eval/loss"  # the one where this was best is saved, and stays as well; needs eval_every
     # config.checkpoint.best_mode = "min"  # the lowest is best, or "max"; default: of a loss or perplexity the lowest
+    config.watchdog.factor = (
+        20.0  # a run stands still where nothing is done for so many times a step's time (the median),
+    )
+    config.watchdog.minutes = 30.0  # and for so long; then all threads' stacks are written, and
+    config.watchdog.action = "exit"  # it ends with code 75, to be started again; or "warn", "off"
     config.max_bad_steps = 5  # steps in a row that are not finite, and left out, before the run stops
     config.debug = False  # stop at the first NaN and say where; slower
 

@@ -196,9 +196,10 @@ class PPOTrainer:
         Returns:
           "<prefix>/failed_calls", "/timeouts", "/penalized" → count.
         """
-        counts, self.failures = np.array(dataclasses.astuple(self.failures), np.int32), Failures()
-        names = (f"{prefix}/{field.name}" for field in dataclasses.fields(Failures))
-        return dict(zip(names, map(float, summed(counts)), strict=True))
+        found, self.failures = self.failures, Failures()
+        names = ("failed_calls", "timeouts", "penalized")
+        counts = summed(np.array([getattr(found, name) for name in names], np.int32))
+        return {f"{prefix}/{name}": float(count) for name, count in zip(names, counts, strict=True)}
 
     def _divided(self, rows: int, width: int) -> PPOConfig:
         """The settings, with the microbatches that rows of such prompts are cut into."""

@@ -10,6 +10,7 @@ from jax_rlhf.data.formats import PHASES
 from jax_rlhf.engine import CriticConfig, FrozenConfig, ModelConfig, RLHFEngine
 from jax_rlhf.hub import Description, Pretrained, end_ids
 from jax_rlhf.parallel import MeshConfig, RolloutMeshConfig
+from jax_rlhf.phases.watchdog import WatchdogConfig
 from jax_rlhf.settings import from_mapping, one_of, to_config_dict
 from jax_rlhf.training import OptimizerConfig, PPOConfig
 from jax_rlhf.training.checkpoint import CheckpointConfig
@@ -107,7 +108,7 @@ class RunConfig:
       sft_model_path: the SFT policy, which the reward and PPO phases start from; None = <workdir>/sft/model.
       reference, critic: of PPO; `path` None = the SFT policy, and the reward model.
       reward: the reward model of PPO; `path` None = <workdir>/reward/model.
-      data, sft, reward_training, ppo, checkpoint, log: see there.
+      data, sft, reward_training, ppo, checkpoint, log, watchdog: see there.
       max_bad_steps: steps (PPO: iterations) in a row with an update that was not finite, and was left out, before the
         run stops.
       debug: stop at the first NaN, at the first transfer between host and devices that nobody asked for, and where an
@@ -129,6 +130,7 @@ class RunConfig:
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    watchdog: WatchdogConfig = dataclasses.field(default_factory=WatchdogConfig)
     max_bad_steps: int = 5
     debug: bool = False
 

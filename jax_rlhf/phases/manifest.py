@@ -19,7 +19,7 @@ from jax_rlhf.json_files import JSONFileError, read_object
 
 NAME = "manifest.json"
 _PROGRAM = "jax_rlhf"
-_FILES = ("summary.json", "metrics.jsonl", "samples.jsonl", NAME)
+_FILES = ("summary.json", "metrics.jsonl", "samples.jsonl", "stacks.txt", NAME)
 _ANY = "*"
 _FOLDERS = {
     "model": MODEL_FILES,

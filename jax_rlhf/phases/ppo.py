@@ -78,7 +78,8 @@ def run(
         if texts is not None and config.data.ptx_paths:
             record.says_of(texts)
         inputs = _inputs(engine, prompts, texts)
-        progress = Progress(record, config, inputs, accept_changes=accept_changes)
+        called = lambda: trainer.failures.calls  # noqa: E731
+        progress = Progress(record, config, inputs, accept_changes=accept_changes, signs=[called])
         engine.trained, trainer.state = progress.restore((engine.trained, trainer.state))
 
         def evaluate(iteration: int) -> dict[str, float]:

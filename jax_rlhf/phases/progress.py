@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,9 +21,12 @@ from jax_rlhf.phases.faults import FaultError
 from jax_rlhf.phases.mirror import checkpoints_of, put_up
 from jax_rlhf.phases.record import Record
 from jax_rlhf.phases.stop import Stopped
+from jax_rlhf.phases.watchdog import Watchdog
 from jax_rlhf.training.checkpoint import Checkpoints, RestoreError, abstract, named
 from jax_rlhf.training.checksum import checksums
 
+PROGRESS_FILE = "JAX_RLHF_PROGRESS_FILE"
+"""In the environment: a file for the phase and step of the last checkpoint, read by launch scripts."""
 # What was trained is no good then; and after FloatingPointError (debug) JAX has given its memory away without a word.
 _NUMBERS = (FaultError, FloatingPointError)
 
@@ -36,7 +41,13 @@ class Progress:
     """
 
     def __init__(
-        self, record: Record, config: RunConfig, inputs: Mapping[str, str], *, accept_changes: bool = False
+        self,
+        record: Record,
+        config: RunConfig,
+        inputs: Mapping[str, str],
+        *,
+        accept_changes: bool = False,
+        signs: Sequence[Callable[[], Any]] = (),
     ) -> None:
         """Opens the checkpoints.
 
@@ -45,6 +56,7 @@ class Progress:
           config: the run's.
           inputs: what is not in a checkpoint and must be the same when the phase goes on: name → checksum.
           accept_changes: of inputs.
+          signs: what tells the watchdog that the phase goes on, besides steps and batches.
 
         Raises:
           OSError: the folder cannot be written.
@@ -58,6 +70,13 @@ class Progress:
         self._saved, self._saved_at = 0, time.monotonic()
         self._position: dict[str, Any] = {}
         self._evaluated, self._metric = True, None
+        watched = dataclasses.replace(config.watchdog, action="warn") if self._may_pause(config) else config.watchdog
+        self._watchdog = Watchdog(watched, record.folder, [lambda: record.beats, *signs], record.say)
+
+    @staticmethod
+    def _may_pause(config: RunConfig) -> bool:
+        """Whether somebody may be looking at the run in a debugger."""
+        return config.debug and config.watchdog.action == "exit"
 
     def restore(self, state: Any) -> Any:
         """The state of the last checkpoint, or the one given.
@@ -84,6 +103,7 @@ class Progress:
         self._compare(restored.notes["inputs"])
         self._record.continue_from(restored.notes["position"], self.step)
         self._record.say(f"going on from the checkpoint of step {self.step}")
+        self._tell_launcher()
         return self.state
 
     def _compare(self, before: Mapping[str, str]) -> None:
@@ -133,6 +153,7 @@ class Progress:
           CheckpointError: a checkpoint could not be written.
         """
         self.step, self.state = self.step + 1, state
+        self._watchdog.step()
         self._checkpoints.check()
         last, every, minutes = self.step == self._total, self._config.every, self._config.minutes
         evaluate = last or (self._evaluate_every > 0 and self.step % self._evaluate_every == 0)
@@ -171,7 +192,15 @@ class Progress:
             self._record.sync()
             put_up(self._record.folder.parent, self._record.phase)
         self._checkpoints.save(self.step, self.state, notes, self._metric)
+        self._tell_launcher()
         self._saved, self._saved_at = self.step, time.monotonic()
+
+    def _tell_launcher(self) -> None:
+        """How far it is, where a launch script asks: one that starts a run again must see whether it moves."""
+        file = os.environ.get(PROGRESS_FILE)
+        if file and jax.process_index() == 0:
+            with contextlib.suppress(OSError):
+                Path(file).write_text(f"{self._record.phase} {self.step}\n", encoding="utf-8")
 
     @contextlib.contextmanager
     def saving(self, export: Callable[[], None]) -> Iterator[None]:
@@ -186,7 +215,8 @@ class Progress:
           Nothing.
         """
         try:
-            yield
+            with self._watchdog:
+                yield
         except BaseException as error:
             if jax.process_count() == 1 or getattr(error, "agreed", False):
                 try:
@@ -196,10 +226,11 @@ class Progress:
                     if isinstance(error, Stopped):  # which says that all is saved
                         raise second from error
             raise
-        self._checkpoints.wait()
-        self._checkpoints.close()
-        export()
-        put_up(self._record.folder.parent, self._record.phase, models=True)
+        with self._watchdog:
+            self._checkpoints.wait()
+            self._checkpoints.close()
+            export()
+            put_up(self._record.folder.parent, self._record.phase, models=True)
 
     def _rescue(self, error: BaseException, export: Callable[[], None]) -> None:
         try:

@@ -38,6 +38,7 @@ class Record:
       folder: <workdir>/<phase>.
       phase: its name.
       stop: tells of Ctrl-C and the like.
+      beats: steps and batches so far, of training and of evaluations.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Record:
         self._wandb = _import_wandb() if config.wandb_project else None
         self._bar: tqdm | None = None
         self._files: dict[str, BinaryIO] = {}
-        self._board, self._run, self._begun = None, None, {}
+        self._board, self._run, self._begun, self.beats = None, None, {}, 0
         self._widths: set[int] = set()
         if self._writes:
             folder.mkdir(parents=True, exist_ok=True)
@@ -148,6 +149,7 @@ class Record:
         self._bar = self._progress(total, self.phase, unit, done=start)
         for step in range(start, total):
             yield step
+            self.beats += 1
             self._bar.update()
         self._bar.close()
         self._bar = None
@@ -169,6 +171,7 @@ class Record:
             for batch in batches:
                 self.stop.check()
                 yield batch
+                self.beats += 1
                 bar.update()
 
     def _progress(self, total: int, title: str, unit: str, *, done: int = 0, leave: bool = True) -> tqdm:
@@ -220,6 +223,7 @@ class Record:
           step: steps done.
           batch: a tree of arrays, the first of them [rows, tokens, …].
         """
+        self.beats += 1  # a batch is there
         width = jax.tree.leaves(batch)[0].shape[1]
         if self._widths and width not in self._widths:
             self.say(f"step {step}: compiling for batches that are {width} tokens wide")

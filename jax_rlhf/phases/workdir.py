@@ -20,7 +20,14 @@ from jax_rlhf.training.notes import last_notes
 
 _CONFIG = "config.json"
 _OVERWRITTEN = "overwritten.json"  # the config of the run that did it, as long as that has not ended
-_FREE = ("phases", "log", "checkpoint", "max_bad_steps", "debug")  # may differ from run to run in one workdir
+_FREE = (
+    "phases",
+    "log",
+    "checkpoint",
+    "watchdog",
+    "max_bad_steps",
+    "debug",
+)  # may differ from run to run in one workdir
 _OF_A_PHASE = {"sft": "sft", "reward_training": "reward", "ppo": "ppo"}  # a section → the phase that it alone concerns
 _OF_THE_MACHINE = (
     "mesh",

@@ -277,11 +277,13 @@ class Failures:
       failed_calls: repeated ones and time-outs among them.
       timeouts: calls that took too long.
       penalized: responses that got `OnFailure.score`.
+      calls: that have ended, well or not.
     """
 
     failed_calls: int = 0
     timeouts: int = 0
     penalized: int = 0
+    calls: int = dataclasses.field(default=0, compare=False)
 
 
 def score_texts(
@@ -359,4 +361,6 @@ def _tried(
             if error.scores is None:
                 return np.full(len(answers), math.nan, np.float32), np.ones(len(answers), bool)
             return error.scores, error.given
+        finally:
+            count.calls += 1
     raise AssertionError("unreachable")
