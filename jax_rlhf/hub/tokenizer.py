@@ -17,7 +17,9 @@ from transformers.tokenization_utils_base import generate_merges
 from jax_rlhf.hub.errors import CheckpointError
 from jax_rlhf.hub.limits import MOST_IDS
 from jax_rlhf.hub.pieces import check_files, check_tokens
+from jax_rlhf.json_files import JSONFileError, read_object
 
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
 
 # `tokenizer.ggml.pre` names how text is cut before merging; the patterns are those of the models' own tokenizer.json.
@@ -107,6 +109,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     check_files(folder)
+    for file in (folder / name for name in _SETTINGS if (folder / name).is_file()):
+        try:
+            read_object(file)  # what it holds is written again with the model
+        except JSONFileError as error:
+            raise CheckpointError(f"{file}: {error}; copy or download it again.") from error
     try:
         with panics_as_errors():
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)

@@ -109,7 +109,7 @@ def run(
         _show_samples(notes["before"], notes["after"], config.log.table_rows, record)
         result = {"iterations": progress.step} | {f"{name}_before": value for name, value in notes["first"].items()}
         result |= notes["last"]
-        record.summary(result)
+        record.summary(result | progress.costs.summary())
     return result
 
 

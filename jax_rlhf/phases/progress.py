@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from jax_rlhf.hub import CheckpointError
 from jax_rlhf.parallel import together
 from jax_rlhf.phases.config import RunConfig
+from jax_rlhf.phases.costs import Costs
 from jax_rlhf.phases.faults import FaultError
 from jax_rlhf.phases.mirror import checkpoints_of, put_up
 from jax_rlhf.phases.record import Record
@@ -38,6 +39,7 @@ class Progress:
       step: steps done.
       state: a tree of arrays, after that step.
       notes: what the phase must know of earlier steps, in what JSON can hold.
+      costs: seconds that were no training.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class Progress:
         Raises:
           OSError: the folder cannot be written.
         """
-        self.step, self.state, self.notes = 0, None, {}
+        self.step, self.state, self.notes, self.costs = 0, None, {}, Costs()
         self._record, self._run, self._config = record, config, config.checkpoint
         self._inputs, self._accept_changes = dict(inputs), accept_changes
         self._checkpoints = Checkpoints(
@@ -94,14 +96,16 @@ class Progress:
         if self._checkpoints.steps:
             for leaf in jax.tree.leaves(state):
                 leaf.delete()
-        restored = self._checkpoints.restore(like)
+        with self.costs.taking("restoring"):
+            restored = self._checkpoints.restore(like)
         if restored is None:
             self.state = state
             return state
         self.step, self.state, self._saved = restored.step, restored.state, restored.step
         self.notes, self._evaluated = restored.notes["phase"], restored.notes["evaluated"]
         self._compare(restored.notes["inputs"])
-        self._record.continue_from(restored.notes["position"], self.step)
+        self.costs.go_on(restored.notes["costs"])
+        self.costs.repeated += self._record.continue_from(restored.notes["position"], self.step)
         self._record.say(f"going on from the checkpoint of step {self.step}")
         self._tell_launcher()
         return self.state
@@ -154,7 +158,8 @@ class Progress:
         """
         self.step, self.state = self.step + 1, state
         self._watchdog.step()
-        self._checkpoints.check()
+        with self.costs.taking("saving"):
+            self._checkpoints.check()
         last, every, minutes = self.step == self._total, self._config.every, self._config.minutes
         evaluate = last or (self._evaluate_every > 0 and self.step % self._evaluate_every == 0)
         self._mark(evaluated=not evaluate)
@@ -186,12 +191,14 @@ class Progress:
             "inputs": self._inputs,
             "position": self._position,
             "evaluated": self._evaluated,
+            "costs": self.costs.so_far(),
             "config": dataclasses.asdict(self._run),
         }
-        with together("writing metrics and samples"):  # what a checkpoint's position speaks of is there before it
-            self._record.sync()
-            put_up(self._record.folder.parent, self._record.phase)
-        self._checkpoints.save(self.step, self.state, notes, self._metric)
+        with self.costs.taking("saving"):
+            with together("writing metrics and samples"):  # what a checkpoint's position speaks of is there before it
+                self._record.sync()
+                put_up(self._record.folder.parent, self._record.phase)
+            self._checkpoints.save(self.step, self.state, notes, self._metric)
         self._tell_launcher()
         self._saved, self._saved_at = self.step, time.monotonic()
 
@@ -227,8 +234,9 @@ class Progress:
                         raise second from error
             raise
         with self._watchdog:
-            self._checkpoints.wait()
-            self._checkpoints.close()
+            with self.costs.taking("saving"):
+                self._checkpoints.wait()
+                self._checkpoints.close()
             export()
             put_up(self._record.folder.parent, self._record.phase, models=True)
 

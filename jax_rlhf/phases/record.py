@@ -101,18 +101,25 @@ class Record:
         run = {} if self._run is None else {"wandb": self._run.id}
         return {"seconds": self._seconds(), "bytes": sizes} | run
 
-    def continue_from(self, position: Mapping[str, Any], step: int) -> None:
+    def continue_from(self, position: Mapping[str, Any], step: int) -> float:
         """Goes on where a checkpoint was saved; what was written after it is dropped.
 
         Args:
           position: as it was then.
           step: steps done then.
+
+        Returns:
+          Seconds of steps that were written down after it, and are done again.
         """
+        lost = 0.0
         self._begun = dict(position) | {"step": step}
         self._started = time.perf_counter() - position.get("seconds", 0.0)
         for name in _FILES if self._writes else ():
             size, file = position["bytes"][name], self._file(name)
-            whole = _end_of_lines(file, min(size, file.seek(0, os.SEEK_END)))
+            end = file.seek(0, os.SEEK_END)
+            if name == "metrics":
+                lost = max(0.0, _seconds_of_last_line(file, size, end) - position.get("seconds", 0.0))
+            whole = _end_of_lines(file, min(size, end))
             if whole < size:
                 self.say(
                     f"{self.folder / name}.jsonl is shorter than when step {step} was saved, by {size - whole:,} "
@@ -120,6 +127,7 @@ class Record:
                 )
             file.truncate(whole)
             file.seek(whole)
+        return lost
 
     def sync(self) -> None:
         """Waits until what was written is on the disk."""
@@ -296,6 +304,19 @@ def _end_of_lines(file: BinaryIO, most: int) -> int:
             return start + place + 1
         end = start
     return 0
+
+
+def _seconds_of_last_line(file: BinaryIO, start: int, end: int) -> float:
+    """What the last whole line after a place says of when it was written; 0 where there is none."""
+    last = _end_of_lines(file, end)
+    if last <= start:
+        return 0.0
+    begin = max(start, _end_of_lines(file, last - 1))
+    file.seek(begin)
+    try:
+        return float(json.loads(file.read(last - begin))["seconds"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return 0.0
 
 
 def _json_number(value: float) -> float | None:

@@ -101,7 +101,7 @@ def run(
             found = calibration(scores, ended)
             result |= found
             save(**found)
-        record.summary(result)
+        record.summary(result | progress.costs.summary())
     return result
 
 

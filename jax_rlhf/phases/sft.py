@@ -88,7 +88,7 @@ def run(
             record.stop.check()
             _write_samples(config, trained(), datasets, progress.step, record)
         result = {"steps": progress.step} | progress.notes
-        record.summary(result)
+        record.summary(result | progress.costs.summary())
     return result
 
 

@@ -249,5 +249,13 @@ def test_what_is_no_run_is_said(tmp_path, capsys):
     assert verify.main(["verify"]) == 2
 
 
+def test_a_summary_says_what_was_no_training(workdir):
+    for phase in ("sft", "reward", "ppo"):
+        summary = json.loads((workdir / phase / "summary.json").read_text())
+        assert summary["starts"] == 1
+        assert summary["seconds_compiling"] > 0 < summary["seconds_saving"]
+        assert summary["seconds_restoring"] == summary["seconds_repeated"] == 0
+
+
 def test_a_model_s_own_digests_are_those_of_its_files(workdir):
     check_model(workdir / "ppo" / "model")

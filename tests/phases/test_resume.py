@@ -63,7 +63,7 @@ def results(folder):
     """What a phase leaves, all but times: lines of its files, tensors of its models, arrays of its checkpoint."""
     found = {name: lines(folder / f"{name}.jsonl") for name in ("metrics", "samples")}
     summary = json.loads((folder / "summary.json").read_text())
-    found["summary"] = {name: value for name, value in summary.items() if name != "seconds"}
+    found["summary"] = {k: value for k, value in summary.items() if not k.startswith(("seconds", "starts"))}
     for file in folder.glob("*/*.safetensors"):
         found |= {f"{file.parent.name} {name}": tensor for name, tensor in load_file(file).items()}
     checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(keep=9))
@@ -104,6 +104,23 @@ def test_a_stopped_phase_goes_on_bit_for_bit(settings, straight, tmp_path, phase
             np.testing.assert_array_equal(got[name], value, err_msg=name)
         else:
             assert got[name] == value, name
+
+
+@pytest.mark.parametrize("phase", ["reward", "ppo"])
+def test_what_starting_again_cost_is_summed_up(settings, straight, tmp_path, phase):
+    stopped(phase, settings, straight, tmp_path)
+    (checkpoint,) = sorted((tmp_path / phase / "checkpoints").iterdir(), key=lambda path: int(path.name))[-1:]
+    notes = json.loads((checkpoint / "notes" / "metadata").read_text())["notes"]
+    at = notes["position"]["seconds"]
+    with (tmp_path / phase / "metrics.jsonl").open("a") as file:  # as if it had gone on, and been killed
+        file.write(json.dumps({"step": 99, "seconds": at + 7.5}) + "\n" + '{"step": 100, "sec')
+    PHASES[phase](run_config(settings), tmp_path)
+    once, twice = (json.loads((where / phase / "summary.json").read_text()) for where in (straight, tmp_path))
+    assert (once["starts"], twice["starts"]) == (1, 2)
+    assert (once["seconds_repeated"], twice["seconds_repeated"]) == (0, 7.5)
+    assert once["seconds_restoring"] == 0 < twice["seconds_restoring"] < 60
+    assert 0 < notes["costs"]["saving"] < twice["seconds_saving"] < 60
+    assert twice["seconds_compiling"] >= notes["costs"]["compiling"]
 
 
 def former_phases(straight, workdir, phase):
