@@ -11,6 +11,19 @@ make_environment() {
   [ -x "$environment/bin/python" ] || "$python" -m venv "$environment"
 }
 
+# Whether a run that ended with this code is started again: saved (75), an error that is not the user's (70), or killed.
+# Not after 1 and 2, which only the user can mend.
+starts_again() {
+  case $1 in
+    70 | 75) ;;
+    *) [ "$1" -ge 128 ] ;;
+  esac
+}
+
+# Whether so many starts in a row that got no further are enough. The program writes phase and step of its last checkpoint
+# to JAX_RLHF_PROGRESS_FILE.
+enough_starts() { [ "$1" -ge 3 ]; }
+
 # An environment in which pip was interrupted can have halves of packages, on which it fails ever after: it is cleared.
 # The lock is for scripts that start side by side: what one of them still installs looks interrupted to the others.
 pip_install() {

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # One machine with NVIDIA GPUs: a virtual environment with '.[cuda]', then python -m jax_rlhf on all its GPUs, with the
-# arguments given here. After exit code 75 (saved because of preemption) it starts again; after an error it does not.
+# arguments given here. After exit code 75 (saved because of preemption), after a crash (128 and up) and after an error that
+# is not yours (70) it starts again, but not more than three times in a row without getting further; after 1 and 2 it does not.
 #
 #   bash launch/gpu.sh --config=configs/llama3_8b.py --workdir=runs/llama3-8b
 #   bash launch/gpu.sh --max-restarts=3 --config=…   # how often it starts again at most; 10 if not given
@@ -43,7 +44,7 @@ run() {
   program=''
 }
 
-max_restarts=10 install_only='' stopping='' program='' restarts=0
+max_restarts=10 install_only='' stopping='' program='' restarts=0 stuck=0
 while [ $# -gt 0 ]; do
   case $1 in
     --max-restarts=*) max_restarts=${1#*=} ;;
@@ -72,9 +73,19 @@ export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92} # 
 trap 'pass_on INT' INT
 trap 'pass_on TERM' HUP TERM
 
+JAX_RLHF_PROGRESS_FILE=$(mktemp)
+export JAX_RLHF_PROGRESS_FILE
+trap 'rm -f "$JAX_RLHF_PROGRESS_FILE"' EXIT
+
 while :; do
+  before=$(cat "$JAX_RLHF_PROGRESS_FILE")
   run "$@"
-  [ "$code" = 75 ] && [ -z "$stopping" ] && [ "$restarts" -lt "$max_restarts" ] || exit "$code"
+  starts_again "$code" && [ -z "$stopping" ] && [ "$restarts" -lt "$max_restarts" ] || exit "$code"
+  if [ "$(cat "$JAX_RLHF_PROGRESS_FILE")" = "$before" ]; then stuck=$((stuck + 1)); else stuck=0; fi
+  if enough_starts "$stuck"; then
+    echo "gpu: started $stuck times without getting further than ${before:-the start}; not again" >&2
+    exit "$code"
+  fi
   restarts=$((restarts + 1))
   echo "[$(date +%H:%M:%S)] gpu: restart $restarts of at most $max_restarts" >&2
 done

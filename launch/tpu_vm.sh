@@ -10,8 +10,9 @@
 #   up      creates the VM, or waits until the one of this name is ready; one that was preempted is deleted and made anew
 #   sync    copies the code: the files that git tracks, as they are on disk
 #   run     up, sync, install, and python -m jax_rlhf with all that stands after --; shows the log and ends with the job's
-#           exit code. It starts the job again after exit code 75 (saved because of preemption) or when the VM is gone, and
-#           not after an error. The job outlives a lost connection and Ctrl-C: the same command again follows it
+#           exit code. It starts the job again after exit code 75 (saved because of preemption), a crash (128 and up), an
+#           error that is not yours (70), or when the VM is gone, but not three times in a row without getting further, and
+#           not after 1 or 2. The job outlives a lost connection and Ctrl-C: the same command again follows it
 #   logs    shows the log from the job's start, till its end
 #   stop    asks the job to save and end (SIGTERM), and keeps the VM
 #   down    deletes the VM, and the queued resource that it came from
@@ -175,9 +176,11 @@ follow() {
 
 last_report() { grep '^@job ' "$scratch/$1" | tail -n 1; }
 
-# After the end on worker 0: asks all workers how they ended. Sets $outcome to restart or to an exit code.
+# After the end on worker 0: asks all workers how they ended. Sets $outcome to restart or to an exit code, $progress to how
+# far the run was.
 collect() {
   local report code chosen=0 culprit='' again='' stopped=''
+  progress=''
   remote all "$(ask settle 300)" 2>"$scratch/settle" || true
   outcome=0
   [ -z "$dry_run" ] || return 0
@@ -188,6 +191,7 @@ collect() {
   while read -r report; do
     code=$(field code "$report")
     [ "$(field stopped "$report")" != 1 ] || stopped=1
+    case $(field progress "$report") in '' | -) ;; *) progress=$(field progress "$report") ;; esac
     case $(field state "$report"):$code in
       lost:* | none:* | ended:75) again=1 ;;
       running:* | ended:0) ;;
@@ -196,6 +200,7 @@ collect() {
     esac
   done < <(grep '^@job ' "$scratch/settle" || echo '@job state=lost')
   outcome=$chosen
+  case $chosen in 1 | 2) again='' ;; 70) again=1 ;; *) [ "$chosen" -lt 128 ] || again=1 ;; esac
   if [ -z "$again" ]; then
     show_end "$culprit"
   elif [ -n "$stopped" ]; then
@@ -246,7 +251,7 @@ launch() {
 }
 
 run() {
-  local restarts=0 started
+  local restarts=0 stuck=0 before='' started
   [ $# -gt 0 ] || wrong_usage "what to run stands after --, such as -- --config=configs/sft.py --workdir=DIR"
   started=$(date +%s)-$$
   pack "$@"
@@ -255,9 +260,19 @@ run() {
     up
     if { [ "$restarts" = 0 ] && attach "$@"; } || launch "$started-$restarts" "$@"; then
       follow
-      case $job_state in ended | lost) collect ;; esac
+      case $job_state in
+        ended | lost)
+          collect
+          if [ "$progress" = "$before" ]; then stuck=$((stuck + 1)); else stuck=0 before=$progress; fi
+          ;;
+      esac
     fi
     [ "$outcome" = restart ] || break
+    if [ "$stuck" -ge 3 ]; then
+      say "started 3 times without getting further than ${before:-the start}; not again"
+      outcome=70
+      break
+    fi
     if [ "$restarts" -ge "$max_restarts" ]; then
       say "the job wants to go on, but --max-restarts=$max_restarts is used up; the same command goes on"
       outcome=75

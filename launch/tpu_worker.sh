@@ -9,14 +9,14 @@
 #   bash launch/tpu_worker.sh tail LINES              # the end of the log
 #
 # follow, settle and stop end with a line on stderr:
-#   @job worker=HOST state=STATE code=CODE id=ID command=SUM stopped=0 offset=BYTE
+#   @job worker=HOST state=STATE code=CODE id=ID command=SUM stopped=0 progress=PHASE-STEP offset=BYTE
 # STATE is none (never started), running, ended (with that exit code), or lost (no process, no exit code: a reboot).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
 
-job=$HOME/jax_rlhf_job # a folder with: id, command, process, offset, log, exit_code, stopped
+job=$HOME/jax_rlhf_job # a folder with: id, command, process, offset, log, exit_code, stopped, progress
 boot=$(cat /proc/sys/kernel/random/boot_id 2>/dev/null || true)
 
 install() {
@@ -55,7 +55,7 @@ start() {
     return
   fi
   stop 60 2>/dev/null
-  rm -f "$job/exit_code" "$job/stopped"
+  rm -f "$job/exit_code" "$job/stopped" "$job/progress"
   touch "$job/log"
   wc -c <"$job/log" >"$job/offset"
   printf '%s\0' "$@" | cksum | tr ' ' - >"$job/command"
@@ -76,6 +76,7 @@ job() {
     set +a
   fi
   export PYTHONUNBUFFERED=1
+  export JAX_RLHF_PROGRESS_FILE=$job/progress # the phase and step of its last checkpoint
   export JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu} # without it JAX goes on with the CPU when the TPU cannot be had
   .venv/tpu/bin/python -m jax_rlhf "$@"
 }
@@ -99,10 +100,11 @@ look() {
 }
 
 report() {
-  local stopped=0 id=- sum=-
+  local stopped=0 id=- sum=- far=-
+  [ ! -s "$job/progress" ] || far=$(tr ' ' - <"$job/progress")
   [ ! -f "$job/stopped" ] || stopped=1
   [ ! -f "$job/id" ] || id=$(cat "$job/id") sum=$(cat "$job/command")
-  echo "@job worker=$(hostname) state=$state code=$code id=$id command=$sum stopped=$stopped offset=${1:-0}" >&2
+  echo "@job worker=$(hostname) state=$state code=$code id=$id command=$sum stopped=$stopped progress=$far offset=${1:-0}" >&2
 }
 
 follow() {

@@ -122,6 +122,9 @@ elif arguments[:4] == ["-m", "uv", "python", "find"]:
 elif arguments[:2] == ["-m", "jax_rlhf"]:
     code = change(lambda state: (state["exit codes"].get(worker) or [0]).pop(0))
     print("a line of the log, then", code, flush=True)
+    if "JAX_RLHF_PROGRESS_FILE" in os.environ and worker == "0":
+        with open(os.environ["JAX_RLHF_PROGRESS_FILE"], "w") as told:
+            told.write(f"sft {time.time_ns()}\\n" if change(lambda state: state["moves"]) else "sft 7\\n")
     if code == "hang":
         import signal
         def save(number, frame):
@@ -200,6 +203,7 @@ class World:
             pythons=["python3"],
             gpus=8,
             failures=[],
+            moves=True,
             **{"tpu-vm": [], "queued-resources": [], "exit codes": {}, "pip code": 0, "pip seconds": 0},
             **{
                 "after create": {

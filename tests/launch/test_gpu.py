@@ -70,7 +70,22 @@ def test_the_number_of_restarts_is_bounded(world):
     world.run("gpu.sh", "--max-restarts=many", *JOB, expect=2)
 
 
-@pytest.mark.parametrize("code", [1, 2, 137])
+@pytest.mark.parametrize("code", [70, 134, 137, 139])
+def test_a_crash_starts_again(world, code):
+    world.set(**{"exit codes": {"0": [code, 75, code, 0]}})
+    world.run("gpu.sh", *JOB)
+    assert len(world.runs()) == 4
+
+
+@pytest.mark.parametrize("code", [70, 75, 137])
+def test_a_run_that_gets_no_further_is_not_started_for_ever(world, code):
+    world.set(moves=False, **{"exit codes": {"0": [code] * 9}})
+    errors = world.run("gpu.sh", *JOB, expect=code).stderr
+    assert "started 3 times without getting further than sft 7; not again" in errors
+    assert len(world.runs()) == 4  # the first one came as far as that
+
+
+@pytest.mark.parametrize("code", [1, 2])
 def test_an_error_is_passed_on_and_not_tried_again(world, code):
     world.set(**{"exit codes": {"0": [code]}})
     world.run("gpu.sh", *JOB, expect=code)

@@ -47,6 +47,21 @@ def test_exit_code_75_requeues_the_job_and_the_number_of_times_is_bounded(world)
     assert len(world.calls("scontrol")) == 2
 
 
+def test_a_crash_requeues_the_job_too_but_not_for_ever(world):
+    world.run("gpu.sh", "--install-only")
+    world.set(**{"exit codes": {"0": [70] * 9, "1": [139] * 9}})
+    submit(world, *JOB, expect=139)
+    submit(world, *JOB, expect=139, SLURM_RESTART_COUNT="1")
+    assert len(world.calls("scontrol")) == 2
+    world.set(moves=False)
+    for count in range(2, 5):
+        assert "not again" not in submit(world, *JOB, expect=139, SLURM_RESTART_COUNT=str(count)).stderr
+    errors = submit(world, *JOB, expect=139, SLURM_RESTART_COUNT="5").stderr
+    assert "started 3 times without getting further than sft 7; not again" in errors
+    assert len(world.calls("scontrol")) == 5
+    assert not list(world.checkout.glob("slurm-42.*"))  # what it remembered
+
+
 def test_an_error_is_passed_on_and_requeues_nothing(world):
     world.run("gpu.sh", "--install-only")
     world.set(**{"exit codes": {"1": [1]}})

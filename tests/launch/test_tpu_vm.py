@@ -75,7 +75,18 @@ def test_run_shows_the_log_of_worker_0_and_installs_once(world):
     assert world.run("tpu_vm.sh", "logs", *WHERE).stdout == "a line of the log, then 0\n"
 
 
-@pytest.mark.parametrize("code", [1, 137])
+@pytest.mark.parametrize("code", [70, 139])
+def test_a_crash_starts_again_but_not_for_ever(world, code):
+    world.set(**{"exit codes": {"0": [code, code, 0]}})
+    run(world)
+    assert len(world.runs()) == 3
+    world.set(moves=False, **{"exit codes": {"0": [code] * 9}})
+    errors = run(world, expect=70).stderr
+    assert "started 3 times without getting further than sft-7; not again" in errors
+    assert len(world.runs()) == 3 + 4
+
+
+@pytest.mark.parametrize("code", [1, 2])
 def test_an_error_of_the_job_is_the_exit_code_and_is_not_tried_again(world, code):
     world.set(**{"exit codes": {"0": [code]}})
     assert f"a line of the log, then {code}" in run(world, expect=code).stdout
