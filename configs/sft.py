@@ -23,9 +23,7 @@ def get_config() -> ConfigDict:
     config.checkpoint.keep_every = 0  # those of steps that this divides stay as well
     # config.checkpoint.best = "eval/loss"  # the one where this was best is saved, and stays as well; needs eval_every
     # config.checkpoint.best_mode = "min"  # the lowest is best, or "max"; default: of a loss or perplexity the lowest
-    config.watchdog.factor = (
-        20.0  # a run stands still where nothing is done for so many times a step's time (the median),
-    )
+    config.watchdog.factor = 20.0  # a run stands still if nothing is done for so many times a step's time (the median),
     config.watchdog.minutes = 30.0  # and for so long; then all threads' stacks are written, and
     config.watchdog.action = "exit"  # it ends with code 75, to be started again; or "warn", "off"
     config.max_bad_steps = 5  # steps in a row that are not finite, and left out, before the run stops
@@ -74,9 +72,7 @@ def get_config() -> ConfigDict:
     data.too_long = "filter"  # leave longer rows out and count them, or "truncate": prompts left, completions right
     data.on_bad_row = "error"  # at an empty answer, chosen = rejected, an answer that the template cuts; or "drop" them
     data.as_chat = False  # write plain prompts and answers with the tokenizer's chat template
-    data.parse_special_tokens = (
-        False  # read <|im_end|> and the like in rows as tokens: for data that is templated already
-    )
+    data.parse_special_tokens = False  # read <|im_end|> and its like in rows as tokens: for data templated beforehand
     # data.prompt_tokens = 8  # PPO's prompts are the first so many tokens of a text
     data.deduplicate = True  # of rows that are alike, one stays; prompts of eval_paths are not trained on
     # data.pad_token = "<|endoftext|>"  # for a tokenizer without one; any will do

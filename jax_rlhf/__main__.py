@@ -188,9 +188,13 @@ def _run(config: ConfigDict, workdir: Path, stop: StopSignals) -> int:
         if locks and not isinstance(error, Stopped):
             forget_failed_start(workdir)
         raise
-    if locks:
-        forget_overwritten(workdir)
-    return code
+    else:
+        if locks:
+            forget_overwritten(workdir)
+        return code
+    finally:
+        for lock in locks:
+            lock.release()
 
 
 def _run_phases(config: ConfigDict, workdir: Path, stop: StopSignals, locks: list[BaseFileLock]) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from jax_rlhf.durable import write_json
+from jax_rlhf.durable import sync, write_json
 from jax_rlhf.hub import Pretrained, save_pretrained
 from jax_rlhf.hub.folder import MODEL_FILES
 from jax_rlhf.json_files import JSONFileError, read_object
@@ -50,6 +50,7 @@ def begin_manifest(folder: Path) -> None:
     """
     if jax.process_index() == 0 and not (folder / NAME).exists():
         write_json(folder / NAME, {"program": _PROGRAM, "phase": folder.name, "models": {}})
+        sync(folder.parent)  # the folder's own name
 
 
 def export_model(folder: Path, pretrained: Pretrained) -> None:

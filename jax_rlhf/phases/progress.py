@@ -105,7 +105,9 @@ class Progress:
         self.notes, self._evaluated = restored.notes["phase"], restored.notes["evaluated"]
         self._compare(restored.notes["inputs"])
         self.costs.go_on(restored.notes["costs"])
-        self.costs.repeated += self._record.continue_from(restored.notes["position"], self.step)
+        self.costs.repeated += self._record.continue_from(
+            restored.notes["position"], self.step, evaluated=self._evaluated
+        )
         self._record.say(f"going on from the checkpoint of step {self.step}")
         self._tell_launcher()
         return self.state

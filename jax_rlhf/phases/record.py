@@ -1,6 +1,7 @@
 """What a phase leaves behind while it runs: a progress bar, metrics.jsonl, samples.jsonl, TensorBoard, W&B."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import tensorboardX
 from tqdm import tqdm
 
 from jax_rlhf.data import Datasets
-from jax_rlhf.durable import write_text
+from jax_rlhf.durable import sync, write_text
 from jax_rlhf.phases.config import LogConfig
 from jax_rlhf.phases.manifest import begin_manifest
 from jax_rlhf.phases.stop import StopSignals
@@ -63,6 +64,7 @@ class Record:
         self._bar: tqdm | None = None
         self._files: dict[str, BinaryIO] = {}
         self._board, self._run, self._begun, self.beats = None, None, {}, 0
+        self._last = dict.fromkeys(_FILES, _digest(b""))
         self._widths: set[int] = set()
         if self._writes:
             folder.mkdir(parents=True, exist_ok=True)
@@ -93,20 +95,22 @@ class Record:
         """How far the files are, for `continue_from`.
 
         Returns:
-          What JSON can hold: bytes of each file, seconds since the phase began. Only process 0's is of use.
+          What JSON can hold: bytes of each file, a digest of its last line, seconds since the phase began. Only process
+          0's is of use.
         """
         if not self._writes:
             return {}
         sizes = {name: self._file(name).tell() for name in _FILES}
         run = {} if self._run is None else {"wandb": self._run.id}
-        return {"seconds": self._seconds(), "bytes": sizes} | run
+        return {"seconds": self._seconds(), "bytes": sizes, "last": dict(self._last)} | run
 
-    def continue_from(self, position: Mapping[str, Any], step: int) -> float:
+    def continue_from(self, position: Mapping[str, Any], step: int, *, evaluated: bool = True) -> float:
         """Goes on where a checkpoint was saved; what was written after it is dropped.
 
         Args:
           position: as it was then.
           step: steps done then.
+          evaluated: the evaluation of that step was written down before.
 
         Returns:
           Seconds of steps that were written down after it, and are done again.
@@ -117,22 +121,29 @@ class Record:
         for name in _FILES if self._writes else ():
             size, file = position["bytes"][name], self._file(name)
             end = file.seek(0, os.SEEK_END)
-            if name == "metrics":
-                lost = max(0.0, _seconds_of_last_line(file, size, end) - position.get("seconds", 0.0))
-            whole = _end_of_lines(file, min(size, end))
-            if whole < size:
+            if size <= end and _digest(_line_before(file, size)) == position["last"][name]:
+                if name == "metrics":
+                    line = _line_before(file, end)
+                    if not line.endswith(b"\n"):  # half a line, of a process that was killed
+                        line = _line_before(file, end - len(line))
+                    lost = max(0.0, _seconds_of(line) - position.get("seconds", 0.0))
+            else:  # lines were lost once: bytes say nothing of where a step's lines are
+                size = _end_of_step(file, step, evaluated=evaluated)
                 self.say(
-                    f"{self.folder / name}.jsonl is shorter than when step {step} was saved, by {size - whole:,} "
-                    "bytes; it goes on after its last whole line."
+                    f"{self.folder / name}.jsonl is not what it was when step {step} was saved; it goes on after its "
+                    "last whole line of the steps before."
                 )
-            file.truncate(whole)
-            file.seek(whole)
+            file.truncate(size)
+            self._last[name] = _digest(_line_before(file, size))
+            file.seek(size)
         return lost
 
     def sync(self) -> None:
         """Waits until what was written is on the disk."""
         for name in _FILES if self._writes else ():
             os.fsync(self._file(name).fileno())
+        if self._writes:
+            sync(self.folder)  # the files' names
 
     def _seconds(self) -> float:
         return round(time.perf_counter() - self._started, 3)
@@ -140,7 +151,7 @@ class Record:
     def _file(self, name: str) -> BinaryIO:
         if name not in self._files:
             path = self.folder / f"{name}.jsonl"
-            self._files[name] = path.open("r+b" if self._begun and path.is_file() else "wb")
+            self._files[name] = path.open("r+b" if self._begun and path.is_file() else "w+b")
         return self._files[name]
 
     def steps(self, start: int, total: int, unit: str = "step") -> Iterator[int]:
@@ -273,8 +284,10 @@ class Record:
             file = self._file(name)
             line = json.dumps(content, ensure_ascii=False)
             try:  # what a terminal would obey, and what UTF-8 cannot hold, becomes the escape that JSON has for it
-                file.write(("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line) + "\n").encode())
+                written = ("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line) + "\n").encode()
+                file.write(written)
                 file.flush()
+                self._last[name] = _digest(written)
             except OSError as error:  # which does not say of what
                 raise OSError(error.errno, f"{error.strerror}: {self.folder / name}.jsonl") from error
 
@@ -293,28 +306,40 @@ class Record:
             self._run = self._wandb.init(config=json.loads(json.dumps(config, default=str)), **names, **where, **again)
 
 
-def _end_of_lines(file: BinaryIO, most: int) -> int:
-    """Where the last whole line ends within so many bytes."""
-    end = most
-    while end > 0:
-        start = max(0, end - 2**16)
+def _digest(line: bytes) -> str:
+    return hashlib.blake2b(line, digest_size=8).hexdigest()
+
+
+def _line_before(file: BinaryIO, end: int) -> bytes:
+    """The line that ends there with its line break, or what stands there instead of one; b"" at the start."""
+    start, line = end, b""
+    while start > 0 and b"\n" not in line[:-1]:
+        start = max(0, start - 2**16)
         file.seek(start)
-        place = file.read(end - start).rfind(b"\n")
-        if place >= 0:
-            return start + place + 1
-        end = start
-    return 0
+        line = file.read(end - start)
+    return line[line[:-1].rfind(b"\n") + 1 :]
 
 
-def _seconds_of_last_line(file: BinaryIO, start: int, end: int) -> float:
-    """What the last whole line after a place says of when it was written; 0 where there is none."""
-    last = _end_of_lines(file, end)
-    if last <= start:
-        return 0.0
-    begin = max(start, _end_of_lines(file, last - 1))
-    file.seek(begin)
+def _end_of_step(file: BinaryIO, step: int, *, evaluated: bool) -> int:
+    """Where the whole lines of so many steps end: the lines of a later one, or half a line, come after it."""
+    file.seek(0)
+    place = 0
+    for line in file:
+        try:
+            content = json.loads(line) if line.endswith(b"\n") else {}
+            of, evaluation = content["step"], content.get("split") == "eval" or any("eval/" in name for name in content)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            break
+        if not isinstance(of, int) or of > step or (of == step and evaluation and not evaluated):
+            break
+        place += len(line)
+    return place
+
+
+def _seconds_of(line: bytes) -> float:
+    """What a line of metrics says of when it was written; 0 where it is none."""
     try:
-        return float(json.loads(file.read(last - begin))["seconds"])
+        return float(json.loads(line)["seconds"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return 0.0
 

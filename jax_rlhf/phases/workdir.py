@@ -11,7 +11,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from ml_collections import ConfigDict
 
 from jax_rlhf.data.formats import PHASES
-from jax_rlhf.durable import write_json, write_text
+from jax_rlhf.durable import sync, write_json, write_text
 from jax_rlhf.json_files import JSONFileError, read_object
 from jax_rlhf.phases.config import RunConfig, run_config
 from jax_rlhf.phases.manifest import ManifestError, check_deletable, check_model
@@ -90,6 +90,7 @@ def open_workdir(
         for phase in phases:
             delete(workdir, phase)
     write_json(workdir / _CONFIG, wanted)
+    sync(workdir.parent)
     if overwrite:  # all is done
         write_text(workdir / _OVERWRITTEN, _as_text(config))
     put_up(workdir)

@@ -22,7 +22,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from jax_rlhf.durable import sync_tree
+from jax_rlhf.durable import sync, sync_tree
 from jax_rlhf.hub import CheckpointError
 from jax_rlhf.parallel import ProcessError, together
 from jax_rlhf.training.checksum import checksums
@@ -66,6 +66,10 @@ class CheckpointConfig:
         return self.best_mode == "min"
 
 
+_SYNCED = "synced"
+"""An empty file in a checkpoint's folder."""
+
+
 class RestoreError(CheckpointError):
     """The checkpoints of a run are damaged, or not of this run; the message says how to mend it."""
 
@@ -95,9 +99,8 @@ class _Manager(ocp.CheckpointManager):
     def _finalize_checkpoint(self, step: int) -> None:
         """Called once a checkpoint has its name, and before older ones are deleted: a power cut must not take both."""
         super()._finalize_checkpoint(step)
-        folder = epath.Path(self.directory) / str(step)
-        if jax.process_index() == 0 and "://" not in str(folder):
-            sync_tree(Path(folder))
+        if jax.process_index() == 0:
+            mark_synced(epath.Path(self.directory) / str(step))
 
 
 @dataclasses.dataclass
@@ -253,6 +256,10 @@ class Checkpoints:
                 continue
             self._move_away([other for other in found if other > step])
             return restored
+        if found and not any(was_synced(self.folder / str(step)) for step in found):
+            self._move_away(found)
+            self._say("it was being written when the machine went down, and is no checkpoint yet.")
+            return None
         if found:
             raise RestoreError(
                 f"{self.folder}: none of the checkpoints ({', '.join(map(str, found))}) can be read. Put one back "
@@ -324,6 +331,33 @@ class Checkpoints:
                 f"{self.folder}: the checkpoint of step {step} could not be written: {first_line(error)}; {left}. "
                 "Once this is mended (is the disk full?), the same command goes on from there."
             ) from error
+
+
+def mark_synced(checkpoint: Path | epath.Path) -> None:
+    """Waits until a checkpoint is on the disk, and notes that it is. Object stores have whole objects as it is.
+
+    Args:
+      checkpoint: its folder.
+
+    Raises:
+      OSError: the disk fails.
+    """
+    if "://" not in str(checkpoint):
+        sync_tree(Path(checkpoint))
+        Path(checkpoint, _SYNCED).touch()
+        sync(Path(checkpoint))
+
+
+def was_synced(checkpoint: Path | epath.Path) -> bool:
+    """Whether a checkpoint was on the disk once: one that was not, and cannot be read, was never complete.
+
+    Args:
+      checkpoint: its folder.
+
+    Returns:
+      Whether.
+    """
+    return "://" in str(checkpoint) or Path(checkpoint, _SYNCED).exists()
 
 
 class _OtherArraysError(Exception):

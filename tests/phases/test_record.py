@@ -94,43 +94,67 @@ def test_weights_and_biases_has_the_config_the_run_s_name_and_tables(tmp_path, m
     assert json.loads((tmp_path / "my-run" / "ppo" / "metrics.jsonl").read_text())["loss"] == 0.3
 
 
-LINES = [b'{"a": 1}\n', b'{"a": 2}\n', b'{"a": 3}\n']
+LINES = [b'{"step": 1, "seconds": 3.5}\n', b'{"step": 2, "seconds": 4.5}\n', b'{"step": 3, "seconds": 8.0}\n']
 
 
 @pytest.mark.parametrize(
-    ("left", "kept", "missing"),
+    ("left", "kept", "lost"),
     [
-        (LINES, 2, 0),  # what came after the checkpoint is dropped
-        (LINES[:2], 2, 0),
-        ([*LINES[:1], LINES[1][:4]], 1, 9),  # a power cut took the end of it
-        ([*LINES[:1], LINES[1][:-1]], 1, 9),  # and the line's break alone
-        ([LINES[0][:3]], 0, 18),
-        ([b"x" * 200_000], 0, 18),  # not one line
-        ([b""], 0, 18),
-        (None, 0, 18),
+        (LINES, 2, 3.5),  # what came after the checkpoint is dropped
+        ([*LINES, b'{"step": 4, "sec'], 2, 3.5),  # half a line, too
+        (LINES[:2], 2, 0.0),
+        ([*LINES[:1], LINES[1][:4]], 1, None),  # a power cut took the end of it
+        ([*LINES[:1], LINES[1][:-1]], 1, None),  # and the line's break alone
+        ([LINES[0][:3]], 0, None),
+        ([b"x" * 200_000], 0, None),  # not one line
+        ([b""], 0, None),
+        (None, 0, None),
+        ([LINES[0], b"null\n"], 1, None),
+        ([LINES[1], LINES[2]], 1, None),  # a line was lost before: bytes say nothing of where a step ends
+        ([LINES[0], b'{"step": 2, "eval/loss": 1.0}\n'], 2, None),
     ],
 )
-def test_a_file_that_was_cut_goes_on_after_its_last_whole_line(tmp_path, capsys, left, kept, missing):
+def test_a_file_that_was_cut_goes_on_after_its_last_whole_line(tmp_path, capsys, left, kept, lost):
     folder = tmp_path / "sft"
     folder.mkdir()
+    with Record(folder, LogConfig(tensorboard=False)) as record:
+        record.samples([{"step": 2, "x": "y"}])
+        record._file("metrics")
+        position = record.position()
+    position["bytes"]["metrics"] = len(LINES[0]) * 2
+    position["last"]["metrics"] = records._digest(LINES[1])
+    position["seconds"] = 4.5
+    (folder / "metrics.jsonl").unlink()
     if left is not None:
         (folder / "metrics.jsonl").write_bytes(b"".join(left))
-    (folder / "samples.jsonl").write_bytes(b"")
-    position = {"seconds": 1.0, "bytes": {"metrics": len(LINES[0]) * 2, "samples": 0}}
     with Record(folder, LogConfig(tensorboard=False)) as record:
-        record.continue_from(position, 2)
+        found = record.continue_from(position, 2)
         record.metrics(3, {"loss": 0.5})
     *before, last = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    assert before == LINES[:kept]
+    assert before == [line for line in left or () if line.endswith(b"\n")][:kept]
     assert json.loads(last)["loss"] == 0.5
-    said = f"metrics.jsonl is shorter than when step 2 was saved, by {missing} bytes"
-    assert (said in capsys.readouterr().out.replace("\n", " ")) == bool(missing)
+    assert found == (lost or 0.0)
+    assert ("metrics.jsonl is not what it was when step 2 was saved" in capsys.readouterr().out) == (lost is None)
+    assert len((folder / "samples.jsonl").read_bytes().splitlines()) == 1
 
 
-def test_the_last_whole_line_may_be_far_from_the_end(tmp_path):
+def test_an_evaluation_that_is_done_again_leaves_no_line(tmp_path):
+    folder = tmp_path / "sft"
+    folder.mkdir()
+    rows = [{"step": 1}, {"step": 2, "train/loss": 1.0}, {"step": 2, "eval/loss": 1.0}, {"step": 3}]
+    content = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    for evaluated, kept in ((True, 3), (False, 2)):
+        (folder / "x").write_bytes(content)
+        with (folder / "x").open("rb") as file:
+            end = records._end_of_step(file, 2, evaluated=evaluated)
+        assert len(content[:end].splitlines()) == kept
+
+
+def test_the_line_before_a_place_may_be_long(tmp_path):
     file = tmp_path / "x"
-    file.write_bytes(b"a\n" + b"b" * 300_000)
+    file.write_bytes(b"a\n" + b"b" * 300_000 + b"\nc")
     with file.open("rb") as stream:
-        for most in (300_002, 100_000, 3, 2):
-            assert records._end_of_lines(stream, most) == 2
-        assert records._end_of_lines(stream, 1) == 0
+        assert records._line_before(stream, 0) == b""
+        assert records._line_before(stream, 2) == b"a\n"
+        assert records._line_before(stream, 300_003) == b"b" * 300_000 + b"\n"
+        assert records._line_before(stream, 300_004) == b"c"

@@ -1,0 +1,49 @@
+"""Each I/O call of a run fails, once or for good: it ends with a word, and goes on to the same bits afterwards."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.phases import test_end_to_end as alone
+from tests.processes import ROOT
+
+FIRST, STEP = 23, 340  # of about 1,700 calls
+EVERY = int(os.environ.get("FAULT_STEP", "1"))
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory):
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("the shim that makes I/O calls fail needs a C compiler, and Linux")
+    library = tmp_path_factory.mktemp("shim") / "faulty.so"
+    source = ROOT / "tests" / "hostile" / "faulty.c"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"], check=True)
+    return library
+
+
+@pytest.mark.parametrize(("first", "step"), [(FIRST, STEP), pytest.param(1, EVERY, marks=pytest.mark.slow)])
+def test_a_call_that_fails_ends_the_run_with_a_word_and_loses_nothing(tmp_path, shim, first, step):
+    """FAULT_STEP=10 takes every tenth call in a long run, which else takes hours."""
+    command = [sys.executable, "-m", "tests.hostile.io_faults", str(tmp_path), str(first), str(step)]
+    environment = alone.environment() | {"LD_PRELOAD": str(shim)}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    trials = []
+    for line in process.stdout:
+        if line.startswith("{"):
+            trials.append(json.loads(line))
+            print(line, end="", flush=True)
+    assert process.wait() == 0
+    calls = trials.pop(0)["calls"]
+    assert calls > 1000
+    assert len(trials) == 2 * len(range(first, calls + 1, step))
+    wrong = [one for one in trials if one["code"] not in (0, 1) or one["again"] != 0 or one["differs"]]
+    assert wrong == []
+    assert all(one["said"].startswith("error: ") for one in trials if one["code"] == 1)
+    assert sum(one["code"] for one in trials) > len(trials) / 4  # that it is seen at all
