@@ -166,8 +166,8 @@ MUTANTS = [
         ),
         ("if name not in names.values()}", "}"),
         (
-            "return Texts(prompt, tuple(completions), False, float(margin), others, **more)",
-            "return Texts(prompt, tuple(completions), False, abs(float(margin)), others, **more)",
+            "return Texts(parts[0], tuple(parts[1:]), False, float(margin), others, **more)",
+            "return Texts(parts[0], tuple(parts[1:]), False, abs(float(margin)), others, **more)",
         ),
         (
             'found = found | {"prompt": [{"role": "user", "content"',

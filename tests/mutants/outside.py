@@ -68,7 +68,7 @@ MUTANTS = [
         "command_line.py",
         _LINE,
         ("sys.exit(2)", "sys.exit(1)"),
-        ("Path(name).expanduser()", "Path(name)"),
+        ("local_path(name), packaged_configs()", "Path(name), packaged_configs()"),
         ("get_config(parameter) if colon else get_config()", "get_config()"),
         ("if not isinstance(config, ConfigDict):", "if False:"),
         ("if match and match[2] not in known:", "if False:"),

@@ -41,17 +41,17 @@ MUTANTS = [
     *variants(
         "phases/ppo.py",
         _WRITTEN,
-        ('    save_pretrained(folder / "critic", engine.critic)\n', ""),
+        ('    export_model(folder / "critic", engine.critic)\n', ""),
         (
-            'save_pretrained(folder / "critic", engine.critic)',
-            'save_pretrained(folder / "critic", dataclasses.replace(engine.critic, reward_bias=0.0))',
+            'export_model(folder / "critic", engine.critic)',
+            'export_model(folder / "critic", dataclasses.replace(engine.critic, reward_bias=0.0))',
         ),
-        ('save_pretrained(folder / "model_ema", engine.actor_ema)', "pass"),
+        ('export_model(folder / "model_ema", engine.actor_ema)', "pass"),
         (
-            'save_pretrained(folder / "model_ema", engine.actor_ema)',
-            'save_pretrained(folder / "model_ema", engine.actor)',
+            'export_model(folder / "model_ema", engine.actor_ema)',
+            'export_model(folder / "model_ema", engine.actor)',
         ),
-        ('save_pretrained(folder / "model", engine.actor)', 'save_pretrained(folder / "model", engine.actor_ema)'),
+        ('export_model(folder / "model", engine.actor)', 'export_model(folder / "model", engine.actor_ema)'),
         ("rows = rows[: prompts.eval_rows]", "rows = rows"),
         (
             "experience = trainer.generate_experience(batch)\n        own",
@@ -139,7 +139,7 @@ MUTANTS = [
         ('math.exp(min(held_out["loss"], 700.0))', 'held_out["loss"]'),
         ("example.prompt if example.has_prompt else _opening(example)", "_opening(example)"),
         ("response = tokens[width:][real]", "response = tokens[:width]"),
-        ('save_pretrained(folder / "model", trained())', 'save_pretrained(folder / "model", pretrained)'),
+        ('export_model(folder / "model", trained())', 'export_model(folder / "model", pretrained)'),
         ("[: config.sft.sample_rows]", ""),
         ("most, decoder = config.sft.sample_tokens,", "most, decoder = 64,"),
         ("row[-(decoder.max_positions - most) :]", "row"),

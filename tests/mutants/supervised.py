@@ -158,14 +158,14 @@ MUTANTS = [
     *variants(
         "trainer.py",
         _ROLES,
-        ("tokens[:, :width], np.asarray(prompts.mask)", "tokens[:, width:], np.asarray(prompts.mask)"),
+        ("masks, decode = (np.asarray(prompts.mask), mask)", "masks, decode = (mask, mask)"),
         (
             "tokens[:, width:], mask, strict=True)]\n        mine",
             "tokens[:, width:], np.ones_like(mask), strict=True)]\n        mine",
         ),
         (
-            "self.engine.tokenizer.decode, skip_special_tokens=True)\n        texts",
-            "self.engine.tokenizer.decode)\n        texts",
+            "texts, responses = read(skip_special_tokens=True)",
+            "texts, responses = read(skip_special_tokens=False)",
         ),
         ("{name: [values[row] for row in mine] for name, values in prompts.columns.items()},", "{},"),
         (
@@ -188,7 +188,7 @@ MUTANTS = [
     *variants(
         "trainer.py",
         "tests/ppo/test_trainer.py -k failures",
-        ("(self.failures), np.int32), Failures()", "(self.failures), np.int32), self.failures"),
+        ("found, self.failures = self.failures, Failures()", "found = self.failures"),
     ),
     *variants(
         "trainer.py",
