@@ -390,12 +390,12 @@ def scenario(folder: Path, seed: int, config) -> dict[str, int]:
                 if not (copies and str(error)):
                     raise AssertionError("it stopped, and nothing was damaged") from error
                 counts["words"] += 1
-                ended = "word"
+                ended, word = "word", str(error)
             disk.restart()
             if ended == "finished":
                 break
             if ended == "word":
-                put_back(disk.live, copies)
+                put_back(disk.live, copies, word)
             if ended != "word" and numbers.random() < 0.4:
                 lost_lines |= damage(disk.live, numbers, copies)
                 counts["damage"] += 1
@@ -406,13 +406,14 @@ def scenario(folder: Path, seed: int, config) -> dict[str, int]:
     return counts
 
 
-def put_back(folder: Path, copies: dict) -> None:
-    """Mends what is still damaged, from a copy."""
-    for name, (content, harmed) in copies.items():
+def put_back(folder: Path, copies: dict, word: str) -> None:
+    """Mends from a copy what is still damaged of the files that an error names, or of all where it names none."""
+    named = [name for name in copies if name in word]
+    for name in named or list(copies):
+        content, harmed = copies.pop(name)
         if bytes_of(folder / name) == harmed:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
-    copies.clear()
 
 
 def bytes_of(file: Path) -> bytes | None:
