@@ -5,17 +5,12 @@ files has the digest that the phase's manifest lists. Nothing is changed.
 """
 
 import json
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from absl import app, logging
-from etils import epath
-from jax.sharding import SingleDeviceSharding
 
 from jax_rlhf.data.formats import PHASES
 from jax_rlhf.json_files import JSONFileError, read_object
@@ -23,11 +18,8 @@ from jax_rlhf.phases.manifest import ManifestError, check_model, listed_models
 from jax_rlhf.phases.mirror import checkpoints_of, open_workdir_at
 from jax_rlhf.terminal import make_output_harmless
 from jax_rlhf.text import printable
-from jax_rlhf.training.checksum import checksums
-from jax_rlhf.training.notes import DamagedError, read_notes, reading
+from jax_rlhf.training.whole import of_checkpoint
 
-_AT_ONCE = 2**30
-"""Bytes of arrays that are read together; one array may be larger."""
 _OBJECTS, _LINES = ("manifest.json", "summary.json"), ("metrics.jsonl", "samples.jsonl")
 
 
@@ -98,50 +90,6 @@ def _of_lines(file: Path) -> str:
     except OSError as error:
         return str(error)
     return ""
-
-
-def of_checkpoint(checkpoint: Path | epath.Path) -> str:
-    """Reads a checkpoint, some of its arrays at a time.
-
-    Args:
-      checkpoint: its folder.
-
-    Returns:
-      "" where it is whole, else what is wrong.
-    """
-    checkpoint = epath.Path(checkpoint)
-    try:
-        with reading():
-            arrays = read_notes(checkpoint)["arrays"]
-            wrong = [name for group in _groups(arrays) for name in _wrong(checkpoint, group)]
-    except DamagedError as error:
-        return str(error)
-    return f"{', '.join(wrong[:3])}: another checksum than when it was written" if wrong else ""
-
-
-def _groups(arrays: dict) -> Iterator[dict]:
-    group: dict = {}
-    size = 0
-    for name, (shape, dtype, written) in arrays.items():
-        bytes_of_it = math.prod(shape) * jnp.dtype(dtype).itemsize
-        if group and size + bytes_of_it > _AT_ONCE:
-            yield group
-            group, size = {}, 0
-        group[name] = (shape, dtype, written)
-        size += bytes_of_it
-    if group:
-        yield group
-
-
-def _wrong(checkpoint: epath.Path, arrays: dict) -> list[str]:
-    place = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    wanted = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, (shape, dtype, _) in arrays.items()}
-    how = {"restore_args": ocp.checkpoint_utils.construct_restore_args(wanted), "partial_restore": True}
-    leaves = ocp.PyTreeCheckpointHandler().restore(
-        checkpoint / "state", args=ocp.args.PyTreeRestore(item=wanted, **how)
-    )
-    found = checksums(leaves)
-    return [name for name, (_, _, written) in arrays.items() if found[name] != written]
 
 
 def main(arguments: Sequence[str]) -> int:

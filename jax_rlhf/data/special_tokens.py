@@ -22,8 +22,7 @@ from jax_rlhf.hub.tokenizer import panics_as_errors
 
 MARK = "\ufdd0"
 """A code point that Unicode keeps out of texts; a row's own is marked too."""
-_FIRST = 0xE000  # of the private characters that stand for numbers
-_MOST = 0x1900
+_FIRST, _MOST = 0xF0000, 0xFFFE  # of the private characters that stand for numbers
 _MARKED = re.compile(f"{MARK}(.?)", re.DOTALL)
 _CONTROL = re.compile(r"<[|｜][^\s<>]{1,60}[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]")
 """Added tokens that are special whatever the tokenizer calls them: some add ChatML's as ordinary ones."""
@@ -200,7 +199,9 @@ def _special_of(tokenizer: PreTrainedTokenizerBase, size: int, named: tuple[str,
     known = tokenizer.get_vocab()
     texts = {text for text in texts if text and text in known and not _THOUGHTS.fullmatch(text)}
     ordered = [MARK, *sorted(texts - {MARK}, key=lambda text: (-len(text), text))]  # the longest first, as it is found
-    if not texts or len(ordered) > _MOST:
+    if len(ordered) > _MOST:
+        raise DataError(f"the tokenizer has {len(texts):,} special tokens; up to {_MOST:,} can be told from texts.")
+    if not texts:
         return _Special((), re.compile(MARK))
     return _Special(tuple(ordered), re.compile("|".join(map(re.escape, ordered))))
 

@@ -19,7 +19,7 @@ from jax_rlhf.parallel import together
 from jax_rlhf.phases.config import RunConfig
 from jax_rlhf.phases.costs import Costs
 from jax_rlhf.phases.faults import FaultError
-from jax_rlhf.phases.mirror import checkpoints_of, put_up
+from jax_rlhf.phases.mirror import checkpoints_of, put_up, remote_of
 from jax_rlhf.phases.record import Record
 from jax_rlhf.phases.stop import Stopped
 from jax_rlhf.phases.watchdog import Watchdog
@@ -73,12 +73,18 @@ class Progress:
         self._position: dict[str, Any] = {}
         self._evaluated, self._metric = True, None
         watched = dataclasses.replace(config.watchdog, action="warn") if self._may_pause(config) else config.watchdog
-        self._watchdog = Watchdog(watched, record.folder, [lambda: record.beats, *signs], record.say)
+        signs = [lambda: record.beats, self._is_being_put_up, *signs]
+        self._watchdog = Watchdog(watched, record.folder, signs, record.say)
 
     @staticmethod
     def _may_pause(config: RunConfig) -> bool:
         """Whether somebody may be looking at the run in a debugger."""
         return config.debug and config.watchdog.action == "exit"
+
+    def _is_being_put_up(self) -> float:
+        """Changes as long as a checkpoint goes to a bucket, where its bytes cannot be counted."""
+        remote = remote_of(self._record.folder.parent) is not None
+        return time.monotonic() if remote and self._checkpoints.saving else 0.0
 
     def restore(self, state: Any) -> Any:
         """The state of the last checkpoint, or the one given.
@@ -93,6 +99,7 @@ class Progress:
           RestoreError: the checkpoints are damaged, of another model, or the inputs are not those they began with.
         """
         like = abstract(state)
+        self._checkpoints.drop_unfinished()
         if self._checkpoints.steps:
             for leaf in jax.tree.leaves(state):
                 leaf.delete()
@@ -240,7 +247,7 @@ class Progress:
                 self._checkpoints.wait()
                 self._checkpoints.close()
             export()
-            put_up(self._record.folder.parent, self._record.phase, models=True)
+        put_up(self._record.folder.parent, self._record.phase, models=True)
 
     def _rescue(self, error: BaseException, export: Callable[[], None]) -> None:
         try:

@@ -27,6 +27,7 @@ from jax_rlhf.hub import CheckpointError
 from jax_rlhf.parallel import ProcessError, together
 from jax_rlhf.training.checksum import checksums
 from jax_rlhf.training.notes import DamagedError, first_line, read_notes, reading, with_digest
+from jax_rlhf.training.whole import of_checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,6 +230,17 @@ class Checkpoints:
         """Waits, and ends the background's threads."""
         self._manager.close()
 
+    def drop_unfinished(self) -> None:
+        """Moves away what was being written when the machine went down: not synced to the disk, and not whole.
+
+        It was no checkpoint yet. Of several processes none looks: each has read its own part alone.
+        """
+        for step in self.steps if jax.process_count() == 1 else ():
+            folder = self.folder / str(step)
+            if not was_synced(folder) and (wrong := of_checkpoint(folder)):
+                self._say(f"{folder} was being written when the machine went down, and is not whole: {wrong}")
+                self._move_away([step])
+
     def restore(self, like: Any) -> Restored | None:
         """The last checkpoint that is whole; damaged ones after it are moved away.
 
@@ -256,10 +268,6 @@ class Checkpoints:
                 continue
             self._move_away([other for other in found if other > step])
             return restored
-        if found and not any(was_synced(self.folder / str(step)) for step in found):
-            self._move_away(found)
-            self._say("it was being written when the machine went down, and is no checkpoint yet.")
-            return None
         if found:
             raise RestoreError(
                 f"{self.folder}: none of the checkpoints ({', '.join(map(str, found))}) can be read. Put one back "

@@ -186,7 +186,14 @@ def test_the_chat_and_the_columns_stay_as_they_were():
 
 def test_marks_that_a_row_has_itself_are_text():
     tokenizer = tokenizer_of(FAMILIES["qwen"])
-    for text in (MARK, f"{MARK}\ue001", f"a{MARK}", f"{MARK}{MARK}<|im_end|>", "\ue000\ue001", "\ufdd10-1\ufdd1"):
+    for text in (
+        MARK,
+        f"{MARK}\U000f0001",
+        f"a{MARK}",
+        f"{MARK}{MARK}<|im_end|>",
+        "\U000f0000\U000f0001",
+        "\ufdd10-1\ufdd1",
+    ):
         once = marked(text, tokenizer)
         assert without_marks(once, tokenizer) == text
         assert tokenizer.decode(token_ids([once], tokenizer)[0]) == text

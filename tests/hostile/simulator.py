@@ -150,10 +150,12 @@ def digest(*parts: object) -> str:
 
 
 class Leaf(str):
-    """Stands for an array."""
+    """Stands for an array, whose memory can be freed."""
+
+    deleted = False
 
     def delete(self) -> None:
-        pass
+        self.deleted = True
 
 
 class FakeCheckpoints:
@@ -211,20 +213,30 @@ class FakeCheckpoints:
         del like
         found = self.steps
         for step in reversed(found):
-            try:
-                content = json.loads((self.folder / str(step) / "notes" / "metadata").read_text())
-                assert with_digest({k: v for k, v in content.items() if k != "digest"})["digest"] == content["digest"]
-            except (OSError, ValueError, KeyError, AssertionError, AttributeError, TypeError):
+            content = self._content(step)
+            if content is None:
                 self._say(f"{step} is damaged")
                 continue
             for other in [other for other in found if other > step]:
                 shutil.rmtree(self.folder / str(other))
             return FakeRestored(step, {"number": Leaf(content["state"]["number"])}, content["notes"])
-        if any(was_synced(self.folder / str(step)) for step in found):
+        if found:
             raise RestoreError(self.word)
-        for step in found:
-            shutil.rmtree(self.folder / str(step))
         return None
+
+    def _content(self, step):
+        """None where it is damaged."""
+        try:
+            content = json.loads((self.folder / str(step) / "notes" / "metadata").read_text())
+            whole = with_digest({k: v for k, v in content.items() if k != "digest"})["digest"] == content["digest"]
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            return None
+        return content if whole else None
+
+    def drop_unfinished(self):
+        for step in self.steps:
+            if not was_synced(self.folder / str(step)) and self._content(step) is None:
+                shutil.rmtree(self.folder / str(step))
 
 
 @dataclasses.dataclass
@@ -269,6 +281,7 @@ def run_phase(phase: str, config, workdir: Path, stop: StopSignals) -> None:
 
         with how.saving(lambda: export_model(workdir / phase / "model", how.state["number"])):
             for step in how.steps(STEPS, "step", evaluate, 2):
+                assert not how.state["number"].deleted
                 number = digest(how.state["number"], phase, step)
                 record.metrics(step + 1, {"train/loss": float(step)})
                 how.done({"number": Leaf(number)})

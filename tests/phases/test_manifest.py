@@ -230,7 +230,7 @@ def test_every_damaged_file_of_a_checkpoint_is_seen(workdir):
     checkpoint = workdir / "reward" / "checkpoints"
     (checkpoint,) = sorted(checkpoint.iterdir())[-1:]
     seen = {}
-    for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+    for file in sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.stat().st_size):
         before = file.read_bytes()
         flip(file, len(before) // 2)
         seen[str(file.relative_to(checkpoint))] = verify.of_checkpoint(checkpoint)

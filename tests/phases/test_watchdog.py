@@ -77,8 +77,11 @@ def test_a_slow_run_has_more_time(tmp_path):
 def test_it_ends_with_the_phase(tmp_path):
     said = []
     before = threading.active_count()
-    with watched(tmp_path, said=said) as dog, pytest.raises(KeyError), dog:
+    with pytest.raises(KeyError), watched(tmp_path, said=said) as dog:
         raise KeyError
+    assert threading.active_count() == before
+    with dog:  # once more
+        assert threading.active_count() == before + 1
     assert threading.active_count() == before
     with watched(tmp_path, said=said, action="off"):
         assert threading.active_count() == before

@@ -312,3 +312,26 @@ def test_a_write_that_fails_says_what_is_left(tmp_path):
 def test_bad_settings_are_named(field, value):
     with pytest.raises(ValueError, match=rf"config.checkpoint.{field}={value}"):
         CheckpointConfig(**{field: value})
+
+
+@pytest.mark.parametrize("synced", [True, False])
+def test_one_that_was_being_written_when_the_power_was_cut_is_no_checkpoint(tmp_path, synced):
+    """Not synced, and not whole: the phase begins from its start. One that was on the disk is damaged, and counts."""
+    saved(tmp_path, 1)
+    folder = tmp_path / "checkpoints" / "1"
+    if not synced:
+        (folder / "synced").unlink()
+    said = []
+    checkpoints = opened(tmp_path, said)
+    checkpoints.drop_unfinished()
+    assert checkpoints.steps == [1]  # whole, though its writer was killed before it was noted
+    (folder / "notes" / "metadata").write_bytes(b"")
+    checkpoints.drop_unfinished()
+    if synced:
+        with pytest.raises(CheckpointError, match="none of the checkpoints"):
+            checkpoints.restore(abstract(tree()))
+    else:
+        assert checkpoints.restore(abstract(tree())) is None
+        assert "was being written when the machine went down" in said[0]
+        assert (tmp_path / "checkpoints.damaged" / "1").is_dir()
+    checkpoints.close()

@@ -1,0 +1,61 @@
+"""Whether a checkpoint is whole: each of its arrays read, some at a time, without a model to put them into."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import SingleDeviceSharding
+
+from jax_rlhf.training.checksum import checksums
+from jax_rlhf.training.notes import DamagedError, read_notes, reading
+
+_AT_ONCE = 2**30
+"""Bytes of arrays that are read together; one array may be larger."""
+
+
+def of_checkpoint(checkpoint: Path | epath.Path) -> str:
+    """Reads a checkpoint, some of its arrays at a time.
+
+    Args:
+      checkpoint: its folder.
+
+    Returns:
+      "" where it is whole, else what is wrong.
+    """
+    checkpoint = epath.Path(checkpoint)
+    try:
+        with reading():
+            arrays = read_notes(checkpoint)["arrays"]
+            wrong = [name for group in _groups(arrays) for name in _wrong(checkpoint, group)]
+    except DamagedError as error:
+        return str(error)
+    return f"{', '.join(wrong[:3])}: another checksum than when it was written" if wrong else ""
+
+
+def _groups(arrays: dict) -> Iterator[dict]:
+    group: dict = {}
+    size = 0
+    for name, (shape, dtype, written) in arrays.items():
+        bytes_of_it = math.prod(shape) * jnp.dtype(dtype).itemsize
+        if group and size + bytes_of_it > _AT_ONCE:
+            yield group
+            group, size = {}, 0
+        group[name] = (shape, dtype, written)
+        size += bytes_of_it
+    if group:
+        yield group
+
+
+def _wrong(checkpoint: epath.Path, arrays: dict) -> list[str]:
+    place = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    wanted = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, (shape, dtype, _) in arrays.items()}
+    how = {"restore_args": ocp.checkpoint_utils.construct_restore_args(wanted), "partial_restore": True}
+    leaves = ocp.PyTreeCheckpointHandler().restore(
+        checkpoint / "state", args=ocp.args.PyTreeRestore(item=wanted, **how)
+    )
+    found = checksums(leaves)
+    return [name for name, (_, _, written) in arrays.items() if found[name] != written]
