@@ -89,7 +89,8 @@ def run(
 
         if progress.step == 0:
             record.say(f"compiling, and evaluating the SFT policy{other_widths(prompts)}")
-            evaluate(0)
+            with progress.watchdog:
+                evaluate(0)
             progress.notes |= {"before": progress.notes["after"], "first": progress.notes["last"]}
         with progress.saving(lambda: _save(engine, folder)):
             batches = prompts.batches(progress.step, settings.iterations)

@@ -40,6 +40,7 @@ class Progress:
       state: a tree of arrays, after that step.
       notes: what the phase must know of earlier steps, in what JSON can hold.
       costs: seconds that were no training.
+      watchdog: a context in which it is noticed where the phase stands still; `saving` is in it.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Progress:
         self._evaluated, self._metric = True, None
         watched = dataclasses.replace(config.watchdog, action="warn") if self._may_pause(config) else config.watchdog
         signs = [lambda: record.beats, self._is_being_put_up, *signs]
-        self._watchdog = Watchdog(watched, record.folder, signs, record.say)
+        self.watchdog = Watchdog(watched, record.folder, signs, record.say)
 
     @staticmethod
     def _may_pause(config: RunConfig) -> bool:
@@ -166,7 +167,7 @@ class Progress:
           CheckpointError: a checkpoint could not be written.
         """
         self.step, self.state = self.step + 1, state
-        self._watchdog.step()
+        self.watchdog.step()
         with self.costs.taking("saving"):
             self._checkpoints.check()
         last, every, minutes = self.step == self._total, self._config.every, self._config.minutes
@@ -231,7 +232,7 @@ class Progress:
           Nothing.
         """
         try:
-            with self._watchdog:
+            with self.watchdog:
                 yield
         except BaseException as error:
             if jax.process_count() == 1 or getattr(error, "agreed", False):
@@ -242,7 +243,7 @@ class Progress:
                     if isinstance(error, Stopped):  # which says that all is saved
                         raise second from error
             raise
-        with self._watchdog:
+        with self.watchdog:
             with self.costs.taking("saving"):
                 self._checkpoints.wait()
                 self._checkpoints.close()

@@ -96,7 +96,8 @@ def run(
             record.say(f"scoring {settings.normalize_rows} responses of the SFT policy, to normalise scores")
             policy = load_model(dataclasses.replace(config.model, path=policy_path), "lm", layout)
             trained = how.network, params(), progress.step
-            scores, ended, rows = _policy_scores(config, policy, ends, *trained, layout, record)
+            with progress.watchdog:
+                scores, ended, rows = _policy_scores(config, policy, ends, *trained, layout, record)
             record.samples(rows)
             found = calibration(scores, ended)
             result |= found

@@ -77,7 +77,8 @@ def run(
             return metrics
 
         if progress.step == 0:
-            report(0)
+            with progress.watchdog:
+                report(0)
 
         def save() -> None:
             export_model(folder / "model", trained())
@@ -86,7 +87,8 @@ def run(
         train(config, how, progress, frozen, datasets, steps, record, layout, **how_often, export=save)
         if settings.sample_rows and datasets.held_out:
             record.stop.check()
-            _write_samples(config, trained(), datasets, progress.step, record)
+            with progress.watchdog:
+                _write_samples(config, trained(), datasets, progress.step, record)
         result = {"steps": progress.step} | progress.notes
         record.summary(result | progress.costs.summary())
     return result

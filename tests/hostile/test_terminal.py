@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from jax_rlhf.phases.stop import StopSignals
 from tests.phases import test_end_to_end as alone
 from tests.phases import tiny
 from tests.processes import ROOT
@@ -53,12 +54,20 @@ def begun(process, metrics):
     assert process.poll() is None
 
 
+# Whoever runs the tests may ignore SIGHUP, as nohup does, and that is inherited.
+ATTACH = """
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
 def test_a_terminal_that_is_closed_saves_and_ends(folder):
     """The kernel sends SIGHUP, and all that is printed after that fails."""
     here, there = pty.openpty()
-    attach = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
     process = subprocess.Popen(
-        [sys.executable, "-c", attach, *alone.command(folder, *ENDLESS)],
+        [sys.executable, "-c", ATTACH, *alone.command(folder, *ENDLESS)],
         cwd=folder,
         env=alone.environment(),
         stdin=there,
@@ -70,26 +79,24 @@ def test_a_terminal_that_is_closed_saves_and_ends(folder):
     metrics = folder / "run" / "sft" / "metrics.jsonl"
     begun(process, metrics)
     os.close(here)
-    assert process.wait(100) == 75
+    try:
+        assert process.wait(100) == 75
+    finally:
+        process.kill()
     (checkpoint,) = (folder / "run" / "sft" / "checkpoints").iterdir()
     assert int(checkpoint.name) == alone.lines(metrics)[-1]["step"]
 
 
-def test_under_nohup_a_hang_up_is_nothing(folder):
-    process = subprocess.Popen(
-        ["nohup", *alone.command(folder, *ENDLESS)],
-        cwd=folder,
-        env=alone.environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    begun(process, folder / "run" / "sft" / "metrics.jsonl")
-    process.send_signal(signal.SIGHUP)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(100) == 75
+def test_under_nohup_a_hang_up_is_nothing(monkeypatch):
+    """What ignores SIGHUP goes on ignoring it."""
+    installed = {}
+    monkeypatch.setattr(signal, "signal", lambda number, handler: installed.setdefault(number, handler))
+    for ignored in (True, False):
+        installed.clear()
+        monkeypatch.setattr(signal, "getsignal", lambda number, how=ignored: signal.SIG_IGN if how else signal.SIG_DFL)
+        StopSignals().listen()
+        assert (signal.SIGHUP in installed) != ignored
+        assert {signal.SIGINT, signal.SIGTERM} <= installed.keys()
 
 
 def test_what_closes_a_stream_under_way_ends_nothing(tmp_path):

@@ -121,16 +121,10 @@ def test_a_process_that_hangs_is_ended(tmp_path, where, code):
     assert "in <module>" in stacks
 
 
-def test_a_run_whose_reward_function_hangs_is_ended_and_goes_on(tmp_path):
+def test_a_run_whose_reward_function_hangs_is_ended(tmp_path):
     tiny.config(tmp_path)
-    flags = ["--config.phases=ppo", f"--config.sft_model_path={tmp_path / 'base'}", "--config.ppo.iterations=2"]
-    hangs = ["--config.ppo.reward_functions=tests.rewards.judges:hangs_once_there_is_a_file"]
-    long = ["--config.ppo.reward_timeout=None", "--config.watchdog.minutes=0.2", "--config.checkpoint.every=1"]
-    (tmp_path / "hang").touch()
-    code, _, errors = alone.run(tmp_path, *flags, *hangs, *long)
+    flags = ["--config.phases=ppo", f"--config.sft_model_path={tmp_path / 'base'}", "--config.checkpoint.every=1"]
+    hangs = ["--config.ppo.reward_functions=tests.rewards.judges:hangs", "--config.ppo.reward_timeout=None"]
+    code, _, errors = alone.run(tmp_path, *flags, *hangs, "--config.watchdog.minutes=0.1", "--config.ppo.eval_every=0")
     assert code == 75, errors[-3000:]
-    assert "hangs_once_there_is_a_file" in (tmp_path / "run" / "ppo" / "stacks.txt").read_text()
-    (tmp_path / "hang").unlink()
-    code, printed, errors = alone.run(tmp_path, *flags, *hangs, *long)
-    assert code == 0, errors[-3000:]
-    assert "going on from the checkpoint of step 1" in printed
+    assert "judges.py" in (tmp_path / "run" / "ppo" / "stacks.txt").read_text()

@@ -116,11 +116,3 @@ CALLS = []
 def counts(prompts, responses):
     CALLS.append(1)
     return [float(len(CALLS))] * len(responses)
-
-
-def hangs_once_there_is_a_file(prompts, responses):
-    """From its second call on, as long as the run's folder has a file of that name."""
-    CALLS.append(1)
-    while len(CALLS) > 3 and os.path.exists("hang"):
-        time.sleep(0.1)
-    return [float(len(response)) for response in responses]
