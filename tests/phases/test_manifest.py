@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from absl import logging
 
 from jax_rlhf import verify
 from jax_rlhf.phases import run_config
@@ -16,6 +17,14 @@ from jax_rlhf.phases.workdir import WorkdirError, check_inputs, check_overwrite,
 def workdir(whole, tmp_path):
     """A finished run of three phases, to do harm to."""
     return shutil.copytree(whole[0], tmp_path / "run")
+
+
+@pytest.fixture(autouse=True)
+def same_verbosity():
+    """`verify` says only what it finds."""
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
 
 
 def config_of(workdir):
