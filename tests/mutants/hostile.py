@@ -122,9 +122,13 @@ MUTANTS = [
         ('.get("finished") is True', '.get("finished")'),
     ),
     *variants(
-        "verify.py",
+        "training/whole.py",
         _MANIFEST,
         ("return [name for name, (_, _, written) in arrays.items() if found[name] != written]", "return []"),
+    ),
+    *variants(
+        "verify.py",
+        _MANIFEST,
         ('whole = line.endswith(b"\\n") and', "whole ="),
     ),
     *variants(
