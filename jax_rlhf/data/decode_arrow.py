@@ -2,9 +2,10 @@
 
 A file of a few hundred bytes can stand for gigabytes: a dictionary whose one long text every row repeats, a text that
 compresses to nothing, a billion rows of nulls. And a broken one can make pyarrow's C++ end the process. Here only this
-process ends. It imports pyarrow alone, and is run by its path: see `columns.py`.
+process ends. It imports pyarrow alone, and is run by its path: see `files.py`.
 """
 
+import contextlib
 import resource
 import sys
 from collections.abc import Iterator
@@ -42,7 +43,8 @@ def main(kind: str, path: str, budget: int, size: int) -> int:
         (resource.RLIMIT_CPU, 600 + size // 2**20),
     ):
         _, hard = resource.getrlimit(limit)
-        resource.setrlimit(limit, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+        with contextlib.suppress(ValueError, OSError):  # macOS knows no limit of address space
+            resource.setrlimit(limit, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())
     try:
         schema, batches = _parquet(path) if kind == "parquet" else _arrow(path)

@@ -211,11 +211,16 @@ def _columns(file: Path, kind: str) -> Numbered:
         tempfile.TemporaryFile() as said,
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said) as process,
     ):
+        broken = None
         try:
             first = 1
             for batch in _batches(process.stdout):
+                if isinstance(batch, Exception):
+                    broken = batch
+                    break
                 yield from enumerate(_arrow_rows(batch, first, file), first)
                 first += len(batch)
+            process.stdout.close()  # it may have more to say, and would wait
             code = process.wait()
         finally:
             process.kill()
@@ -226,16 +231,18 @@ def _columns(file: Path, kind: str) -> Numbered:
     if code == decode_arrow.BAD_ROW:
         row, _, reason = reason.partition(" ")
         raise DataError(f"{file}, row {row}: a value that cannot be read ({reason}).")
-    if code:
+    if code or broken is not None:
         raise DataError(
-            f"{file}: not a{'n Arrow' if kind == 'arrow' else ' parquet'} file that can be read ({reason})."
+            f"{file}: not a{'n Arrow' if kind == 'arrow' else ' parquet'} file that can be read ({reason or broken})."
         )
 
 
-def _batches(stream: BinaryIO) -> Iterable[pyarrow.RecordBatch]:
-    """What the process writes; where it ends early its exit code says why."""
-    with contextlib.suppress(pyarrow.ArrowException, EOFError, OSError):
+def _batches(stream: BinaryIO) -> Iterable[pyarrow.RecordBatch | Exception]:
+    """What the process writes; the error where that ends early, of which its exit code may know more."""
+    try:
         yield from pyarrow.ipc.open_stream(stream)
+    except (pyarrow.ArrowException, EOFError, OSError) as error:
+        yield error
 
 
 def _arrow_rows(batch: pyarrow.RecordBatch, first: int, file: Path) -> list[dict[str, Any]]:

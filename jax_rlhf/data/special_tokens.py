@@ -28,12 +28,13 @@ _CONTROL = re.compile(r"<[|｜][^\s<>]{1,60}[|｜]>|<(?:start|end)_of_turn>|\[/?
 """Added tokens that are special whatever the tokenizer calls them: some add ChatML's as ordinary ones."""
 _THOUGHTS = re.compile(r"</?(?:think|thinking|thought|reasoning)>")
 """Parts of an answer, which data sets write out in texts."""
+_NEVER = "(?!)"  # a pattern that finds nothing
 _CHARACTERS_AT_ONCE = 4_000_000
 """Of texts that are tokenized in one call: an encoding takes about 100 bytes per token."""
 
 
 class _Special(NamedTuple):
-    """A tokenizer's special tokens: their texts, and a pattern that finds them, or a mark."""
+    """The mark and a tokenizer's special tokens, and a pattern that finds them."""
 
     texts: tuple[str, ...]
     pattern: re.Pattern
@@ -49,8 +50,7 @@ def marked(value: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
     Returns:
       The same, with marks.
     """
-    special = _special(tokenizer)
-    return _marked(value, special) if special.texts else value
+    return _marked(value, _special(tokenizer))
 
 
 def _marked(value: Any, special: _Special) -> Any:
@@ -107,8 +107,7 @@ def first_special(value: Any, tokenizer: PreTrainedTokenizerBase) -> str:
     Returns:
       Its text; "" = there is none.
     """
-    special = _special(tokenizer)
-    return _first_special(value, special) if special.texts else ""
+    return _first_special(value, _special(tokenizer))
 
 
 def _first_special(value: Any, special: _Special) -> str:
@@ -201,8 +200,6 @@ def _special_of(tokenizer: PreTrainedTokenizerBase, size: int, named: tuple[str,
     ordered = [MARK, *sorted(texts - {MARK}, key=lambda text: (-len(text), text))]  # the longest first, as it is found
     if len(ordered) > _MOST:
         raise DataError(f"the tokenizer has {len(texts):,} special tokens; up to {_MOST:,} can be told from texts.")
-    if not texts:
-        return _Special((), re.compile(MARK))
     return _Special(tuple(ordered), re.compile("|".join(map(re.escape, ordered))))
 
 
@@ -249,4 +246,4 @@ def _renamed(tokenizer: PreTrainedTokenizerBase, special: _Special) -> _Renamed:
             f"the text of {wrong[0]!r} stands in a row, and this tokenizer cannot keep it apart from the token; take "
             "it out of the rows, or have it read as the token: --config.data.parse_special_tokens=true"
         )
-    return _Renamed(made, names, re.compile("|".join(map(re.escape, texts))))
+    return _Renamed(made, names, re.compile("|".join(map(re.escape, texts)) or _NEVER))

@@ -88,7 +88,6 @@ class Watchdog:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            self._disarm()
 
     def step(self) -> None:
         """A step is done."""
@@ -103,12 +102,15 @@ class Watchdog:
         return max(60 * self._config.minutes, self._config.factor * median)
 
     def _watch(self) -> None:
-        while True:
-            self._look()
-            if self._config.action == "exit":
-                self._arm()
-            if self._end.wait(min(self.limit / _LOOKS, _LONGEST_PAUSE)):
-                return
+        try:
+            while True:
+                self._look()
+                if self._config.action == "exit":
+                    self._arm()
+                if self._end.wait(min(self.limit / _LOOKS, _LONGEST_PAUSE)):
+                    return
+        finally:  # should a sign fail, nobody would put the alarm off any more
+            self._disarm()
 
     def _look(self) -> None:
         seen = [sign() for sign in self._signs]

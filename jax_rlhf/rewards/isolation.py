@@ -51,6 +51,7 @@ class IsolatedFunction:
         self._process: subprocess.Popen | None = None
         self._socket: socket.socket | None = None
         self._special: bool | None = None
+        self._finalizer: weakref.finalize | None = None
 
     def asks_for_special_tokens(self, timeout: float | None) -> bool:
         """Whether it has a parameter for texts with special tokens; starts the process.
@@ -96,9 +97,9 @@ class IsolatedFunction:
 
     def close(self) -> None:
         """Ends the process, and what it started."""
-        if self._process is not None:
-            _end(self._process, self._socket)
-        self._process = self._socket = None
+        if self._finalizer is not None:
+            self._finalizer()  # once: its number may be another process's later
+        self._process = self._socket = self._finalizer = None
 
     def _start(self, timeout: float | None) -> None:
         self.close()
@@ -115,7 +116,7 @@ class IsolatedFunction:
         )
         theirs.close()
         self._socket = ours
-        weakref.finalize(self, _end, self._process, ours)
+        self._finalizer = weakref.finalize(self, _end, self._process, ours)
         threading.Thread(target=_show, args=(self._process.stdout, self.name), daemon=True).start()
         deadline = None if timeout is None else time.monotonic() + timeout
         self._send(sys.path, deadline)
@@ -194,7 +195,7 @@ def _end(process: subprocess.Popen, connection: socket.socket) -> None:
 
 def _show(stream: BinaryIO, name: str) -> None:
     """What it prints, on stderr."""
-    with contextlib.suppress(ValueError, OSError):
+    with contextlib.suppress(ValueError, OSError), stream:
         while line := stream.readline(_LONGEST_LINE):
             text = printable(line.decode(errors="replace").rstrip("\n"), _LONGEST_LINE)
             print(f"{name}: {text}", file=sys.stderr)

@@ -79,6 +79,22 @@ def test_a_parquet_row_that_cannot_be_read_is_named(tmp_path):
         read(tmp_path / "x.parquet")
 
 
+@pytest.mark.parametrize("rows", [3, 300_000])
+def test_what_the_decoding_process_writes_is_read_whole_or_not_at_all(tmp_path, monkeypatch, rows):
+    """A stream that breaks is no short file, and its writer is not waited for."""
+    file = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": list(map(str, range(rows)))}), file)
+    open_stream = pyarrow.ipc.open_stream
+
+    def breaks(stream):
+        yield next(open_stream(stream))
+        raise pyarrow.ArrowInvalid("broken")
+
+    monkeypatch.setattr(pyarrow.ipc, "open_stream", breaks)
+    with pytest.raises(DataError, match=r"x.parquet: not a parquet file that can be read \((broken|.*pipe.*)\)"):
+        read(file)
+
+
 def test_long_fields_of_csv_files_are_read(tmp_path):
     """Python's csv module stops at 131,072 characters."""
     (tmp_path / "x.csv").write_text("text\n" + "a" * 200_000 + "\n")

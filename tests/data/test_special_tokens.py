@@ -201,6 +201,15 @@ def test_marks_that_a_row_has_itself_are_text():
     assert common_beginning(texts) == "a"  # no mark without its number
 
 
+def test_a_tokenizer_without_special_tokens_has_texts_alone():
+    bare = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, MARK: 2, "<|im_end|>": 3}, unk_token="<unk>"))
+    bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare)
+    assert tokenizer.all_special_tokens == []
+    for text, ids in ((f"a {MARK} a", [1, 2, 1]), ("a <|im_end|>", [1, 3])):
+        assert token_ids([marked(text, tokenizer)], tokenizer) == [ids]
+
+
 def test_a_token_across_two_texts_is_none():
     """A prompt that ends as a special token begins, and an answer that goes on so."""
     family = FAMILIES["qwen"]

@@ -89,6 +89,24 @@ def test_it_ends_with_the_phase(tmp_path):
     assert said == []
 
 
+def test_one_that_fails_leaves_no_alarm(tmp_path, monkeypatch):
+    """The kernel's would end the process, though nothing is wrong with it."""
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    calls = []
+
+    def sign():
+        calls.append(1)
+        if len(calls) > 2:
+            raise OSError
+
+    with watched(tmp_path, sign, action="exit"):
+        until = time.monotonic() + 20
+        while len(calls) < 3 and time.monotonic() < until:
+            time.sleep(0.02)
+        time.sleep(0.2)
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
 @pytest.mark.parametrize("wrong", [{"minutes": 0}, {"factor": 0.5}, {"minutes": -1}])
 def test_a_wrong_setting_is_said(wrong):
     with pytest.raises(ValueError, match=r"config.watchdog.factor=.* must be 1 or more"):

@@ -112,6 +112,18 @@ def test_forks_and_prints_harm_nothing(capfd):
     assert "\x1b" not in seen
 
 
+def test_a_process_that_has_ended_is_not_ended_again(monkeypatch):
+    """Its number may be another one's by then."""
+    judge, ended = isolated(judges.exits_at_once), []
+    with pytest.raises(RewardError):
+        scored(judge)
+    monkeypatch.setattr(os, "killpg", lambda *call: ended.append(call))
+    judge._isolated.close()
+    del judge
+    gc.collect()
+    assert ended == []
+
+
 def test_its_process_ends_with_it():
     judge = isolated(judges.lengths)
     scored(judge)
