@@ -1,7 +1,6 @@
 """What a phase leaves behind while it runs: a progress bar, metrics.jsonl, samples.jsonl, TensorBoard, W&B."""
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from jax_rlhf.data import Datasets
 from jax_rlhf.durable import sync, write_text
 from jax_rlhf.phases.config import LogConfig
+from jax_rlhf.phases.lines import end_of_step, line_before, line_digest, seconds_of
 from jax_rlhf.phases.manifest import begin_manifest
 from jax_rlhf.phases.stop import StopSignals
 from jax_rlhf.text import printable_lines
@@ -64,7 +64,7 @@ class Record:
         self._bar: tqdm | None = None
         self._files: dict[str, BinaryIO] = {}
         self._board, self._run, self._begun, self.beats = None, None, {}, 0
-        self._last = dict.fromkeys(_FILES, _digest(b""))
+        self._last = dict.fromkeys(_FILES, line_digest(b""))
         self._widths: set[int] = set()
         if self._writes:
             folder.mkdir(parents=True, exist_ok=True)
@@ -121,20 +121,20 @@ class Record:
         for name in _FILES if self._writes else ():
             size, file = position["bytes"][name], self._file(name)
             end = file.seek(0, os.SEEK_END)
-            if size <= end and _digest(_line_before(file, size)) == position["last"][name]:
+            if size <= end and line_digest(line_before(file, size)) == position["last"][name]:
                 if name == "metrics":
-                    line = _line_before(file, end)
+                    line = line_before(file, end)
                     if not line.endswith(b"\n"):  # half a line, of a process that was killed
-                        line = _line_before(file, end - len(line))
-                    lost = max(0.0, _seconds_of(line) - position.get("seconds", 0.0))
+                        line = line_before(file, end - len(line))
+                    lost = max(0.0, seconds_of(line) - position.get("seconds", 0.0))
             else:  # lines were lost once: bytes say nothing of where a step's lines are
-                size = _end_of_step(file, step, evaluated=evaluated)
+                size = end_of_step(file, step, evaluated=evaluated)
                 self.say(
                     f"{self.folder / name}.jsonl is not what it was when step {step} was saved; it goes on after its "
                     "last whole line of the steps before."
                 )
             file.truncate(size)
-            self._last[name] = _digest(_line_before(file, size))
+            self._last[name] = line_digest(line_before(file, size))
             file.seek(size)
         return lost
 
@@ -287,7 +287,7 @@ class Record:
                 written = ("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line) + "\n").encode()
                 file.write(written)
                 file.flush()
-                self._last[name] = _digest(written)
+                self._last[name] = line_digest(written)
             except OSError as error:  # which does not say of what
                 raise OSError(error.errno, f"{error.strerror}: {self.folder / name}.jsonl") from error
 
@@ -304,44 +304,6 @@ class Record:
             config = {} if self._settings is None else dataclasses.asdict(self._settings)
             where = {"job_type": self.phase, "dir": str(self.folder)}
             self._run = self._wandb.init(config=json.loads(json.dumps(config, default=str)), **names, **where, **again)
-
-
-def _digest(line: bytes) -> str:
-    return hashlib.blake2b(line, digest_size=8).hexdigest()
-
-
-def _line_before(file: BinaryIO, end: int) -> bytes:
-    """The line that ends there with its line break, or what stands there instead of one; b"" at the start."""
-    start, line = end, b""
-    while start > 0 and b"\n" not in line[:-1]:
-        start = max(0, start - 2**16)
-        file.seek(start)
-        line = file.read(end - start)
-    return line[line[:-1].rfind(b"\n") + 1 :]
-
-
-def _end_of_step(file: BinaryIO, step: int, *, evaluated: bool) -> int:
-    """Where the whole lines of so many steps end: the lines of a later one, or half a line, come after it."""
-    file.seek(0)
-    place = 0
-    for line in file:
-        try:
-            content = json.loads(line) if line.endswith(b"\n") else {}
-            of, evaluation = content["step"], content.get("split") == "eval" or any("eval/" in name for name in content)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            break
-        if not isinstance(of, int) or of > step or (of == step and evaluation and not evaluated):
-            break
-        place += len(line)
-    return place
-
-
-def _seconds_of(line: bytes) -> float:
-    """What a line of metrics says of when it was written; 0 where it is none."""
-    try:
-        return float(json.loads(line)["seconds"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return 0.0
 
 
 def _json_number(value: float) -> float | None:

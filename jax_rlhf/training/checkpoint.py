@@ -22,12 +22,11 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from jax_rlhf.durable import sync, sync_tree
 from jax_rlhf.hub import CheckpointError
 from jax_rlhf.parallel import ProcessError, together
 from jax_rlhf.training.checksum import checksums
 from jax_rlhf.training.notes import DamagedError, first_line, read_notes, reading, with_digest
-from jax_rlhf.training.whole import of_checkpoint
+from jax_rlhf.training.whole import mark_synced, of_checkpoint, was_synced
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,10 +64,6 @@ class CheckpointConfig:
         if self.best_mode is None:
             return self.best is not None and self.best.endswith(("loss", "perplexity"))
         return self.best_mode == "min"
-
-
-_SYNCED = "synced"
-"""An empty file in a checkpoint's folder."""
 
 
 class RestoreError(CheckpointError):
@@ -339,33 +334,6 @@ class Checkpoints:
                 f"{self.folder}: the checkpoint of step {step} could not be written: {first_line(error)}; {left}. "
                 "Once this is mended (is the disk full?), the same command goes on from there."
             ) from error
-
-
-def mark_synced(checkpoint: Path | epath.Path) -> None:
-    """Waits until a checkpoint is on the disk, and notes that it is. Object stores have whole objects as it is.
-
-    Args:
-      checkpoint: its folder.
-
-    Raises:
-      OSError: the disk fails.
-    """
-    if "://" not in str(checkpoint):
-        sync_tree(Path(checkpoint))
-        Path(checkpoint, _SYNCED).touch()
-        sync(Path(checkpoint))
-
-
-def was_synced(checkpoint: Path | epath.Path) -> bool:
-    """Whether a checkpoint was on the disk once: one that was not, and cannot be read, was never complete.
-
-    Args:
-      checkpoint: its folder.
-
-    Returns:
-      Whether.
-    """
-    return "://" in str(checkpoint) or Path(checkpoint, _SYNCED).exists()
 
 
 class _OtherArraysError(Exception):

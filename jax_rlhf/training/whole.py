@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole: each of its arrays read, some at a time, without a model to put them into."""
+"""Whether a checkpoint is whole, and whether it was on the disk; arrays are read without a model to put them into."""
 
 import math
 from collections.abc import Iterator
@@ -10,11 +10,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
+from jax_rlhf.durable import sync, sync_tree
 from jax_rlhf.training.checksum import checksums
 from jax_rlhf.training.notes import DamagedError, read_notes, reading
 
 _AT_ONCE = 2**30
 """Bytes of arrays that are read together; one array may be larger."""
+_SYNCED = "synced"
+"""An empty file in a checkpoint's folder."""
 
 
 def of_checkpoint(checkpoint: Path | epath.Path) -> str:
@@ -59,3 +62,30 @@ def _wrong(checkpoint: epath.Path, arrays: dict) -> list[str]:
     )
     found = checksums(leaves)
     return [name for name, (_, _, written) in arrays.items() if found[name] != written]
+
+
+def mark_synced(checkpoint: Path | epath.Path) -> None:
+    """Waits until a checkpoint is on the disk, and notes that it is. Object stores have whole objects as it is.
+
+    Args:
+      checkpoint: its folder.
+
+    Raises:
+      OSError: the disk fails.
+    """
+    if "://" not in str(checkpoint):
+        sync_tree(Path(checkpoint))
+        Path(checkpoint, _SYNCED).touch()
+        sync(Path(checkpoint))
+
+
+def was_synced(checkpoint: Path | epath.Path) -> bool:
+    """Whether a checkpoint was on the disk once: one that was not, and cannot be read, was never complete.
+
+    Args:
+      checkpoint: its folder.
+
+    Returns:
+      Whether.
+    """
+    return "://" in str(checkpoint) or Path(checkpoint, _SYNCED).exists()

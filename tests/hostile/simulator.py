@@ -31,8 +31,9 @@ from jax_rlhf.phases.workdir import (
     sft_model,
     status,
 )
-from jax_rlhf.training.checkpoint import RestoreError, mark_synced, was_synced
+from jax_rlhf.training.checkpoint import RestoreError
 from jax_rlhf.training.notes import with_digest
+from jax_rlhf.training.whole import mark_synced, was_synced
 
 PHASES = ("sft", "reward", "ppo")
 STEPS = 4

@@ -132,12 +132,16 @@ MUTANTS = [
         ('whole = line.endswith(b"\\n") and', "whole ="),
     ),
     *variants(
-        "phases/record.py",
+        "phases/lines.py",
         _RECORD,
-        ('and _digest(_line_before(file, size)) == position["last"][name]:', ":"),
         ("if not isinstance(of, int) or of > step or", "if not isinstance(of, int) or"),
         ("(of == step and evaluation and not evaluated)", "False"),
         ('json.loads(line) if line.endswith(b"\\n") else {}', "json.loads(line)"),
+    ),
+    *variants(
+        "phases/record.py",
+        _RECORD,
+        ('and line_digest(line_before(file, size)) == position["last"][name]:', ":"),
         ('if not line.endswith(b"\\n"):  # half', "if False:  # half"),
     ),
     *variants(

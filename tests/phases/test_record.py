@@ -9,6 +9,7 @@ import types
 import numpy as np
 import pytest
 
+from jax_rlhf.phases import lines
 from jax_rlhf.phases import record as records
 from jax_rlhf.phases.config import LogConfig
 from jax_rlhf.phases.record import Record, sample_row
@@ -122,7 +123,7 @@ def test_a_file_that_was_cut_goes_on_after_its_last_whole_line(tmp_path, capsys,
         record._file("metrics")
         position = record.position()
     position["bytes"]["metrics"] = len(LINES[0]) * 2
-    position["last"]["metrics"] = records._digest(LINES[1])
+    position["last"]["metrics"] = lines.line_digest(LINES[1])
     position["seconds"] = 4.5
     (folder / "metrics.jsonl").unlink()
     if left is not None:
@@ -146,7 +147,7 @@ def test_an_evaluation_that_is_done_again_leaves_no_line(tmp_path):
     for evaluated, kept in ((True, 3), (False, 2)):
         (folder / "x").write_bytes(content)
         with (folder / "x").open("rb") as file:
-            end = records._end_of_step(file, 2, evaluated=evaluated)
+            end = lines.end_of_step(file, 2, evaluated=evaluated)
         assert len(content[:end].splitlines()) == kept
 
 
@@ -154,7 +155,7 @@ def test_the_line_before_a_place_may_be_long(tmp_path):
     file = tmp_path / "x"
     file.write_bytes(b"a\n" + b"b" * 300_000 + b"\nc")
     with file.open("rb") as stream:
-        assert records._line_before(stream, 0) == b""
-        assert records._line_before(stream, 2) == b"a\n"
-        assert records._line_before(stream, 300_003) == b"b" * 300_000 + b"\n"
-        assert records._line_before(stream, 300_004) == b"c"
+        assert lines.line_before(stream, 0) == b""
+        assert lines.line_before(stream, 2) == b"a\n"
+        assert lines.line_before(stream, 300_003) == b"b" * 300_000 + b"\n"
+        assert lines.line_before(stream, 300_004) == b"c"
