@@ -114,6 +114,7 @@ def test_forks_and_prints_harm_nothing(capfd):
 
 def test_a_process_that_has_ended_is_not_ended_again(monkeypatch):
     """Its number may be another one's by then."""
+    gc.collect()  # ends the processes of other tests
     judge, ended = isolated(judges.exits_at_once), []
     with pytest.raises(RewardError):
         scored(judge)
