@@ -26,7 +26,7 @@ from jax_rlhf.hub import CheckpointError
 from jax_rlhf.parallel import ProcessError, together
 from jax_rlhf.training.checksum import checksums
 from jax_rlhf.training.notes import DamagedError, first_line, read_notes, reading, with_digest
-from jax_rlhf.training.whole import mark_synced, of_checkpoint, was_synced
+from jax_rlhf.training.whole import can_be_read, mark_synced, of_checkpoint, was_synced
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,15 +226,21 @@ class Checkpoints:
         self._manager.close()
 
     def drop_unfinished(self) -> None:
-        """Moves away what was being written when the machine went down: not synced to the disk, and not whole.
+        """Moves a phase's first checkpoint away that was being written when the machine went down.
 
-        It was no checkpoint yet. Of several processes none looks: each has read its own part alone.
+        It was not synced to the disk, its files can be read, and they are not whole: it was no checkpoint yet. A later
+        one needs no such question, since `restore` goes back to the one before. Of several processes none looks: each
+        has read its own part alone.
         """
-        for step in self.steps if jax.process_count() == 1 else ():
-            folder = self.folder / str(step)
-            if not was_synced(folder) and (wrong := of_checkpoint(folder)):
-                self._say(f"{folder} was being written when the machine went down, and is not whole: {wrong}")
-                self._move_away([step])
+        steps = self.steps
+        if jax.process_count() > 1 or len(steps) != 1:
+            return
+        folder = self.folder / str(steps[0])
+        if was_synced(folder) or not (wrong := of_checkpoint(folder)):
+            return
+        if can_be_read(folder) and of_checkpoint(folder):  # a disk or network that failed says nothing of its content
+            self._say(f"{folder} was being written when the machine went down, and is not whole: {wrong}")
+            self._move_away(steps)
 
     def restore(self, like: Any) -> Restored | None:
         """The last checkpoint that is whole; damaged ones after it are moved away.
@@ -306,14 +312,16 @@ class Checkpoints:
             return None
 
     def _move_away(self, steps: list[int]) -> None:
-        aside = self.folder.with_name(f"{self.folder.name}.damaged")
+        remote = "://" in str(self.folder)
+        folder = self.folder if remote else epath.Path(Path(self.folder).resolve())  # a link may lead to another disk
+        aside = folder.with_name(f"{folder.name}.damaged")
         with together("moving damaged checkpoints away"):
             for step in steps if jax.process_index() == 0 else ():
                 target = aside / str(step)
                 aside.mkdir(parents=True, exist_ok=True)
                 if target.exists():
                     target.rmtree()
-                (self.folder / str(step)).rename(target)
+                (folder / str(step)).rename(target)
                 self._say(f"it lies in {target} now.")
         if steps:
             self._manager.reload()

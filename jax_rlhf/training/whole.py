@@ -1,6 +1,7 @@
 """Whether a checkpoint is whole, and whether it was on the disk; arrays are read without a model to put them into."""
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def _groups(arrays: dict) -> Iterator[dict]:
 
 
 def _wrong(checkpoint: epath.Path, arrays: dict) -> list[str]:
-    place = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    place = SingleDeviceSharding(_device())
     wanted = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, (shape, dtype, _) in arrays.items()}
     how = {"restore_args": ocp.checkpoint_utils.construct_restore_args(wanted), "partial_restore": True}
     leaves = ocp.PyTreeCheckpointHandler().restore(
@@ -62,6 +63,38 @@ def _wrong(checkpoint: epath.Path, arrays: dict) -> list[str]:
     )
     found = checksums(leaves)
     return [name for name, (_, _, written) in arrays.items() if found[name] != written]
+
+
+def _device() -> jax.Device:
+    """The host's memory; where JAX_PLATFORMS leaves the CPU out, a device's."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
+
+
+def can_be_read(checkpoint: Path | epath.Path) -> bool:
+    """Whether each file of a checkpoint can be read to its end, whatever stands there.
+
+    Args:
+      checkpoint: its local folder.
+
+    Returns:
+      Whether; where not, the disk or the network fails, and its content is not known.
+    """
+    try:
+        for parent, _, names in os.walk(checkpoint, onerror=_raise):
+            for name in names:
+                with open(os.path.join(parent, name), "rb") as file:
+                    while file.read(2**24):
+                        pass
+    except OSError:
+        return False
+    return True
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def mark_synced(checkpoint: Path | epath.Path) -> None:

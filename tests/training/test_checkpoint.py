@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there, and a bit that changed on the way is seen."""
 
+import errno
 import math
 import os
 import resource
@@ -18,6 +19,7 @@ from jax_rlhf.parallel import MeshConfig, create_mesh
 from jax_rlhf.training import checksum
 from jax_rlhf.training.checkpoint import CheckpointConfig, Checkpoints, abstract, named
 from jax_rlhf.training.checksum import checksums
+from jax_rlhf.training.notes import DamagedError, read_notes
 
 
 def tree(value=0.0):
@@ -334,4 +336,68 @@ def test_one_that_was_being_written_when_the_power_was_cut_is_no_checkpoint(tmp_
         assert checkpoints.restore(abstract(tree())) is None
         assert "was being written when the machine went down" in said[0]
         assert (tmp_path / "checkpoints.damaged" / "1").is_dir()
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("fault", ["unreadable", "once", "no CPU"])
+def test_a_disk_that_fails_makes_no_run_begin_anew(tmp_path, monkeypatch, fault):
+    """What cannot be read at the moment is no checkpoint that was never written."""
+    saved(tmp_path, 1)
+    folder = tmp_path / "checkpoints" / "1"
+    (folder / "synced").unlink()
+    checkpoints = opened(tmp_path)
+    if fault == "no CPU":
+        devices = jax.local_devices
+
+        def without(backend=None):
+            if backend == "cpu":
+                raise RuntimeError("Unknown backend: 'cpu'")
+            return devices()
+
+        monkeypatch.setattr(jax, "local_devices", without)
+    else:
+        failures = [DamagedError("[Errno 5] Input/output error")] * (1 if fault == "once" else 9)
+
+        def failing(step):
+            if failures:
+                raise failures.pop()
+            return read_notes(step)
+
+        monkeypatch.setattr("jax_rlhf.training.whole.read_notes", failing)
+        if fault == "unreadable":
+            monkeypatch.setattr("jax_rlhf.training.whole.open", unreadable, raising=False)
+    checkpoints.drop_unfinished()
+    monkeypatch.undo()
+    assert checkpoints.restore(abstract(tree())).step == 1
+    checkpoints.close()
+
+
+def unreadable(*_):
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def test_of_two_checkpoints_none_is_taken_for_unfinished(tmp_path):
+    """The one before was complete once, or there would be no later one: the run may not begin anew by itself."""
+    saved(tmp_path, 1, 2)
+    for step in (1, 2):
+        (tmp_path / "checkpoints" / str(step) / "synced").unlink()
+        (tmp_path / "checkpoints" / str(step) / "notes" / "metadata").write_bytes(b"")
+    checkpoints = opened(tmp_path)
+    checkpoints.drop_unfinished()
+    with pytest.raises(CheckpointError, match="none of the checkpoints"):
+        checkpoints.restore(abstract(tree()))
+    checkpoints.close()
+
+
+def test_a_damaged_one_is_moved_away_on_its_own_disk(tmp_path):
+    """Checkpoints may be a link to a scratch disk."""
+    saved(tmp_path, 1, 2)
+    scratch = tmp_path / "scratch" / "run"
+    scratch.parent.mkdir()
+    (tmp_path / "checkpoints").rename(scratch)
+    (tmp_path / "checkpoints").symlink_to(scratch)
+    (scratch / "2" / "notes" / "metadata").write_bytes(b"")
+    checkpoints = opened(tmp_path)
+    assert checkpoints.restore(abstract(tree())).step == 1
+    assert (tmp_path / "scratch" / "run.damaged" / "2").is_dir()
     checkpoints.close()
