@@ -28,6 +28,8 @@ from jax_rlhf.training.checksum import checksums
 
 PROGRESS_FILE = "JAX_RLHF_PROGRESS_FILE"
 """In the environment: a file for the phase and step of the last checkpoint, read by launch scripts."""
+_LONGEST_UPLOAD = 120.0
+"""Minutes that a checkpoint may take to a bucket before the watchdog counts."""
 # What was trained is no good then; and after FloatingPointError (debug) JAX has given its memory away without a word.
 _NUMBERS = (FaultError, FloatingPointError)
 
@@ -75,7 +77,7 @@ class Progress:
         self._evaluated, self._metric = True, None
         watched = dataclasses.replace(config.watchdog, action="warn") if self._may_pause(config) else config.watchdog
         signs = [lambda: record.beats, self._is_being_put_up, *signs]
-        self.watchdog = Watchdog(watched, record.folder, signs, record.say)
+        self.watchdog = Watchdog(watched, record.folder, signs, record.say, longest_call=config.ppo.reward_timeout)
 
     @staticmethod
     def _may_pause(config: RunConfig) -> bool:
@@ -83,9 +85,10 @@ class Progress:
         return config.debug and config.watchdog.action == "exit"
 
     def _is_being_put_up(self) -> float:
-        """Changes as long as a checkpoint goes to a bucket, where its bytes cannot be counted."""
-        remote = remote_of(self._record.folder.parent) is not None
-        return time.monotonic() if remote and self._checkpoints.saving else 0.0
+        """Changes as a checkpoint goes to a bucket, where its bytes cannot be counted; but not for ever."""
+        took = time.monotonic() - self._saved_at
+        remote = remote_of(self._record.folder.parent) is not None and self._checkpoints.saving
+        return took if remote and took < 60 * _LONGEST_UPLOAD else 0.0
 
     def restore(self, state: Any) -> Any:
         """The state of the last checkpoint, or the one given.
@@ -237,7 +240,8 @@ class Progress:
         except BaseException as error:
             if jax.process_count() == 1 or getattr(error, "agreed", False):
                 try:
-                    self._rescue(error, export)
+                    with self.watchdog:
+                        self._rescue(error, export)
                 except Exception as second:  # its update may have eaten the parameters
                     logging.error("%s: what was trained could not be saved: %s", self._record.folder, second)
                     if isinstance(error, Stopped):  # which says that all is saved

@@ -5,8 +5,8 @@ import contextlib
 import dataclasses
 import faulthandler
 import os
-import signal
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -15,11 +15,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from absl import logging
+
+from jax_rlhf.phases import guard
+
 _STACKS = "stacks.txt"
 _STEPS = 50  # whose median counts
 _LOOKS = 20  # per limit
 _LONGEST_PAUSE = 10.0  # seconds between two looks
-_MARGIN = 60.0  # seconds that the thread has before the kernel ends the process
+_MARGIN = 60.0  # seconds that the thread has before another process ends this one, twice
+_A_CALL = 1.25  # the limit is at least so many times what a call may take
 STALLED = 75
 """The exit code: the same command goes on from the last checkpoint."""
 
@@ -55,6 +60,8 @@ class Watchdog:
         folder: Path,
         signs: Sequence[Callable[[], Any]],
         say: Callable[[str], None],
+        *,
+        longest_call: float | None = None,
     ) -> None:
         """Watches nothing yet.
 
@@ -63,18 +70,23 @@ class Watchdog:
           folder: of the phase, where stacks are written.
           signs: each gives something that changes as the phase goes on, such as a count.
           say: shows a line.
+          longest_call: seconds that a call of other people's code may take, which gives no sign; None = no limit.
         """
         self._config, self._folder, self._signs, self._say = config, folder, list(signs), say
+        self._least = max(60 * config.minutes, _A_CALL * (longest_call or 0.0))
         self._seconds: collections.deque[float] = collections.deque(maxlen=_STEPS)
         self._stepped = self._moved = time.monotonic()
         self._seen: Any = None
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
+        self._guard: subprocess.Popen | None = None
 
     def __enter__(self) -> "Watchdog":
         """Begins, once more where it has ended before."""
         self._stepped = self._moved = time.monotonic()
         self._end.clear()
+        if self._config.action == "exit":
+            self._guard = _started_guard()
         if self._config.action != "off":
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
@@ -99,18 +111,23 @@ class Watchdog:
     def limit(self) -> float:
         """Seconds without a sign after which the phase stands still."""
         median = statistics.median(list(self._seconds)) if self._seconds else 0.0
-        return max(60 * self._config.minutes, self._config.factor * median)
+        return max(self._least, self._config.factor * median)
 
     def _watch(self) -> None:
         try:
             while True:
                 self._look()
-                if self._config.action == "exit":
-                    self._arm()
-                if self._end.wait(min(self.limit / _LOOKS, _LONGEST_PAUSE)):
+                if self._guard is not None:
+                    _beat(self._guard, self.limit + _MARGIN)
+                pause, began = min(self.limit / _LOOKS, _LONGEST_PAUSE), time.monotonic()
+                if self._end.wait(pause):
                     return
-        finally:  # should a sign fail, nobody would put the alarm off any more
-            self._disarm()
+                # What it took longer, this process was stopped (Ctrl-Z, a suspended job), and could do nothing.
+                self._moved += max(0.0, time.monotonic() - began - pause)
+        finally:  # should a sign fail, no line would go to the guard any more
+            if self._guard is not None:
+                self._guard.communicate()
+                self._guard = None
 
     def _look(self) -> None:
         seen = [sign() for sign in self._signs]
@@ -142,17 +159,26 @@ class Watchdog:
             os.write(2, f"\n{text}. The same command goes on from the last checkpoint.\n".encode())
         os._exit(STALLED)
 
-    def _arm(self) -> None:
-        """Where this thread cannot run either, as C code holds Python's lock: stacks on stderr, and SIGALRM's end."""
-        seconds = self.limit + _MARGIN
-        with contextlib.suppress(ValueError, AttributeError, OSError, RuntimeError):
-            faulthandler.dump_traceback_later(seconds, file=sys.__stderr__)
-        signal.setitimer(signal.ITIMER_REAL, seconds + _MARGIN)
 
-    def _disarm(self) -> None:
-        if self._config.action == "exit":
-            faulthandler.cancel_dump_traceback_later()
-            signal.setitimer(signal.ITIMER_REAL, 0)
+def _started_guard() -> subprocess.Popen | None:
+    """Ends this process where its watchdog cannot run either, as C code holds Python's lock for ever."""
+    with contextlib.suppress(ValueError, AttributeError, OSError, RuntimeError):  # of a stderr that is no file
+        if not faulthandler.is_enabled():
+            faulthandler.enable(file=sys.__stderr__)
+    try:
+        command = [sys.executable, "-I", "-S", guard.__file__, str(_MARGIN)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    except OSError as error:  # no more processes: the thread alone watches
+        logging.warning("the watchdog has no process beside it: %s", error)
+        return None
+    os.set_blocking(process.stdin.fileno(), False)
+    return process
+
+
+def _beat(process: subprocess.Popen, seconds: float) -> None:
+    """Within so many seconds comes the next line."""
+    with contextlib.suppress(OSError):  # it has ended, or is stopped and its pipe full
+        os.write(process.stdin.fileno(), b"%.3f\n" % seconds)
 
 
 def _bytes_in(folder: Path) -> int:

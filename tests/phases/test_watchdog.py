@@ -1,5 +1,6 @@
 """A run that stands still is noticed, one that only takes long is not."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -89,8 +90,8 @@ def test_it_ends_with_the_phase(tmp_path):
     assert said == []
 
 
-def test_one_that_fails_leaves_no_alarm(tmp_path, monkeypatch):
-    """The kernel's would end the process, though nothing is wrong with it."""
+def test_one_that_fails_leaves_no_guard(tmp_path, monkeypatch):
+    """The process beside it would end this one, though nothing is wrong with it."""
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     calls = []
 
@@ -99,12 +100,66 @@ def test_one_that_fails_leaves_no_alarm(tmp_path, monkeypatch):
         if len(calls) > 2:
             raise OSError
 
-    with watched(tmp_path, sign, action="exit"):
+    with watched(tmp_path, sign, action="exit") as dog:
+        beside = dog._guard
         until = time.monotonic() + 20
         while len(calls) < 3 and time.monotonic() < until:
             time.sleep(0.02)
         time.sleep(0.2)
-        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+        assert beside.poll() == 0
+        assert dog._guard is None
+
+
+def test_alarms_are_left_to_others(tmp_path):
+    """Judges limit themselves with signal.alarm."""
+    rung, former = [], signal.signal(signal.SIGALRM, lambda *_: rung.append(time.monotonic()))
+    try:
+        with watched(tmp_path, action="exit") as dog:
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
+            until = time.monotonic() + 10
+            while not rung and time.monotonic() < until:
+                dog.step()
+                time.sleep(0.05)
+    finally:
+        signal.signal(signal.SIGALRM, former)
+    assert len(rung) == 1
+
+
+def test_a_call_that_may_take_long_has_the_time(tmp_path):
+    assert Watchdog(WatchdogConfig(), tmp_path, [], print, longest_call=7200.0).limit == 9000.0
+    assert Watchdog(WatchdogConfig(), tmp_path, [], print, longest_call=60.0).limit == 1800.0
+    assert Watchdog(WatchdogConfig(), tmp_path, [], print).limit == 1800.0
+
+
+GOES_ON = """
+import sys, time
+from pathlib import Path
+from jax_rlhf.phases import watchdog
+watchdog._MARGIN = 1.0
+config = watchdog.WatchdogConfig(minutes=0.02)
+with watchdog.Watchdog(config, Path(sys.argv[1]), [lambda: 0], print) as dog:
+    for step in range(30):
+        dog.step()
+        print(step, flush=True)
+        time.sleep(0.1)
+print("done")
+"""
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_process_that_was_stopped_goes_on(tmp_path, both):
+    """Ctrl-Z, a suspended job or a debugger, for longer than a run may stand still, is none of its faults."""
+    command = [sys.executable, "-c", GOES_ON, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout.readline() == "0\n"
+        stop = (lambda number: os.killpg(process.pid, number)) if both else process.send_signal
+        stop(signal.SIGSTOP)
+        time.sleep(5.0)
+        stop(signal.SIGCONT)
+        rest = process.stdout.read()
+    assert process.returncode == 0
+    assert rest.endswith("done\n")
+    assert not (tmp_path / "stacks.txt").exists()
 
 
 @pytest.mark.parametrize("wrong", [{"minutes": 0}, {"factor": 0.5}, {"minutes": -1}])
@@ -127,9 +182,9 @@ with watchdog.Watchdog(config, Path(sys.argv[1]), [lambda: 0], print):
 """
 
 
-@pytest.mark.parametrize(("where", "code"), [("python", 75), ("c", -signal.SIGALRM)])
+@pytest.mark.parametrize(("where", "code"), [("python", 75), ("c", -signal.SIGABRT)])
 def test_a_process_that_hangs_is_ended(tmp_path, where, code):
-    """By the thread, or where that cannot run, by the kernel: launch scripts start again after both."""
+    """By the thread, or where that cannot run, by another process: launch scripts start again after both."""
     done = subprocess.run(
         [sys.executable, "-c", HANGS, str(tmp_path), where], cwd=ROOT, capture_output=True, text=True, timeout=50
     )
