@@ -1,13 +1,18 @@
-"""What a phase's starts and checkpoints cost: seconds that were no training, over all its starts."""
+"""What a phase's starts and checkpoints cost: seconds that were no training, over all its starts.
+
+They stand in `<workdir>/<phase>/costs.json`, from the beginning of each start on.
+"""
 
 import contextlib
 import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 
+COSTS = "costs.json"
 _COMPILE = "/jax/core/compile/"
 
 
@@ -26,7 +31,7 @@ def _compiling() -> list[float]:
 
 @dataclasses.dataclass
 class Costs:
-    """Counts on where a checkpoint left off; what came after the last checkpoint of a killed process is not known.
+    """Counts on where former starts left off; seconds after the last checkpoint of a killed process are not known.
 
     Attributes:
       starts: of the phase, this one among them.
@@ -53,6 +58,25 @@ class Costs:
         """
         for name, value in before.items():
             setattr(self, name, getattr(self, name) + value)
+
+    @staticmethod
+    def checked(content: Mapping[str, Any]) -> Mapping[str, float]:
+        """What a file says that former starts cost.
+
+        Args:
+          content: of the file.
+
+        Returns:
+          The same.
+
+        Raises:
+          ValueError: it is not what `so_far` returns.
+        """
+        names = {field.name for field in dataclasses.fields(Costs)}
+        numbers = all(type(value) in (int, float) and 0 <= value < 1e12 for value in content.values())
+        if content.keys() != names or not numbers or type(content["starts"]) is not int:
+            raise ValueError(f"{COSTS} is not what this program writes.")
+        return content
 
     @contextlib.contextmanager
     def taking(self, name: str) -> Iterator[None]:

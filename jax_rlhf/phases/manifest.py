@@ -16,10 +16,11 @@ from jax_rlhf.durable import sync, write_json
 from jax_rlhf.hub import Pretrained, save_pretrained
 from jax_rlhf.hub.folder import MODEL_FILES
 from jax_rlhf.json_files import JSONFileError, read_object
+from jax_rlhf.phases.costs import COSTS
 
 NAME = "manifest.json"
 _PROGRAM = "jax_rlhf"
-_FILES = ("summary.json", "metrics.jsonl", "samples.jsonl", "stacks.txt", NAME)
+_FILES = ("summary.json", "metrics.jsonl", "samples.jsonl", "stacks.txt", COSTS, NAME)
 _ANY = "*"
 _FOLDERS = {
     "model": MODEL_FILES,

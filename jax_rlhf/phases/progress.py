@@ -14,10 +14,12 @@ import jax
 from absl import logging
 from transformers import PreTrainedTokenizerBase
 
+from jax_rlhf.durable import write_json
 from jax_rlhf.hub import CheckpointError
+from jax_rlhf.json_files import read_object
 from jax_rlhf.parallel import together
 from jax_rlhf.phases.config import RunConfig
-from jax_rlhf.phases.costs import Costs
+from jax_rlhf.phases.costs import COSTS, Costs
 from jax_rlhf.phases.faults import FaultError
 from jax_rlhf.phases.mirror import checkpoints_of, put_up, remote_of
 from jax_rlhf.phases.record import Record
@@ -109,16 +111,18 @@ class Progress:
                 leaf.delete()
         with self.costs.taking("restoring"):
             restored = self._checkpoints.restore(like)
+        self.costs.go_on(self._former_costs({} if restored is None else restored.notes.get("costs", {})))
         if restored is None:
+            self._note_costs()
             self.state = state
             return state
         self.step, self.state, self._saved = restored.step, restored.state, restored.step
         self.notes, self._evaluated = restored.notes["phase"], restored.notes["evaluated"]
         self._compare(restored.notes["inputs"])
-        self.costs.go_on(restored.notes["costs"])
         self.costs.repeated += self._record.continue_from(
             restored.notes["position"], self.step, evaluated=self._evaluated
         )
+        self._note_costs()
         self._record.say(f"going on from the checkpoint of step {self.step}")
         self._tell_launcher()
         return self.state
@@ -212,8 +216,21 @@ class Progress:
                 self._record.sync()
                 put_up(self._record.folder.parent, self._record.phase)
             self._checkpoints.save(self.step, self.state, notes, self._metric)
+        self._note_costs()
         self._tell_launcher()
         self._saved, self._saved_at = self.step, time.monotonic()
+
+    def _former_costs(self, saved: Mapping[str, float]) -> Mapping[str, float]:
+        """Of all starts before this one, those among them that saved nothing; else as the checkpoint has them."""
+        try:
+            return self.costs.checked(read_object(self._record.folder / COSTS))
+        except (OSError, ValueError):
+            return saved
+
+    def _note_costs(self) -> None:
+        """A start counts from its beginning on: it may be killed before it saves anything."""
+        if jax.process_index() == 0:
+            write_json(self._record.folder / COSTS, self.costs.so_far())
 
     def _tell_launcher(self) -> None:
         """How far it is, where a launch script asks: one that starts a run again must see whether it moves."""

@@ -121,7 +121,8 @@ class Record:
         for name in _FILES if self._writes else ():
             size, file = position["bytes"][name], self._file(name)
             end = file.seek(0, os.SEEK_END)
-            if size <= end and line_digest(line_before(file, size)) == position["last"][name]:
+            last = line_digest(line_before(file, size))
+            if size <= end and last == position.get("last", {}).get(name, last):  # older checkpoints say none
                 if name == "metrics":
                     line = line_before(file, end)
                     if not line.endswith(b"\n"):  # half a line, of a process that was killed

@@ -141,7 +141,7 @@ MUTANTS = [
     *variants(
         "phases/record.py",
         _RECORD,
-        ('and line_digest(line_before(file, size)) == position["last"][name]:', ":"),
+        ('and last == position.get("last", {}).get(name, last):', ":"),
         ('if not line.endswith(b"\\n"):  # half', "if False:  # half"),
     ),
     *variants(
@@ -207,7 +207,8 @@ MUTANTS = [
     *variants(
         "phases/progress.py",
         "tests/phases/test_resume.py -k cost",
-        ('self.costs.go_on(restored.notes["costs"])', "pass"),
+        ('{} if restored is None else restored.notes.get("costs", {})', "{}"),
+        ("            return self.costs.checked(read_object(self._record.folder / COSTS))", "            return saved"),
         ("self.costs.repeated += ", ""),
     ),
     *variants(

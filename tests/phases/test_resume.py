@@ -106,9 +106,17 @@ def test_a_stopped_phase_goes_on_bit_for_bit(settings, straight, tmp_path, phase
             assert got[name] == value, name
 
 
-@pytest.mark.parametrize("phase", ["reward", "ppo"])
-def test_what_starting_again_cost_is_summed_up(settings, straight, tmp_path, phase):
+@pytest.mark.parametrize(
+    ("phase", "file", "starts"),
+    [("reward", None, 2), ("ppo", {"starts": 5}, 6), ("reward", [1], 2), ("reward", {"starts": "x"}, 2)],
+)
+def test_what_starting_again_cost_is_summed_up(settings, straight, tmp_path, phase, file, starts):
+    """Also of starts that were killed before they saved anything; a file that says nothing of use is not asked."""
     stopped(phase, settings, straight, tmp_path)
+    costs = tmp_path / phase / "costs.json"
+    former = json.loads(costs.read_text())
+    if file is not None:
+        costs.write_text(json.dumps(former | file if isinstance(file, dict) else file))
     (checkpoint,) = sorted((tmp_path / phase / "checkpoints").iterdir(), key=lambda path: int(path.name))[-1:]
     notes = json.loads((checkpoint / "notes" / "metadata").read_text())["notes"]
     at = notes["position"]["seconds"]
@@ -116,7 +124,10 @@ def test_what_starting_again_cost_is_summed_up(settings, straight, tmp_path, pha
         file.write(json.dumps({"step": 99, "seconds": at + 7.5}) + "\n" + '{"step": 100, "sec')
     PHASES[phase](run_config(settings), tmp_path)
     once, twice = (json.loads((where / phase / "summary.json").read_text()) for where in (straight, tmp_path))
-    assert (once["starts"], twice["starts"]) == (1, 2)
+    assert (once["starts"], twice["starts"]) == (1, starts)
+    after = json.loads(costs.read_text())
+    assert after["starts"] == starts
+    assert after["repeated"] == former["repeated"] + 7.5
     assert (once["seconds_repeated"], twice["seconds_repeated"]) == (0, 7.5)
     assert once["seconds_restoring"] == 0 < twice["seconds_restoring"] < 60
     assert 0 < notes["costs"]["saving"] < twice["seconds_saving"] < 60
