@@ -210,7 +210,7 @@ def _run_phases(config: ConfigDict, workdir: Path, stop: StopSignals, locks: lis
         settings = run_config(config)
         if first:
             print("checking settings, data and checkpoints", flush=True)
-        seen = check_run(settings, workdir, overwrite=overwrite)
+        seen = check_run(settings, workdir, overwrite=overwrite, accept_changes=accept_changes)
     if _CHECK.value:
         seen.append(f"checked: settings, data and checkpoints of {', '.join(settings.phases)}; nothing was trained")
         for line in seen if first else ():

@@ -14,13 +14,15 @@ from absl import app, logging
 
 from jax_rlhf.data.formats import PHASES
 from jax_rlhf.json_files import JSONFileError, read_object
-from jax_rlhf.phases.manifest import ManifestError, check_model, listed_models
+from jax_rlhf.phases import manifest
+from jax_rlhf.phases.manifest import ManifestError, check_model
 from jax_rlhf.phases.mirror import checkpoints_of, open_workdir_at
+from jax_rlhf.phases.workdir import is_locked, status
 from jax_rlhf.terminal import make_output_harmless
 from jax_rlhf.text import printable
 from jax_rlhf.training.whole import of_checkpoint
 
-_OBJECTS, _LINES = ("manifest.json", "summary.json"), ("metrics.jsonl", "samples.jsonl")
+_LINES = ("metrics.jsonl", "samples.jsonl")
 
 
 def verify(workdir: Path) -> Iterator[tuple[str, str]]:
@@ -41,9 +43,9 @@ def verify(workdir: Path) -> Iterator[tuple[str, str]]:
     yield "config.json", _of_object(workdir / "config.json")
     for phase in phases:
         folder = workdir / phase
-        for name in _OBJECTS:
-            if name in _OBJECTS[:1] or (folder / name).exists():
-                yield f"{phase}/{name}", _of_object(folder / name)
+        yield f"{phase}/{manifest.NAME}", _of_manifest(folder)
+        if (folder / "summary.json").exists():
+            yield f"{phase}/summary.json", _of_object(folder / "summary.json")
         for name in _LINES:
             if (folder / name).exists():
                 yield f"{phase}/{name}", _of_lines(folder / name)
@@ -52,21 +54,36 @@ def verify(workdir: Path) -> Iterator[tuple[str, str]]:
             [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()] if checkpoints.is_dir() else []
         )
         for step in sorted(found):
-            yield f"{phase}/checkpoints/{step}", of_checkpoint(checkpoints / str(step))
-        yield from _of_models(folder)
+            wrong = of_checkpoint(checkpoints / str(step))
+            if not wrong or (checkpoints / str(step)).exists():  # a run that goes on deletes older ones
+                yield f"{phase}/checkpoints/{step}", wrong
+        yield from _of_models(folder, finished=status(workdir, phase) == "finished")
 
 
-def _of_models(folder: Path) -> Iterator[tuple[str, str]]:
+def _of_models(folder: Path, *, finished: bool) -> Iterator[tuple[str, str]]:
     try:
-        models = listed_models(folder)
+        models = set(manifest.listed_models(folder))
     except ManifestError:  # which is said of the manifest
         return
-    for name in models:
+    if not (folder / manifest.NAME).exists():
+        return
+    models |= {name for name in manifest.MODELS if (folder / name).is_dir()}
+    for name in sorted(models | ({"model"} if finished else set())):
         try:
             check_model(folder / name)
             yield f"{folder.name}/{name}", ""
         except (ManifestError, OSError) as error:
             yield f"{folder.name}/{name}", str(error)
+
+
+def _of_manifest(folder: Path) -> str:
+    if not (folder / manifest.NAME).exists():
+        return "it is missing"
+    try:
+        manifest.listed_models(folder)
+    except ManifestError as error:
+        return str(error)
+    return ""
 
 
 def _of_object(file: Path) -> str:
@@ -110,6 +127,8 @@ def main(arguments: Sequence[str]) -> int:
     damaged = count = 0
     try:
         workdir, _lock = open_workdir_at(arguments[1])
+        if is_locked(workdir):
+            print("a run writes here: what it is writing at the moment is not whole yet.")
         for what, wrong in verify(workdir):
             count, damaged = count + 1, damaged + bool(wrong)
             print(

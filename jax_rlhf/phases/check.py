@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import jax
 from transformers import PreTrainedTokenizerBase
 
 from jax_rlhf.data import DataError, Datasets, create_datasets
@@ -15,19 +16,28 @@ from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.names import local_path
 from jax_rlhf.parallel import create_layout, row_shards
 from jax_rlhf.phases.config import RunConfig
+from jax_rlhf.phases.manifest import ManifestError, check_unused
 from jax_rlhf.phases.ppo import named_functions, ppo_microbatch, ptx_data, with_schedule_ends
 from jax_rlhf.phases.supervised import microbatches, with_end
-from jax_rlhf.phases.workdir import WorkdirError, check_overwrite, reward_model, sft_model, status
+from jax_rlhf.phases.workdir import (
+    WorkdirError,
+    check_exported,
+    check_overwrite,
+    reward_model,
+    sft_model,
+    status,
+)
 from jax_rlhf.training.optimizer import learning_rate_schedule
 
 
-def check_run(config: RunConfig, workdir: Path, *, overwrite: bool) -> list[str]:
+def check_run(config: RunConfig, workdir: Path, *, overwrite: bool, accept_changes: bool = False) -> list[str]:
     """Stops a run that would fail later.
 
     Args:
       config: the run's settings.
       workdir: its folder.
       overwrite: what the phases left in the workdir will be deleted.
+      accept_changes: models need not be as a phase exported them.
 
     Returns:
       What there is to see: of each phase that is left, what becomes of its rows, and one of them.
@@ -36,8 +46,12 @@ def check_run(config: RunConfig, workdir: Path, *, overwrite: bool) -> list[str]
       ValueError, FileNotFoundError, CheckpointError, DataError, WorkdirError: says what, where, and how to mend it.
     """
     phases = [phase for phase in config.phases if overwrite or status(workdir, phase) != "finished"]
-    for phase in phases:
-        if not overwrite and status(workdir, phase) == "partial":
+    for phase in phases if not overwrite else ():
+        try:
+            check_unused(workdir / phase)
+        except ManifestError as error:
+            raise WorkdirError(f"{error}. Move it away, or take another --workdir.") from error
+        if status(workdir, phase) == "partial":
             raise WorkdirError(
                 f"{workdir / phase} holds a {phase} phase that did not finish, without a checkpoint. --overwrite "
                 f"--config.phases={','.join(config.phases[config.phases.index(phase) :])} repeats it from its start; "
@@ -65,6 +79,8 @@ def check_run(config: RunConfig, workdir: Path, *, overwrite: bool) -> list[str]
     for function in named_functions((*config.ppo.reward_functions, *config.ppo.eval_functions), config.ppo):
         function.asks_for_special_tokens()  # with isolation, what cannot be imported is known then
     seen = _check_data(config, policy, phases, others)
+    if jax.process_index() == 0:  # a phase says what it accepts as it begins
+        check_exported([found.path for found in inputs], workdir, accept_changes=accept_changes)
     for described in inputs:  # last: of hub ids the weights are downloaded for it
         _check_tensors(*described)
     return [line for datasets in seen for line in (datasets.report, *datasets.notes, datasets.example)]
@@ -99,7 +115,8 @@ def _check_overwrite(config: RunConfig, workdir: Path) -> None:
     """What is deleted is neither this run's input, nor what a phase that stays was made from, nor somebody else's."""
     check_overwrite(workdir, config.phases)
     inputs = [("model.path", config.model.path), *((name, path) for name, path, _ in _checkpoints(config))]
-    inputs += [("data.paths or eval_paths", path) for path in (*config.data.paths, *config.data.eval_paths)]
+    data = config.data
+    inputs += [(f"data.{name}", path) for name in ("paths", "eval_paths", "ptx_paths") for path in getattr(data, name)]
     for phase in config.phases:
         folder = (workdir / phase).resolve()
         for field, path in inputs:

@@ -6,11 +6,13 @@ phase has exported.
 
 import fnmatch
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import logging
+from etils import epath
 
 from jax_rlhf.durable import sync, write_json
 from jax_rlhf.hub import Pretrained, save_pretrained
@@ -21,18 +23,20 @@ from jax_rlhf.phases.costs import COSTS
 NAME = "manifest.json"
 _PROGRAM = "jax_rlhf"
 _FILES = ("summary.json", "metrics.jsonl", "samples.jsonl", "stacks.txt", COSTS, NAME)
-_ANY = "*"
 _FOLDERS = {
-    "model": MODEL_FILES,
-    "model_ema": MODEL_FILES,
-    "critic": MODEL_FILES,
-    "checkpoints": ("[0-9]*",),  # orbax's, complete or not
-    "checkpoints.damaged": ("[0-9]*",),
     "bad_batch": ("step*.npz",),
     "tensorboard": ("events.out.tfevents.*",),
-    "wandb": (_ANY,),  # another program's
+    "wandb": ("*",),  # another program's
 }
-_HALF_DONE = (".*.partial-*", ".*.old-*")  # folders that a writer left who was killed
+MODELS = ("model", "model_ema", "critic")
+"""Folders that a phase exports models to."""
+_CHECKPOINTS = ("checkpoints", "checkpoints.damaged")
+# Complete or not, and what they hold.
+_CHECKPOINT = re.compile(r"[0-9]+(\.orbax-checkpoint-tmp.*)?")
+_IN_CHECKPOINT = re.compile(
+    r"(state|notes)(\.orbax-checkpoint-tmp.*)?|_CHECKPOINT_METADATA|commit_success\.txt|descriptor|synced"
+)
+_HALF_DONE = re.compile(rf"\.({'|'.join(MODELS)})\.(partial|old)-[0-9]+")  # a writer left them who was killed
 _SUFFIX = ".partial"
 
 
@@ -64,16 +68,24 @@ def export_model(folder: Path, pretrained: Pretrained) -> None:
     Raises:
       CheckpointError, FileExistsError, OSError: as `save_pretrained`.
     """
+    _list(folder, None)  # should the writer be killed, former digests are of another model
     save_pretrained(folder, pretrained)
     if jax.process_index() == 0:
-        try:
-            content = _read(folder.parent)
-        except ManifestError as error:  # the model is worth more than the list
-            logging.warning("%s; it is written anew.", error)
-            content = None
-        content = content or {"program": _PROGRAM, "phase": folder.parent.name, "models": {}}
-        content["models"][folder.name] = {file.name: _digest(file) for file in sorted(folder.iterdir())}
-        write_json(folder.parent / NAME, content)
+        _list(folder, {file.name: _digest(file) for file in sorted(folder.iterdir())})
+
+
+def _list(folder: Path, files: dict[str, str] | None) -> None:
+    """Puts a model's digests into the manifest; None = it is being written."""
+    if jax.process_index() > 0:
+        return
+    try:
+        content = _read(folder.parent)
+    except ManifestError as error:  # the model is worth more than the list
+        logging.warning("%s; it is written anew.", error)
+        content = None
+    content = content or {"program": _PROGRAM, "phase": folder.parent.name, "models": {}}
+    content["models"][folder.name] = files
+    write_json(folder.parent / NAME, content)
 
 
 def check_model(folder: Path) -> None:
@@ -83,19 +95,24 @@ def check_model(folder: Path) -> None:
       folder: of a model.
 
     Raises:
-      ManifestError: a file is missing or has another content; the message names it.
+      ManifestError: a file is missing, is new or has another content; the message names it.
       OSError: a file cannot be read.
     """
     content = _read(folder.parent)
-    listed = None if content is None else content["models"].get(folder.name)
-    if listed is None:
+    if content is None or folder.name not in content["models"]:
         raise ManifestError(f"{folder.parent / NAME} does not list it")
+    listed = content["models"][folder.name]
+    if listed is None:
+        raise ManifestError("its export did not end")
     for name, digest in listed.items():
         file = folder / name
         if not file.is_file():
             raise ManifestError(f"{file} is missing")
         if _digest(file) != digest:
             raise ManifestError(f"{file} has another content than when it was exported")
+    for file in sorted(folder.iterdir()):  # of a README nothing is loaded
+        if file.name not in listed and any(fnmatch.fnmatch(file.name, pattern) for pattern in MODEL_FILES):
+            raise ManifestError(f"{file} was not exported with it")
 
 
 def listed_models(folder: Path) -> list[str]:
@@ -114,11 +131,27 @@ def listed_models(folder: Path) -> list[str]:
     return [] if content is None else sorted(content["models"])
 
 
-def check_deletable(folder: Path) -> None:
+def check_unused(folder: Path) -> None:
+    """Whether a phase may begin in a folder: in one of this program, or an empty one.
+
+    Args:
+      folder: <workdir>/<phase>; need not be there.
+
+    Raises:
+      ManifestError: it is somebody else's.
+    """
+    if folder.is_dir() and not (folder / NAME).exists():
+        strange = sorted(entry.name for entry in folder.iterdir() if entry.name != NAME + _SUFFIX)
+        if strange:
+            raise ManifestError(f"{folder} holds what this program did not write: {', '.join(strange[:5])}")
+
+
+def check_deletable(folder: Path, checkpoints: Path | epath.Path) -> None:
     """Whether a folder holds nothing but what this program wrote.
 
     Args:
       folder: <workdir>/<phase>; need not be there.
+      checkpoints: where the phase's are, which may be a bucket.
 
     Raises:
       ManifestError: it holds something else, which the message names.
@@ -131,24 +164,52 @@ def check_deletable(folder: Path) -> None:
     content = _read(folder)
     if entries and content is None:
         raise ManifestError(f"{folder} has no {NAME}, by which it would be known as this program's")
-    strange = [path for entry in entries for path in _not_ours(entry, content or {})]
+    models = {} if content is None else content["models"]
+    strange = [path for entry in entries for path in _not_ours(entry, models, checkpoints)]
     if strange:
-        names = ", ".join(str(path.relative_to(folder)) for path in strange[:5])
-        raise ManifestError(f"{folder} holds what this program did not write: {names}")
+        raise ManifestError(f"{folder} holds what this program did not write: {', '.join(strange[:5])}")
 
 
-def _not_ours(entry: Path, content: dict[str, Any]) -> list[Path]:
+def _not_ours(entry: Path, models: dict[str, Any], checkpoints: Path | epath.Path) -> list[str]:
+    """What of an entry of the folder is somebody else's, by their paths in it."""
     name = entry.name
-    if entry.is_symlink():
-        return [entry]
-    if not entry.is_dir():
-        return [] if name.removesuffix(_SUFFIX) in _FILES else [entry]
-    if any(fnmatch.fnmatch(name, pattern) for pattern in _HALF_DONE):
+    if not entry.is_dir() or entry.is_symlink():
+        return [] if name.removesuffix(_SUFFIX) in _FILES and not entry.is_symlink() else [name]
+    if _HALF_DONE.fullmatch(name):
         return []
+    if name in _CHECKPOINTS:
+        place = epath.Path(checkpoints).with_name(name)
+        return [f"{name}/{inner}" for inner in (_not_checkpoints(place) if place.exists() else [])]
+    if name in MODELS:
+        return [f"{name}/{inner}" for inner in _not_the_model(entry, models.get(name))]
     if name not in _FOLDERS:
-        return [entry]
-    patterns = content["models"].get(name, _FOLDERS[name])
-    return [inner for inner in sorted(entry.iterdir()) if not any(fnmatch.fnmatch(inner.name, one) for one in patterns)]
+        return [name]
+    inside = sorted(inner.name for inner in entry.iterdir())
+    return [f"{name}/{inner}" for inner in inside if not any(fnmatch.fnmatch(inner, one) for one in _FOLDERS[name])]
+
+
+def _not_checkpoints(folder: epath.Path) -> list[str]:
+    strange = []
+    for entry in sorted(folder.iterdir()):
+        if not _CHECKPOINT.fullmatch(entry.name) or not entry.is_dir():
+            strange.append(entry.name)
+            continue
+        names = sorted(inner.name for inner in entry.iterdir())
+        strange += [f"{entry.name}/{name}" for name in names if not _IN_CHECKPOINT.fullmatch(name)]
+    return strange
+
+
+def _not_the_model(folder: Path, listed: dict[str, str] | None) -> list[str]:
+    if listed is None:  # it was being written
+        names = [entry.name for entry in folder.iterdir()]
+        return [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES)]
+    strange = []
+    for file in sorted(folder.iterdir()):
+        if file.name not in listed or not file.is_file():
+            strange.append(file.name)
+        elif _digest(file) != listed[file.name]:
+            strange.append(f"{file.name} (another content)")
+    return strange
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
@@ -161,7 +222,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
         raise ManifestError(f"{folder / NAME} cannot be read: {error}") from error
     models = content.get("models")
     whole = content.get("program") == _PROGRAM and isinstance(models, dict)
-    if not whole or not all(isinstance(files, dict) for files in models.values()):
+    if not whole or not all(files is None or isinstance(files, dict) for files in models.values()):
         raise ManifestError(f"{folder / NAME} is not what this program writes")
     return content
 

@@ -5,6 +5,7 @@ each checkpoint, and at the end of a phase. After a restart, on this machine or 
 first; what was not put up is after the last checkpoint, and done again.
 """
 
+import fnmatch
 import hashlib
 import os
 import shutil
@@ -14,11 +15,11 @@ import jax
 from etils import epath
 from filelock import BaseFileLock, FileLock, Timeout
 
+from jax_rlhf.hub.folder import MODEL_FILES
 from jax_rlhf.names import local_path
 from jax_rlhf.phases import manifest
 
 _REMOTE = ".remote"  # in the local folder: where it is mirrored
-_MODELS = ("model", "model_ema", "critic")
 CHECKPOINTS = "checkpoints"
 
 
@@ -143,10 +144,15 @@ def put_up(workdir: Path, phase: str | None = None, *, models: bool = False) -> 
         return
     local = workdir / phase
     for entry in local.iterdir() if local.is_dir() else ():
-        if entry.is_dir() and not entry.name.startswith((".", CHECKPOINTS)) and (models or entry.name not in _MODELS):
+        if (
+            entry.is_dir()
+            and not entry.name.startswith((".", CHECKPOINTS))
+            and (models or entry.name not in manifest.MODELS)
+        ):
             _put_files(entry, remote / phase / entry.name)
-            for other in (remote / phase / entry.name).iterdir():  # such as shards of a larger model
-                if not (entry / other.name).exists():
+            for other in (remote / phase / entry.name).iterdir() if entry.name in manifest.MODELS else ():
+                of_a_model = any(fnmatch.fnmatch(other.name, pattern) for pattern in MODEL_FILES)
+                if of_a_model and not (entry / other.name).exists():  # such as shards of a larger one
                     other.unlink()
     _put_files(local, remote / phase)
 

@@ -13,12 +13,14 @@ from ml_collections import ConfigDict
 from jax_rlhf.data.formats import PHASES
 from jax_rlhf.durable import sync, write_json, write_text
 from jax_rlhf.json_files import JSONFileError, read_object
+from jax_rlhf.names import local_path
 from jax_rlhf.phases.config import RunConfig, run_config
-from jax_rlhf.phases.manifest import ManifestError, check_deletable, check_model
+from jax_rlhf.phases.manifest import ManifestError, check_deletable, check_model, listed_models
 from jax_rlhf.phases.mirror import checkpoints_of, delete, put_up, remote_of
 from jax_rlhf.training.notes import last_notes
 
 _CONFIG = "config.json"
+_LOCK = ".lock"
 _OVERWRITTEN = "overwritten.json"  # the config of the run that did it, as long as that has not ended
 _FREE = (
     "phases",
@@ -87,6 +89,7 @@ def open_workdir(
             )
     workdir.mkdir(parents=True, exist_ok=True)
     if overwrite:
+        check_overwrite(workdir, phases)  # once more: hours may have gone since the run began, and now it has the lock
         for phase in phases:
             delete(workdir, phase)
     write_json(workdir / _CONFIG, wanted)
@@ -197,13 +200,13 @@ def lock_workdir(workdir: Path) -> BaseFileLock:
     Raises:
       WorkdirError: another run writes to it.
     """
-    lock = FileLock(workdir / ".lock")
+    lock = FileLock(workdir / _LOCK)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout as error:
         raise WorkdirError(
-            f"{workdir}: another run writes to it (it holds {workdir / '.lock'}). Wait for its end, or take another "
+            f"{workdir}: another run writes to it (it holds {workdir / _LOCK}). Wait for its end, or take another "
             "--workdir."
         ) from error
     except OSError as error:
@@ -213,6 +216,28 @@ def lock_workdir(workdir: Path) -> BaseFileLock:
     except NotImplementedError:
         logging.warning("%s is on a file system without locks: see to it that no other run writes to it.", workdir)
     return lock
+
+
+def is_locked(workdir: Path) -> bool:
+    """Whether a run on this machine writes to a workdir.
+
+    Args:
+      workdir: the folder; nothing is made there.
+
+    Returns:
+      Whether.
+    """
+    if not (workdir / _LOCK).exists():
+        return False
+    lock = FileLock(workdir / _LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):  # who may not write, or has no locks, cannot ask
+        return False
+    lock.release()
+    return False
 
 
 def check_shared(workdir: Path) -> None:
@@ -279,26 +304,55 @@ def check_inputs(config: RunConfig, workdir: Path, phase: str, *, accept_changes
     Raises:
       WorkdirError: a model is not what the former phase exported.
     """
-    training, paths = config.reward_training, []
+    training, paths = config.reward_training, [config.model.path] if phase == "sft" else []
+    if phase == "reward":
+        paths.append(training.path)
     if phase == "ppo" or (phase == "reward" and (not training.path or training.normalize_rows > 0)):
         paths.append(sft_model(config, workdir))
     if phase == "ppo":
-        paths.append(reward_model(config, workdir))
-    said = []
-    for former in PHASES:
-        folder = workdir / former / "model"
-        if str(folder) not in paths:
-            continue
-        try:
-            check_model(folder)
-        except ManifestError as error:
-            if not accept_changes:
-                raise WorkdirError(
-                    f"{folder} is not what the {former} phase exported: {error}. Put it back from a copy; or take it "
-                    "as it is, with --accept_changes."
-                ) from error
-            said.append(f"{folder} is not what the {former} phase exported: {error} (--accept_changes)")
+        paths += [reward_model(config, workdir), config.reference.path, config.critic.path]
+    return check_exported(paths, workdir, accept_changes=accept_changes)
+
+
+def check_exported(paths: Iterable[str | None], workdir: Path, *, accept_changes: bool) -> list[str]:
+    """Whether models that phases have exported, of this run or another one, are as they were then.
+
+    Args:
+      paths: of checkpoints; hub ids, None, and folders that no phase has exported are not looked at.
+      workdir: this run's, whose models a manifest must list.
+      accept_changes: go on with another one.
+
+    Returns:
+      What differs and is accepted, a line each.
+
+    Raises:
+      WorkdirError: a model is not what a phase exported.
+    """
+    ours, said = [(workdir / phase).resolve() for phase in PHASES], []
+    for path in dict.fromkeys(path for path in paths if path is not None):
+        folder = local_path(path)
+        # A folder may be a link, or be reached by one.
+        for place in (folder.parent.resolve() / folder.name, folder.resolve()) if folder.is_dir() else ():
+            try:
+                if place.parent in ours or _is_listed(place):
+                    check_model(place)
+            except ManifestError as error:
+                what = f"{folder} is not what the {place.parent.name} phase exported: {error}"
+                if not accept_changes:
+                    raise WorkdirError(
+                        f"{what}. Put it back from a copy; or take it as it is, with --accept_changes."
+                    ) from error
+                said.append(f"{what} (--accept_changes)")
+            if place == folder.resolve():
+                break
     return said
+
+
+def _is_listed(model: Path) -> bool:
+    try:
+        return model.name in listed_models(model.parent)
+    except ManifestError:  # other programs have files of that name too
+        return False
 
 
 def check_overwrite(workdir: Path, phases: Iterable[str]) -> None:
@@ -313,7 +367,7 @@ def check_overwrite(workdir: Path, phases: Iterable[str]) -> None:
     """
     for phase in phases:
         try:
-            check_deletable(workdir / phase)
+            check_deletable(workdir / phase, checkpoints_of(workdir / phase))
         except ManifestError as error:
             raise WorkdirError(
                 f"--overwrite deletes only what this program wrote: {error}. Move it away, or take another --workdir."

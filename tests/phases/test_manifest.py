@@ -1,6 +1,7 @@
 """What this program wrote is known: nothing else is deleted, no other model is taken, no lost config overlooked."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -8,9 +9,17 @@ from absl import logging
 
 from jax_rlhf import verify
 from jax_rlhf.phases import run_config
-from jax_rlhf.phases.manifest import check_model
+from jax_rlhf.phases.check import check_run
+from jax_rlhf.phases.manifest import ManifestError, check_model, export_model
 from jax_rlhf.phases.mirror import delete
-from jax_rlhf.phases.workdir import WorkdirError, check_inputs, check_overwrite, open_workdir, status
+from jax_rlhf.phases.workdir import (
+    WorkdirError,
+    check_inputs,
+    check_overwrite,
+    lock_workdir,
+    open_workdir,
+    status,
+)
 
 
 @pytest.fixture
@@ -41,6 +50,11 @@ def config_of(workdir):
         "model/notes.txt",
         "model/tokenizer_of_mine.txt",
         "checkpoints/thesis.tex",
+        "checkpoints/2024-03-thesis.tex",
+        "checkpoints/3/my_notes.txt",
+        "model/added_tokens.json",
+        ".thesis.old-2024",
+        ".model.old-2024-mine",
         "bad_batch/thesis.npz",
         "tensorboard/thesis",
         "mine/thesis.tex",
@@ -51,7 +65,7 @@ def test_overwrite_deletes_nothing_that_it_did_not_write(workdir, name):
     (workdir / "sft" / name).parent.mkdir(exist_ok=True)
     (workdir / "sft" / name).write_text("mine")
     before = sorted(workdir.rglob("*"))
-    shown = "mine|.git" if name.startswith(("mine", ".git")) else name
+    shown = "mine|.git" if name.startswith(("mine", ".git")) else re.escape(name)
     with pytest.raises(WorkdirError, match=f"deletes only what this program wrote: .*sft holds .*: ({shown}).*away"):
         check_overwrite(workdir, ("reward", "sft"))
     assert sorted(workdir.rglob("*")) == before
@@ -85,8 +99,56 @@ def test_a_folder_that_is_not_known_is_not_deleted(workdir, tmp_path):
             check_overwrite(workdir, ("ppo",))
 
 
+def test_a_model_that_was_exchanged_is_not_deleted(workdir):
+    flip(workdir / "sft" / "model" / "model.safetensors")
+    with pytest.raises(WorkdirError, match=r"did not write: model/model.safetensors \(another content\)"):
+        check_overwrite(workdir, ("sft",))
+
+
+def test_what_came_after_the_first_look_is_not_deleted(workdir):
+    """Between that and the deletion all data is tokenized."""
+    check_overwrite(workdir, ("sft",))
+    (workdir / "sft" / "notes.txt").write_text("mine")
+    with pytest.raises(WorkdirError, match=r"did not write: notes.txt"):
+        open_workdir(workdir, config_of(workdir), ("sft",), overwrite=True)
+    assert (workdir / "sft" / "notes.txt").read_text() == "mine"
+    assert (workdir / "sft" / "model").is_dir()
+
+
+def test_no_phase_begins_in_somebody_else_s_folder(workdir):
+    config = run_config(for_eight_devices(config_of(workdir)))
+    shutil.rmtree(workdir / "ppo")
+    (workdir / "ppo").mkdir()
+    (workdir / "ppo" / "manifest.json.partial").write_text("")  # of this program, killed right there
+    check_run(config, workdir, overwrite=False)
+    (workdir / "ppo" / "metrics.jsonl").write_text("mine\n")
+    with pytest.raises(WorkdirError, match=r"ppo holds what this program did not write: metrics.jsonl. Move it away"):
+        check_run(config, workdir, overwrite=False)
+
+
+def test_a_model_whose_export_was_cut_short(workdir, monkeypatch):
+    """Its digests are not those of the model before."""
+
+    def cut_short(folder, pretrained):
+        flip(folder / "model.safetensors")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jax_rlhf.phases.manifest.save_pretrained", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        export_model(workdir / "ppo" / "model", None)
+    with pytest.raises(ManifestError, match="its export did not end"):
+        check_model(workdir / "ppo" / "model")
+    assert looked_at(workdir)["ppo/model"] == "its export did not end"
+    check_overwrite(workdir, ("ppo",))
+
+
 def test_what_half_done_writers_leave_is_deleted(workdir):
-    for name in (".model.partial-7/config.json", ".critic.old-7/x", "checkpoints/9.orbax-checkpoint-tmp-3/state/x"):
+    for name in (
+        ".model.partial-7/config.json",
+        ".critic.old-7/x",
+        "checkpoints/9.orbax-checkpoint-tmp/state.orbax-checkpoint-tmp/x",
+        "checkpoints/8.orbax-checkpoint-tmp-3/state/x",
+    ):
         (workdir / "sft" / name).parent.mkdir(parents=True)
         (workdir / "sft" / name).write_text("")
     (workdir / "sft" / "summary.json.partial").write_text("")
@@ -143,6 +205,49 @@ def test_a_model_that_changed_since_its_export_is_not_taken(workdir):
     (workdir / "sft" / "manifest.json").unlink()
     with pytest.raises(WorkdirError, match=r"sft/manifest.json does not list it"):
         check_inputs(config, workdir, "reward", accept_changes=False)
+
+
+@pytest.mark.parametrize(
+    ("field", "spell"),
+    [
+        ("sft_model_path", lambda folder, here: f"{folder}/"),
+        ("reward", lambda folder, here: folder.relative_to(here)),
+        ("reference", lambda folder, here: folder / ".." / "model"),
+        ("critic", lambda folder, here: linked(here / "link", folder)),
+        ("reward", lambda folder, here: linked(here / "link", folder.parent) / "model"),
+    ],
+)
+def test_a_model_of_a_run_is_compared_however_it_is_named(workdir, tmp_path, monkeypatch, spell, field):
+    """One of another run is, too."""
+    monkeypatch.chdir(tmp_path)
+    phase = "sft" if field in ("sft_model_path", "reference") else "reward"
+    config, name = config_of(workdir), str(spell(workdir / phase / "model", tmp_path))
+    if field == "sft_model_path":
+        config[field] = name
+    else:
+        config[field]["path"] = name
+    other = tmp_path / "other"
+    other.mkdir()
+    if field != "sft_model_path":
+        config["sft_model_path"] = config["model"]["path"]
+    if field != "reward":
+        config["reward"]["path"] = str(shutil.copytree(workdir / "reward" / "model", tmp_path / "plain"))
+    assert check_inputs(run_config(config), other, "ppo", accept_changes=False) == []
+    (workdir / phase / "model" / "added_tokens.json").write_text("{}")
+    with pytest.raises(WorkdirError, match=r"added_tokens.json was not exported with it"):
+        check_inputs(run_config(config), other, "ppo", accept_changes=False)
+    with pytest.raises(WorkdirError, match=r"added_tokens.json was not exported with it"):
+        check_run(run_config(for_eight_devices(config)), other, overwrite=False)
+
+
+def for_eight_devices(config):
+    """The run's own process had one."""
+    return config | {"phases": ["ppo"], "data": config["data"] | {"ppo_batch_size": 16}}
+
+
+def linked(link, target):
+    link.symlink_to(target)
+    return link
 
 
 def test_models_from_elsewhere_are_not_compared(workdir, tmp_path):
@@ -223,6 +328,10 @@ def test_all_that_a_run_left_is_looked_at(workdir, capsys):
         ("sft/summary.json", lambda file: file.write_text("null"), "a JSON object is expected"),
         ("config.json", lambda file: file.unlink(), "No such file"),
         ("ppo/manifest.json", lambda file: file.write_text("{"), "not JSON"),
+        ("ppo/manifest.json", lambda file: file.write_text("{}"), "is not what this program writes"),
+        ("ppo/manifest.json", lambda file: file.unlink(), "it is missing"),
+        ("sft/model", lambda folder: shutil.rmtree(folder), "is missing"),
+        ("sft/model", lambda folder: unlisted(folder), "does not list it"),
     ],
 )
 def test_what_is_damaged_is_said(workdir, capsys, name, harm, said):
@@ -232,6 +341,29 @@ def test_what_is_damaged_is_said(workdir, capsys, name, harm, said):
     assert len(damaged) == 1
     assert name in damaged[0]
     assert said in damaged[0]
+
+
+def unlisted(folder):
+    manifest = folder.parent / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"models": {}}))
+
+
+def test_a_run_that_goes_on_is_not_damaged(workdir, monkeypatch, capsys):
+    """It deletes older checkpoints meanwhile."""
+    (checkpoint,) = sorted((workdir / "sft" / "checkpoints").iterdir())[-1:]
+
+    def of_checkpoint(folder):
+        if str(folder) == str(checkpoint):
+            shutil.rmtree(checkpoint)
+        return verify_one(folder)
+
+    verify_one = verify.of_checkpoint
+    monkeypatch.setattr(verify, "of_checkpoint", of_checkpoint)
+    with lock_workdir(workdir):
+        assert verify.main(["verify", str(workdir)]) == 0
+    assert "a run writes here" in capsys.readouterr().out
+    assert verify.main(["verify", str(workdir)]) == 0
+    assert "a run writes here" not in capsys.readouterr().out
 
 
 def test_every_damaged_file_of_a_checkpoint_is_seen(workdir):
