@@ -47,11 +47,13 @@ def check_run(config: RunConfig, workdir: Path, *, overwrite: bool, accept_chang
     """
     phases = [phase for phase in config.phases if overwrite or status(workdir, phase) != "finished"]
     for phase in phases if not overwrite else ():
+        state = status(workdir, phase)
         try:
-            check_unused(workdir / phase)
+            if state == "new":
+                check_unused(workdir / phase)
         except ManifestError as error:
             raise WorkdirError(f"{error}. Move it away, or take another --workdir.") from error
-        if status(workdir, phase) == "partial":
+        if state == "partial":
             raise WorkdirError(
                 f"{workdir / phase} holds a {phase} phase that did not finish, without a checkpoint. --overwrite "
                 f"--config.phases={','.join(config.phases[config.phases.index(phase) :])} repeats it from its start; "

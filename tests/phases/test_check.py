@@ -14,6 +14,7 @@ from jax_rlhf.hub import config_from_hub, place
 from jax_rlhf.models import Decoder, init_params
 from jax_rlhf.phases import reward, run_config, sft
 from jax_rlhf.phases.check import check_run
+from jax_rlhf.phases.manifest import begin_manifest
 from jax_rlhf.phases.config import LogConfig
 from jax_rlhf.phases.record import Record
 from jax_rlhf.phases.workdir import (
@@ -319,6 +320,7 @@ def test_a_later_phase_s_broken_row_stops_the_run_at_its_start(config, tmp_path)
 
 def finished(workdir, phase):
     (workdir / phase).mkdir(parents=True, exist_ok=True)
+    begin_manifest(workdir / phase)
     (workdir / phase / "summary.json").write_text('{"finished": true}')
 
 
