@@ -14,8 +14,8 @@ from jax_rlhf.hub import config_from_hub, place
 from jax_rlhf.models import Decoder, init_params
 from jax_rlhf.phases import reward, run_config, sft
 from jax_rlhf.phases.check import check_run
-from jax_rlhf.phases.manifest import begin_manifest
 from jax_rlhf.phases.config import LogConfig
+from jax_rlhf.phases.manifest import begin_manifest
 from jax_rlhf.phases.record import Record
 from jax_rlhf.phases.workdir import (
     forget_failed_start,
