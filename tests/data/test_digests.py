@@ -1,12 +1,17 @@
 """What "the same data" means: all that a phase reads, and nothing else."""
 
+import array
+import collections
+import dataclasses
 import datetime
+import enum
+import fractions
 
 import numpy as np
 import pytest
 
 from jax_rlhf.data import create_datasets
-from jax_rlhf.data.digests import examples_digest
+from jax_rlhf.data.digests import examples_digest, row_digest
 from jax_rlhf.data.tokens import Example
 from tests.data import tiny
 
@@ -54,17 +59,50 @@ def test_values_that_json_does_not_know_are_told_apart_and_no_address_counts():
     class Own:
         pass
 
-    values = [
-        b"a",
-        b"b",
-        datetime.date(2026, 1, 1),
-        datetime.date(2026, 1, 2),
-        np.arange(2),
-        np.arange(3),
-        {"a"},
-        {"b"},
+    @dataclasses.dataclass
+    class Fields:
+        a: object
+
+    class Colour(enum.Enum):
+        RED = 1j
+        BLUE = 2j
+
+    class Said:
+        def __init__(self, text):
+            self.text = text
+
+        def __repr__(self):
+            return self.text
+
+    pairs = [
+        (b"a", b"b"),
+        (datetime.date(2026, 1, 1), datetime.date(2026, 1, 2)),
+        (np.arange(2), np.arange(3)),
+        ({"a"}, {"b"}),
+        (np.array(["yes", "no"], object), np.array(["a", "b"], object)),
+        (np.array([["yes"], None], dtype=object), np.array([["no"], None], dtype=object)),
+        (np.array([np.arange(2), {"x": 1}], dtype=object), np.array([np.arange(2), {"x": 2}], dtype=object)),
+        (Fields(1), Fields(2)),
+        (Fields(Fields({1})), Fields(Fields({2}))),
+        (Colour.RED, Colour.BLUE),
+        (fractions.Fraction(1, 3), fractions.Fraction(1, 4)),
+        (collections.deque([1]), collections.deque([2])),
+        (range(6, 7), range(8, 9)),
+        ({1: "x", "b": "y"}, {1: "x", "b": "z"}),
+        ({(1, 2): "x"}, {(1, 3): "x"}),
+        ({(1, 2): {3: Fields(1), "c": 1}}, {(1, 2): {3: Fields(3), "c": 1}}),
+        (array.array("d", [1.0]), array.array("d", [2.0])),
+        (np.float64(1.5), np.float64(2.5)),
+        (1j, 2j),
+        (Said("first"), Said("second")),
     ]
-    found = [examples_digest([Example(np.arange(3), (), columns={"c": value})], "ppo") for value in [*values, Own()]]
+    values = [value for pair in pairs for value in pair]
+    found = [of_column(value) for value in [*values, Own()]]
     assert len(set(found)) == len(found)
-    again = [examples_digest([Example(np.arange(3), (), columns={"c": value})], "ppo") for value in [*values, Own()]]
-    assert again == found
+    assert [of_column(value) for value in [*values, Own()]] == found
+    assert of_column({1: "x", "b": "y"}) == of_column({"b": "y", 1: "x"})
+    assert len({row_digest({"c": value}) for value in values}) == len(values)
+
+
+def of_column(value):
+    return examples_digest([Example(np.arange(3), (), columns={"c": value})], "ppo")

@@ -93,7 +93,7 @@ MUTANTS = [
         ('"reward": [example.margin],', '"reward": [],'),
         ("[dict(example.columns), example.chat,", "[{}, example.chat,"),
         ("[dict(example.columns), example.chat,", "[dict(example.columns),"),
-        ("else type(value).__qualname__", "else str(value)"),
+        ("return type(value).__qualname__ if _ADDRESS.search(said) else said", "return said"),
     ),
     *variants(
         "phases/manifest.py",
