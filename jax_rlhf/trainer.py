@@ -31,7 +31,7 @@ from jax_rlhf.parallel import (
     summed,
     together,
 )
-from jax_rlhf.rewards import Failures, OnFailure, RewardFunction, score_texts
+from jax_rlhf.rewards import Failures, OnFailure, RewardFunction, asks_for_special_tokens_of, score_texts
 from jax_rlhf.rl import Experience, Prompts
 from jax_rlhf.rollout import Samples, check_prompts
 from jax_rlhf.settings import from_mapping
@@ -250,7 +250,7 @@ class PPOTrainer:
             ]
 
         texts, responses = read(skip_special_tokens=True)
-        special = any(source.asks_for_special_tokens() for source in self.reward_functions)
+        special = asks_for_special_tokens_of(self.reward_functions)
         with_special = read(skip_special_tokens=False) if special else None
         ids = [row[real].tolist() for row, real in zip(tokens[:, width:], mask, strict=True)]
         mine = np.flatnonzero(owned_rows(batch_rows(len(texts), self.engine.layout), self.engine.layout))

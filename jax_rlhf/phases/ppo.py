@@ -32,7 +32,7 @@ from jax_rlhf.phases.record import Record, sample_row
 from jax_rlhf.phases.stop import StopSignals
 from jax_rlhf.phases.supervised import microbatches, other_widths, with_end
 from jax_rlhf.phases.workdir import reward_model, sft_model
-from jax_rlhf.rewards import OnFailure, RewardFunction, score_texts
+from jax_rlhf.rewards import OnFailure, RewardFunction, asks_for_special_tokens_of, score_texts
 from jax_rlhf.rl import Experience, Prompts, check_experience
 from jax_rlhf.text import printable
 from jax_rlhf.trainer import PPOTrainer, microbatch_rows
@@ -343,7 +343,7 @@ def _verdicts(
         of_mine = lambda rows: None if rows is None else [rows[row] for row in np.flatnonzero(mine)]  # noqa: E731
         more = {"completion_ids": ids, "chats": of_mine(prompts.chats), "continued": of_mine(prompts.continued)}
         more["unscored"] = math.nan
-        if judge.asks_for_special_tokens():
+        if asks_for_special_tokens_of([judge]):
             width, decode = experience.prompt_mask.shape[1], trainer.engine.tokenizer.decode
             begins = zip(tokens, local_rows(experience.prompt_mask)[mine], strict=True)
             prompt_texts = [decode(row[:width][real]) for row, real in begins]

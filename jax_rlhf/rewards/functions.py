@@ -136,8 +136,8 @@ class RewardFunction:
             form = name if isinstance(self.function, str) else call_in_words(self.function, name, answers.columns)
             raise RewardError(
                 f"reward function {name!r} failed, or did not return numbers: {type(error).__name__}: "
-                f"{printable(str(error), 400)} ({place.filename}, line {place.lineno}). It is called as {form} and "
-                f"returns a float, or None, for each of {count} responses; the first was {responses[0]!r}."
+                f"{printable(_text_of(error), 400)} ({place.filename}, line {place.lineno}). It is called as {form} "
+                f"and returns a float, or None, for each of {count} responses; the first was {responses[0]!r}."
             ) from error
         if scores.shape != (count,):
             raise RewardError(
@@ -175,6 +175,24 @@ class RewardFunction:
         return failure
 
 
+def asks_for_special_tokens_of(functions: Sequence[RewardFunction]) -> bool:
+    """Whether any of them asks for texts with special tokens, as they are about to be called.
+
+    Args:
+      functions: any number.
+
+    Returns:
+      Whether. One whose process cannot be started does not ask: its call fails, and is counted, as others that fail.
+    """
+    asks = False
+    for function in functions:
+        try:
+            asks = function.asks_for_special_tokens() or asks
+        except RewardError as error:
+            logging.warning("%s", error)
+    return asks
+
+
 def import_name(function: Callable | str) -> str:
     """By what name another process can import a function.
 
@@ -201,6 +219,13 @@ def import_name(function: Callable | str) -> str:
     return f"{module}:{name}"
 
 
+def _text_of(error: Exception) -> str:
+    try:
+        return str(error)
+    except Exception:  # it is somebody else's class
+        return "(without words)"
+
+
 def _is_list(returned: Any) -> bool:
     """Whether it may hold Nones; an array of numbers cannot."""
     return isinstance(returned, list | tuple) or (isinstance(returned, np.ndarray) and returned.dtype == object)
@@ -223,7 +248,9 @@ def _in_time(call: Callable[[], Any], timeout: float | None, name: str, response
     if timeout is None:
         try:
             return call()
-        except (SystemExit, GeneratorExit) as error:  # a judge may not end the run
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # SystemExit, asyncio's, a library's panic: a judge may not end the run
             raise RuntimeError(f"it ended with {type(error).__name__}") from error
     title = f"reward function {name}"
     if sum(thread.name == title for thread in threading.enumerate()) >= _HANGING:

@@ -22,6 +22,9 @@ from jax_rlhf.rewards.calling import Answers
 from jax_rlhf.text import printable
 
 _LOOK_EVERY = 0.5  # seconds; a child of the function may hold the socket of a process that is gone
+_END = 10.0  # seconds in which the process ends what the function has started
+_GREETING = 2**16  # bytes
+_SCORE = 64  # bytes of a number
 _LONGEST_LINE = 2000  # bytes of what it prints that are shown together
 
 
@@ -38,20 +41,22 @@ class IsolationError(Exception):
 
 
 class IsolatedFunction:
-    """One function, and its process as long as it lives."""
+    """One function, and its process as long as it lives. Calls from several threads come one after another."""
 
     def __init__(self, name: str, *, memory_gb: float | None = None) -> None:
         """Starts nothing yet.
 
         Args:
           name: "package.module:function".
-          memory_gb: address space that the process may take, in GB; None = no limit.
+          memory_gb: address space that a process may take, in GB; None = no limit. Each that the function starts has
+            as much.
         """
         self.name, self._memory = name, round((memory_gb or 0) * 1e9)
         self._process: subprocess.Popen | None = None
         self._socket: socket.socket | None = None
         self._special: bool | None = None
         self._finalizer: weakref.finalize | None = None
+        self._one_at_a_time = threading.Lock()
 
     def asks_for_special_tokens(self, timeout: float | None) -> bool:
         """Whether it has a parameter for texts with special tokens; starts the process.
@@ -65,9 +70,10 @@ class IsolatedFunction:
         Raises:
           IsolationError: it cannot be imported.
         """
-        if self._special is None:
-            self._start(timeout)
-        return bool(self._special)
+        with self._one_at_a_time:
+            if self._special is None:
+                self._start(timeout)
+            return bool(self._special)
 
     def __call__(self, answers: Answers, timeout: float | None) -> Any:
         """Calls it.
@@ -86,13 +92,14 @@ class IsolatedFunction:
             content = worker.encode({field.name: getattr(answers, field.name) for field in dataclasses.fields(answers)})
         except TypeError as error:
             raise IsolationError(f"a column of the data cannot be passed to it: {error}") from error
-        if self._process is None or self._process.poll() is not None:
-            self._start(timeout)
-        deadline = None if timeout is None else time.monotonic() + timeout
-        self._send(content, deadline)
-        reply = self._receive(deadline)
+        with self._one_at_a_time:
+            if self._process is None or self._process.poll() is not None:
+                self._start(timeout)
+            deadline = None if timeout is None else time.monotonic() + timeout
+            self._send(content, deadline)
+            reply = self._receive("returned", _GREETING + _SCORE * len(answers), deadline)
         if "error" in reply:
-            raise IsolationError(reply["error"])
+            raise IsolationError(str(reply["error"]))
         return reply["returned"]
 
     def close(self) -> None:
@@ -107,11 +114,11 @@ class IsolatedFunction:
         command = [sys.executable, "-P", worker.__file__, str(theirs.fileno()), self.name, str(self._memory)]
         self._process = subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # by whose end it knows that the run has ended
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             pass_fds=[theirs.fileno()],
-            start_new_session=True,  # Ctrl-C is the run's, and all that it starts can be killed with it
+            start_new_session=True,  # Ctrl-C is the run's
             env=os.environ | {"JAX_PLATFORMS": "cpu"},  # the devices are the run's
         )
         theirs.close()
@@ -120,11 +127,11 @@ class IsolatedFunction:
         threading.Thread(target=_show, args=(self._process.stdout, self.name), daemon=True).start()
         deadline = None if timeout is None else time.monotonic() + timeout
         self._send(sys.path, deadline)
-        hello = self._receive(deadline)
+        hello = self._receive("special", _GREETING, deadline)
         if "error" in hello:
             self.close()
-            raise IsolationError(hello["error"])
-        self._special = hello["special"]
+            raise IsolationError(str(hello["error"]))
+        self._special = bool(hello["special"])
 
     def _send(self, content: Any, deadline: float | None) -> None:
         message = json.dumps(content).encode()
@@ -133,15 +140,16 @@ class IsolatedFunction:
             sent = self._tried(lambda: self._socket.send(left[: 2**20]), deadline)  # noqa: B023 — called here
             left = left[sent:]
 
-    def _receive(self, deadline: float | None) -> dict[str, Any]:
+    def _receive(self, what: str, most: int, deadline: float | None) -> dict[str, Any]:
+        """A message that has `what`, or "error", in no more bytes than its scores can need."""
         (length,) = worker.LENGTH.unpack(self._exactly(worker.LENGTH.size, deadline))
-        if length > worker.LONGEST:
-            self._fail(f"it answered with {length:,} bytes")
+        if length > most:
+            self._fail(f"it answered with {length:,} bytes, more than a number for each response takes")
         try:
             reply = json.loads(self._exactly(length, deadline))
         except ValueError:
             reply = None
-        if not isinstance(reply, dict) or not reply.keys() & {"returned", "error", "special"}:
+        if not isinstance(reply, dict) or not reply.keys() & {what, "error"}:
             self._fail("something else was written to its socket")
         return reply
 
@@ -188,9 +196,12 @@ class IsolatedFunction:
 
 def _end(process: subprocess.Popen, connection: socket.socket) -> None:
     connection.close()
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.stdin.close()  # it ends then, after all that the function has started
+    try:
+        process.wait(_END)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _show(stream: BinaryIO, name: str) -> None:

@@ -2,6 +2,9 @@
 
 It is run by its path and imports nothing of this package but `calling.py`, so that it starts fast and JAX is not in it.
 Both ends speak JSON over a socket, each message behind its length: nothing that a function returns is unpickled.
+
+It forks: a child calls the function, and the parent waits. Once the child has ended, or the run has (its end of stdin
+is closed), the parent ends all that the child has started.
 """
 
 import asyncio
@@ -15,6 +18,7 @@ import inspect
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import struct
@@ -25,10 +29,9 @@ from pathlib import Path
 from typing import Any
 
 LENGTH = struct.Struct("<Q")
-LONGEST = 2**30
-"""Bytes of a message."""
 _TAG = "\0"
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
+_LOOK_EVERY = 2.0  # seconds; another child of the run may hold the other end of stdin
 _SAID = {"datetime": datetime.datetime, "date": datetime.date, "time": datetime.time}
 
 
@@ -88,18 +91,80 @@ def decode(value: Any) -> Any:
 
 
 def main(socket_number: int, name: str, memory: int) -> None:
-    """Answers requests until the other end is gone.
+    """Answers requests until the other end is gone, and ends as the process does that calls the function.
 
     Args:
       socket_number: the file descriptor of a connected socket. The first message names Python's search path.
       name: "package.module:function".
-      memory: bytes of address space; 0 = no limit.
+      memory: bytes of address space of a process; 0 = no limit.
     """
-    with contextlib.suppress(AttributeError, OSError):  # Linux alone
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    run = os.getppid()
+    with contextlib.suppress(AttributeError, OSError):  # Linux alone; what has lost its parent is ours then
+        ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        _serve(socket.socket(fileno=socket_number), name, memory)
+        os._exit(0)
+    os.close(socket_number)
+    _end_as(_waited_for(child, run))
+
+
+def _waited_for(child: int, run: int) -> int:
+    """How the child ended, by itself or since the run is gone; nothing that it started is left then."""
+    ended, wakes = os.pipe()
+    os.set_blocking(wakes, False)
+    signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    status = None
+    while status is None and os.getppid() == run:
+        found, how = os.waitpid(-1, os.WNOHANG)
+        if found == child:
+            status = how
+        elif found == 0:
+            ready = select.select([0, ended], [], [], _LOOK_EVERY)[0]
+            if 0 in ready:
+                break  # nothing is ever written to stdin
+            if ended in ready:
+                os.read(ended, 2**10)
+    if sys.platform != "linux" and status is None:
+        os.killpg(child, signal.SIGKILL)
+    while children := _children():
+        for process in children:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(process, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            found, how = os.waitpid(-1, 0)
+            status = how if found == child and status is None else status
+    return 0 if status is None else status
+
+
+def _children() -> list[int]:
+    """Of this process; as it is their reaper, all that the function has started become its own."""
+    found = []
+    for entry in Path("/proc").iterdir() if Path("/proc/self").exists() else ():
+        with contextlib.suppress(OSError, ValueError, IndexError):  # it has ended meanwhile
+            if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                found.append(int(entry.name))
+    return found
+
+
+def _end_as(status: int) -> None:
+    if os.WIFSIGNALED(status):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        with contextlib.suppress(OSError):  # SIGKILL needs none
+            signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
+        os.kill(os.getpid(), os.WTERMSIG(status))
+    os._exit(os.waitstatus_to_exitcode(status) & 255)
+
+
+def _serve(connection: socket.socket, name: str, memory: int) -> None:
+    process = os.getpid()
     if memory:
+        most = resource.getrlimit(resource.RLIMIT_AS)[1]
+        memory = memory if most == resource.RLIM_INFINITY else min(memory, most)
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    connection, process = socket.socket(fileno=socket_number), os.getpid()
     sys.path[:] = _receive(connection)
     calling = _calling()
     try:
@@ -162,7 +227,11 @@ def _plain(returned: Any) -> Any:
 def _in_words(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {str(error)[:400]}{place}"
+    try:
+        text = str(error)[:400]
+    except Exception:  # it is somebody else's class
+        text = "(without words)"
+    return f"{type(error).__name__}: {text}{place}"
 
 
 def _send(connection: socket.socket, content: Any) -> None:

@@ -194,11 +194,12 @@ MUTANTS = [
     *variants(
         "rewards/isolation.py",
         _ISOLATION,
-        ("start_new_session=True,", ""),
         ('os.environ | {"JAX_PLATFORMS": "cpu"}', "os.environ"),
         ("if self._process is None or self._process.poll() is not None:", "if self._process is None:"),
         ("weakref.finalize(self, _end, self._process, ours)", "pass"),
-        ("os.killpg(process.pid, signal.SIGKILL)", "pass"),
+        ("self._one_at_a_time = threading.Lock()", "self._one_at_a_time = contextlib.nullcontext()"),
+        ("if length > most:", "if False:"),
+        ('reply.keys() & {what, "error"}', 'reply.keys() & {"returned", "special", "error"}'),
         ("text = printable(line.decode", "text = str(line.decode"),
     ),
     *variants(
@@ -206,12 +207,16 @@ MUTANTS = [
         _ISOLATION,
         ("if os.getpid() != process:", "if False:"),
         ("resource.setrlimit(resource.RLIMIT_AS, (memory, memory))", "pass"),
+        ("memory if most == resource.RLIM_INFINITY else min(memory, most)", "memory"),
+        ("prctl(_SUBREAPER, 1, 0, 0, 0)", "getpid()"),
+        ("while status is None and os.getppid() == run:", "while status is None:"),
+        ("                os.kill(process, signal.SIGKILL)", "                pass"),
         ("        except BaseException as error:  # SystemExit too", "        except Exception as error:"),
     ),
     *variants(
         "rewards/functions.py",
         _ISOLATION,
-        ("except (SystemExit, GeneratorExit) as error:", "except GeneratorExit as error:"),
+        ("except BaseException as error:  # SystemExit, asyncio", "except SystemExit as error:  # SystemExit, asyncio"),
         ("failure.timed_out = error.timed_out", "pass"),
     ),
     *variants(

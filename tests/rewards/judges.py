@@ -1,5 +1,6 @@
 """Reward functions that harm the process which they run in."""
 
+import asyncio
 import contextlib
 import ctypes
 import datetime
@@ -63,6 +64,41 @@ def leaves_a_child(prompts, responses):
         time.sleep(60)
         os._exit(0)
     os._exit(7)
+
+
+def leaves_a_daemon(prompts, responses):
+    """Which has left its session; the score is its number."""
+    there, back = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        daemon = os.fork()
+        if daemon == 0:
+            time.sleep(600)
+        os.write(back, str(daemon).encode())
+        os._exit(0)
+    return [float(os.read(there, 100))] * len(responses)
+
+
+def says_much(prompts, responses):
+    return [[]] * 1_000_000
+
+
+def waits(prompts, responses):
+    time.sleep(0.05)
+    return [float(response) for response in responses]
+
+
+def is_cancelled(prompts, responses):
+    raise asyncio.CancelledError
+
+
+class WithoutWords(Exception):
+    def __str__(self):
+        raise KeyError
+
+
+def has_no_words(prompts, responses):
+    raise WithoutWords
 
 
 def prints(prompts, responses):

@@ -4,14 +4,27 @@ import datetime
 import decimal
 import gc
 import os
+import signal
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jax_rlhf.rewards import Failures, OnFailure, RewardError, RewardFunction, score_texts
+from jax_rlhf.phases.workdir import lock_workdir
+from jax_rlhf.rewards import (
+    Failures,
+    OnFailure,
+    RewardError,
+    RewardFunction,
+    asks_for_special_tokens_of,
+    score_texts,
+)
 from jax_rlhf.rewards.worker import decode, encode
+from tests.processes import ROOT
 from tests.rewards import judges
 
 PROMPTS, RESPONSES = ["one", "two", "three"], ["a", "bb", "ccc"]
@@ -68,6 +81,10 @@ def test_its_process_stays_as_long_as_it_works():
         (judges.texts, "returned a str where a number is expected"),
         (judges.not_numbers, "returned nan for 3 of 3"),
         (judges.writes_into_its_socket, "something else was written to its socket"),
+        (judges.says_much, r"it answered with 4,000,\d{3} bytes, more than a number"),
+        (judges.is_cancelled, "CancelledError"),
+        (judges.has_no_words, "WithoutWords: .without words"),
+        ("tests.rewards.greets:score", "something else was written to its socket"),
         ("tests.rewards.judges:nobody", "cannot be imported: AttributeError"),
         ("tests.rewards.nowhere:x", "cannot be imported: ModuleNotFoundError"),
         ("tests.rewards.judges:PROMPTS", "cannot be imported: AttributeError"),
@@ -118,11 +135,115 @@ def test_a_process_that_has_ended_is_not_ended_again(monkeypatch):
     judge, ended = isolated(judges.exits_at_once), []
     with pytest.raises(RewardError):
         scored(judge)
-    monkeypatch.setattr(os, "killpg", lambda *call: ended.append(call))
+    monkeypatch.setattr(subprocess.Popen, "send_signal", lambda *call: ended.append(call))
     judge._isolated.close()
     del judge
     gc.collect()
     assert ended == []
+
+
+def gone(process):
+    """Whether a process is no more, soon."""
+    until = time.monotonic() + 10
+    while Path(f"/proc/{process}").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    return not Path(f"/proc/{process}").exists()
+
+
+@pytest.mark.parametrize("how", ["closed", "killed"])
+def test_what_it_has_started_ends_with_it(how):
+    """Also what has left its process group and lost its parent."""
+    judge = isolated(judges.leaves_a_daemon)
+    daemon = int(scored(judge)[0])
+    assert Path(f"/proc/{daemon}").exists()
+    if how == "closed":
+        judge._isolated.close()
+    else:  # the process that calls it, as by the kernel where memory is short
+        (caller,) = children(judge._isolated._process.pid) - {daemon}
+        os.kill(caller, signal.SIGKILL)
+    assert gone(daemon)
+
+
+def children(process):
+    stats = {entry.name: (entry / "stat").read_text() for entry in Path("/proc").iterdir() if entry.name.isdigit()}
+    return {int(name) for name, stat in stats.items() if int(stat.rpartition(")")[2].split()[1]) == process}
+
+
+ENDS = """
+import os, signal, sys
+from jax_rlhf.rewards import RewardFunction
+from tests.rewards import judges
+judge = RewardFunction(judges.leaves_a_daemon, isolation="process", timeout=30.0)
+print(int(judge(["a"], ["b"], {})[0]), judge._isolated._process.pid, flush=True)
+if os.fork() == 0:
+    os.read(0, 1)  # holds all that it has inherited
+    os._exit(0)
+os._exit(75) if sys.argv[1] == "exit" else os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("how", ["exit", "kill"])
+def test_it_ends_with_the_run(how):
+    """By whatever the run ends, such as the watchdog; a machine that starts it again must not fill up."""
+    command = [sys.executable, "-c", ENDS, how]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
+        daemon, process = map(int, run.stdout.readline().split())
+        run.wait(30)
+        assert gone(daemon)
+        assert gone(process)
+
+
+def test_calls_from_threads_have_their_own_answers():
+    """And a thread that has ended takes no process with it."""
+    judge, found = isolated(judges.waits), {}
+
+    def call(number):
+        found[number] = judge(["p"], [str(number)], {}).tolist()
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {number: [float(number)] for number in range(8)}
+    counting, counted = isolated(judges.counts), []
+    for _ in range(3):
+        thread = threading.Thread(target=lambda: counted.append(counting(["p"], ["r"], {})[0]))
+        thread.start()
+        thread.join()
+    assert counted == [1.0, 2.0, 3.0]
+
+
+LIMITED = """
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (2**37, 2**37))
+from jax_rlhf.rewards import RewardFunction
+from tests.rewards import judges
+judge = RewardFunction(judges.lengths, isolation="process", memory_gb=1000.0)
+print(judge(["a"], ["bb"], {}).tolist())
+"""
+
+
+def test_it_has_no_more_memory_than_the_run_may_take():
+    done = subprocess.run([sys.executable, "-c", LIMITED], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "[2.0]\n", done.stderr[-2000:]
+
+
+def test_one_that_cannot_be_started_is_a_failure_of_its_call():
+    """Not of the question what it asks for."""
+    judge = isolated("tests.rewards.judges:nobody")
+    assert not asks_for_special_tokens_of([judge])
+    assert asks_for_special_tokens_of([judge, isolated(judges.with_special)])
+    count = Failures()
+    assert scored(judge, on_failure=OnFailure(0, "penalize", -2.0), failures=count) == [-2.0] * 3
+    assert count.failed_calls == 1
+
+
+@pytest.mark.parametrize("timeout", [None, 20.0])
+@pytest.mark.parametrize(("function", "said"), [(judges.is_cancelled, "Cancelled"), (judges.has_no_words, "without w")])
+def test_without_isolation_odd_exceptions_are_failures_too(timeout, function, said):
+    with pytest.raises(RewardError, match=said):
+        scored(RewardFunction(function, timeout=timeout))
 
 
 def test_its_process_ends_with_it():
@@ -137,12 +258,15 @@ def test_its_process_ends_with_it():
 
 def test_it_has_no_devices_and_no_lock_of_the_run(tmp_path):
     judge = isolated("os:getppid")  # takes no arguments: fails, and its process lives
-    with pytest.raises(RewardError, match="TypeError"):
-        scored(judge)
-    there = Path("/proc", str(judge._isolated._process.pid))
-    assert "JAX_PLATFORMS=cpu" in (there / "environ").read_text()
-    files = {os.readlink(file) for file in (there / "fd").iterdir()}
-    assert {file.partition(":")[0] for file in files} <= {"/dev/null", "pipe", "socket"}
+    with lock_workdir(tmp_path):
+        with pytest.raises(RewardError, match="TypeError"):
+            scored(judge)
+        process = judge._isolated._process.pid
+        for one in (process, *children(process)):
+            there = Path("/proc", str(one))
+            assert "JAX_PLATFORMS=cpu" in (there / "environ").read_text()
+            files = {os.readlink(file) for file in (there / "fd").iterdir()}
+            assert {file.partition(":")[0] for file in files} <= {"/dev/null", "pipe", "socket"}
 
 
 @pytest.mark.parametrize("function", [lambda prompts, responses: [1.0] * 3, np.array])
