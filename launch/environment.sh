@@ -20,6 +20,19 @@ starts_again() {
   esac
 }
 
+# Whether a run is further than it was, both as "PHASE STEP", or nothing: of a checkpoint that was damaged and made again it
+# is not.
+is_further() {
+  local phases='sft reward ppo' new=$1 former=$2
+  [ -n "$new" ] || return 1
+  [ -n "$former" ] || return 0
+  if [ "${new% *}" = "${former% *}" ]; then
+    [ "${new#* }" -gt "${former#* }" ]
+  else
+    [[ $phases = *"${former% *}"*"${new% *}"* ]]
+  fi
+}
+
 # Whether so many starts in a row that got no further are enough. The program writes phase and step of its last checkpoint
 # to JAX_RLHF_PROGRESS_FILE.
 enough_starts() { [ "$1" -ge 3 ]; }

@@ -77,11 +77,12 @@ JAX_RLHF_PROGRESS_FILE=$(mktemp)
 export JAX_RLHF_PROGRESS_FILE
 trap 'rm -f "$JAX_RLHF_PROGRESS_FILE"' EXIT
 
+before=
 while :; do
-  before=$(cat "$JAX_RLHF_PROGRESS_FILE")
   run "$@"
   starts_again "$code" && [ -z "$stopping" ] && [ "$restarts" -lt "$max_restarts" ] || exit "$code"
-  if [ "$(cat "$JAX_RLHF_PROGRESS_FILE")" = "$before" ]; then stuck=$((stuck + 1)); else stuck=0; fi
+  progress=$(cat "$JAX_RLHF_PROGRESS_FILE")
+  if is_further "$progress" "$before"; then stuck=0 before=$progress; else stuck=$((stuck + 1)); fi
   if enough_starts "$stuck"; then
     echo "gpu: started $stuck times without getting further than ${before:-the start}; not again" >&2
     exit "$code"

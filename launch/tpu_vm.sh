@@ -35,6 +35,8 @@
 # TPU_VM_POLL=30 and TPU_VM_FOLLOW=300 are the seconds between two looks at a VM, and of one connection that reads the log.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=launch/environment.sh
+source "$root/launch/environment.sh"
 
 name='' zone='' type='' version='' spot='' queued='' env_file='' setup='' python='' max_restarts=10 dry_run=''
 # Arrays that are never empty when used: to some versions of bash, an empty one is not set. gcloud tries ten times to connect;
@@ -191,16 +193,17 @@ collect() {
   while read -r report; do
     code=$(field code "$report")
     [ "$(field stopped "$report")" != 1 ] || stopped=1
-    case $(field progress "$report") in '' | -) ;; *) progress=$(field progress "$report") ;; esac
+    case $(field progress "$report") in '' | -) ;; *) progress=$(field progress "$report" | tr - ' ') ;; esac
     case $(field state "$report"):$code in
       lost:* | none:* | ended:75) again=1 ;;
       running:* | ended:0) ;;
       # A program's own code tells more than the signals (128 and up) by which those end that lost it.
-      *) if [ "$chosen" = 0 ] || { [ "$chosen" -ge 128 ] && [ "$code" -lt 128 ]; }; then chosen=$code culprit=$report; fi ;;
+      # What only the user can mend (1 and 2) tells most.
+      *) if [ "$(weight "$code")" -gt "$(weight "$chosen")" ]; then chosen=$code culprit=$report; fi ;;
     esac
   done < <(grep '^@job ' "$scratch/settle" || echo '@job state=lost')
   outcome=$chosen
-  case $chosen in 1 | 2) again='' ;; 70) again=1 ;; *) [ "$chosen" -lt 128 ] || again=1 ;; esac
+  if starts_again "$chosen"; then again=1; elif [ "$chosen" = 1 ] || [ "$chosen" = 2 ]; then again=''; fi
   if [ -z "$again" ]; then
     show_end "$culprit"
   elif [ -n "$stopped" ]; then
@@ -209,6 +212,9 @@ collect() {
     outcome=restart
   fi
 }
+
+# How much an exit code tells of the others'.
+weight() { case $1 in 0) echo 0 ;; 1 | 2) echo 3 ;; *) if [ "$1" -ge 128 ]; then echo 1; else echo 2; fi ;; esac; }
 
 # The end of the log of a failed worker, unless it is worker 0, whose log was shown.
 show_end() {
@@ -263,13 +269,13 @@ run() {
       case $job_state in
         ended | lost)
           collect
-          if [ "$progress" = "$before" ]; then stuck=$((stuck + 1)); else stuck=0 before=$progress; fi
+          if is_further "$progress" "$before"; then stuck=0 before=$progress; else stuck=$((stuck + 1)); fi
           ;;
       esac
     fi
     [ "$outcome" = restart ] || break
-    if [ "$stuck" -ge 3 ]; then
-      say "started 3 times without getting further than ${before:-the start}; not again"
+    if enough_starts "$stuck"; then
+      say "started $stuck times without getting further than ${before:-the start}; not again"
       outcome=70
       break
     fi

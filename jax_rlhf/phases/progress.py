@@ -233,11 +233,11 @@ class Progress:
             write_json(self._record.folder / COSTS, self.costs.so_far())
 
     def _tell_launcher(self) -> None:
-        """How far it is, where a launch script asks: one that starts a run again must see whether it moves."""
-        file = os.environ.get(PROGRESS_FILE)
-        if file and jax.process_index() == 0:
+        """How far complete checkpoints are, where a launch script asks: whether a run that is started again moves."""
+        file, saved = os.environ.get(PROGRESS_FILE), self._checkpoints.steps
+        if file and saved and jax.process_index() == 0:
             with contextlib.suppress(OSError):
-                Path(file).write_text(f"{self._record.phase} {self.step}\n", encoding="utf-8")
+                Path(file).write_text(f"{self._record.phase} {saved[-1]}\n", encoding="utf-8")
 
     @contextlib.contextmanager
     def saving(self, export: Callable[[], None]) -> Iterator[None]:
@@ -267,6 +267,7 @@ class Progress:
         with self.watchdog:
             with self.costs.taking("saving"):
                 self._checkpoints.wait()
+                self._tell_launcher()
                 self._checkpoints.close()
             export()
         put_up(self._record.folder.parent, self._record.phase, models=True)
@@ -282,6 +283,7 @@ class Progress:
                 self._save()
             self._checkpoints.wait()
         finally:
+            self._tell_launcher()
             self._checkpoints.close()
             put_up(self._record.folder.parent, self._record.phase)
         if not self._checkpoints.steps:

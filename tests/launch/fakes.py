@@ -120,11 +120,15 @@ elif arguments[:2] == ["-m", "pip"]:
 elif arguments[:4] == ["-m", "uv", "python", "find"]:
     print(world + "bin/python3.12")
 elif arguments[:2] == ["-m", "jax_rlhf"]:
+    def how_far(state):
+        state["steps"] += 1
+        said = state["progress"]
+        return f"sft {state['steps']}" if not said else said.pop(0) if len(said) > 1 else said[0]
     code = change(lambda state: (state["exit codes"].get(worker) or [0]).pop(0))
     print("a line of the log, then", code, flush=True)
     if "JAX_RLHF_PROGRESS_FILE" in os.environ and worker == "0":
         with open(os.environ["JAX_RLHF_PROGRESS_FILE"], "w") as told:
-            told.write(f"sft {time.time_ns()}\\n" if change(lambda state: state["moves"]) else "sft 7\\n")
+            told.write(change(how_far) + "\\n")
     if code == "hang":
         import signal
         def save(number, frame):
@@ -203,7 +207,8 @@ class World:
             pythons=["python3"],
             gpus=8,
             failures=[],
-            moves=True,
+            progress=[],  # what runs write, one after another, the last for ever; none = each a step more
+            steps=0,
             **{"tpu-vm": [], "queued-resources": [], "exit codes": {}, "pip code": 0, "pip seconds": 0},
             **{
                 "after create": {

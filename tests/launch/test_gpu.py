@@ -79,10 +79,25 @@ def test_a_crash_starts_again(world, code):
 
 @pytest.mark.parametrize("code", [70, 75, 137])
 def test_a_run_that_gets_no_further_is_not_started_for_ever(world, code):
-    world.set(moves=False, **{"exit codes": {"0": [code] * 9}})
+    world.set(progress=["sft 7"], **{"exit codes": {"0": [code] * 9}})
     errors = world.run("gpu.sh", *JOB, expect=code).stderr
     assert "started 3 times without getting further than sft 7; not again" in errors
     assert len(world.runs()) == 4  # the first one came as far as that
+
+
+def test_a_checkpoint_that_is_made_again_is_no_progress(world):
+    """Where the last one is damaged each time."""
+    world.set(progress=["sft 20", "sft 10", "sft 20", "sft 10"], **{"exit codes": {"0": [139] * 9}})
+    errors = world.run("gpu.sh", *JOB, expect=139).stderr
+    assert "started 3 times without getting further than sft 20; not again" in errors
+    assert len(world.runs()) == 4
+
+
+def test_a_later_phase_is_progress(world):
+    said = ["", "sft 9", "sft 10", "reward 2", "ppo 1", "ppo 2", "sft 99"]
+    world.set(progress=said, **{"exit codes": {"0": [75] * 20}})
+    assert "further than ppo 2;" in world.run("gpu.sh", *JOB, expect=75).stderr
+    assert len(world.runs()) == 9
 
 
 @pytest.mark.parametrize("code", [1, 2])

@@ -53,7 +53,7 @@ def test_a_crash_requeues_the_job_too_but_not_for_ever(world):
     submit(world, *JOB, expect=139)
     submit(world, *JOB, expect=139, SLURM_RESTART_COUNT="1")
     assert len(world.calls("scontrol")) == 2
-    world.set(moves=False)
+    world.set(progress=["sft 7", "sft 3", "sft 7"])
     for count in range(2, 5):
         assert "not again" not in submit(world, *JOB, expect=139, SLURM_RESTART_COUNT=str(count)).stderr
     errors = submit(world, *JOB, expect=139, SLURM_RESTART_COUNT="5").stderr

@@ -80,9 +80,9 @@ def test_a_crash_starts_again_but_not_for_ever(world, code):
     world.set(**{"exit codes": {"0": [code, code, 0]}})
     run(world)
     assert len(world.runs()) == 3
-    world.set(moves=False, **{"exit codes": {"0": [code] * 9}})
+    world.set(progress=["sft 7"], **{"exit codes": {"0": [code] * 9}})
     errors = run(world, expect=70).stderr
-    assert "started 3 times without getting further than sft-7; not again" in errors
+    assert "started 3 times without getting further than sft 7; not again" in errors
     assert len(world.runs()) == 3 + 4
 
 
@@ -91,6 +91,13 @@ def test_an_error_of_the_job_is_the_exit_code_and_is_not_tried_again(world, code
     world.set(**{"exit codes": {"0": [code]}})
     assert f"a line of the log, then {code}" in run(world, expect=code).stdout
     assert len(world.runs()) == 1
+
+
+@pytest.mark.parametrize("codes", [[70, 1], [1, 70], [139, 2], [2, 75]])
+def test_an_error_of_the_user_on_any_worker_is_not_tried_again(world, codes):
+    world.set(workers=2, **{"exit codes": {str(worker): [code] for worker, code in enumerate(codes)}})
+    run(world, expect=min(codes))
+    assert len(world.runs(0)) == len(world.runs(1)) == 1
 
 
 def test_exit_code_75_starts_the_same_command_again_on_the_same_vm(world):

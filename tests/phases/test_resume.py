@@ -110,9 +110,12 @@ def test_a_stopped_phase_goes_on_bit_for_bit(settings, straight, tmp_path, phase
     ("phase", "file", "starts"),
     [("reward", None, 2), ("ppo", {"starts": 5}, 6), ("reward", [1], 2), ("reward", {"starts": "x"}, 2)],
 )
-def test_what_starting_again_cost_is_summed_up(settings, straight, tmp_path, phase, file, starts):
+def test_what_starting_again_cost_is_summed_up(settings, straight, tmp_path, phase, file, starts, monkeypatch):
     """Also of starts that were killed before they saved anything; a file that says nothing of use is not asked."""
+    told = tmp_path / "told"
+    monkeypatch.setenv("JAX_RLHF_PROGRESS_FILE", str(told))
     stopped(phase, settings, straight, tmp_path)
+    assert told.read_text() == f"{phase} {latest(tmp_path / phase)}\n"  # of launch scripts
     costs = tmp_path / phase / "costs.json"
     former = json.loads(costs.read_text())
     if file is not None:
@@ -125,6 +128,7 @@ def test_what_starting_again_cost_is_summed_up(settings, straight, tmp_path, pha
     PHASES[phase](run_config(settings), tmp_path)
     once, twice = (json.loads((where / phase / "summary.json").read_text()) for where in (straight, tmp_path))
     assert (once["starts"], twice["starts"]) == (1, starts)
+    assert told.read_text() == f"{phase} {latest(tmp_path / phase)}\n"
     after = json.loads(costs.read_text())
     assert after["starts"] == starts
     assert after["repeated"] == former["repeated"] + 7.5
@@ -132,6 +136,10 @@ def test_what_starting_again_cost_is_summed_up(settings, straight, tmp_path, pha
     assert once["seconds_restoring"] == 0 < twice["seconds_restoring"] < 60
     assert 0 < notes["costs"]["saving"] < twice["seconds_saving"] < 60
     assert twice["seconds_compiling"] >= notes["costs"]["compiling"]
+
+
+def latest(folder):
+    return max(int(path.name) for path in (folder / "checkpoints").iterdir())
 
 
 def former_phases(straight, workdir, phase):
