@@ -9,6 +9,7 @@ import contextlib
 import resource
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pyarrow
 import pyarrow.compute
@@ -17,7 +18,10 @@ import pyarrow.parquet
 from pyarrow import types
 
 _ROWS_AT_ONCE = 256
-_ROW, _VALUE = 300, 16  # bytes that Python takes for a row, and at least for a value
+ROW, _VALUE = 300, 16  # bytes that Python takes for a row, and at least for a value
+CONTAINERS, _CONTAINER = "[{", 64  # in JSON, and what an empty one takes
+LONGEST_ROW = 64 * 2**20
+"""Bytes of a line, characters of a field or row."""
 _BUFFER = 2**20
 _OVERHEAD = 2**30
 """Bytes of address space for Python, pyarrow and one batch."""
@@ -39,7 +43,7 @@ def main(kind: str, path: str, budget: int, size: int) -> int:
       0, TOO_LARGE, UNREADABLE or BAD_ROW, with a line on stderr.
     """
     for limit, most in (
-        (resource.RLIMIT_AS, _OVERHEAD + 2 * size + budget),
+        (resource.RLIMIT_AS, _mapped() + _OVERHEAD + 2 * size + budget),
         (resource.RLIMIT_CPU, 600 + size // 2**20),
     ):
         _, hard = resource.getrlimit(limit)
@@ -52,11 +56,14 @@ def main(kind: str, path: str, budget: int, size: int) -> int:
             first = 1
             for batch in batches:
                 _check(batch, first)
-                first += len(batch)
-                budget -= len(batch) * _ROW + sum(map(_cost, batch.columns))
+                cost = len(batch) * ROW + sum(map(_cost, batch.columns))
+                budget -= cost
                 if budget < 0:
                     print("too large", file=sys.stderr)
                     return TOO_LARGE
+                if cost > LONGEST_ROW:
+                    _check_sizes(batch, first)
+                first += len(batch)
                 stream.write_batch(batch)
     except MemoryError:
         print("too large", file=sys.stderr)
@@ -70,6 +77,14 @@ def main(kind: str, path: str, budget: int, size: int) -> int:
         print(f"{type(error).__name__}: {error}".encode("ascii", "backslashreplace").decode(), file=sys.stderr)
         return UNREADABLE
     return 0
+
+
+def _mapped() -> int:
+    """Bytes of address space that are taken: libraries map some for each of a machine's cores."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except OSError:  # not Linux
+        return 0
 
 
 def _parquet(path: str) -> tuple[pyarrow.Schema, Iterator[pyarrow.RecordBatch]]:
@@ -112,14 +127,42 @@ def _check(batch: pyarrow.RecordBatch, first: int) -> None:
         raise
 
 
+def _check_sizes(batch: pyarrow.RecordBatch, first: int) -> None:
+    """Raises where a row is too long."""
+    for index in range(len(batch)):
+        if sum(map(_cost, batch.slice(index, 1).columns)) > LONGEST_ROW:
+            raise _BadRowError(f"{first + index} it has more than {LONGEST_ROW:,} bytes; divide it")
+
+
+def json_cost(text: str | bytes) -> int:
+    """Bytes that a JSON text takes in Python, about.
+
+    Args:
+      text: it.
+
+    Returns:
+      Their number.
+    """
+    marks = [mark.encode() for mark in (*CONTAINERS, ",")] if isinstance(text, bytes) else [*CONTAINERS, ","]
+    *containers, commas = map(text.count, marks)
+    return len(text) + _CONTAINER * sum(containers) + _VALUE * commas
+
+
 def _cost(array: pyarrow.Array) -> int:
     """Bytes that an array's values take in Python, about."""
     kind, cost = array.type, _VALUE * len(array)
+    if isinstance(kind, pyarrow.JsonType):  # whose texts are read as what they say
+        count = pyarrow.compute.count_substring
+        containers = sum(_sum(count(array.storage, mark)) for mark in CONTAINERS)
+        return _cost(array.storage) + _CONTAINER * containers + _VALUE * _sum(count(array.storage, ","))
     if isinstance(array, pyarrow.ExtensionArray):
         return _cost(array.storage)
     if types.is_dictionary(kind):
         sizes = _sizes(array.dictionary)
-        return cost if sizes is None else cost + _sum(pyarrow.compute.take(sizes, array.indices))
+        if sizes is not None:
+            return cost + _sum(pyarrow.compute.take(sizes, array.indices))
+        times = pyarrow.compute.value_counts(array.indices.drop_null()).to_pylist()
+        return cost + sum(one["counts"] * _cost(array.dictionary.slice(one["values"], 1)) for one in times)
     sizes = _sizes(array)
     if sizes is not None:
         return cost + _sum(sizes)

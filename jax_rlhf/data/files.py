@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,14 +18,15 @@ import pyarrow
 import pyarrow.ipc
 
 from jax_rlhf.data import decode_arrow
+from jax_rlhf.data.decode_arrow import LONGEST_ROW, ROW, json_cost
 from jax_rlhf.data.errors import DataError
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow")
-LONGEST_ROW = 64 * 2**20
-"""Bytes of a line, characters of a field or row."""
+_FIELD = 60  # bytes that Python takes for a text, its characters aside
 _UNPACKED, _RATIO = 64 * 2**20, 100
 """A compressed or encoded file may become so many bytes, and so many times its size."""
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # memory is mapped for each
 _BOM = b"\xef\xbb\xbf"
 
 Numbered = Iterator[tuple[int, Any]]
@@ -114,6 +116,22 @@ def _too_large(file: Path, most: int) -> str:
     )
 
 
+class _Budget:
+    """Of what a compressed file's rows may take in Python; a plain one's own size bounds them."""
+
+    def __init__(self, file: Path) -> None:
+        packed = file.suffix.lower() == ".gz"
+        self._file, self._most = file, _most_unpacked(file) if packed else None
+        self._left = self._most
+
+    def take(self, cost: int) -> None:
+        """Raises DataError where it is used up."""
+        if self._left is not None:
+            self._left -= cost
+            if self._left < 0:
+                raise DataError(_too_large(self._file, self._most))
+
+
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[BinaryIO]:
     """Its bytes, unpacked, without a byte-order mark."""
@@ -142,8 +160,10 @@ def _not_utf8(file: Path, line: int, error: UnicodeDecodeError) -> DataError:
 
 
 def _json_lines(file: Path) -> Numbered:
+    budget = _Budget(file)
     for number, line in _lines(file):
         if line.strip():
+            budget.take(ROW + json_cost(line))
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
@@ -154,6 +174,7 @@ def _json(file: Path, field: str) -> Numbered:
     """A list of rows, an object with one, or a row per line, as some write it."""
     with _opened(file) as stream:
         content = stream.read()
+    _Budget(file).take(json_cost(content))
     try:
         value = json.loads(content.decode())
     except UnicodeDecodeError as error:
@@ -179,7 +200,7 @@ def _json(file: Path, field: str) -> Numbered:
 
 def _csv(file: Path, delimiter: str) -> Numbered:
     csv.field_size_limit(LONGEST_ROW)  # Python's own is 131,072
-    number = 0
+    number, budget = 0, _Budget(file)
     with _opened(file) as stream, io.TextIOWrapper(stream, encoding="utf-8", newline="") as text:
         try:
             reader = csv.DictReader(text, strict=True, delimiter=delimiter)
@@ -189,6 +210,10 @@ def _csv(file: Path, delimiter: str) -> Numbered:
                         f"{file}, row {number}: {len(reader.fieldnames or ())} columns are named in the first line, "
                         "this row has another number."
                     )
+                size = sum(map(len, content.values()))
+                if size > LONGEST_ROW:
+                    raise DataError(f"{file}, row {number}: it has more than {LONGEST_ROW:,} characters; divide it.")
+                budget.take(ROW + size + _FIELD * len(content))
                 yield number, content
         except csv.Error as error:
             raise DataError(f"{file}, after row {number}: not CSV ({error}).") from error
@@ -207,10 +232,8 @@ def _columns(file: Path, kind: str) -> Numbered:
     with file.open("rb"):  # who may not read it is told so
         pass
     command = [sys.executable, "-P", decode_arrow.__file__, kind, str(file.absolute()), str(most), str(size)]
-    with (
-        tempfile.TemporaryFile() as said,
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said) as process,
-    ):
+    how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "env": os.environ | _ONE_THREAD}
+    with tempfile.TemporaryFile() as said, subprocess.Popen(command, stderr=said, **how) as process:
         broken = None
         try:
             first = 1

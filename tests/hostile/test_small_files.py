@@ -148,10 +148,20 @@ def test_a_parquet_file_that_stands_for_gigabytes(tmp_path, name):
     is_refused(lambda: read(tmp_path / "set"), DataError, r"train.parquet: its [\d,]+ bytes stand for more than")
 
 
-@pytest.mark.parametrize("name", ["dictionary", "compressed"])
+ARROW = {
+    "dictionary": repeated,
+    "compressed": COLUMNS["compressed"][0],
+    "dictionary of a list": lambda: pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array([0] * 1000, pyarrow.int32()), pyarrow.array([[None] * 400_000], pyarrow.list_(pyarrow.null()))
+    ),
+    "JSON": lambda: pyarrow.array(["[" + "[]," * 300_000 + "1]"] * 20, pyarrow.json_()),
+}
+
+
+@pytest.mark.parametrize("name", ARROW)
 @pytest.mark.parametrize("form", [pyarrow.ipc.new_file, pyarrow.ipc.new_stream])
 def test_an_arrow_file_that_stands_for_gigabytes(tmp_path, name, form):
-    column, _ = COLUMNS[name]
+    column = ARROW[name]
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "set"))
     (file,) = (tmp_path / "set").glob("*.arrow")
     table = pyarrow.table({"text": column()})
@@ -167,6 +177,45 @@ def test_a_gzip_file_that_stands_for_gigabytes(tmp_path, suffix):
     line = b'{"text": "a"}\n' if suffix == ".jsonl" else b"text\n"
     file.write_bytes(gzip.compress(line * 10 + b" " * 200_000_000 + line))
     is_refused(lambda: read(file), DataError, "gz: its .* bytes stand for more than|more than 67,108,864 bytes")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "begin", "piece", "count"),
+    [
+        (".jsonl", b"", b"{}\n", 2_000_000),
+        (".json", b"[{}", b",{}", 2_000_000),
+        (".jsonl", b'{"text":[[]', b",[]", 2_000_000),
+        (".csv", b"text\n", b"1\n", 2_000_000),
+    ],
+)
+def test_few_bytes_that_unpack_to_many_small_values(tmp_path, suffix, begin, piece, count):
+    """Of which Python takes far more than the text that they are."""
+    file = tmp_path / f"x{suffix}.gz"
+    file.write_bytes(gzip.compress(begin + piece * count + (b"]}\n" if suffix != ".csv" else b"")))
+    assert file.stat().st_size < 20_000
+    is_refused(lambda: read(file), DataError, r"gz: its [\d,]+ bytes stand for more than")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".arrow"])
+def test_a_row_of_two_long_texts(tmp_path, suffix):
+    """Neither is too long, and both together are."""
+    long, (folder, row) = "a" * 40_000_000, (tmp_path / "set", 2)
+    if suffix == ".csv":
+        folder.mkdir()
+        (folder / "x.csv").write_text(f"text,more\na,b\n{long},{long}\n")
+    else:
+        rows = {"text": ["a", long], "more": ["b", long]}
+        datasets.Dataset.from_dict(rows).save_to_disk(str(folder))
+    with pytest.raises(DataError, match=f"row {row}: .*it has more than 67,108,864"):
+        read(folder)
+
+
+def test_a_machine_that_maps_much_reads_columns_too(tmp_path, monkeypatch):
+    """Libraries map memory for each core; it is no part of what a file stands for."""
+    (tmp_path / "sitecustomize.py").write_text("import mmap\n\nkept = mmap.mmap(-1, 3 * 2**30)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"]}), tmp_path / "x.parquet")
+    assert [row.content["text"] for row in read(tmp_path / "x.parquet")] == ["a", "b"]
 
 
 def test_what_is_large_and_honest_is_read(tmp_path):

@@ -30,8 +30,12 @@ MUTANTS = [
     *variants(
         "data/files.py",
         _SMALL,
-        ("if self._left < 0:", "if False:"),
+        ("        self._left -= len(piece)", "        pass"),
         ("if len(line) > LONGEST_ROW:", "if False:"),
+        ("if size > LONGEST_ROW:", "if False:"),
+        ("budget.take(ROW + json_cost(line))", "pass"),
+        ("_Budget(file).take(json_cost(content))", "pass"),
+        ("budget.take(ROW + size + _FIELD * len(content))", "pass"),
         ("if long and len(json.dumps(row, ensure_ascii=False)) > LONGEST_ROW:", "if False:"),
     ),
     *variants(
@@ -41,7 +45,12 @@ MUTANTS = [
         ("cost + _sum(pyarrow.compute.take(sizes, array.indices))", "cost"),
         ("kind, cost = array.type, _VALUE * len(array)", "kind, cost = array.type, 0"),
         ("return cost + _cost(array.flatten())", "return cost"),
-        ("budget -= len(batch) * _ROW +", "budget -="),
+        ("cost = len(batch) * ROW +", "cost ="),
+        ("                if cost > LONGEST_ROW:", "                if False:"),
+        ("_mapped() + _OVERHEAD", "_OVERHEAD"),
+        ("if sum(map(_cost, batch.slice(index, 1).columns)) > LONGEST_ROW:", "if False:"),
+        ('one["counts"] * _cost(', "_cost("),
+        ("if isinstance(kind, pyarrow.JsonType):", "if False:"),
         ("_ROWS_AT_ONCE = 256", "_ROWS_AT_ONCE = 10**9"),
     ),
     *variants(
