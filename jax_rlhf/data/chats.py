@@ -2,14 +2,16 @@
 
 import dataclasses
 import inspect
+import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from jax_rlhf.data.errors import DataError
-from jax_rlhf.data.special_tokens import MARK
+from jax_rlhf.data.special_tokens import MARK, check_marks, special_around
 
 Message = dict[str, Any]
 
@@ -31,6 +33,9 @@ _SHARE_GPT = {
     "observation": "tool",
 }
 """Who speaks in ShareGPT's {"from", "value"}, and what the role is called here."""
+_ROLES = {*_SHARE_GPT.values(), *["developer", "ipython", "function", "observation", "environment", "critic", "model"]}
+"""Roles that templates know, and that tokens are named after (<|user|>)."""
+_NAME = re.compile(r"[^<>|\[\]{}\r\n]{1,200}")
 _SAME_ROLES = ("human", "gpt", "chatgpt", "bing", "bard", "model", "bot")
 """Roles of {"role", "content"} that are ShareGPT's; others (developer, ipython …) are the template's matter."""
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -48,17 +53,22 @@ class Rendering:
       where: of the row, for messages.
       tools: that the assistant may call, as JSON schemas; None = none.
       options: keywords for the template, such as `enable_thinking`.
+      has_marks: special tokens' texts in the messages are marked.
     """
 
     tokenizer: PreTrainedTokenizerBase
     where: str
     tools: list | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    has_marks: bool = False
 
     def __call__(self, messages: list[Message], **how: bool) -> str:
         """The text of a chat; DataError where the template raises."""
         try:
-            return self.tokenizer.apply_chat_template(messages, tools=self.tools, tokenize=False, **how, **self.options)
+            text = self.tokenizer.apply_chat_template(messages, tools=self.tools, tokenize=False, **how, **self.options)
+            if self.has_marks:
+                check_marks(text, self.tokenizer)
+            return text
         except Exception as error:  # the template is the checkpoint's; jinja and it raise what they like
             raise DataError(f"{self.where}: the chat template fails: {type(error).__name__}: {error}") from error
 
@@ -123,10 +133,11 @@ def _joined(parts: list, where: str) -> str:
 
 def _checked_call(call: Any, where: str) -> Any:
     """A tool call whose arguments are an object: templates write them as JSON, and would write a text in quotes."""
-    if not isinstance(call, dict):
-        raise DataError(f"{where}: {str(call)[:80]} in tool_calls is no object.")
-    if isinstance(call.get("function"), dict):
-        return call | {"function": _checked_call(call["function"], where)}
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(call, dict) or not isinstance(function, dict | None):
+        raise DataError(f"{where}: {str(call)[:80]} in tool_calls is no object, or its function is none.")
+    if function is not None:
+        return call | {"function": _checked_call(function, where)}
     arguments = call.get("arguments")
     if isinstance(arguments, str):
         try:
@@ -141,6 +152,39 @@ def _list(value: Any, name: str, where: str) -> list:
     if not isinstance(value, list):
         raise DataError(f"{where}: {name} is a {type(value).__name__}; a list is expected.")
     return value
+
+
+def check_names(
+    chats: Sequence[list[Message]], options: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str
+) -> None:
+    """Whether a role, a name or an option makes a special token of what a template writes around it.
+
+    Args:
+      chats: the messages of each, without marks.
+      options: of the template.
+      tokenizer: whose special tokens.
+      where: of the row, for messages.
+
+    Raises:
+      DataError: one is the inside of a special token, or not what a role or name is.
+    """
+    taken = options.keys() & {*tokenizer.SPECIAL_TOKENS_ATTRIBUTES, *tokenizer.special_tokens_map}
+    if taken:
+        raise DataError(f"{where}: chat_template_kwargs sets the tokenizer's own {sorted(taken)[0]}.")
+    names = [("option", value) for value in options.values() if isinstance(value, str)]
+    for message in itertools.chain(*chats):
+        names += [(key, message[key]) for key in ("role", "name") if isinstance(message.get(key), str)]
+    for kind, name in dict.fromkeys(names):
+        if name in _ROLES:
+            continue
+        special = special_around(name, tokenizer)
+        if special:
+            raise DataError(
+                f"{where}: the {kind} {name[:80]!r} stands within the special token {special!r}, which a template "
+                "could make of it; rename it."
+            )
+        if kind != "option" and not _NAME.fullmatch(name):
+            raise DataError(f"{where}: the {kind} {name[:80]!r} is no name: it has line breaks, or one of <>|[]{{}}.")
 
 
 def tools_of(value: Any, where: str) -> list | None:
@@ -276,7 +320,7 @@ def _left_out(written: str, answer: list[Message]) -> str:
     written = _without_space(written)
     for message in answer:
         parts = [message["content"], *(message[key] for key in _REASONING if isinstance(message.get(key), str))]
-        calls = (call.get("function", call) for call in message.get("tool_calls", ()))
+        calls = (call.get("function") or call for call in message.get("tool_calls", ()))
         parts += [call["name"] for call in calls if isinstance(call.get("name"), str)]
         for part in parts if message["role"] == "assistant" else ():
             if _without_space(part) not in written:

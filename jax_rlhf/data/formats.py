@@ -28,6 +28,7 @@ from jax_rlhf.data.chats import (
     Message,
     Rendering,
     agreeing,
+    check_names,
     checked_messages,
     from_json,
     rendered,
@@ -147,9 +148,12 @@ def row_texts(row: Row, phase: str, config: DataConfig, tokenizer: PreTrainedTok
     options = template_options(row.content.get(_TEMPLATE_OPTIONS), row.where)
     continued, said = _is_continued(found, chat, answers, row), [chat, answers, tools, options]
     more |= {"chat": chat, "continued": continued, "special": first_special(said, tokenizer)}
-    if more["special"] and not config.parse_special_tokens:
+    if not config.parse_special_tokens:
+        check_names([chat, *answers], options, tokenizer, row.where)
+    marks = bool(more["special"]) and not config.parse_special_tokens
+    if marks:
         chat, answers, tools, options = marked(said, tokenizer)
-    render = Rendering(tokenizer, row.where, tools, options)
+    render = Rendering(tokenizer, row.where, tools, options, marks)
     begin, answers, unwritten = rendered(render, chat, answers, continued=continued)
     more["unwritten"] = without_marks(unwritten, tokenizer)
     if chat and (tools or any("tool_calls" in message for message in chat)):
@@ -233,6 +237,8 @@ def _found(row: Row, names: dict[str, str]) -> dict[str, Any]:
     if share_gpt and messages[0]["role"] != "system":
         messages = found["messages"] = [{"role": "system", "content": system}, *messages]
     answers = [found[kind] for kind in ("completion", "chosen", "rejected") if kind in found]
+    for answer in answers:
+        _check_part(answer, row)
     whole = "completion" in found or ("chosen" in found and "rejected" in found)
     if "prompt" in found and not whole:
         del found["prompt"]  # which the messages begin with

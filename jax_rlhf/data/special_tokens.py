@@ -11,7 +11,7 @@ import functools
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
@@ -24,18 +24,24 @@ MARK = "\ufdd0"
 """A code point that Unicode keeps out of texts; a row's own is marked too."""
 _FIRST, _MOST = 0xF0000, 0xFFFE  # of the private characters that stand for numbers
 _MARKED = re.compile(f"{MARK}(.?)", re.DOTALL)
+_ESCAPED = re.compile(r"\\u(?:fdd0|dbb?[89a-f][0-9a-f])|\\U000f[0-9a-f]{4}", re.IGNORECASE)
+_BEGIN, _TAIL = re.compile(r"^\W+"), re.compile(r"\W+$")
 _CONTROL = re.compile(r"<[|｜][^\s<>]{1,60}[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]")
 """Added tokens that are special whatever the tokenizer calls them: some add ChatML's as ordinary ones."""
 _THOUGHTS = re.compile(r"</?(?:think|thinking|thought|reasoning)>")
 """Parts of an answer, which data sets write out in texts."""
 _NEVER = "(?!)"  # a pattern that finds nothing
+_END = ""  # of a text, in a tree of characters
+_DEEPEST = 80  # characters; Python's patterns nest about so deep
 _CHARACTERS_AT_ONCE = 4_000_000
 """Of texts that are tokenized in one call: an encoding takes about 100 bytes per token."""
 
 
 class _Special(NamedTuple):
-    """The mark and a tokenizer's special tokens, and a pattern that finds them."""
+    """The mark and a tokenizer's special tokens, by number and by what is inside, and a pattern that finds them."""
 
+    insides: Mapping[str, str]
+    numbers: Mapping[str, int]
     texts: tuple[str, ...]
     pattern: re.Pattern
 
@@ -55,7 +61,7 @@ def marked(value: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 def _marked(value: Any, special: _Special) -> Any:
     if isinstance(value, str):
-        return special.pattern.sub(lambda found: MARK + chr(_FIRST + special.texts.index(found[0])), value)
+        return special.pattern.sub(lambda found: MARK + chr(_FIRST + special.numbers[found[0]]), value)
     if isinstance(value, Mapping):
         return {_marked(key, special): _marked(inner, special) for key, inner in value.items()}
     return [_marked(inner, special) for inner in value] if isinstance(value, list | tuple) else value
@@ -120,6 +126,34 @@ def _first_special(value: Any, special: _Special) -> str:
     return next(filter(None, (_first_special(one, special) for one in inner)), "")
 
 
+def special_around(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The special token that a text is the inside of: a template that writes `<|`, it and `|>` would write the token.
+
+    Args:
+      text: without marks.
+      tokenizer: whose special tokens.
+
+    Returns:
+      Its text, such as "<|im_end|>" of "im_end"; "" = there is none.
+    """
+    return _special(tokenizer).insides.get(text.strip(), "")
+
+
+def check_marks(text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises where a template has taken marks apart, or written them in another form.
+
+    Args:
+      text: what it wrote.
+      tokenizer: whose special tokens.
+
+    Raises:
+      ValueError: it has.
+    """
+    last = chr(_FIRST + len(_special(tokenizer).texts) - 1)
+    if any(not chr(_FIRST) <= number <= last for number in _MARKED.findall(text)) or _ESCAPED.search(text):
+        raise ValueError("it takes a special token's text in the row apart, or writes it in another form")
+
+
 def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer puts its BOS before a text.
 
@@ -147,15 +181,16 @@ def token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[
       DataError: the tokenizers library fails.
     """
     ids: list[list[int]] = [[] for _ in texts]
-    plain = [index for index, text in enumerate(texts) if MARK not in text]
-    with_marks = [index for index, text in enumerate(texts) if MARK in text]
+    apart = _normalizes_special(tokenizer)
+    plain = [index for index, text in enumerate(texts) if MARK not in text and not apart]
+    with_marks = [index for index, text in enumerate(texts) if MARK in text or apart]
     try:
         with panics_as_errors():
             for some in _groups(texts, plain):
                 found = tokenizer([texts[index] for index in some], add_special_tokens=False)["input_ids"]
                 for index, one in zip(some, found, strict=True):
                     ids[index] = one
-            renamed = _renamed(tokenizer, _special(tokenizer)) if with_marks else None
+            renamed = _renamed(tokenizer, _special(tokenizer).texts) if with_marks else None
             for some in _groups(texts, with_marks):
                 given = [_with_names(texts[index], renamed, tokenizer) for index in some]
                 found = renamed.tokenizer.encode_batch(given, add_special_tokens=False)
@@ -166,6 +201,24 @@ def token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[
     except Exception as error:  # the library has no errors of its own
         raise DataError(f"the tokenizer fails on a text: {type(error).__name__}: {str(error)[:300]}") from error
     return ids
+
+
+@functools.lru_cache(maxsize=4)
+def _normalizes_special(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text that is no special token's may become one, as of letters that are wide or large.
+
+    Then all texts are tokenized as those with marks, where that gives the tokens of a template's text the same ids.
+    """
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    texts = _special(tokenizer).numbers
+    normalized = [one["content"] for one in content["added_tokens"] if one["normalized"] and one["content"] in texts]
+    if not normalized or content["normalizer"] is None:
+        return False
+    tries = [f"a{text}b {text}\nc" for text in normalized]
+    renamed = _renamed(tokenizer, _special(tokenizer).texts)
+    given = [_with_names(text, renamed, tokenizer) for text in tries]
+    found = [one.ids for one in renamed.tokenizer.encode_batch(given, add_special_tokens=False)]
+    return found == tokenizer(tries, add_special_tokens=False)["input_ids"]
 
 
 def _groups(texts: Sequence[str], indices: Sequence[int]) -> list[list[int]]:
@@ -200,7 +253,37 @@ def _special_of(tokenizer: PreTrainedTokenizerBase, size: int, named: tuple[str,
     ordered = [MARK, *sorted(texts - {MARK}, key=lambda text: (-len(text), text))]  # the longest first, as it is found
     if len(ordered) > _MOST:
         raise DataError(f"the tokenizer has {len(texts):,} special tokens; up to {_MOST:,} can be told from texts.")
-    return _Special(tuple(ordered), re.compile("|".join(map(re.escape, ordered))))
+    numbers = {text: number for number, text in enumerate(ordered)}
+    insides = {inner: text for text in ordered for inner in _insides(text)}
+    return _Special(insides, numbers, tuple(ordered), _pattern_of(ordered))
+
+
+def _insides(text: str) -> Iterator[str]:
+    """Of <|a|>: |a|, |a, a| and a."""
+    begin, end = (len(found[0]) if (found := pattern.search(text)) else 0 for pattern in (_BEGIN, _TAIL))
+    for first in range(1, min(begin, len(text)) + 1):
+        yield from (text[first : len(text) - last] for last in range(1, end + 1) if first + last < len(text))
+
+
+def _pattern_of(texts: Sequence[str]) -> re.Pattern:
+    """Finds the longest of the texts; what several begin with is tried once, as there may be thousands."""
+    if max(map(len, texts), default=0) > _DEEPEST:
+        return re.compile("|".join(map(re.escape, texts)) or _NEVER)  # the longest come first
+    tree: dict[str, Any] = {}
+    for text in texts:
+        node = tree
+        for character in text:
+            node = node.setdefault(character, {})
+        node[_END] = {}
+
+    def written(node: dict[str, Any]) -> str:
+        branches = [re.escape(character) + written(inner) for character, inner in node.items() if character != _END]
+        if not branches:
+            return ""
+        one = len(branches) == 1 and _END not in node
+        return branches[0] if one else f"(?:{'|'.join(branches)}){'?' if _END in node else ''}"
+
+    return re.compile(written(tree) or _NEVER)
 
 
 class _Renamed(NamedTuple):
@@ -223,9 +306,9 @@ def _with_names(text: str, renamed: _Renamed, tokenizer: PreTrainedTokenizerBase
 
 
 @functools.lru_cache(maxsize=4)
-def _renamed(tokenizer: PreTrainedTokenizerBase, special: _Special) -> _Renamed:
+def _renamed(tokenizer: PreTrainedTokenizerBase, special: tuple[str, ...]) -> _Renamed:
     secret = secrets.token_hex(8)  # which no row can know; ids do not depend on it
-    texts = [text for text in special.texts if text != MARK]
+    texts = [text for text in special if text != MARK]
     names = {text: f"\ufdd1{secret}-{number}\ufdd1" for number, text in enumerate(texts)}
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content |= {"padding": None, "truncation": None, "post_processor": None}
@@ -239,6 +322,10 @@ def _renamed(tokenizer: PreTrainedTokenizerBase, special: _Special) -> _Renamed:
         model["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
+    if "merges" in model:  # no pieces may be merged to a token that is known by another name alone
+        pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+        kept = [names.keys().isdisjoint((one, other, one + other)) for one, other in pairs]
+        model["merges"] = [merge for merge, keep in zip(model["merges"], kept, strict=True) if keep]
     made = Tokenizer.from_str(json.dumps(content))
     wrong = [text for text in texts if made.token_to_id(names[text]) != tokenizer.convert_tokens_to_ids(text)]
     if wrong:
@@ -246,4 +333,4 @@ def _renamed(tokenizer: PreTrainedTokenizerBase, special: _Special) -> _Renamed:
             f"the text of {wrong[0]!r} stands in a row, and this tokenizer cannot keep it apart from the token; take "
             "it out of the rows, or have it read as the token: --config.data.parse_special_tokens=true"
         )
-    return _Renamed(made, names, re.compile("|".join(map(re.escape, texts)) or _NEVER))
+    return _Renamed(made, names, _pattern_of(texts))

@@ -1,15 +1,18 @@
 """What a row says opens no turn and ends none: in every chat family, and in plain texts."""
 
+import time
+
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from jax_rlhf.data import DataConfig, create_datasets
+from jax_rlhf.data import DataConfig, DataError, create_datasets
 from jax_rlhf.data.chats import common_beginning
 from jax_rlhf.data.formats import row_texts
 from jax_rlhf.data.sources import Row
-from jax_rlhf.data.special_tokens import MARK, marked, token_ids, without_marks
+from jax_rlhf.data.special_tokens import MARK, first_special, marked, token_ids, without_marks
 from jax_rlhf.data.tokens import tokenized
 from tests.data import tiny
 from tests.data.families import FAMILIES, tokenizer_of
@@ -167,14 +170,152 @@ def test_every_text_of_a_row_reaches_the_template_as_text():
     end = "<|im_end|>"
     call = {"function": {"name": end, "arguments": {end: [end, {"a": end}]}}}
     row = {
-        "messages": [{"role": f"a{end}", "name": end, "content": end}, assistant("he") | {"tool_calls": [call]}],
+        "messages": [user(end), assistant("he") | {"tool_calls": [call]}],
         "tools": [{"name": end, "parameters": {end: 1}}],
         "chat_template_kwargs": {"note": end},
     }
     found = example(row, "sft", tokenizer)
     both = np.concatenate([found.prompt, found.completions[0]])
     assert special_in(both, family, tokenizer) == ["<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>"]
-    assert tokenizer.decode(both).count(end) == 12
+    assert tokenizer.decode(both).count(end) == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("phi3", {"role": "endoftext"}),
+        ("phi3", {"role": " endoftext"}),
+        ("phi3", {"role": "end|>\n<|assistant"}),
+        ("phi3", {"role": "end|>\n<|user", "name": "x"}),
+        ("pythia", {"role": "endoftext"}),
+        ("qwen", {"role": "user", "name": "im_end"}),
+        ("qwen", {"role": "user\nhe"}),
+        ("qwen", {"role": "<|im_end|>"}),
+        ("qwen", {"role": "user", "name": "a<|im_end|>"}),
+        ("zephyr", {"role": "s"}),
+        ("mistral", {"role": "user", "name": "/INST"}),
+    ],
+)
+def test_no_role_or_name_makes_a_token_of_what_a_template_writes_around_it(name, message):
+    """Templates write '<|' + role + '|>'."""
+    row = {"prompt": [user("he"), message | {"content": "the"}, user("he")]}
+    with pytest.raises(DataError, match=r"stands within the special token|is no name"):
+        example(row, "ppo", tokenizer_of(FAMILIES[name]))
+
+
+@every_family
+def test_roles_and_names_that_people_use_are_read(name):
+    tokenizer = tokenizer_of(FAMILIES[name])
+    for role in ("developer", "tool", "ipython", "observation", "narrator", "Жанна", "role 7"):
+        example(
+            {"prompt": [user("he") | {"name": "O'Brien (Bob), 3rd"}, {"role": role, "content": "x"}]}, "ppo", tokenizer
+        )
+
+
+@pytest.mark.parametrize("option", ["eos_token", "bos_token", "pad_token"])
+def test_an_option_is_not_the_tokenizer_s_own(option):
+    row = {"prompt": [user("he")], "chat_template_kwargs": {option: "x"}}
+    with pytest.raises(DataError, match=f"chat_template_kwargs sets the tokenizer's own {option}"):
+        example(row, "ppo", tokenizer_of(FAMILIES["llama3"]))
+    with pytest.raises(DataError, match=r"option 'im_end' stands within the special token '<.im_end.>'"):
+        example(row | {"chat_template_kwargs": {"note": "im_end"}}, "ppo", tokenizer_of(FAMILIES["qwen"]))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ tools }}{{ messages[0].content }}",
+        "{{ tools | tojson(ensure_ascii=True) }}{{ messages[0].content }}",
+        "{{ messages[0].content | reverse }}",
+        "{% for c in messages[0].content %}{{ c }}-{% endfor %}",
+        "{{ messages[0].content[:4] }}",
+    ],
+)
+def test_a_template_that_takes_a_text_apart_is_said(template):
+    """What it would learn is none of the row's text."""
+    tokenizer = tokenizer_of(FAMILIES["qwen"])
+    tokenizer.chat_template = template
+    row = {"prompt": [user("he <|im_end|> the")], "tools": [{"name": "f", "description": "say <|im_end|> é"}]}
+    with pytest.raises(DataError, match="takes a special token's text in the row apart"):
+        example(row, "ppo", tokenizer)
+    row = {"prompt": [user("he \\ufdd0 \\udb80 the")], "tools": [{"name": "f", "description": "é"}]}
+    example(row, "ppo", tokenizer)  # texts that only look so
+
+
+@pytest.mark.parametrize("template", ["| trim", "| upper", ".split('x') | last", "[1:]", "| tojson"])
+def test_what_templates_do_with_texts_is_read(template):
+    family = FAMILIES["qwen"]
+    tokenizer = tokenizer_of(family)
+    tokenizer.chat_template = "{{ messages[0].content TEMPLATE }}<|im_end|>".replace("TEMPLATE", template)
+    found = example({"prompt": [user("x he <|im_start|> the ")]}, "ppo", tokenizer).prompt
+    assert special_in(found, family, tokenizer) == ["<|im_end|>"]
+    assert "<|im_start|>" in tokenizer.decode(found)
+
+
+def with_normalizer(normalizer, *, normalized, special=True, tokens=("<|im_end|>", "<|im_start|>")):
+    family = FAMILIES["qwen"]
+    pieces = [*bytes_to_unicode().values(), "he"]
+    bare = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, [("h", "e")]))
+    bare.pre_tokenizer, bare.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bare.normalizer = normalizer
+    bare.add_tokens([AddedToken(token, normalized=normalized, special=special) for token in tokens])
+    return PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<|im_end|>", chat_template=family.template)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize(
+    ("normalizer", "forged"),
+    [
+        (normalizers.NFKC(), "\uff1c|im_end|\uff1e"),
+        (normalizers.Lowercase(), "<|IM_END|>"),
+        (normalizers.Replace("~", ""), "<|im_~end|>"),
+    ],
+)
+def test_a_normalizer_makes_no_token_of_a_text(normalizer, forged, normalized):
+    """Where a tokenizer's special tokens are looked for in the normalized text."""
+    tokenizer = with_normalizer(normalizer, normalized=normalized)
+    harmless = example({"prompt": [user("x")]}, "ppo", tokenizer).prompt.tolist()
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>")]
+    for said in (f"x {forged}", f"x {forged} <|im_end|>"):
+        found = example({"prompt": [user(said)]}, "ppo", tokenizer).prompt.tolist()
+        assert [found.count(index) for index in ids] == [harmless.count(index) for index in ids] == [2, 1]
+
+
+def test_texts_with_and_without_special_tokens_are_tokenized_alike():
+    """Also where the tokenizer is told to split special tokens, as its own config may say."""
+    for tokenizer in (
+        with_normalizer(normalizers.NFKC(), normalized=True),
+        with_normalizer(None, normalized=False),
+        tokenizer_of(FAMILIES["openhermes"]),
+    ):
+        text = tokenizer.apply_chat_template([user("he"), assistant("the")], tokenize=False)
+        (plain,) = token_ids([text], tokenizer)
+        (beside,) = token_ids([text + marked("<|im_end|>", tokenizer)], tokenizer)
+        assert beside[: len(plain)] == plain
+        assert plain.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 2
+
+
+def test_pieces_that_merge_to_a_special_token_stay_a_text():
+    pieces = [*bytes_to_unicode().values(), "</", "s>", "</s>"]
+    merges = [("<", "/"), ("s", ">"), ("</", "s>")]
+    bare = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, merges))
+    bare.pre_tokenizer, bare.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bare.add_special_tokens([AddedToken("</s>", normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="</s>")
+    found = example({"prompt": "a </s> b"}, "ppo", tokenizer).prompt
+    assert tokenizer.eos_token_id not in found.tolist()
+    assert tokenizer.decode(found) == "a </s> b"
+
+
+def test_the_longest_of_many_special_tokens_is_found_at_once():
+    tokens = [f"<SPECIAL_{number}>" for number in range(3000)] + ["<", "<S"]
+    tokenizer = with_normalizer(None, normalized=False, tokens=[*tokens, "<|im_end|>"])
+    assert first_special("a <SPECIAL_17> b", tokenizer) == "<SPECIAL_17>"
+    assert first_special("a <SPECIAL_", tokenizer) == "<S"
+    text = "<" * 200_000 + "<SPECIAL_2999>"
+    started = time.monotonic()
+    assert without_marks(marked(text, tokenizer), tokenizer) == text
+    assert time.monotonic() - started < 3
 
 
 def test_the_chat_and_the_columns_stay_as_they_were():
