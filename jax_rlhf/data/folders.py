@@ -20,8 +20,10 @@ from jax_rlhf.names import is_name
 
 _CARDS = ("README.md", ".huggingface.yaml")
 _MOST_CARD = 2**20
+_CACHED = ("datasets--", "models--", "spaces--")
 _DICT, _STATE = "dataset_dict.json", "state.json"
 _KNOWN = {"config_name", "data_files", "data_dir", "default", "version", "description", "features", "drop_labels"}
+_LONGEST_PATTERN, _STARS = 1000, 3  # characters, and * in a part of a path
 _DELIMITERS = ("sep", "delimiter")
 _CHOOSE = " A split is chosen with config.data.split and config.data.eval_split."
 
@@ -73,16 +75,15 @@ def _named(file: Path, numbered: Numbered) -> Iterator[tuple[Path, int, Any]]:
 
 def _saved_rows(folder: Path, split: str) -> Iterator[tuple[Path, int, Any]]:
     if (folder / _DICT).is_file():
-        splits = _object(folder / _DICT).get("splits")
+        splits = _object(_own(folder, folder / _DICT)).get("splits")
         if not isinstance(splits, list) or split not in splits:
             raise DataError(f"{folder}: there is no split {split!r}; it has {str(splits)[:200]}.{_CHOOSE}")
-        if not is_name(split):
-            raise DataError(f"{folder}: {split!r} is no name of a split.")
-        folder = folder / split
-    state = _object(folder / _STATE)
+        folder = _own(folder, folder / split)
+    state = _object(_own(folder, folder / _STATE))
     files = state.get("_data_files")
-    named = [entry.get("filename") if isinstance(entry, dict) else None for entry in files or ()]
-    if not isinstance(files, list) or not all(isinstance(name, str) and is_name(name) for name in named):
+    entries = files if isinstance(files, list) else [None]
+    named = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
+    if not all(isinstance(name, str) and is_name(name) for name in named):
         raise DataError(f"{folder / _STATE}: its _data_files must name files in its folder; it has {str(files)[:200]}.")
     if state.get("_indices_data_files"):
         raise DataError(f"{folder}: it was saved by an old version of datasets; load and save it again.")
@@ -202,7 +203,8 @@ def _configuration(folder: Path) -> dict[str, Any]:
         return configurations[0] if configurations else {}
     chosen = [one for one in configurations if one.get("default") is True or one.get("config_name") == "default"]
     if len(chosen) != 1:
-        names = ", ".join(str(one.get("config_name"))[:40] for one in configurations[:10])
+        named = [one.get("config_name") for one in configurations[:10]]
+        names = ", ".join(name[:40] if isinstance(name, str) else "one without a name" for name in named)
         raise DataError(f"{folder}: its card has several configurations ({names}); name files in config.data.paths.")
     return chosen[0]
 
@@ -214,17 +216,20 @@ def _check_pattern(pattern: Any, folder: Path) -> None:
         or path.is_absolute()
         or ".." in path.parts
         or any(mark in pattern for mark in (":", "\\", "\0", "~"))
+        or len(pattern) > _LONGEST_PATTERN
+        or any(part.count("*") > _STARS and part != "**" for part in path.parts)  # each multiplies what is tried
     ):
         shown = repr(pattern[:200]) if path is not None else f"a {type(pattern).__name__}"
-        raise DataError(f"{folder}: its card names {shown}, which is not in the folder.")
+        raise DataError(f"{folder}: its card names {shown}, which is not in the folder, or no pattern that is read.")
 
 
 def _own(folder: Path, file: Path) -> Path:
     """The file; DataError where it is a link that leads out of the folder."""
-    root = folder.resolve()
-    if root.parent.name == "snapshots":  # of huggingface_hub's cache, whose files are links into its blobs
-        root = root.parent.parent
-    if not file.resolve().is_relative_to(root):
+    root, repository = folder.resolve(), folder.resolve().parent.parent
+    roots = [root]
+    if root.parent.name == "snapshots" and repository.name.startswith(_CACHED):
+        roots.append(repository / "blobs")  # into which the files of huggingface_hub's cache are links
+    if not any(file.resolve().is_relative_to(one) for one in roots):
         raise DataError(
             f"{file} is a link to {file.resolve()}, which is not in the folder; name that file itself in "
             "config.data.paths."

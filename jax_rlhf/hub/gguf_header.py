@@ -11,6 +11,7 @@ from typing import BinaryIO
 _STRING, _ARRAY = 8, 9
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of a value, in bytes, by its type
 _MAX_DIMENSIONS, _MAX_DEPTH = 4, 2  # ggml's, and arrays in arrays
+_MAX_FIELDS, _MAX_TENSORS = 10_000, 10_000  # of which real files have a hundred, and a thousand
 _MAX_ENTRIES = 1_500_000  # of all arrays; a vocabulary of 262,144 with merges and types has 1.04 million
 
 
@@ -36,6 +37,10 @@ def check_header(file: Path) -> None:
             raise ValueError(f"version {version}, or big-endian; 2 and 3 are read, little-endian")
         if fields * 13 > left or tensors * 25 > left:  # the least that one takes
             raise ValueError(f"it claims {fields} fields and {tensors} tensors, and has {left} bytes")
+        if fields > _MAX_FIELDS or tensors > _MAX_TENSORS:
+            raise ValueError(
+                f"it has {fields:,} fields and {tensors:,} tensors; {_MAX_FIELDS:,} and {_MAX_TENSORS:,} are read"
+            )
         room = _MAX_ENTRIES
         for _ in range(fields):
             _skip_text(stream, left)

@@ -20,6 +20,9 @@ from jax_rlhf.hub.pieces import check_files, check_tokens
 from jax_rlhf.json_files import JSONFileError, read_object
 
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_INLINE = ("vocab", "merges", "tokenizer_object")
+_NO_SIZES = ("_id", "_index", "max_length", "max_len", "vocab_size")  # ids, and lengths that are often 10³⁰
+_LARGEST_SETTING = 10_000  # some classes make so many tokens; T5's has 100
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
 
 # `tokenizer.ggml.pre` names how text is cut before merging; the patterns are those of the models' own tokenizer.json.
@@ -111,15 +114,54 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     check_files(folder)
     for file in (folder / name for name in _SETTINGS if (folder / name).is_file()):
         try:
-            read_object(file)  # what it holds is written again with the model
+            content = read_object(file)  # what it holds is written again with the model
         except JSONFileError as error:
             raise CheckpointError(f"{file}: {error}; copy or download it again.") from error
+        if file.name == _SETTINGS[0]:
+            _check_settings(content, file)
+    for file in (*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*")):
+        check_own_file(folder, file)
     try:
         with panics_as_errors():
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
             return _checked(tokenizer)
     except Exception as error:  # transformers and tokenizers raise many types, bare Exception among them
         raise CheckpointError(f"{folder}: its tokenizer cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _check_settings(content: Mapping[str, Any], file: Path) -> None:
+    """Raises where the settings of a tokenizer name files elsewhere, or are of sizes that no tokenizer has."""
+    for name, value in content.items():
+        if name in _INLINE:
+            raise CheckpointError(f"{file}: {name} is read from files of its own, not from there.")
+        if name.endswith("_file") and isinstance(value, str) and _exists(value):
+            check_own_file(file.parent, Path(value))
+        is_size = isinstance(value, int) and not isinstance(value, bool) and not name.endswith(_NO_SIZES)
+        if is_size and abs(value) > _LARGEST_SETTING:
+            raise CheckpointError(f"{file}: {name}={value} is not believable; up to {_LARGEST_SETTING:,} is read.")
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # no file can be called so
+        return False
+
+
+def check_own_file(folder: Path, file: Path) -> None:
+    """Whether a file whose text is taken over lies in a checkpoint's folder, or in the cache of huggingface_hub.
+
+    Args:
+      folder: of the checkpoint.
+      file: of it, or that it names.
+
+    Raises:
+      CheckpointError: it lies elsewhere, or is a link that leads out.
+    """
+    root, repository = folder.resolve(), folder.resolve().parent.parent
+    roots = [root, repository / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(file.resolve().is_relative_to(one) for one in roots):
+        raise CheckpointError(f"{folder}: {file} lies in {file.resolve().parent}; copy it into the folder.")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from typing import BinaryIO
 
 
@@ -70,6 +71,7 @@ def seconds_of(line: bytes) -> float:
       Seconds since the phase began; 0 where it does not say.
     """
     try:
-        return float(json.loads(line)["seconds"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        seconds = float(json.loads(line)["seconds"])
+        return seconds if math.isfinite(seconds) else 0.0
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return 0.0

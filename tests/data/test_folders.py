@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 
 import datasets
 import pytest
@@ -133,6 +134,8 @@ def test_a_card_cannot_name_what_lies_elsewhere(tmp_path, name, form):
     with pytest.raises(DataError) as error:
         read(folder)
     assert "secret" not in str(error.value).replace("secret.jsonl", "")
+    if isinstance(name, str):
+        assert "its card names" in str(error.value)
 
 
 def test_links_that_lead_out_are_not_followed(tmp_path):
@@ -185,8 +188,65 @@ def test_a_saved_dict_cannot_name_a_split_elsewhere(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "other"))
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "dataset_dict.json").write_text(json.dumps({"splits": ["../other"]}))
-    with pytest.raises(DataError, match=r"no name of a split|is no split"):
+    with pytest.raises(DataError, match="is no split"):
         read(tmp_path / "set", "../other")
+    (tmp_path / "set" / "dataset_dict.json").write_text(json.dumps({"splits": ["train"]}))
+    (tmp_path / "set" / "train").symlink_to(tmp_path / "other")
+    with pytest.raises(DataError, match=r"train is a link to .*other, which is not in the folder"):
+        read(tmp_path / "set")
+    (tmp_path / "set" / "train").unlink()
+    (tmp_path / "set" / "train").mkdir()
+    (tmp_path / "set" / "train" / "state.json").symlink_to(tmp_path / "other" / "state.json")
+    with pytest.raises(DataError, match=r"state.json is a link to"):
+        read(tmp_path / "set")
+
+
+@pytest.mark.parametrize("files", [5, "x", {"a": 1}, None, [7], [None], True])
+def test_a_saved_folder_whose_files_are_no_list(tmp_path, files):
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "set"))
+    state = json.loads((tmp_path / "set" / "state.json").read_text())
+    (tmp_path / "set" / "state.json").write_text(json.dumps(state | {"_data_files": files}))
+    with pytest.raises(DataError, match="must name files in its folder"):
+        read(tmp_path / "set")
+
+
+@pytest.mark.parametrize("name", ["snapshots", "datasets--a--b"])
+def test_a_folder_that_is_only_called_like_the_hub_s_cache(tmp_path, name):
+    """Whoever packs an archive names its folders."""
+    folder = tmp_path / name / "snapshots" / "1a2b"
+    folder.mkdir(parents=True)
+    tiny.write(tmp_path / name / "secret.jsonl", ROWS)
+    (folder / "train.jsonl").symlink_to("../../secret.jsonl")
+    with pytest.raises(DataError, match="is a link to"):
+        read(folder)
+
+
+def test_of_several_kinds_of_files_one_is_read(tmp_path):
+    """As datasets does: the one that most files are of."""
+    for name in ("train-1.jsonl", "train-2.jsonl"):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        tiny.write(tmp_path / "set" / name, ROWS)
+    (tmp_path / "set" / "train-0.csv").write_text("prompt,completion\na,b\n")
+    assert read(tmp_path / "set") == 2 * ROWS
+
+
+@pytest.mark.parametrize("pattern", ["*a*a*a*a*a*a*a*a*a*a*a*a*a*b.jsonl", "x/**a**a/*.jsonl", "a" * 2000])
+def test_a_pattern_that_takes_for_ever_is_refused(tmp_path, pattern):
+    folder = with_card(tmp_path / "set", [{"config_name": "default", "data_files": pattern}])
+    tiny.write(folder / f"{'a' * 120}.jsonl", ROWS)
+    started = time.monotonic()
+    with pytest.raises(DataError, match="its card names"):
+        read(folder)
+    assert time.monotonic() - started < 5
+
+
+def test_a_name_of_aliases_within_aliases_is_not_written_out(tmp_path):
+    lines = ["a0: &a0 [x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40))]
+    card = "\n".join([*lines, "configs:", "- config_name: *a39", "  data_files: a", "- config_name: b"])
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "README.md").write_text(f"---\n{card}\n---\n")
+    with pytest.raises(DataError, match=r"several configurations \(one without a name, b\)"):
+        read(tmp_path / "set")
 
 
 def test_a_card_of_aliases_within_aliases_ends(tmp_path):

@@ -139,6 +139,29 @@ def test_thoughts_and_calls_in_an_answer_are_the_tokens(tmp_path):
     assert special_in(found.completions[0], family, tokenizer) == ["<think>", "</think>", "<|im_end|>"]
 
 
+def test_thoughts_are_the_tokens_even_where_they_are_special():
+    tokenizer = with_normalizer(None, normalized=False, tokens=("<think>", "</think>", "<|im_end|>", "<|im_start|>"))
+    found = example({"prompt": [user("he")], "completion": [assistant("<think>x</think>")]}, "sft", tokenizer)
+    ids = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    assert [index for index in found.completions[0].tolist() if index in ids] == ids
+
+
+def test_a_plain_text_may_begin_with_its_own_bos():
+    """And has it once, as a special token; an answer to a prompt has none."""
+    family = FAMILIES["llama3"]
+    tokenizer = tokenizer_of(family)
+    bos = family.bos
+    for row in ({"text": f"{bos}he {bos}"}, {"prompt": "", "completion": f"{bos}he {bos}"}):
+        found = example(row, "sft", tokenizer)
+        ids = np.concatenate([found.prompt, *found.completions])
+        assert special_in(ids, family, tokenizer) == [bos, family.special[0]]
+        assert tokenizer.decode(ids).count(bos) == 2
+    found = example({"prompt": f"{bos}he", "completion": f"{bos}the"}, "sft", tokenizer)
+    assert special_in(found.prompt, family, tokenizer) == [bos]
+    assert special_in(found.completions[0], family, tokenizer) == [family.special[0]]
+    assert tokenizer.decode(found.completions[0]).startswith(bos)
+
+
 def test_what_a_row_has_is_counted_and_said(tmp_path):
     rows = [
         {"prompt": f"{text} {'<eos> ' * (number < 7)}b", "completion": "c"}
@@ -307,11 +330,14 @@ def test_pieces_that_merge_to_a_special_token_stay_a_text():
     assert tokenizer.decode(found) == "a </s> b"
 
 
-def test_the_longest_of_many_special_tokens_is_found_at_once():
-    tokens = [f"<SPECIAL_{number}>" for number in range(3000)] + ["<", "<S"]
+@pytest.mark.parametrize("longest", [10, 200])  # longer ones are tried one after another
+def test_the_longest_of_many_special_tokens_is_found_at_once(longest):
+    tokens = [f"<SPECIAL_{number}>" for number in range(3000)] + ["<", "<S", "_" * longest]
     tokenizer = with_normalizer(None, normalized=False, tokens=[*tokens, "<|im_end|>"])
     assert first_special("a <SPECIAL_17> b", tokenizer) == "<SPECIAL_17>"
     assert first_special("a <SPECIAL_", tokenizer) == "<S"
+    if longest > 10:
+        return
     text = "<" * 200_000 + "<SPECIAL_2999>"
     started = time.monotonic()
     assert without_marks(marked(text, tokenizer), tokenizer) == text

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import struct
 import subprocess
 import sys
 import time
@@ -101,6 +102,17 @@ def test_a_token_of_a_million_characters(tmp_path):
     is_refused(lambda: load_tokenizer(tmp_path), CheckpointError, "tokenizer.model: a token of it is too long")
     (tmp_path / "tokenizer.model").write_bytes(entry[:100])
     is_refused(lambda: load_tokenizer(tmp_path), CheckpointError, "not a whole sentencepiece model")
+
+
+@pytest.mark.parametrize("what", ["fields", "tensors"])
+def test_a_gguf_file_of_very_many_fields_or_tensors(tmp_path, what):
+    def text(value):
+        return struct.pack("<Q", len(value)) + value
+
+    one = text(b"a") + struct.pack("<IB", 0, 1) if what == "fields" else text(b"a") + struct.pack("<IQIQ", 1, 0, 0, 0)
+    counts = (0, 20_000) if what == "fields" else (20_000, 0)
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts) + one * 20_000)
+    is_refused(lambda: load_pretrained(tmp_path / "x.gguf"), CheckpointError, r"20,000 .*are read")
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------

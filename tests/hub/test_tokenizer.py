@@ -1,5 +1,6 @@
 """Tokenizers built from GGUF fields, against sentencepiece itself and against what their patterns promise."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from transformers import AutoTokenizer
 
 from jax_rlhf import CheckpointError
 from jax_rlhf.hub.tokenizer import gguf_tokenizer, load_tokenizer
+from tests.data.families import FAMILIES, tokenizer_of
 from tests.processes import ROOT
 
 FILE = Path("model.gguf")
@@ -131,3 +133,54 @@ def test_a_folders_tokenizer_and_template_come_through(tmp_path):
     assert loaded("a  12").input_ids == tokenizer("a  12").input_ids
     assert loaded.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
     assert type(loaded) is type(AutoTokenizer.from_pretrained(tmp_path))
+
+
+def saved(folder, *, keep=True, **settings):
+    """A tokenizer's folder with these in its tokenizer_config.json."""
+    tokenizer_of(FAMILIES["unigram"]).save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    if not keep:
+        (folder / "tokenizer.json").unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"tokenizer_class": "GPT2Tokenizer", "vocab": "{outside}", "merges": "{outside}"}, "vocab is read from files"),
+        ({"tokenizer_class": "LlamaTokenizer", "vocab": {"a": 1}}, "vocab is read from files"),
+        ({"vocab_file": "{outside}"}, "lies in .*; copy it into the folder"),
+        ({"tokenizer_file": "{outside}"}, "lies in .*; copy it into the folder"),
+        ({"tokenizer_class": "T5Tokenizer", "extra_ids": 200_000}, "extra_ids=200000 is not believable"),
+        ({"tokenizer_class": "PegasusTokenizer", "offset": 10**6}, "offset=1000000 is not believable"),
+        ({"tokenizer_class": "ByT5Tokenizer", "extra_ids": -(10**9)}, "extra_ids=-1000000000 is not believable"),
+    ],
+)
+@pytest.mark.parametrize("keep", [True, False])
+def test_settings_that_name_other_files_or_take_for_ever(tmp_path, settings, said, keep):
+    outside = tmp_path / "vocab.json"
+    outside.write_text('{"SECRET": 0}')
+    filled = {k: v.format(outside=outside) if isinstance(v, str) else v for k, v in settings.items()}
+    folder = saved(tmp_path / "model", keep=keep, **filled)
+    (folder / "vocab.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=said):
+        load_tokenizer(folder)
+
+
+def test_settings_that_checkpoints_have_are_read(tmp_path):
+    more = {"model_max_length": 10**30, "tokenizer_file": "/somebody/else/tokenizer.json", "pad_token_id": 150_000}
+    more |= {"vocab_file": "a" * 3000, "video_token_index": 151_656, "max_length": 512, "stride": 0}
+    assert load_tokenizer(saved(tmp_path / "model", **more)) is not None
+
+
+def test_a_chat_template_is_no_link_to_another_file(tmp_path):
+    """It is copied with the model."""
+    folder = saved(tmp_path / "model")
+    (tmp_path / "secret").write_text("PRIVATE KEY")
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    (folder / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=r"chat_template.jinja lies in .*; copy it into the folder"):
+        load_tokenizer(folder)
+    (tmp_path / "link").symlink_to(saved(tmp_path / "other"))
+    assert load_tokenizer(tmp_path / "link") is not None  # a folder may be one

@@ -14,6 +14,7 @@ import importlib
 import os
 import pkgutil
 import queue
+import resource
 import shlex
 import shutil
 import subprocess
@@ -29,7 +30,8 @@ from tests.mutants import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("jax_rlhf", "tests", "configs", "docs", "pyproject.toml", "README.md")
-LONGEST = 900  # seconds; a variant that never ends is found
+LONGEST = 400  # seconds; a variant that never ends is found
+MEMORY = 12_000_000_000  # bytes of address space; one that takes all of the machine's is found
 
 
 def listed(word: str) -> list[tuple[str, Mutant]]:
@@ -51,10 +53,14 @@ def exit_code(tests_named: str, copy: Path) -> int:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests_named)]
     try:
         return subprocess.run(
-            command, cwd=copy, env=os.environ | ours, capture_output=True, timeout=LONGEST, check=False
+            command, cwd=copy, env=os.environ | ours, capture_output=True, timeout=LONGEST, preexec_fn=_limit
         ).returncode
     except subprocess.TimeoutExpired:
         return 1
+
+
+def _limit() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
 def verdict(mutant: Mutant, copy: Path) -> str:

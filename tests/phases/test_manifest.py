@@ -1,6 +1,7 @@
 """What this program wrote is known: nothing else is deleted, no other model is taken, no lost config overlooked."""
 
 import json
+import os
 import re
 import shutil
 
@@ -8,6 +9,7 @@ import pytest
 from absl import logging
 
 from jax_rlhf import verify
+from jax_rlhf.durable import write_json
 from jax_rlhf.phases import run_config
 from jax_rlhf.phases.check import check_run
 from jax_rlhf.phases.manifest import ManifestError, check_model, export_model
@@ -324,6 +326,7 @@ def test_all_that_a_run_left_is_looked_at(workdir, capsys):
         ("ppo/critic", lambda folder: flip(folder / "model.safetensors"), "another content"),
         ("sft/model", lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
         ("reward/metrics.jsonl", lambda file: file.write_bytes(file.read_bytes()[:-4]), "is not a whole JSON object"),
+        ("sft/metrics.jsonl", lambda file: file.write_bytes(file.read_bytes()[:-1]), "is not a whole JSON object"),
         ("ppo/samples.jsonl", lambda file: file.write_bytes(b"[1]\n"), "line 1 is not"),
         ("sft/summary.json", lambda file: file.write_text("null"), "a JSON object is expected"),
         ("config.json", lambda file: file.unlink(), "No such file"),
@@ -396,6 +399,20 @@ def test_a_summary_says_what_was_no_training(workdir):
         assert summary["starts"] == 1
         assert summary["seconds_compiling"] > 0 < summary["seconds_saving"]
         assert summary["seconds_restoring"] == summary["seconds_repeated"] == 0
+
+
+def test_a_file_that_decides_is_synced_with_its_folder(tmp_path, monkeypatch):
+    """In this order: its content, its name, the folder that has the name."""
+    happened, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: happened.append(read_link(handle)) or fsync(handle))
+    monkeypatch.setattr(os, "replace", lambda *names: happened.append("replaced") or replace(*names))
+    write_json(tmp_path / "x.json", {"a": 1})
+    assert happened == [str(tmp_path / "x.json.partial"), "replaced", str(tmp_path)]
+    assert (tmp_path / "x.json").read_text() == '{\n  "a": 1\n}\n'
+
+
+def read_link(handle):
+    return os.readlink(f"/proc/self/fd/{handle}")
 
 
 def test_a_model_s_own_digests_are_those_of_its_files(workdir):

@@ -53,9 +53,9 @@ def kills_itself(prompts, responses):
 
 
 def forks(prompts, responses):
-    if os.fork() == 0:
-        time.sleep(0.1)
-    return [3.0 for _ in responses]
+    """Its child comes back as well, and says something else."""
+    child = os.fork() == 0
+    return [9.0 if child else 3.0 for _ in responses]
 
 
 def leaves_a_child(prompts, responses):
