@@ -127,6 +127,36 @@ def test_a_tool_call_is_a_turn_whatever_its_content(content, arguments):
         assert texts({"prompt": told[:-1], "tools": tools}, "ppo", agent).prompt == history
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [user("a"), {"role": "assistant", "content": "x", "tool_calls": [{"function": wrong}]}]}
+        for wrong in ("f", [], 7, True)
+    ]
+    + [
+        {"messages": [user("a")], "completion": 5},
+        {"messages": [user("a")], "chosen": 5, "rejected": 5},
+        {"messages": [user("a")], "chosen": True, "rejected": [assistant("b")]},
+        {"messages": [user("a"), assistant("b")], "completion": {"a": 1}},
+        {"prompt": [user("a")], "completion": [7]},
+        {"prompt": 1.5, "chosen": "a", "rejected": "b"},
+    ],
+)
+def test_what_is_no_message_and_no_call_is_named(row):
+    for phase in ("sft", "reward"):
+        if phase == "sft" or "chosen" in row:
+            with pytest.raises(DataError, match=r"x.jsonl, line 7: "):
+                row_texts(Row(row, "x.jsonl", 7), phase, DataConfig(), tiny.tokenizer(template=AGENT))
+
+
+@pytest.mark.parametrize("call", [{"function": None, "name": "time"}, {"name": "time"}, {"function": {"name": 7}}])
+def test_a_call_without_a_function_or_name_is_left_to_the_template(call):
+    bare = AGENT.replace("call.function.name ~ ' ' ~ call.function.arguments.zone", "(call.name or call.function.name)")
+    row = {"messages": [user("a"), assistant("b") | {"tool_calls": [call]}]}
+    read = texts(row, "sft", tiny.tokenizer(template=bare))
+    assert read.completions == (f"b <call> {call.get('name', 7)} <eos> ",)
+
+
 def test_tool_calls_and_nones_of_parquet_files(tmp_path):
     """Arrow gives each message the keys of all."""
     rows = [

@@ -159,3 +159,9 @@ def test_the_line_before_a_place_may_be_long(tmp_path):
         assert lines.line_before(stream, 2) == b"a\n"
         assert lines.line_before(stream, 300_003) == b"b" * 300_000 + b"\n"
         assert lines.line_before(stream, 300_004) == b"c"
+
+
+@pytest.mark.parametrize("seconds", ["9" * 400, "1e999", "-1e999", "NaN", '"x"', "null", "[1]", "{}"])
+def test_a_line_that_does_not_say_when_it_was_written(seconds):
+    assert lines.seconds_of(b'{"step": 1, "seconds": ' + seconds.encode() + b"}\n") == 0.0
+    assert lines.seconds_of(b'{"step": 1, "seconds": 1.5}\n') == 1.5
