@@ -48,10 +48,15 @@ def test_streams_that_are_closed_from_the_start_end_nothing(folder):
 
 
 def begun(process, metrics):
+    """Waits until it has done a step; the first lines are of the evaluation before."""
     until = time.time() + 200
-    while time.time() < until and process.poll() is None and not metrics.exists():
+    while time.time() < until and process.poll() is None and '"step": 1,' not in text_of(metrics):
         time.sleep(0.1)
     assert process.poll() is None
+
+
+def text_of(file):
+    return file.read_text() if file.exists() else ""
 
 
 # Whoever runs the tests may ignore SIGHUP, as nohup does, and that is inherited.
