@@ -30,7 +30,7 @@ def test_killed_at_any_moment_the_target_is_one_of_the_two(tmp_path):
     models = [load_pretrained(source) for source in sources]
     save_pretrained(target, models[0])
     draw, seen = random.Random(5), set()
-    for _ in range(5):
+    for _ in range(3):
         process = start(SAVE_FOR_EVER, *sources, target)
         assert process.stdout.readline() == "ready\n", process.stderr.read()
         time.sleep(draw.uniform(0.05, 0.6))

@@ -107,7 +107,7 @@ def compared(number, kills, folder, name, wanted, *flags):
 
 def test_killed_and_started_again_it_ends_as_if_nothing_had_happened(folder):
     wanted = straight(folder / "straight")
-    lost = compared(signal.SIGKILL, 3, folder, "killed", wanted)
+    lost = compared(signal.SIGKILL, 2, folder, "killed", wanted)
     assert max(lost, default=0) <= 2  # the step at hand, and the one whose checkpoint was being written
 
 

@@ -205,7 +205,7 @@ def test_a_process_that_dies_ends_the_other_and_the_same_command_goes_on(folder,
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, max(steps) + 4))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_stopping_one_process_ends_all_at_the_same_step(folder, tmp_path, number):
     # A save must not keep the notice from those who wait for it.
     every = f"--config.checkpoint.every={1 if number == signal.SIGTERM else 0}"
