@@ -22,10 +22,10 @@ from jax_rlhf.phases import run_config
 from jax_rlhf.phases.check import check_run
 from jax_rlhf.phases.closing import closing
 from jax_rlhf.phases.faults import FaultError
+from jax_rlhf.phases.inputs import check_inputs
 from jax_rlhf.phases.mirror import open_workdir_at, put_up, refresh
 from jax_rlhf.phases.stop import Stopped, StopSignals
 from jax_rlhf.phases.workdir import (
-    check_inputs,
     check_shared,
     forget_failed_start,
     forget_overwritten,

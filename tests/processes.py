@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PYTHONPATH = os.pathsep.join((str(ROOT / "tests" / "without_torch"), str(ROOT)))
+"""Of processes that tests start: this repository, and no torch."""
 COMPILED = Path(tempfile.gettempdir()) / f"jax_rlhf-tests-{os.getuid()}"
 """Where compiled programs are kept for all tests."""
 
@@ -15,7 +17,7 @@ COMPILED = Path(tempfile.gettempdir()) / f"jax_rlhf-tests-{os.getuid()}"
 def start(program: str, *arguments: object, devices: int = 1) -> subprocess.Popen:
     """Starts a Python program on simulated devices, with this repository importable."""
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": PYTHONPATH,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PJRT_NPROC": str(4 * devices),  # see conftest.py

@@ -14,7 +14,7 @@ from jax_rlhf import load_pretrained, save_pretrained
 from jax_rlhf.training.reward import reward_start
 from tests.hub.test_export import byte_level_bos
 from tests.phases import tiny
-from tests.processes import ROOT
+from tests.processes import PYTHONPATH, ROOT
 
 
 def needs_smollm2():
@@ -27,7 +27,7 @@ def needs_smollm2():
 def run_example(file, beginning, folder):
     examples = re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(), flags=re.DOTALL)
     (example,) = (example for example in examples if beginning in example)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     run = subprocess.run(
         [sys.executable, "-c", example],
         cwd=folder,

@@ -181,7 +181,7 @@ def token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[
       DataError: the tokenizers library fails.
     """
     ids: list[list[int]] = [[] for _ in texts]
-    apart = _normalizes_special(tokenizer)
+    apart = _normalizes_special(tokenizer, len(tokenizer))
     plain = [index for index, text in enumerate(texts) if MARK not in text and not apart]
     with_marks = [index for index, text in enumerate(texts) if MARK in text or apart]
     try:
@@ -204,11 +204,12 @@ def token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 @functools.lru_cache(maxsize=4)
-def _normalizes_special(tokenizer: PreTrainedTokenizerBase) -> bool:
+def _normalizes_special(tokenizer: PreTrainedTokenizerBase, size: int) -> bool:
     """Whether a text that is no special token's may become one, as of letters that are wide or large.
 
     Then all texts are tokenized as those with marks, where that gives the tokens of a template's text the same ids.
     """
+    del size  # a tokenizer that tokens were added to is another one
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     texts = _special(tokenizer).numbers
     normalized = [one["content"] for one in content["added_tokens"] if one["normalized"] and one["content"] in texts]

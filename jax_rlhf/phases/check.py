@@ -16,17 +16,11 @@ from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.names import local_path
 from jax_rlhf.parallel import create_layout, row_shards
 from jax_rlhf.phases.config import RunConfig
+from jax_rlhf.phases.inputs import check_exported, reward_model, sft_model
 from jax_rlhf.phases.manifest import ManifestError, check_unused
 from jax_rlhf.phases.ppo import named_functions, ppo_microbatch, ptx_data, with_schedule_ends
 from jax_rlhf.phases.supervised import microbatches, with_end
-from jax_rlhf.phases.workdir import (
-    WorkdirError,
-    check_exported,
-    check_overwrite,
-    reward_model,
-    sft_model,
-    status,
-)
+from jax_rlhf.phases.workdir import WorkdirError, check_overwrite, status
 from jax_rlhf.training.optimizer import learning_rate_schedule
 
 

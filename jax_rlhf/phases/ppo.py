@@ -26,12 +26,12 @@ from jax_rlhf.parallel import (
 )
 from jax_rlhf.phases.config import RunConfig
 from jax_rlhf.phases.faults import check_step, debugged
+from jax_rlhf.phases.inputs import reward_model, sft_model
 from jax_rlhf.phases.manifest import export_model
 from jax_rlhf.phases.progress import Progress, digest, tokenizer_digest
 from jax_rlhf.phases.record import Record, sample_row
 from jax_rlhf.phases.stop import StopSignals
 from jax_rlhf.phases.supervised import microbatches, other_widths, with_end
-from jax_rlhf.phases.workdir import reward_model, sft_model
 from jax_rlhf.rewards import OnFailure, RewardFunction, asks_for_special_tokens_of, score_texts
 from jax_rlhf.rl import Experience, Prompts, check_experience
 from jax_rlhf.text import printable

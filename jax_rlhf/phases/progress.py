@@ -229,8 +229,11 @@ class Progress:
 
     def _note_costs(self) -> None:
         """A start counts from its beginning on: it may be killed before it saves anything."""
-        if jax.process_index() == 0:
-            write_json(self._record.folder / COSTS, self.costs.so_far())
+        try:
+            if jax.process_index() == 0:
+                write_json(self._record.folder / COSTS, self.costs.so_far())
+        except OSError as error:  # what is trained is worth more
+            logging.warning("%s cannot be written: %s", self._record.folder / COSTS, error)
 
     def _tell_launcher(self) -> None:
         """How far complete checkpoints are, where a launch script asks: whether a run that is started again moves."""

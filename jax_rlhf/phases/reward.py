@@ -18,11 +18,11 @@ from jax_rlhf.models import Decoder, model_jit
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.parallel import Layout, create_layout, map_row_groups, put_rows, same_everywhere
 from jax_rlhf.phases.config import RewardTrainingConfig, RunConfig
+from jax_rlhf.phases.inputs import sft_model
 from jax_rlhf.phases.manifest import export_model
 from jax_rlhf.phases.record import Record, sample_row
 from jax_rlhf.phases.stop import StopSignals
 from jax_rlhf.phases.supervised import begun, microbatches, total_steps, train, with_end
-from jax_rlhf.phases.workdir import sft_model
 from jax_rlhf.rollout import sample
 from jax_rlhf.trainer import minibatch_part
 from jax_rlhf.training.networks import text_scores

@@ -24,6 +24,7 @@ _STEPS = 50  # whose median counts
 _LOOKS = 20  # per limit
 _LONGEST_PAUSE = 10.0  # seconds between two looks
 _MARGIN = 60.0  # seconds that the thread has before another process ends this one, twice
+_GOODBYE = 5.0  # seconds in which that process ends
 _A_CALL = 1.25  # the limit is at least so many times what a call may take
 STALLED = 75
 """The exit code: the same command goes on from the last checkpoint."""
@@ -126,7 +127,7 @@ class Watchdog:
                 self._moved += max(0.0, time.monotonic() - began - pause)
         finally:  # should a sign fail, no line would go to the guard any more
             if self._guard is not None:
-                self._guard.communicate()
+                _end(self._guard)
                 self._guard = None
 
     def _look(self) -> None:
@@ -179,6 +180,15 @@ def _beat(process: subprocess.Popen, seconds: float) -> None:
     """Within so many seconds comes the next line."""
     with contextlib.suppress(OSError):  # it has ended, or is stopped and its pipe full
         os.write(process.stdin.fileno(), b"%.3f\n" % seconds)
+
+
+def _end(process: subprocess.Popen) -> None:
+    process.stdin.close()
+    try:
+        process.wait(_GOODBYE)
+    except subprocess.TimeoutExpired:  # somebody has stopped it
+        process.kill()
+        process.wait()
 
 
 def _bytes_in(folder: Path) -> int:

@@ -52,7 +52,7 @@ class RewardFunction:
       isolation: "process": it runs in a process of its own, which is killed where it takes too long, and started again
         where it ends. `function` is "package.module:function" then, or a function that can be imported so. "none": it
         runs in this process, with its rights and its memory.
-      memory_gb: with isolation, address space that its process may take, in GB; None = no limit.
+      memory_gb: with isolation, address space that a process of it may take, in GB; None = no limit.
     """
 
     function: ScoreTexts | str

@@ -61,7 +61,7 @@ def main(folder, first, step):
     print(json.dumps({"calls": count}), flush=True)
     workdir = folder / "run"
     for number, stays in itertools.product(range(int(first), count + 1, int(step)), (False, True)):
-        number_of_error = ERRORS[(number // int(step)) % len(ERRORS)]
+        number_of_error = ERRORS[(2 * (number // int(step)) + stays) % len(ERRORS)]
         shutil.rmtree(workdir, ignore_errors=True)
         shim.faulty_set(str(workdir).encode(), number, int(stays), number_of_error)
         code, said = run(workdir)

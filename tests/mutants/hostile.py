@@ -106,7 +106,7 @@ MUTANTS = [
             "kept = [names.keys().isdisjoint((one, other, one + other)) for one, other in pairs]",
             "kept = [True] * len(pairs)",
         ),
-        ("apart = _normalizes_special(tokenizer)", "apart = False"),
+        ("apart = _normalizes_special(tokenizer, len(tokenizer))", "apart = False"),
         ("or _ESCAPED.search(text)", ""),
         ("if any(not chr(_FIRST) <= number <= last for number in _MARKED.findall(text))", "if False"),
         ("{'?' if _END in node else ''}", ""),
@@ -162,6 +162,12 @@ MUTANTS = [
         ("key=lambda entry: entry.name == manifest.NAME", "key=lambda entry: entry.name != manifest.NAME"),
     ),
     *variants(
+        "phases/inputs.py",
+        _MANIFEST,
+        ("(folder.parent.resolve() / folder.name, folder.resolve())", "(folder,)"),
+        ("if place.parent in ours or _is_listed(place):", "if place.parent in ours:"),
+    ),
+    *variants(
         "phases/workdir.py",
         _MANIFEST,
         ('why = "" if before.keys() >= wanted.keys() else "it lacks settings"', 'why = ""'),
@@ -172,7 +178,6 @@ MUTANTS = [
         ),
         ('.get("finished") is True', '.get("finished")'),
         ("        check_overwrite(workdir, phases)  # once more", "        pass  # once more"),
-        ("(folder.parent.resolve() / folder.name, folder.resolve())", "(folder,)"),
     ),
     *variants(
         "training/whole.py",
@@ -227,7 +232,8 @@ MUTANTS = [
         ("max(60 * config.minutes, _A_CALL * (longest_call or 0.0))", "60 * config.minutes"),
         ("self._moved += max(0.0, time.monotonic() - began - pause)", "pass"),
         ('        if self._config.action != "off":', "        if True:"),
-        ("self._guard.communicate()", "pass"),
+        ("                _end(self._guard)\n", ""),
+        ("        process.kill()\n        process.wait()\n", "        process.wait()\n"),
         ("self._guard = _started_guard()", "pass"),
     ),
     *variants(

@@ -15,7 +15,7 @@ import transformers
 from jax_rlhf import load_pretrained
 from tests.data import tiny as data
 from tests.phases import tiny
-from tests.processes import COMPILED, ROOT, free_port
+from tests.processes import COMPILED, PYTHONPATH, ROOT, free_port
 
 CONFIG = """
 from pathlib import Path
@@ -40,7 +40,7 @@ def command(folder, *flags, config=None):
 
 def environment():
     flags = "--xla_force_host_platform_device_count=1"
-    ours = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    ours = {"PYTHONPATH": PYTHONPATH, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     # Compiled once for all processes of all tests: compiling is most of what they do.
     ours["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
     ours["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
@@ -259,12 +259,18 @@ def test_the_same_command_again_has_nothing_to_do(whole):
     [
         (["--config.ppo.kl_coef=0.5"], "belongs to a run of another config: config.ppo.kl_coef was 0.05 and is 0.5"),
         (["--config.ppo.kl_cof=0.5"], "config.ppo.kl_cof: there is no such field; did you mean config.ppo.kl_coef"),
-        (["--config.pppo.kl_coef=0.5"], "did you mean config.ppo.kl_coef"),
-        (["--config.sft.steps=many"], "config.sft.steps='many': int or None is expected"),
+        pytest.param(["--config.pppo.kl_coef=0.5"], "did you mean config.ppo.kl_coef", marks=pytest.mark.slow),
+        pytest.param(
+            ["--config.sft.steps=many"], "config.sft.steps='many': int or None is expected", marks=pytest.mark.slow
+        ),
         (["--config.ppo.iterations=many"], "--config.ppo.iterations=many: invalid literal for int()"),
-        (["--config.reward_training.num_layers=None"], "config.reward_training.num_layers was 2 and is None"),
+        pytest.param(
+            ["--config.reward_training.num_layers=None"],
+            "config.reward_training.num_layers was 2 and is None",
+            marks=pytest.mark.slow,
+        ),
         (["--config.phases=sft", "--overwrite"], "was made from what --overwrite deletes"),
-        (["--config.phases=ppo,sft"], "in this order"),
+        pytest.param(["--config.phases=ppo,sft"], "in this order", marks=pytest.mark.slow),
         (["--config.phases=ppo,rm"], "'rm' is no phase"),
     ],
 )

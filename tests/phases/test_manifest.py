@@ -12,16 +12,10 @@ from jax_rlhf import verify
 from jax_rlhf.durable import write_json
 from jax_rlhf.phases import run_config
 from jax_rlhf.phases.check import check_run
+from jax_rlhf.phases.inputs import check_inputs
 from jax_rlhf.phases.manifest import ManifestError, check_model, export_model
 from jax_rlhf.phases.mirror import delete
-from jax_rlhf.phases.workdir import (
-    WorkdirError,
-    check_inputs,
-    check_overwrite,
-    lock_workdir,
-    open_workdir,
-    status,
-)
+from jax_rlhf.phases.workdir import WorkdirError, check_overwrite, lock_workdir, open_workdir, status
 
 
 @pytest.fixture

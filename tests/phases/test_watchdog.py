@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from jax_rlhf.phases import watchdog
 from jax_rlhf.phases.watchdog import Watchdog, WatchdogConfig
 from tests.phases import test_end_to_end as alone
 from tests.phases import tiny
@@ -108,6 +109,14 @@ def test_one_that_fails_leaves_no_guard(tmp_path, monkeypatch):
         time.sleep(0.2)
         assert beside.poll() == 0
         assert dog._guard is None
+
+
+def test_the_process_beside_it_ends_with_it_even_where_it_was_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "_GOODBYE", 0.5)
+    with watched(tmp_path, action="exit") as dog:
+        beside = dog._guard
+        beside.send_signal(signal.SIGSTOP)
+    assert beside.poll() == -signal.SIGKILL
 
 
 def test_alarms_are_left_to_others(tmp_path):

@@ -19,7 +19,7 @@ from jax_rlhf.plan.report import device_bytes
 from jax_rlhf.rollout import sampling_layout
 from tests.plan import tiny
 
-CHIPS = ["v5e:2x4", "h100:8"]
+CHIPS = ["v5e:2x4", pytest.param("h100:8", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module", params=CHIPS)
