@@ -58,8 +58,18 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize(("devices", "dtype"), [(1, np.float32), (8, np.float32), (1, np.float16)], ids=str)
-@pytest.mark.parametrize("shape", list(SHAPES))
+SLOW = pytest.mark.slow
+CASES = [  # each shape, device count and dtype once; the others are run with the slow tests
+    ("mostly_layers", 8, np.float32),
+    ("mostly_embedding", 1, np.float16),
+    ("mostly_embedding", 8, np.float32),
+    pytest.param("mostly_layers", 1, np.float32, marks=SLOW),
+    pytest.param("mostly_layers", 1, np.float16, marks=SLOW),
+    pytest.param("mostly_embedding", 1, np.float32, marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("shape", "devices", "dtype"), CASES, ids=str)
 def test_loading_peaks_under_one_and_a_half_times_the_parameters(shape, devices, dtype, tmp_path):
     large = checkpoint(tmp_path / "large", dtype, **SHAPES[shape])
     small = checkpoint(tmp_path / "small", dtype, **SMALL)
