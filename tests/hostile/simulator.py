@@ -215,7 +215,7 @@ class FakeCheckpoints:
                 shutil.rmtree(self.folder / str(other))
             return FakeRestored(step, {"number": Leaf(content["state"]["number"])}, content["notes"])
         if found:
-            raise RestoreError(self.word)
+            raise RestoreError(f"{self.folder}: {self.word}")
         return None
 
     def _content(self, step):
@@ -415,11 +415,11 @@ def scenario(folder: Path, seed: int, config) -> dict[str, int]:
 
 def put_back(folder: Path, copies: dict, word: str) -> None:
     """Mends from a copy what is still damaged of the files that an error names, or of all where it names none."""
-    named = [name for name in copies if name in word]
+    named = [name for name in copies if name in word or f"{name.partition('/checkpoints/')[0]}/checkpoints:" in word]
     for name in named or list(copies):
         content, harmed = copies.pop(name)
-        if bytes_of(folder / name) == harmed:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        # Not into a checkpoint that the run has given up since: its lines of metrics are gone.
+        if bytes_of(folder / name) == harmed and (folder / name).parent.is_dir():
             (folder / name).write_bytes(content)
 
 
