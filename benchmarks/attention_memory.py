@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     del arguments
     jax.config.update("jax_platforms", "cpu")
     topology = describe_topology(_TOPOLOGY.value)
-    print('| tokens a row | GiB, attention="xla" | GiB, attention="flash" |\n|---|---|---|')
+    print('| tokens per row | GiB, attention="xla" | GiB, attention="flash" |\n|---|---|---|')
     with tempfile.TemporaryDirectory() as folder:
         shape = Path(folder) / "config.json"
         shape.write_text(json.dumps(PRESETS["llama3-8b"] | {"num_hidden_layers": 2}))

@@ -1,9 +1,9 @@
-"""Weak scaling on paper: what a PPO iteration sends as the mesh grows, the rows a device staying the same.
+"""Weak scaling on paper: what a PPO iteration sends as the mesh grows, the rows per device staying the same.
 
     python -m benchmarks.weak_scaling --chip=v5p
     python -m benchmarks.weak_scaling --chip=h100
 
-Llama-3-8B as configs/llama3_8b.py has it, 16 rows a device. From programs compiled ahead of time and from data sheets
+Llama-3-8B as configs/llama3_8b.py has it, 16 rows per device. From programs compiled ahead of time and from data sheets
 (`jax_rlhf/plan/`): bounds, not measurements.
 """
 

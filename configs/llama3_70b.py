@@ -2,7 +2,7 @@
 
     python -m jax_rlhf --config=configs/llama3_70b.py --workdir=runs/llama3-70b
 
-For a pod slice of 128 TPU v5p chips: at most 27 of 95.7 GiB a device, says `python -m jax_rlhf.plan
+For a pod slice of 128 TPU v5p chips: at most 27 of 95.7 GiB per device, says `python -m jax_rlhf.plan
 --config=configs/llama3_70b.py --topology=v5p:4x4x8` (docs/plan.md). The command is the same on every machine, which
 launch/tpu_vm.sh and launch/gke_jobset.yaml see to; the workdir must be on a file system that all share. Not run here:
 the machine that this was written on has no accelerator. What differs from configs/llama3_8b.py is set here.

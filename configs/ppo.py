@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
     ppo.kl_coef = 0.05  # β: reward units a nat of KL to the reference
     ppo.kl_kind = "k1"  # log-ratio; "k2", "k3", "abs"
     ppo.kl_reduction = "sum"  # over a response; "mean": short responses do not pay less
-    # ppo.kl_target = 6.0  # nats a response; β adapts to it
+    # ppo.kl_target = 6.0  # nats per response; β adapts to it
     ppo.kl_horizon = 10_000.0  # episodes over which it does
     # ppo.reward_clip = 5.0  # scores beyond ± this are clipped
     ppo.missing_eos_penalty = 0.0  # subtracted from responses that do not end
@@ -80,14 +80,14 @@ def get_config() -> ConfigDict:
     # ppo.clip_range_high = 0.28  # ε above, where it differs
     # ppo.dual_clip = 3.0  # caps the loss of bad actions
     ppo.penalty_coef = 1.0  # first β of PPO-penalty
-    ppo.penalty_target = 0.01  # nats a token it adapts to
+    ppo.penalty_target = 0.01  # nats per token it adapts to
     ppo.value_clip_range = 0.2  # ε of the value loss, in reward units
     ppo.entropy_coef = 0.0  # bonus a nat of entropy
-    # ppo.entropy_target = 2.0  # nats a token, above which there is no bonus
+    # ppo.entropy_target = 2.0  # nats per token, above which there is no bonus
     ppo.ptx_coef = 0.0  # weight of the loss of data.ptx_paths' texts or the SFT data (PPO-ptx), per nat per token
     ppo.critic_warmup_iterations = 0  # in which only the critic learns
     # ppo.target_kl = 0.1  # nats per token; ends an iteration's updates, the critic's too
-    # ppo.kl_limit = 50.0  # nats a response, past which the run stops
+    # ppo.kl_limit = 50.0  # nats per response, past which the run stops
     # ppo.ratio_limit = 100.0  # the same for the largest probability ratio of an iteration
     ppo.on_limit = "stop"  # or "lower_lr": multiply the actor's learning rate each time by
     ppo.limit_lr_factor = 0.5  # this

@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
     # data.prompt_tokens = 8  # PPO's prompts are the first so many tokens of a text
     data.deduplicate = True  # of rows that are alike, one stays; prompts of eval_paths are not trained on
     # data.pad_token = "<|endoftext|>"  # for a tokenizer without one; any will do
-    data.sft_batch_size = 16  # rows a step, of all devices together
+    data.sft_batch_size = 16  # rows per step, of all devices together
     data.packing = False  # several texts share a row, without seeing each other
     data.length_buckets = ()  # widths that batches are padded to; empty: quarter, half, whole of max_tokens
     data.prefetch = 2  # batches made ahead

@@ -4,6 +4,7 @@ import errno
 from pathlib import Path
 
 _LONGEST = 255  # bytes; what file systems allow
+_CACHED = ("datasets--", "models--", "spaces--")  # folders of huggingface_hub's cache begin so
 
 
 def is_name(text: str) -> bool:
@@ -43,3 +44,20 @@ def local_path(path: str | Path) -> Path:
             raise
         raise FileNotFoundError(f"{str(path)[:200]!r}: no file can be called so (its name is too long).") from error
     return local
+
+
+def lies_within(folder: Path, file: Path) -> bool:
+    """Whether a file is a folder's own: not a link that leads out of it.
+
+    Args:
+      folder: with the files of somebody else; one of huggingface_hub's cache has links into the blobs beside it.
+      file: in it, or named by one of its files.
+
+    Returns:
+      Whether.
+    """
+    root, repository = folder.resolve(), folder.resolve().parent.parent
+    roots = [root]
+    if root.parent.name == "snapshots" and repository.name.startswith(_CACHED):
+        roots.append(repository / "blobs")
+    return any(file.resolve().is_relative_to(one) for one in roots)

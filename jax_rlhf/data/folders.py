@@ -16,11 +16,10 @@ from datasets.data_files import get_data_patterns, resolve_pattern
 from jax_rlhf.data.errors import DataError
 from jax_rlhf.data.files import SUFFIXES, Numbered, kind_of, rows_of
 from jax_rlhf.json_files import JSONFileError, read_object
-from jax_rlhf.names import is_name
+from jax_rlhf.names import is_name, lies_within
 
 _CARDS = ("README.md", ".huggingface.yaml")
 _MOST_CARD = 2**20
-_CACHED = ("datasets--", "models--", "spaces--")
 _DICT, _STATE = "dataset_dict.json", "state.json"
 _KNOWN = {"config_name", "data_files", "data_dir", "default", "version", "description", "features", "drop_labels"}
 _LONGEST_PATTERN, _STARS = 1000, 3  # characters, and * in a part of a path
@@ -225,11 +224,7 @@ def _check_pattern(pattern: Any, folder: Path) -> None:
 
 def _own(folder: Path, file: Path) -> Path:
     """The file; DataError where it is a link that leads out of the folder."""
-    root, repository = folder.resolve(), folder.resolve().parent.parent
-    roots = [root]
-    if root.parent.name == "snapshots" and repository.name.startswith(_CACHED):
-        roots.append(repository / "blobs")  # into which the files of huggingface_hub's cache are links
-    if not any(file.resolve().is_relative_to(one) for one in roots):
+    if not lies_within(folder, file):
         raise DataError(
             f"{file} is a link to {file.resolve()}, which is not in the folder; name that file itself in "
             "config.data.paths."

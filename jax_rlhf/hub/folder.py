@@ -65,7 +65,9 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     _check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{target.name}.partial-"
-    for stale in target.parent.glob(f"{prefix}*"):  # left by a writer that was killed
+    for stale in target.parent.glob(f"{prefix}[0-9]*"):  # left by a writer that was killed
+        if not stale.name.removeprefix(prefix).isdigit():
+            continue
         shutil.rmtree(stale, ignore_errors=True)
     fresh = target.parent / f"{prefix}{os.getpid()}"
     fresh.mkdir()

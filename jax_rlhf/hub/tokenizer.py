@@ -18,6 +18,7 @@ from jax_rlhf.hub.errors import CheckpointError
 from jax_rlhf.hub.limits import MOST_IDS
 from jax_rlhf.hub.pieces import check_files, check_tokens
 from jax_rlhf.json_files import JSONFileError, read_object
+from jax_rlhf.names import lies_within
 
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _INLINE = ("vocab", "merges", "tokenizer_object")
@@ -120,7 +121,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         if file.name == _SETTINGS[0]:
             _check_settings(content, file)
     for file in (*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*")):
-        check_own_file(folder, file)
+        _check_own_file(folder, file)
     try:
         with panics_as_errors():
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
@@ -135,7 +136,7 @@ def _check_settings(content: Mapping[str, Any], file: Path) -> None:
         if name in _INLINE:
             raise CheckpointError(f"{file}: {name} is read from files of its own, not from there.")
         if name.endswith("_file") and isinstance(value, str) and _exists(value):
-            check_own_file(file.parent, Path(value))
+            _check_own_file(file.parent, Path(value))
         is_size = isinstance(value, int) and not isinstance(value, bool) and not name.endswith(_NO_SIZES)
         if is_size and abs(value) > _LARGEST_SETTING:
             raise CheckpointError(f"{file}: {name}={value} is not believable; up to {_LARGEST_SETTING:,} is read.")
@@ -148,19 +149,9 @@ def _exists(path: str) -> bool:
         return False
 
 
-def check_own_file(folder: Path, file: Path) -> None:
-    """Whether a file whose text is taken over lies in a checkpoint's folder, or in the cache of huggingface_hub.
-
-    Args:
-      folder: of the checkpoint.
-      file: of it, or that it names.
-
-    Raises:
-      CheckpointError: it lies elsewhere, or is a link that leads out.
-    """
-    root, repository = folder.resolve(), folder.resolve().parent.parent
-    roots = [root, repository / "blobs"] if root.parent.name == "snapshots" else [root]
-    if not any(file.resolve().is_relative_to(one) for one in roots):
+def _check_own_file(folder: Path, file: Path) -> None:
+    """Raises where a file whose text is taken over lies outside a checkpoint's folder."""
+    if not lies_within(folder, file):
         raise CheckpointError(f"{folder}: {file} lies in {file.resolve().parent}; copy it into the folder.")
 
 

@@ -260,8 +260,7 @@ class Progress:
         except BaseException as error:
             if jax.process_count() == 1 or getattr(error, "agreed", False):
                 try:
-                    with self.watchdog:
-                        self._rescue(error, export)
+                    self._rescue(error, export)
                 except Exception as second:  # its update may have eaten the parameters
                     logging.error("%s: what was trained could not be saved: %s", self._record.folder, second)
                     if isinstance(error, Stopped):  # which says that all is saved
@@ -275,19 +274,26 @@ class Progress:
             export()
         put_up(self._record.folder.parent, self._record.phase, models=True)
 
-    def _rescue(self, error: BaseException, export: Callable[[], None]) -> None:
+    def _save_last(self, *, good: bool) -> None:
+        """A checkpoint of the step at hand, where it is fit for one and has none; waits for what is being written."""
         try:
             self._checkpoints.wait()
         except CheckpointError as former:  # perhaps of this very step, which is tried once more
             logging.error("%s", former)
             self._saved = max(self._checkpoints.steps, default=0)
         try:
-            if self.step > self._saved and not isinstance(error, (CheckpointError, *_NUMBERS)):
+            if good and self.step > self._saved:
                 self._save()
             self._checkpoints.wait()
         finally:
             self._tell_launcher()
             self._checkpoints.close()
+
+    def _rescue(self, error: BaseException, export: Callable[[], None]) -> None:
+        try:
+            with self.watchdog:
+                self._save_last(good=not isinstance(error, (CheckpointError, *_NUMBERS)))
+        finally:  # which is not watched: nothing of it can be counted
             put_up(self._record.folder.parent, self._record.phase)
         if not self._checkpoints.steps:
             return
@@ -296,7 +302,8 @@ class Progress:
         # Who is preempted has seconds; who pressed Ctrl-C may want to look at the model.
         preempted = isinstance(error, Stopped) and self._record.stop.reason in ("SIGTERM", "SIGHUP", "preemption")
         if not preempted and not isinstance(error, _NUMBERS):
-            export()
+            with self.watchdog:
+                export()
             put_up(self._record.folder.parent, self._record.phase, models=True)
 
 

@@ -230,9 +230,8 @@ def test_no_role_or_name_makes_a_token_of_what_a_template_writes_around_it(name,
 def test_roles_and_names_that_people_use_are_read(name):
     tokenizer = tokenizer_of(FAMILIES[name])
     for role in ("developer", "tool", "ipython", "observation", "narrator", "Жанна", "role 7"):
-        example(
-            {"prompt": [user("he") | {"name": "O'Brien (Bob), 3rd"}, {"role": role, "content": "x"}]}, "ppo", tokenizer
-        )
+        chat = [user("he") | {"name": "O'Brien (Bob), 3rd"}, {"role": role, "content": "x"}]
+        assert "x" in tokenizer.decode(example({"prompt": chat}, "ppo", tokenizer).prompt)
 
 
 @pytest.mark.parametrize("option", ["eos_token", "bos_token", "pad_token"])

@@ -94,6 +94,8 @@ def test_missing_parents_are_made_and_stale_parts_removed(tmp_path):
     pretrained = load_pretrained(tiny.write_checkpoint(tmp_path / "llama", "llama"))
     stale = tmp_path / "runs" / ".model.partial-1"
     stale.mkdir(parents=True)
+    mine = tmp_path / "runs" / ".model.partial-thesis"
+    mine.mkdir()
     (stale / "model.safetensors").write_text("half")
     save_pretrained(tmp_path / "runs" / "model", pretrained)
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["model"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [".model.partial-thesis", "model"]
