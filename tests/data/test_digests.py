@@ -100,6 +100,7 @@ def test_values_that_json_does_not_know_are_told_apart_and_no_address_counts():
     found = [of_column(value) for value in [*values, Own()]]
     assert len(set(found)) == len(found)
     assert [of_column(value) for value in [*values, Own()]] == found
+    assert len({of_column(value) for value in [Own(), Own()]}) == 1  # which stand at two addresses
     assert of_column({1: "x", "b": "y"}) == of_column({"b": "y", 1: "x"})
     assert len({row_digest({"c": value}) for value in values}) == len(values)
 

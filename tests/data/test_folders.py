@@ -210,13 +210,15 @@ def test_a_saved_folder_whose_files_are_no_list(tmp_path, files):
         read(tmp_path / "set")
 
 
-@pytest.mark.parametrize("name", ["snapshots", "datasets--a--b"])
-def test_a_folder_that_is_only_called_like_the_hub_s_cache(tmp_path, name):
+@pytest.mark.parametrize("secret", ["snapshots/secret.jsonl", "datasets--a--b/secret.jsonl", "a/blobs/ffff"])
+def test_a_folder_that_is_only_called_like_the_hub_s_cache(tmp_path, secret):
     """Whoever packs an archive names its folders."""
+    name, _, file = secret.partition("/")
     folder = tmp_path / name / "snapshots" / "1a2b"
     folder.mkdir(parents=True)
-    tiny.write(tmp_path / name / "secret.jsonl", ROWS)
-    (folder / "train.jsonl").symlink_to("../../secret.jsonl")
+    (tmp_path / secret).parent.mkdir(exist_ok=True)
+    tiny.write(tmp_path / secret, ROWS)
+    (folder / "train.jsonl").symlink_to(f"../../{file}")
     with pytest.raises(DataError, match="is a link to"):
         read(folder)
 

@@ -126,7 +126,9 @@ try:
 except ValueError:
     logging.getLogger("other").exception("it failed")
     absl_logging.exception("it failed")
-thread = threading.Thread(target=lambda: {{}}[text])
+def fails():
+    raise ValueError(text)
+thread = threading.Thread(target=fails)
 thread.start()
 thread.join()
 class Ends:
@@ -134,7 +136,7 @@ class Ends:
         raise ValueError(text)
 Ends()
 print("\\udc80 \\ud800")
-raise KeyError(text)
+raise ValueError(text)
 """
 
 

@@ -75,7 +75,8 @@ def verdict(mutant: Mutant, copy: Path) -> str:
         code = exit_code(mutant.tests, copy)
     finally:
         file.write_text(whole)
-    return {0: "SURVIVED", 1: "KILLED", 2: "KILLED"}.get(code, f"NOT RUN: pytest ended with {code}")
+    ended = code in (1, 2) or code < 0  # by a signal: of all the memory that it may take
+    return "KILLED" if ended else "SURVIVED" if code == 0 else f"NOT RUN: pytest ended with {code}"
 
 
 def main() -> int:

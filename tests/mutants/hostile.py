@@ -55,7 +55,7 @@ MUTANTS = [
     ),
     *variants(
         "data/decode_arrow.py",
-        _SMALL + " -k 'parquet or arrow'",
+        _SMALL + " -k 'parquet or arrow or columns'",
         ("if budget < 0:", "if False:"),
         ("cost + _sum(pyarrow.compute.take(sizes, array.indices))", "cost"),
         ("kind, cost = array.type, _VALUE * len(array)", "kind, cost = array.type, 0"),
@@ -211,13 +211,13 @@ MUTANTS = [
     ),
     *variants(
         "phases/record.py",
-        _SIMULATOR,
+        f"{_RECORD} -k synced",
         ("            sync(self.folder)  # the files' names", "            pass"),
         ("os.fsync(self._file(name).fileno())", "pass"),
     ),
     *variants(
         "durable.py",
-        _SIMULATOR,
+        f"{_MANIFEST} -k synced",
         ("    sync(partial)\n", ""),
         ("    partial.replace(file)\n    sync(file.parent)", "    partial.replace(file)"),
     ),
@@ -289,6 +289,8 @@ MUTANTS = [
         ("self.exc_text = _printable_trace(*self.exc_info)", "self.exc_text = None"),
         ("warnings.formatwarning = lambda *args, **how: printable_lines(former(*args, **how))", "pass"),
         ("    sys.excepthook = _print_trace", "    pass"),
+        ("    threading.excepthook = ", "    unused = "),
+        ("    sys.unraisablehook = ", "    unused = "),
         ('stream.reconfigure(errors="backslashreplace")', "pass"),
     ),
 ]

@@ -329,6 +329,8 @@ def test_all_that_a_run_left_is_looked_at(workdir, capsys):
         ("ppo/manifest.json", lambda file: file.unlink(), "it is missing"),
         ("sft/model", lambda folder: shutil.rmtree(folder), "is missing"),
         ("sft/model", lambda folder: unlisted(folder), "does not list it"),
+        ("ppo/critic", lambda folder: unlisted(folder), "does not list it"),
+        ("sft/model", lambda folder: (unlisted(folder), shutil.rmtree(folder)), "does not list it"),
     ],
 )
 def test_what_is_damaged_is_said(workdir, capsys, name, harm, said):
@@ -342,7 +344,9 @@ def test_what_is_damaged_is_said(workdir, capsys, name, harm, said):
 
 def unlisted(folder):
     manifest = folder.parent / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"models": {}}))
+    content = json.loads(manifest.read_text())
+    del content["models"][folder.name]
+    manifest.write_text(json.dumps(content))
 
 
 def test_a_run_that_goes_on_is_not_damaged(workdir, monkeypatch, capsys):

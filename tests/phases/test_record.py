@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import sys
 import types
 
@@ -45,6 +46,17 @@ def test_in_a_log_file_progress_is_plain_lines(tmp_path, monkeypatch):
     assert any(line.startswith("sft: 4 of 5, 00:0") and line.endswith("left, loss=0.5") for line in lines)
     assert any(line.startswith("sft: evaluating: 1 of 2, ") for line in lines)
     assert all(line.isprintable() and line.startswith("sft: ") for line in lines)
+
+
+def test_lines_are_synced_with_their_files_names(tmp_path, monkeypatch):
+    """A file whose name is not on the disk is gone after a power cut, whatever it holds."""
+    happened = []
+    monkeypatch.setattr(os, "fsync", lambda handle: happened.append(os.readlink(f"/proc/self/fd/{handle}")))
+    with Record(tmp_path / "sft", LogConfig(tensorboard=False)) as record:
+        record.metrics(1, {"train/loss": 0.5})
+        record.sync()
+        assert {str(tmp_path / "sft" / "metrics.jsonl"), str(tmp_path / "sft" / "samples.jsonl")} < set(happened)
+        assert happened[-1] == str(tmp_path / "sft")
 
 
 class FakeWandb(types.ModuleType):

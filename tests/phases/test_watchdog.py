@@ -145,12 +145,13 @@ import sys, time
 from pathlib import Path
 from jax_rlhf.phases import watchdog
 watchdog._MARGIN = 1.0
-config = watchdog.WatchdogConfig(minutes=0.02)
+config = watchdog.WatchdogConfig(minutes=0.02, factor=1.0)
 with watchdog.Watchdog(config, Path(sys.argv[1]), [lambda: 0], print) as dog:
-    for step in range(30):
+    for step in range(4):
         dog.step()
         print(step, flush=True)
-        time.sleep(0.1)
+        for _ in range(5):  # so that the next step does not come at once where it goes on
+            time.sleep(0.1)
 print("done")
 """
 
