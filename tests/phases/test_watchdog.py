@@ -172,6 +172,23 @@ def test_a_process_that_was_stopped_goes_on(tmp_path, both):
     assert not (tmp_path / "stacks.txt").exists()
 
 
+BEATS_LATE = """
+import subprocess, sys, time
+from jax_rlhf.phases import guard
+with subprocess.Popen([sys.executable, guard.__file__, "30"], stdin=subprocess.PIPE) as beside:
+    beside.stdin.write(b"0.1\\n")
+    beside.stdin.flush()
+    time.sleep(1.5)
+sys.exit(beside.returncode)
+"""
+
+
+def test_one_that_is_late_has_the_margin():
+    """Where both were stopped, the process beside may be the first that goes on."""
+    done = subprocess.run([sys.executable, "-c", BEATS_LATE], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("wrong", [{"minutes": 0}, {"factor": 0.5}, {"minutes": -1}])
 def test_a_wrong_setting_is_said(wrong):
     with pytest.raises(ValueError, match=r"config.watchdog.factor=.* must be 1 or more"):
