@@ -4,16 +4,19 @@ import gc
 import os
 from collections.abc import Iterator
 
+from tests.processes import COMPILED, XLA_FLAGS
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
+# Compiling takes most of the time; without LLVM's dear passes it takes three fifths of it. For started programs too.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}"
 # XLA:CPU's collectives wait in the threads of one pool. With as many threads as devices they can all wait at once, each
 # for one that has no thread: seen in half of the runs of eight devices on two busy cores.
 os.environ.setdefault("PJRT_NPROC", "32")
 
 import jax
 import pytest
-
-from tests.processes import COMPILED
 
 jax.config.update("jax_num_cpu_devices", 8)
 # Modules compile the same small programs: once for all of them, and for the processes that tests start.
@@ -34,8 +37,8 @@ def _unload_programs() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def quick_compile() -> Iterator[None]:
-    """For modules that mostly compile: without LLVM's dear passes compiling takes three quarters of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def full_compile() -> Iterator[None]:
+    """For modules that look at what the compiler makes: with all its passes."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

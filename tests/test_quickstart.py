@@ -28,7 +28,8 @@ def finished(request, tmp_path_factory):
         except importlib.metadata.PackageNotFoundError:
             pytest.skip(f"{package} is not installed: pip install --no-deps -r requirements-quickstart.txt")
     workdir = tmp_path_factory.mktemp(f"seed{request.param}")
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device
+    ours = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")  # of conftest.py; it is measured as users run it
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     flags = "--config=configs/quickstart.py", f"--workdir={workdir}", f"--config.seed={request.param}"
     command = [sys.executable, "-m", "jax_rlhf", *flags]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -21,7 +21,6 @@ from tests.ppo import tiny
 
 B, P, R, EOS = 4, 5, 6, tiny.EOS
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 few = pytest.mark.parametrize("examples", [60, pytest.param(3000, marks=pytest.mark.slow)])
 
 

@@ -29,8 +29,6 @@ from jax_rlhf.training.roles import on_layout, whole_places
 from tests.plan.tiny import topology
 from tests.ppo import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def form(data=1, fsdp=1, tensor=1, rules=(), rollout=None):
     return create_layout(MeshConfig(data=data, fsdp=fsdp, tensor=tensor, rules=rules), rollout)

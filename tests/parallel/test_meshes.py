@@ -14,8 +14,6 @@ from jax_rlhf.training.supervised import create_state, update
 from tests.ppo import tiny
 from tests.training import test_supervised
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 ROWS = 16
 ACTOR = {"num_heads": 8, "num_kv_heads": 4}
 # (data, fsdp, tensor) to train, and to sample; 4 key/value heads allow tensor=4

@@ -15,7 +15,7 @@ import transformers
 from jax_rlhf import load_pretrained
 from tests.data import tiny as data
 from tests.phases import tiny
-from tests.processes import COMPILED, PYTHONPATH, ROOT, free_port
+from tests.processes import COMPILED, PYTHONPATH, ROOT, flags_for, free_port
 
 CONFIG = """
 from pathlib import Path
@@ -39,8 +39,7 @@ def command(folder, *flags, config=None):
 
 
 def environment():
-    flags = "--xla_force_host_platform_device_count=1"
-    ours = {"PYTHONPATH": PYTHONPATH, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    ours = {"PYTHONPATH": PYTHONPATH, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags_for(1)}
     # Compiled once for all processes of all tests: compiling is most of what they do.
     ours["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
     ours["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"

@@ -11,8 +11,6 @@ from jax_rlhf.phases import ppo, reward, run_config
 from jax_rlhf.phases.faults import FaultError
 from tests.phases import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):

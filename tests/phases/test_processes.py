@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from jax_rlhf import load_pretrained
 from tests.phases import test_end_to_end as alone
 from tests.phases import tiny
-from tests.processes import free_port
+from tests.processes import flags_for, free_port
 
 CONFIG = """
 from pathlib import Path
@@ -48,7 +48,7 @@ def half_a_point_an_a(prompts, responses, tag, **columns):
 
 def start(folder, workdir, *flags, devices, asked, cwd=None):
     environment = alone.environment() | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": flags_for(devices),
         "ASKED": str(asked),
     }
     command = [*alone.command(folder, config=folder / "config.py")[:-1], f"--workdir={workdir}", *flags]
@@ -66,7 +66,7 @@ def start_two(folder, workdir, *flags, cwds=(None, None), each=((), ())):
             *who,
             *each[i],
             f"--process_id={i}",
-            devices=4,
+            devices=2,
             asked=folder / f"asked{i}",
             cwd=cwds[i],
         )
@@ -108,11 +108,11 @@ def assert_same_up_to_rounding(wanted, got, started):
 
 
 def test_two_processes_run_all_phases_as_one_does(folder):
-    # With tensor=2 on the processes' 4 devices each, rows lie along fsdp=4.
+    # With tensor=2 on the processes' 2 devices each, rows lie along fsdp=2.
     form = ("--config.mesh.tensor=2", *LINEAR)
     printed = finish(start_two(folder, folder / "two", *form))
     assert [code for _, code in printed] == [0, 0], printed[0][0][-3000:] + printed[1][0][-3000:]
-    ((output, code),) = finish([start(folder, folder / "one", *form, devices=8, asked=folder / "asked")])
+    ((output, code),) = finish([start(folder, folder / "one", *form, devices=4, asked=folder / "asked")])
     assert code == 0, output[-9000:]
     for phase in ("sft", "reward", "ppo"):
         wanted, got = metrics(folder / "one", phase), metrics(folder / "two", phase)

@@ -36,9 +36,8 @@ class StopAt(StopSignals):
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory, quick_compile):
+def settings(tmp_path_factory):
     """On eight devices: with evaluations, several epochs and minibatches, adaptive KL, EMA, PPO-ptx, frozen layers."""
-    del quick_compile
     folder = tmp_path_factory.mktemp("resume")
     config = tiny.config(folder)
     config.model.trainable_layers = 2

@@ -11,9 +11,6 @@ from jax_rlhf import load_pretrained, sample, token_logprobs
 from tests.data import tiny as data
 from tests.phases import test_end_to_end as alone
 
-# As the run's programs were compiled, so that samples are the same to the last draw.
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SAMPLING = {"temperature": 1.5, "top_k": 3, "top_p": 0.9, "min_new_tokens": 2, "max_new_tokens": 6}
 
 

@@ -19,11 +19,13 @@ from jax_rlhf.plan.report import device_bytes
 from jax_rlhf.rollout import sampling_layout
 from tests.plan import tiny
 
+pytestmark = pytest.mark.usefixtures("full_compile")
+
 CHIPS = ["v5e:2x4", pytest.param("h100:8", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module", params=CHIPS)
-def compiled(request, tmp_path_factory):
+def compiled(request, tmp_path_factory, full_compile):
     """PPO's programs by name, compiled for 8 devices with fsdp=8, and what the compiler complained of."""
     topology = tiny.topology(request.param)
     settings = tiny.settings(tmp_path_factory.mktemp("plan"), phases=("ppo",))

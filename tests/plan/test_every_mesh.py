@@ -17,8 +17,6 @@ from jax_rlhf.plan.abstract import programs_of
 from jax_rlhf.plan.collectives import collectives
 from tests.plan import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 FORMS = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (2, 4, 1), (4, 1, 2), (2, 1, 4), (1, 4, 2), (1, 2, 4), (2, 2, 2)]
 ROWS, MICRO, TOKENS = 32, 16, 192  # no other array begins with these sizes
 LEARNED = {"model_type": "opt", "ffn_dim": 2048, "word_embed_proj_dim": 512, "activation_function": "relu"}

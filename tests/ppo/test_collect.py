@@ -16,8 +16,6 @@ from jax_rlhf.training.collect import with_advantages
 from tests.ppo import tiny
 from tests.rl import oracle
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 LENGTHS, SLOTS = [1, 4, 7, 7, 2, 5, 7, 3], 7
 ENDED = [True, True, True, False, True, True, False, True]
 

@@ -18,8 +18,6 @@ from jax_rlhf.rollout import Sampling
 from jax_rlhf.rollout.scorer import score_hidden
 from tests.ppo import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):

@@ -11,6 +11,8 @@ import pytest
 from jax_rlhf import PPOTrainer, RLHFEngine
 from tests.ppo import tiny
 
+pytestmark = pytest.mark.usefixtures("full_compile")  # hundreds of iterations: running takes most of the time
+
 BAR = 0.95  # of the possible gain in E[r] − β KL; an unlearned model has 0
 
 

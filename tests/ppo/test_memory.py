@@ -14,8 +14,6 @@ from jax_rlhf.rollout import Samples
 from jax_rlhf.training import programs
 from tests.ppo import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 WIDTH, LENGTH = 128, 128  # of prompts and responses, in tokens
 
 

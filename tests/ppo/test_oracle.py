@@ -13,8 +13,6 @@ from jax_rlhf.models.split import SplitParams
 from jax_rlhf.training import PretrainingRows
 from tests.ppo import oracle, tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 ROWS, ITERATION = 16, 3
 
 

@@ -3,15 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from jax_rlhf import RLHFEngine
 from jax_rlhf.training import programs
 from tests.ppo import tiny
 from tests.ppo.test_update import ROWS, assert_close, experience, moved, on_device
 from tests.programs import equations
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def test_coefficients_rest_while_the_actor_does():

@@ -11,8 +11,6 @@ from jax.sharding import Mesh
 from jax_rlhf import PPOTrainer, RLHFEngine
 from tests.ppo import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 ROWS = 16
 
 

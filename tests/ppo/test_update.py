@@ -13,8 +13,6 @@ from jax_rlhf import RLHFEngine
 from jax_rlhf.training import PretrainingRows, update
 from tests.ppo import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 ROWS = 16
 
 
@@ -333,7 +331,8 @@ def test_past_a_limit_the_learning_rate_falls_and_stays():
     metrics = trainer.train_rlhf(made)
     free.train_rlhf(free.generate_experience(tiny.ragged_prompts(ROWS)))
     assert (metrics["limit/kl"], metrics["limit/ratio"], metrics["limit/lr_scale"]) == (0, 0, 1)
-    jax.tree.map(np.testing.assert_array_equal, trainer.engine.trained, free.engine.trained)
+    to_rounding = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(to_rounding, trainer.engine.trained, free.engine.trained)
     apart = made.replace(ref_logprobs=made.ref_logprobs - 0.1 * made.response_mask)
     metrics = trainer.train_rlhf(apart)  # says so; the next update is the first with the lower rate
     assert (metrics["limit/kl"], metrics["limit/ratio"], metrics["limit/lr_scale"]) == (1, 0, 0.25)

@@ -17,8 +17,6 @@ from jax_rlhf.training import PPOConfig
 from tests.data import tiny as data
 from tests.ppo import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def models():

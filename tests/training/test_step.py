@@ -16,8 +16,6 @@ from jax_rlhf.training.supervised import Supervised, create_state, update
 from tests.ppo import tiny
 from tests.training.test_supervised import LINEAR, examples, sft
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def plain_loss(policy, params, rows):
     """Mean −log π of the completions' tokens, a text after the other; and how many there are."""

@@ -18,8 +18,6 @@ from jax_rlhf.training.supervised import Supervised, create_state, evaluate, ste
 from tests.ppo import tiny
 from tests.programs import equations
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 LINEAR = OptimizerConfig(learning_rate=300.0, eps=1e3, max_grad_norm=None, beta1=0.0, beta2=0.0)
 
 
