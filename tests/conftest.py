@@ -39,6 +39,7 @@ def _unload_programs() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def full_compile() -> Iterator[None]:
     """For modules that look at what the compiler makes: with all its passes."""
+    former = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", former)

@@ -47,9 +47,8 @@ def listed(word: str) -> list[tuple[str, Mutant]]:
 
 def exit_code(tests_named: str, copy: Path) -> int:
     """What pytest ends with in a copy of the tree; 1 where it does not end."""
-    # Compiling takes most of the time. Programs that a variant does not touch come from the cache in tests/conftest.py.
-    ours = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    ours |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    # Programs that a variant does not touch come from the cache in tests/conftest.py.
+    ours = {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests_named)]
     try:
         return subprocess.run(

@@ -25,7 +25,7 @@ CHIPS = ["v5e:2x4", pytest.param("h100:8", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module", params=CHIPS)
-def compiled(request, tmp_path_factory, full_compile):
+def compiled(request, tmp_path_factory):
     """PPO's programs by name, compiled for 8 devices with fsdp=8, and what the compiler complained of."""
     topology = tiny.topology(request.param)
     settings = tiny.settings(tmp_path_factory.mktemp("plan"), phases=("ppo",))

@@ -325,13 +325,15 @@ def test_updates_that_are_not_finite_are_left_out_and_counted(field, value):
 def test_past_a_limit_the_learning_rate_falls_and_stays():
     """The first iteration's policy is the reference; from the second on the KL is above a limit of nearly nothing."""
     how = {"kl_limit": 1e-9, "ratio_limit": 1e9, "on_limit": "lower_lr", "limit_lr_factor": 0.25}
-    trainer, free = tiny.trainer(**how), tiny.trainer()
+    trainer, free, within = tiny.trainer(**how), tiny.trainer(), tiny.trainer(**how | {"kl_limit": 1e9})
     made = trainer.generate_experience(tiny.ragged_prompts(ROWS))
     assert float(jnp.max(jnp.abs(made.logprobs - made.ref_logprobs))) == 0
     metrics = trainer.train_rlhf(made)
-    free.train_rlhf(free.generate_experience(tiny.ragged_prompts(ROWS)))
+    for other in (free, within):
+        other.train_rlhf(other.generate_experience(tiny.ragged_prompts(ROWS)))
     assert (metrics["limit/kl"], metrics["limit/ratio"], metrics["limit/lr_scale"]) == (0, 0, 1)
-    to_rounding = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(np.testing.assert_array_equal, trainer.engine.trained, within.engine.trained)
+    to_rounding = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)  # of another program
     jax.tree.map(to_rounding, trainer.engine.trained, free.engine.trained)
     apart = made.replace(ref_logprobs=made.ref_logprobs - 0.1 * made.response_mask)
     metrics = trainer.train_rlhf(apart)  # says so; the next update is the first with the lower rate
