@@ -3,7 +3,7 @@
     python -m benchmarks.attention_memory --topology=v5p:2x2x2
     python -m benchmarks.attention_memory --topology=h100:8
 
-Two layers of Llama-3-8B's shape, fsdp=8, a row of packed texts a device. Nothing is run: compilers' figures, not
+Two layers of Llama-3-8B's shape, fsdp=8, a row of packed texts per device. Nothing is run: compilers' figures, not
 measurements.
 """
 

@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
     """Prints a row of a table for each mesh."""
     del arguments
     jax.config.update("jax_platforms", "cpu")
-    heads = "devices", "data × fsdp", "GiB sent a device: rollout, scoring, update", "seconds: products"
+    heads = "devices", "data × fsdp", "GiB sent per device: rollout, scoring, update", "seconds: products"
     print("| " + " | ".join((*heads, "memory", "links", "network", "bound by")) + " |\n|" + "---|" * 8)
     for name in TOPOLOGIES[_CHIP.value]:
         topology = describe_topology(name)

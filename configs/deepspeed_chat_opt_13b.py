@@ -20,6 +20,6 @@ def get_config() -> ConfigDict:
     config.model.path = "opt-13b"
     config.data.sft_batch_size = 128
     config.sft.microbatch_size = 32
-    config.data.ppo_batch_size = 128  # 16 a GPU
+    config.data.ppo_batch_size = 128  # 16 per GPU
     config.ppo.microbatch_size = 32
     return config

@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
     # ppo.pad_id = 0  # stands after the end; default: the tokenizer's
 
     # Rewards.
-    ppo.kl_coef = 0.05  # β: reward units a nat of KL to the reference
+    ppo.kl_coef = 0.05  # β: reward units per nat of KL to the reference
     ppo.kl_kind = "k1"  # log-ratio; "k2", "k3", "abs"
     ppo.kl_reduction = "sum"  # over a response; "mean": short responses do not pay less
     # ppo.kl_target = 6.0  # nats per response; β adapts to it
@@ -82,7 +82,7 @@ def get_config() -> ConfigDict:
     ppo.penalty_coef = 1.0  # first β of PPO-penalty
     ppo.penalty_target = 0.01  # nats per token it adapts to
     ppo.value_clip_range = 0.2  # ε of the value loss, in reward units
-    ppo.entropy_coef = 0.0  # bonus a nat of entropy
+    ppo.entropy_coef = 0.0  # bonus per nat of entropy
     # ppo.entropy_target = 2.0  # nats per token, above which there is no bonus
     ppo.ptx_coef = 0.0  # weight of the loss of data.ptx_paths' texts or the SFT data (PPO-ptx), per nat per token
     ppo.critic_warmup_iterations = 0  # in which only the critic learns

@@ -102,5 +102,5 @@ def get_config() -> ConfigDict:
     optimizer.eps_form = "pytorch"  # or "tensorflow": ε outside the bias correction
     optimizer.weight_decay = 0.0  # of matrices, decoupled
     optimizer.max_grad_norm = 1.0  # clips the gradient's global norm
-    optimizer.first_moment_dtype = "float32"  # "bfloat16" saves 2 bytes a parameter
+    optimizer.first_moment_dtype = "float32"  # "bfloat16" saves 2 bytes per parameter
     return config

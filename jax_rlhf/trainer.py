@@ -314,7 +314,7 @@ def minibatch_part(config: PPOConfig, rows: int, width: int, layout: Layout | No
 
 
 def microbatch_rows(rows: int, tokens_per_row: int, shards: int, platform: str) -> int:
-    """Rows whose activations exist at once: as many as divide the minibatch and keep to a budget of tokens a device.
+    """Rows whose activations exist at once: as many as divide the minibatch and keep to a budget of tokens per device.
 
     1,024 tokens on CPU, where the activations of more leave the caches, and 16,384 on GPU and TPU.
 

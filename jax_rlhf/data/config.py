@@ -46,7 +46,7 @@ class DataConfig:
       pad_token: for a tokenizer that has none; any will do, since masks come from lengths.
 
     Batches, over all processes together:
-      sft_batch_size: rows a step (packs, with packing).
+      sft_batch_size: rows per step (packs, with packing).
       reward_batch_size: pairs a step (packs, with packing).
       ppo_batch_size: prompts an iteration.
       packing: SFT texts share a row of max_tokens, reward pairs one of 2 · max_tokens, without seeing each other; the

@@ -56,7 +56,7 @@ class Datasets:
       eval: `eval[i]`, held-out batches of the same number of rows; the last is filled up.
       train_rows: rows (or packs) that an epoch has.
       eval_rows: rows held out; what fills the last batch up does not count.
-      batch_size: rows a batch, of all processes together.
+      batch_size: rows per batch, of all processes together.
       report: how many rows were read, and what became of them.
       notes: what else is worth knowing of them, a sentence each.
       example: the first row that is trained on, decoded with special tokens.

@@ -92,7 +92,7 @@ def _leave_threads_for_collectives() -> None:
 
     XLA's collectives wait in the threads of one pool, which has as many as there are devices. Where a device runs two
     collectives at once they can all wait, each for one that has no thread, until XLA gives up after 40 seconds: seen in
-    two of four runs of eight devices on two busy cores, and in none of six with four threads a device.
+    two of four runs of eight devices on two busy cores, and in none of six with four threads per device.
     """
     made_up = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     if made_up and int(made_up[1]) > 1:

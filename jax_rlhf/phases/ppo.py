@@ -268,10 +268,10 @@ def _shown(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def _shares(metrics: dict[str, float]) -> dict[str, float]:
-    """Shares of an iteration's time, and tokens a second."""
+    """Shares of an iteration's time, and tokens per second."""
     parts = {name: metrics[f"time/{name}"] for name in ("generate", "score", "train") if f"time/{name}" in metrics}
     shares = {f"time/{name}_share": seconds / metrics["time/iteration"] for name, seconds in parts.items()}
-    tokens = metrics["objective/response_length"] * metrics["eps"]  # responses' tokens a second, of an iteration
+    tokens = metrics["objective/response_length"] * metrics["eps"]  # responses' tokens per second, of an iteration
     if "generate" in parts:
         shares["tokens_per_second/generate"] = tokens * metrics["time/iteration"] / parts["generate"]
     return shares | {"tokens_per_second": tokens}

@@ -37,7 +37,7 @@ def run(
       accept_changes: go on although data, tokenizer or frozen parameters are not those that the phase began with.
 
     Returns:
-      What it came to, also in <workdir>/sft/summary.json: held-out loss (nats a token) before and after.
+      What it came to, also in <workdir>/sft/summary.json: held-out loss (nats per token) before and after.
 
     Raises:
       ValueError, FileNotFoundError, CheckpointError: a setting, the data or a checkpoint cannot be used.

@@ -144,7 +144,7 @@ def _reward(config: RunConfig, layout: Layout) -> list[Program]:
     ids, flags = _rows(layout, jnp.int32, rows, width), _rows(layout, jnp.bool_, rows, width)
     batch = PairBatch(ids, ids, flags, flags, _rows(layout, jnp.float32, rows))
     if data.packing:
-        width, slots = 2 * width, max(1, 2 * width // 64)  # pairs of 32 tokens a text, of which few are shorter
+        width, slots = 2 * width, max(1, 2 * width // 64)  # pairs of 32 tokens per text, of which few are shorter
         ids, flags = _rows(layout, jnp.int32, rows, width), _rows(layout, jnp.bool_, rows, width)
         last, real = _rows(layout, jnp.int32, rows, slots), _rows(layout, jnp.bool_, rows, slots)
         batch = PackedPairs(ids, flags, ids, ids, last, last, real, _rows(layout, jnp.float32, rows, slots))

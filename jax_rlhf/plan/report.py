@@ -179,7 +179,7 @@ def as_table(accounts: list[Account], topology: Topology, forms: str) -> str:
     memory = topology.chip.memory
     lines = [
         f"{topology.name}: {len(topology.devices)} × {topology.chip.name}, {memory / GIB:.1f} GiB each. {forms}",
-        "Compiled ahead of time, not run: what the compiler reserves, not a measurement. GiB a device:",
+        "Compiled ahead of time, not run: what the compiler reserves, not a measurement. GiB per device:",
         "",
         f"{'program':<26}{'parameters':>11}{'optimizer':>11}{'batch':>8}{'temporary':>10}{'peak':>8}   fits?",
     ]
@@ -194,14 +194,14 @@ def as_table(accounts: list[Account], topology: Topology, forms: str) -> str:
             + "".join(f"{size / GIB:11.2f}" for size in parts)
             + f"{gib(one.batch)}{one.temporaries / GIB:10.2f}{gib(one.peak)}   {verdict}"
         )
-    lines += ["", f"{'sent':<26}{'kind':<20}{'count':>9}{'GiB a device':>14}"]
+    lines += ["", f"{'sent':<26}{'kind':<20}{'count':>9}{'GiB per device':>16}"]
     for one in accounts:
         for kind, (count, size) in by_kind(one.collectives).items():
-            lines.append(f"{one.phase + ' ' + one.name:<26}{kind:<20}{count:9,d}{size / GIB:14.2f}")
+            lines.append(f"{one.phase + ' ' + one.name:<26}{kind:<20}{count:9,d}{size / GIB:16.2f}")
     names = ("products", "memory", "links", "network")
     lines += [
         "",
-        "Lower bounds of the time, from data sheets (all else takes time too): seconds a call",
+        "Lower bounds of the time, from data sheets (all else takes time too): seconds per call",
         f"{'program':<26}{'TFLOP':>9}" + "".join(f"{name:>10}" for name in names) + "   bound by",
     ]
     for one in accounts:

@@ -74,7 +74,7 @@ class AdaptiveKL:
 
     Attributes:
       value: β, reward units per nat, kept within 1e-8 to 1e8.
-      target: KL wanted, in nats a response.
+      target: KL wanted, in nats per response.
       horizon: episodes over which β may change by 20 %.
 
     Source: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", section 2.2.
@@ -107,7 +107,7 @@ class AdaptivePenalty:
 
     Attributes:
       value: β, kept within 1e-8 to 1e8, from where it can come back.
-      target: KL(old ‖ new) wanted after an update, in nats a token.
+      target: KL(old ‖ new) wanted after an update, in nats per token.
 
     Source: Schulman et al. 2017, section 4.
     """
@@ -119,7 +119,7 @@ class AdaptivePenalty:
         """The controller after an update.
 
         Args:
-          kl: measured mean of KL(old ‖ new), in nats a token. Where it is not finite, β is doubled.
+          kl: measured mean of KL(old ‖ new), in nats per token. Where it is not finite, β is doubled.
 
         Returns:
           A new controller.

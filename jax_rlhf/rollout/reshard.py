@@ -1,7 +1,7 @@
 """Training parameters → rollout parameters: cast to the compute dtype, moved to the rollout layout, unstacked on CPU.
 
 Training cuts weights over `fsdp` and gathers a layer at a time, which a step over a whole batch pays for once. A step
-of decoding would pay as much for one token a row; so sampling has a layout of its own, and this is where one becomes
+of decoding would pay as much for one token per row; so sampling has a layout of its own, and this is where one becomes
 the other, inside the program that samples.
 """
 

@@ -30,7 +30,7 @@ from jax_rlhf.parallel import Layout, constrained
 from jax_rlhf.rollout.draw import draw_tokens
 from jax_rlhf.rollout.reshard import rollout_form
 
-TURNING_PAYS = 32  # tokens a response, from which on turning the kernels round once is made up for by faster steps
+TURNING_PAYS = 32  # tokens per response, from which on turning the kernels round once is made up for by faster steps
 
 
 @struct.dataclass

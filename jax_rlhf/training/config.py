@@ -24,7 +24,7 @@ class PPOConfig:
       kl_coef: β of the KL penalty in the reward, reward units per nat; the first one where it adapts.
       kl_kind: its estimate, "k1", "k2", "k3" or "abs".
       kl_reduction: "sum", or "mean": each response's penalty divided by its length, so that short ones do not pay less.
-      kl_target: nats a response that an adaptive β steers to; None = β is fixed.
+      kl_target: nats per response that an adaptive β steers to; None = β is fixed.
       kl_horizon: episodes over which it adapts.
       reward_clip: scores are clipped to ± this; None = not.
       missing_eos_penalty: subtracted from the (clipped) score of a response without EOS.
@@ -51,16 +51,16 @@ class PPOConfig:
       policy_loss: "clip" (PPO-clip) or "penalty" (PPO-penalty).
       clip_range: ε of PPO-clip, below 1, and above where `clip_range_high` is None.
       dual_clip: c, the cap c |A| on the loss where A < 0; None = none.
-      penalty_coef, penalty_target: PPO-penalty's first β, and the nats a token that it adapts to.
+      penalty_coef, penalty_target: PPO-penalty's first β, and the nats per token that it adapts to.
       value_clip_range: ε of the value loss, in reward units.
       entropy_coef: entropy bonus, per nat.
-      entropy_target: nats a token; where the last minibatch had more entropy, there is no bonus, so that it holds the
+      entropy_target: nats per token; where the last minibatch had more entropy, there is no bonus, so that it holds the
         entropy up and does not drive it on; None = always a bonus.
-      ptx_coef: weight of the pretraining loss (mean nats a token) where `train_rlhf` is given pretraining rows.
+      ptx_coef: weight of the pretraining loss (mean nats per token) where `train_rlhf` is given pretraining rows.
       critic_warmup_iterations: iterations in which only the critic learns; the coefficients that adapt rest.
       target_kl: the rest of an iteration's updates, of actor and critic, is left out once the approximate KL of a
         minibatch exceeds this, in nats per token; None = never.
-      kl_limit: nats a response; a mean KL over it is a fault. None = no limit.
+      kl_limit: nats per response; a mean KL over it is a fault. None = no limit.
       ratio_limit: the same for the largest probability ratio of an iteration's updates, 2 or more.
       on_limit: past a limit the run of `python -m jax_rlhf` "stop"s, its last good checkpoint kept; or each such
         iteration multiplies the actor's learning rate from then on by `limit_lr_factor` ("lower_lr").

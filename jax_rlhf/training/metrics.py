@@ -17,8 +17,8 @@ def experience_metrics(config: PPOConfig, experience: Experience, kl_coef: Array
 
     Returns:
       float32[] each:
-        objective/kl: Σ log π − log π_ref, in nats a response; objective/kl_per_token: its mean a token.
-        objective/entropy: Σ −log π of the sampled tokens, in nats a response.
+        objective/kl: Σ log π − log π_ref, in nats per response; objective/kl_per_token: its mean per token.
+        objective/entropy: Σ −log π of the sampled tokens, in nats per response.
         objective/scores, objective/scores_std: from the reward source.
         objective/rlhf_reward: what is optimised: the score, clipped and less the penalty for a missing EOS, less the KL
           penalty, by the estimate and the reduction of the config; objective/non_score_reward: the KL penalty alone.

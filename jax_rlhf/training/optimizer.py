@@ -27,7 +27,7 @@ class OptimizerConfig:
         takes smaller first steps where gradients are tiny.
       weight_decay: decoupled, on matrices only (not norms and biases).
       max_grad_norm: clips the gradient's global norm; None = never.
-      first_moment_dtype: what Adam's first moment is kept in; "bfloat16" saves 2 bytes a parameter.
+      first_moment_dtype: what Adam's first moment is kept in; "bfloat16" saves 2 bytes per parameter.
     """
 
     learning_rate: float = 1e-5

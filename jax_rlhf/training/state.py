@@ -27,7 +27,7 @@ class PPOState:
       skipped_updates: int32[], optimizer steps left out since something was not finite.
       bad_steps: int32[], iterations in a row that had such a step.
       lr_scale: float32[], what the actor's learning rate is multiplied by: 1 until a limit lowers it.
-      entropy: float32[], of the actor on the last minibatch, in nats a token; 0 before the first.
+      entropy: float32[], of the actor on the last minibatch, in nats per token; 0 before the first.
     """
 
     actor_optimizer: Any

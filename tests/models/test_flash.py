@@ -64,7 +64,7 @@ def platform(request, monkeypatch):
 
 
 def masks(rows, length):
-    """Pads on the left, on the right (of four rows: all pads), anywhere; and for packing, three texts a row."""
+    """Pads on the left, on the right (of four rows: all pads), anywhere; and for packing, three texts per row."""
     place = np.arange(length)
     mask = np.stack(
         [place >= 30, (place < length - 50) & (rows < 4), np.random.RandomState(0).rand(length) < 0.6] * rows

@@ -48,7 +48,7 @@ def test_a_plan_of_all_phases(tmp_path):
     # Masters and moments in float32; the reference and the reward model in bfloat16. An eighth each.
     assert rows["ppo update"]["optimizer"] == pytest.approx((actor + critic) * 8 / 8, rel=0.01)
     assert rows["ppo update"]["parameters"] == pytest.approx((actor + critic) * (4 + 2) / 8, rel=0.01)
-    # 6 FLOPs a parameter and token, 8 with remat, and attention; the table is looked up, not multiplied.
+    # 6 FLOPs per parameter and token, 8 with remat, and attention; the table is looked up, not multiplied.
     tokens = 32 * 256
     per_token = rows["sft step"]["flops"] * 8 / tokens / (kernels + 8192 * 1024)
     assert 7.5 < per_token < 8.6
