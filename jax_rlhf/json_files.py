@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jax_rlhf.durable import file_errors
+
 MOST_BYTES = 16 * 2**20
 DEEPEST = 64
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -32,7 +34,7 @@ def read_object(file: Path, *, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
     """
     if file.is_dir():
         raise JSONFileError("it is a folder")
-    with file.open("rb") as stream:
+    with file_errors(file), file.open("rb") as stream:
         content = stream.read(most_bytes + 1)
     if len(content) > most_bytes:
         raise JSONFileError(f"it has more than {most_bytes:,} bytes")

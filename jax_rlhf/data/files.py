@@ -20,6 +20,7 @@ import pyarrow.ipc
 from jax_rlhf.data import decode_arrow
 from jax_rlhf.data.decode_arrow import LONGEST_ROW, ROW, json_cost
 from jax_rlhf.data.errors import DataError
+from jax_rlhf.durable import file_errors
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow")
@@ -136,7 +137,7 @@ class _Budget:
 def _opened(file: Path) -> Iterator[BinaryIO]:
     """Its bytes, unpacked, without a byte-order mark."""
     raw = _Unpacked(file, _most_unpacked(file)) if file.suffix.lower() == ".gz" else file.open("rb", buffering=0)
-    with io.BufferedReader(raw, 2**20) as stream:
+    with file_errors(file), io.BufferedReader(raw, 2**20) as stream:
         if stream.peek(len(_BOM))[: len(_BOM)] == _BOM:
             stream.read(len(_BOM))
         yield stream

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from jax_rlhf.durable import sync
+from jax_rlhf.durable import file_errors, sync
 
 MODEL_FILES = (
     "config.json",
@@ -72,7 +72,8 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     fresh = target.parent / f"{prefix}{os.getpid()}"
     fresh.mkdir()
     try:
-        yield fresh
+        with file_errors(target):
+            yield fresh
         readable = fresh.stat().st_mode & 0o666  # as the umask has it; safetensors makes files for the owner alone
         for file in fresh.iterdir():
             file.chmod(readable)

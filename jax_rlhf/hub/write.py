@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from jax_rlhf.durable import file_errors
 from jax_rlhf.hub.families import hub_tensors
 from jax_rlhf.hub.layout import HubTensor
 from jax_rlhf.models import Decoder
@@ -80,10 +81,12 @@ def write_weights(folder: Path | None, params: dict, files: list[list[_Entry]], 
                 content[entry.name] = array
         if not content:
             continue
+        file = folder / file_name(number, len(files))
         try:
-            save_file(content, folder / file_name(number, len(files)), metadata={"format": "pt"})
-        except Exception as error:  # safetensors reports a full disk as its own type
-            failure = error if isinstance(error, OSError) else OSError(f"{folder}: {error}")
+            with file_errors(file):
+                save_file(content, file, metadata={"format": "pt"})
+        except Exception as error:  # whatever it is, the others wait for this process
+            failure = error
     if failure is not None:
         raise failure
     if folder is not None and index is not None:

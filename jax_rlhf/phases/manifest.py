@@ -14,7 +14,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from jax_rlhf.durable import sync, write_json
+from jax_rlhf.durable import file_errors, sync, write_json
 from jax_rlhf.hub import Pretrained, save_pretrained
 from jax_rlhf.hub.folder import MODEL_FILES
 from jax_rlhf.json_files import JSONFileError, read_object
@@ -228,5 +228,5 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 
 def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
+    with file_errors(file), file.open("rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -17,7 +17,7 @@ import tensorboardX
 from tqdm import tqdm
 
 from jax_rlhf.data import Datasets
-from jax_rlhf.durable import sync, write_text
+from jax_rlhf.durable import file_errors, sync, write_text
 from jax_rlhf.phases.config import LogConfig
 from jax_rlhf.phases.lines import end_of_step, line_before, line_digest, seconds_of
 from jax_rlhf.phases.manifest import begin_manifest
@@ -115,34 +115,40 @@ class Record:
         Returns:
           Seconds of steps that were written down after it, and are done again.
         """
-        lost = 0.0
         self._begun = dict(position) | {"step": step}
         self._started = time.perf_counter() - position.get("seconds", 0.0)
+        lost = {}
         for name in _FILES if self._writes else ():
-            size, file = position["bytes"][name], self._file(name)
-            end = file.seek(0, os.SEEK_END)
-            last = line_digest(line_before(file, size))
-            if size <= end and last == position.get("last", {}).get(name, last):  # older checkpoints say none
-                if name == "metrics":
-                    line = line_before(file, end)
-                    if not line.endswith(b"\n"):  # half a line, of a process that was killed
-                        line = line_before(file, end - len(line))
-                    lost = max(0.0, seconds_of(line) - position.get("seconds", 0.0))
-            else:  # lines were lost once: bytes say nothing of where a step's lines are
-                size = end_of_step(file, step, evaluated=evaluated)
-                self.say(
-                    f"{self.folder / name}.jsonl is not what it was when step {step} was saved; it goes on after its "
-                    "last whole line of the steps before."
-                )
-            file.truncate(size)
-            self._last[name] = line_digest(line_before(file, size))
-            file.seek(size)
+            with file_errors(self.folder / f"{name}.jsonl"):
+                lost[name] = self._cut(name, position, step, evaluated=evaluated)
+        return lost.get("metrics", 0.0)
+
+    def _cut(self, name: str, position: Mapping[str, Any], step: int, *, evaluated: bool) -> float:
+        """Drops a file's lines after a place; returns the seconds from then to the last of them."""
+        size, file, lost = position["bytes"][name], self._file(name), 0.0
+        end = file.seek(0, os.SEEK_END)
+        last = line_digest(line_before(file, size))
+        if size <= end and last == position.get("last", {}).get(name, last):  # older checkpoints say none
+            line = line_before(file, end)
+            if not line.endswith(b"\n"):  # half a line, of a process that was killed
+                line = line_before(file, end - len(line))
+            lost = max(0.0, seconds_of(line) - position.get("seconds", 0.0))
+        else:  # lines were lost once: bytes say nothing of where a step's lines are
+            size = end_of_step(file, step, evaluated=evaluated)
+            self.say(
+                f"{self.folder / name}.jsonl is not what it was when step {step} was saved; it goes on after its "
+                "last whole line of the steps before."
+            )
+        file.truncate(size)
+        self._last[name] = line_digest(line_before(file, size))
+        file.seek(size)
         return lost
 
     def sync(self) -> None:
         """Waits until what was written is on the disk."""
         for name in _FILES if self._writes else ():
-            os.fsync(self._file(name).fileno())
+            with file_errors(self.folder / f"{name}.jsonl"):
+                os.fsync(self._file(name).fileno())
         if self._writes:
             sync(self.folder)  # the files' names
 
@@ -284,13 +290,12 @@ class Record:
         if self._writes:
             file = self._file(name)
             line = json.dumps(content, ensure_ascii=False)
-            try:  # what a terminal would obey, and what UTF-8 cannot hold, becomes the escape that JSON has for it
-                written = ("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line) + "\n").encode()
+            # What a terminal would obey, and what UTF-8 cannot hold, becomes the escape that JSON has for it.
+            written = ("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line) + "\n").encode()
+            with file_errors(self.folder / f"{name}.jsonl"):
                 file.write(written)
                 file.flush()
-                self._last[name] = line_digest(written)
-            except OSError as error:  # which does not say of what
-                raise OSError(error.errno, f"{error.strerror}: {self.folder / name}.jsonl") from error
+            self._last[name] = line_digest(written)
 
     def _open_boards(self) -> None:
         if not self._writes:

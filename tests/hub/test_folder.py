@@ -1,14 +1,19 @@
 """A crash leaves the old folder or the new one."""
 
+import errno
 import random
+import resource
 import signal
 import time
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jax_rlhf import load_pretrained, save_pretrained
 from jax_rlhf.hub import folder as folders
 from jax_rlhf.hub.folder import replaced_folder
+from tests.data.tiny import tokenizer
 from tests.hub import tiny
 from tests.hub.test_pretrained import same_params
 from tests.processes import start
@@ -57,6 +62,25 @@ def test_an_error_while_writing_leaves_the_old_folder(tmp_path, monkeypatch):
         save_pretrained(tmp_path / "model", pretrained)
     assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "model"]
+
+
+@pytest.mark.parametrize("content", ["weights", "tokenizer", "text"])
+def test_a_file_that_cannot_be_written_is_an_os_error_with_its_number_and_a_path(tmp_path, content):
+    """safetensors and tokenizers raise types of their own, and Python's error of a write does not say of which file."""
+    write = {
+        "weights": lambda folder: save_file({"weight": np.zeros(100)}, folder / "model.safetensors"),
+        "tokenizer": lambda folder: tokenizer().backend_tokenizer.save(str(folder / "tokenizer.json")),
+        "text": lambda folder: (folder / "config.json").write_text("{}" * 100),
+    }[content]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))  # bytes of a file
+    try:
+        with pytest.raises(OSError, match="File too large") as caught, replaced_folder(tmp_path / "model") as folder:
+            write(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "model"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_file_systems_without_an_exchange_use_two_renames(tmp_path, monkeypatch):
