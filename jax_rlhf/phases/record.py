@@ -1,5 +1,6 @@
 """What a phase leaves behind while it runs: a progress bar, metrics.jsonl, samples.jsonl, TensorBoard, W&B."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -13,7 +14,6 @@ from types import TracebackType
 from typing import Any, BinaryIO, TextIO
 
 import jax
-import tensorboardX
 from tqdm import tqdm
 
 from jax_rlhf.data import Datasets
@@ -22,6 +22,7 @@ from jax_rlhf.phases.config import LogConfig
 from jax_rlhf.phases.lines import end_of_step, line_before, line_digest, seconds_of
 from jax_rlhf.phases.manifest import begin_manifest
 from jax_rlhf.phases.stop import StopSignals
+from jax_rlhf.phases.tensorboard import TensorBoard
 from jax_rlhf.text import printable_lines
 
 _FILES = "metrics", "samples"
@@ -84,12 +85,14 @@ class Record:
             self.stop.leave()
         if self._bar is not None:
             self._bar.close()
-        for file in self._files.values():
-            file.close()
-        if self._board is not None:
-            self._board.close()
-        if self._run is not None:
-            self._run.finish(exit_code=int(error is not None))
+        with contextlib.ExitStack() as stack:  # each is closed, whatever the others say
+            if self._run is not None:
+                stack.callback(self._run.finish, exit_code=int(error is not None))
+            if self._board is not None:
+                stack.callback(self._board.close)
+            for name, file in self._files.items():
+                stack.enter_context(file_errors(self.folder / f"{name}.jsonl"))
+                stack.callback(file.close)
 
     def position(self) -> dict[str, Any]:
         """How far the files are, for `continue_from`.
@@ -220,8 +223,7 @@ class Record:
         self._line("metrics", {"step": step, "seconds": seconds} | {n: _json_number(v) for n, v in numbers.items()})
         self._open_boards()
         if self._board is not None:
-            for name, number in numbers.items():
-                self._board.add_scalar(name, number, step)
+            self._board.add(step, numbers)
         if self._run is not None:
             self._run.log({name: number for name, number in numbers.items() if math.isfinite(number)}, step=step)
         if self._bar is not None and shown:
@@ -302,7 +304,7 @@ class Record:
             return
         if self._config.tensorboard and self._board is None:
             first = self._begun["step"] + 1 if self._begun else 0
-            self._board = tensorboardX.SummaryWriter(str(self.folder / "tensorboard"), purge_step=first)
+            self._board = TensorBoard(self.folder / "tensorboard", first)
         if self._wandb is not None and self._run is None:
             again = {"id": self._begun["wandb"], "resume": "allow"} if "wandb" in self._begun else {}
             run = self.folder.resolve().parent.name

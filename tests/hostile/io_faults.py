@@ -83,7 +83,7 @@ from tests.phases import tiny
 def get_config():
     config = tiny.config(Path({folder!r}))
     config.sft.steps = config.reward_training.steps = config.ppo.iterations = 2
-    config.checkpoint.every, config.watchdog.action, config.log.tensorboard = 1, "off", False
+    config.checkpoint.every, config.watchdog.action = 1, "off"
     config.reward_training.normalize_rows = 8
     config.data.eval_rows = 4
     return config
