@@ -14,8 +14,9 @@ from jax_rlhf.packaged import packaged_config
 from jax_rlhf.parallel import create_layout
 from jax_rlhf.phases import run_config
 from jax_rlhf.plan.abstract import programs_of
+from jax_rlhf.plan.chips import GIB
 from jax_rlhf.plan.report import account
-from jax_rlhf.plan.topology import GIB, describe_topology
+from jax_rlhf.plan.topology import describe_topology
 
 _CHIP = flags.DEFINE_enum("chip", "v5p", ["v5p", "h100"], "Which.")
 _ROWS = flags.DEFINE_integer("rows", 16, "Prompts an iteration and device.")

@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 from jax_rlhf.parallel import create_layout
 from jax_rlhf.phases import RunConfig, run_config
 from jax_rlhf.plan.abstract import programs_of
+from jax_rlhf.plan.chips import GIB
 from jax_rlhf.plan.report import Account, account
-from jax_rlhf.plan.topology import GIB, Topology
+from jax_rlhf.plan.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True)

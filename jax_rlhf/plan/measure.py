@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_rlhf.plan.abstract import Program
-from jax_rlhf.plan.topology import CHIPS, Chip, Topology
+from jax_rlhf.plan.chips import CARDS, CHIPS, Chip
+from jax_rlhf.plan.topology import Topology
 
 _KINDS = {
     "TPU v4": "v4",
@@ -18,8 +19,8 @@ _KINDS = {
     "TPU v5p": "v5p",
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
-    "NVIDIA H100 80GB HBM3": "h100",
-}
+    "TPU7x": "tpu7x",
+} | {card.name: kind for kind, card in CARDS.items()}
 
 
 def topology_here() -> Topology:
@@ -40,7 +41,8 @@ def topology_here() -> Topology:
     kind = devices[0].device_kind
     unknown = Chip(kind, 0.0, *(math.nan,) * 4)
     chip = dataclasses.replace(CHIPS.get(_KINDS.get(kind, ""), unknown), memory=float(stats["bytes_limit"]))
-    return Topology("here", chip, devices, len(devices))
+    near = len(devices) if chip.axes else jax.local_device_count()
+    return Topology("here", chip, devices, near, chip.link)
 
 
 def measured_peak(program: Program) -> float:

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 
 from jax_rlhf.plan.abstract import Program
+from jax_rlhf.plan.chips import GIB
 from jax_rlhf.plan.collectives import Collective, collectives
 from jax_rlhf.plan.flops import product_flops
-from jax_rlhf.plan.topology import GIB, Topology
+from jax_rlhf.plan.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _bounds(flops: float, traffic: float, sent: tuple[Collective, ...], topology
     for one in sent:
         size = one.count * one.bytes
         if one.near > 1:
-            bounds["links"] += size / chip.link
+            bounds["links"] += size / topology.link
         if one.near < one.group:  # what comes over the network, the near ones share; links carry it on
             bounds["network"] += size / one.near / chip.network
     return bounds

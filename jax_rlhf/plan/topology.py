@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 from typing import Any
 
@@ -9,67 +10,13 @@ import jax
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 
-GIB = 2**30
+from jax_rlhf.plan.chips import CARDS, CHIPS, Card, Chip
 
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """One device, by its data sheet.
-
-    Attributes:
-      name: as people call it.
-      memory: bytes that a program may use.
-      flops: bfloat16 matrix products, FLOP/s.
-      bandwidth: of its memory, bytes/s.
-      link: to its neighbours in the slice or machine (ICI, NVLink), bytes/s each way, all links together.
-      network: to other slices or machines, bytes/s each way a device.
-    """
-
-    name: str
-    memory: float
-    flops: float
-    bandwidth: float
-    link: float
-    network: float
-
-
-# TPU: cloud.google.com/tpu/docs, memory as the compiler's out-of-memory message has it. H100 SXM: NVIDIA's data sheet,
-# memory as XLA's target config has it, times 0.92, XLA_PYTHON_CLIENT_MEM_FRACTION in launch/gpu.sh; a 400 Gbit/s
-# network card a GPU.
-CHIPS = {
-    "v4": Chip("TPU v4", 31.75 * GIB, 275e12, 1.228e12, 300e9, 6.25e9),
-    "v5e": Chip("TPU v5e", 15.75 * GIB, 197e12, 0.819e12, 200e9, 3.125e9),
-    "v5p": Chip("TPU v5p", 95.74 * GIB, 459e12, 2.765e12, 600e9, 6.25e9),
-    "v6e": Chip("TPU v6e", 31.25 * GIB, 918e12, 1.640e12, 448e9, 12.5e9),
-    "h100": Chip("NVIDIA H100 SXM", 0.92 * 84_929_347_584, 989e12, 3.352e12, 450e9, 50e9),
-}
-
-_H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 84929347584
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-runtime_version { major: 12 minor: 9 patch: 0 }
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 12 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
+_CORES_COUNT = ("v4", "v5p", "tpu7x")  # in whose accelerator types Google counts TensorCores, two per chip
+_FORMS = (
+    '"v5p:2x2x4" (chips of a TPU slice along each side) or "v5p-32" (an accelerator type of Google\'s), "2*v5p:2x2x4" '
+    '(two slices), "h100:8" (GPUs of a machine), "h100:4x8" (machines × GPUs)'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,20 +28,23 @@ class Topology:
       chip: what each is.
       devices: those of all hosts.
       group: devices that links join, a TPU slice or a GPU machine.
+      link: what a device receives over links at most, bytes/s. In a TPU slice it is less than the chip's: a side of
+        length 1 has no links, and one that is no ring has half of them at its ends.
     """
 
     name: str
     chip: Chip
     devices: tuple[Any, ...]
     group: int
+    link: float
 
 
 def describe_topology(name: str) -> Topology:
     """Devices that programs can be compiled for, without having them.
 
     Args:
-      name: "v5e:2x4", "v5p:2x2x2" …: chips of a TPU slice along each side; "2*v5p:2x2x2": so many slices; "h100:8",
-        "h100:4x8": GPUs of a machine, machines × GPUs.
+      name: "v5e:2x4", "v5p:2x2x2" …: chips of a TPU slice along each side; "v5litepod-8", "v5p-16" …: the same as
+        accelerator types; "2*v5p:2x2x2": so many slices; "h100:8", "h100:4x8": GPUs of a machine, machines × GPUs.
 
     Returns:
       The topology.
@@ -105,28 +55,93 @@ def describe_topology(name: str) -> Topology:
     """
     count, star, rest = name.partition("*")
     slices, rest = (int(count), rest) if star and count.isdigit() else (1, name)
-    kind, _, shape = rest.partition(":")
-    sizes = shape.split("x")
-    if kind not in CHIPS or slices < 1 or not all(size.isdigit() and int(size) > 0 for size in sizes):
-        raise ValueError(
-            f'topology {name!r}: "v5p:2x2x4" (chips of a TPU slice), "2*v5p:2x2x4" (two slices), "h100:8" or '
-            f'"h100:4x8" (machines × GPUs) is expected; chips: {", ".join(CHIPS)}.'
-        )
-    if kind == "h100":
-        machines, gpus = (1, int(sizes[0])) if len(sizes) == 1 else (int(sizes[0]), int(sizes[1]))
-        _assume_h100()
-        devices = _devices(name, "cuda", "", target_config=_H100, topology=f"1x{machines}x{gpus}")
-        return Topology(name, CHIPS[kind], devices, gpus)
+    kind, sizes = _kind_and_sizes(name, rest)
+    if slices < 1:
+        raise _unknown(name, "no slices")
+    if kind in CARDS:
+        if star:
+            raise _unknown(name, "GPU machines are no slices")
+        if len(sizes) > 2:
+            raise _unknown(name, "machines × GPUs are two numbers at most")
+        machines, gpus = (1, *sizes)[-2:]
+        _assume_gpu(CARDS[kind])
+        devices = _devices(name, "cuda", "", target_config=CARDS[kind].target(), topology=f"1x{machines}x{gpus}")
+        return Topology(name, CHIPS[kind], devices, gpus, CHIPS[kind].link)
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is run: another process may have the library
-    devices = _devices(name, "tpu", rest, **({"num_slices": slices} if slices > 1 else {}))
-    return Topology(name, CHIPS[kind], devices, len(devices) // slices)
+    rings = _rings(kind, sizes)
+    options: dict[str, Any] = {"wrap": (*rings, False)[:3]}
+    if slices > 1:
+        options["num_slices"] = slices
+    if kind == "v4":
+        options["chip_config_name"] = "megacore"  # as on a TPU VM: both cores are one device
+    if math.prod(sizes) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    devices = _devices(name, "tpu", f"{kind}:{'x'.join(map(str, sizes))}", **options)
+    return Topology(name, CHIPS[kind], devices, len(devices) // slices, _slice_link(CHIPS[kind], sizes, rings))
 
 
-def _assume_h100() -> None:
+def _kind_and_sizes(name: str, form: str) -> tuple[str, tuple[int, ...]]:
+    """The chip, and chips along each side, or machines and GPUs."""
+    kind, colon, shape = form.partition(":")
+    if not colon:
+        kind, dash, shape = form.rpartition("-")
+        kind = {"v5litepod": "v5e"}.get(kind, kind)
+        if not dash or kind not in CHIPS or kind in CARDS or not shape.isdigit():
+            raise _unknown(name)
+        return kind, _sides(name, kind, int(shape))
+    sizes = shape.split("x")
+    if kind not in CHIPS or not all(size.isdigit() and int(size) > 0 for size in sizes):
+        raise _unknown(name)
+    numbers, chip = tuple(map(int, sizes)), CHIPS[kind]
+    if chip.axes and len(numbers) != chip.axes:
+        raise _unknown(name, f"a slice of {chip.name} has {chip.axes} sides")
+    if chip.axes and math.prod(numbers) > chip.most:
+        raise _unknown(name, f"a slice of {chip.name} has {chip.most} chips at most")
+    return kind, numbers
+
+
+def _sides(name: str, kind: str, count: int) -> tuple[int, ...]:
+    """The sides of the slice that Google gives for an accelerator type: as near to a cube, or square, as it goes."""
+    chip = CHIPS[kind]
+    chips = count // 2 if kind in _CORES_COUNT else count
+    sides = [2, 2, 1] if chip.axes == 3 else [1, 1]
+    while math.prod(sides) < chips:
+        shortest = max(axis for axis in range(chip.axes) if sides[axis] == min(sides))
+        sides[shortest] *= 2
+    odd = kind in _CORES_COUNT and count % 2
+    if math.prod(sides) != chips or odd or sides == [1, 2] or chips > chip.most:
+        counted = "TensorCores" if kind in _CORES_COUNT else "chips"
+        raise _unknown(name, f"there is no slice of {count} {counted} of that name; give its sides")
+    return tuple(sides)
+
+
+def _rings(kind: str, sizes: tuple[int, ...]) -> tuple[bool, ...]:
+    """Which sides of a slice close to a ring: of the small ones of v5e and v6e none does, of the others whole cubes do.
+
+    Source: cloud.google.com/tpu/docs/v4, v5e, v5p.
+    """
+    if CHIPS[kind].axes == 2:
+        return tuple(size == 16 for size in sizes)
+    return (all(size % 4 == 0 for size in sizes),) * 3
+
+
+def _slice_link(chip: Chip, sizes: tuple[int, ...], rings: tuple[bool, ...]) -> float:
+    each = chip.link / (2 * chip.axes)
+    links = sum((2 if ring else 1) for size, ring in zip(sizes, rings, strict=True) if size > 1)
+    return each * links if links else chip.link  # one chip: nothing is sent over links
+
+
+def _unknown(name: str, why: str = "") -> ValueError:
+    return ValueError(f"topology {name!r}{f': {why}' if why else ''}; {_FORMS} is expected; chips: {', '.join(CHIPS)}.")
+
+
+def _assume_gpu(card: Card) -> None:
     """Before it traces flash attention, JAX asks what GPU and cuDNN this machine has, which may have neither."""
-    fused_attention_stablehlo.check_cudnn_version = lambda: 91200  # both as `_H100` has them
-    fused_attention_stablehlo.check_compute_capability = lambda capability: float(capability) <= 9.0
-    fused_attention_stablehlo.is_cuda_compute_capability_equal = lambda capability: float(capability) == 9.0
+    major, minor = card.capability
+    has = major + minor / 10
+    fused_attention_stablehlo.check_cudnn_version = lambda: 91200  # as `Card.target` has it
+    fused_attention_stablehlo.check_compute_capability = lambda capability: float(capability) <= has
+    fused_attention_stablehlo.is_cuda_compute_capability_equal = lambda capability: float(capability) == has
 
 
 def _devices(asked: str, platform: str, name: str, **options: Any) -> tuple[Any, ...]:

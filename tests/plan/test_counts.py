@@ -14,7 +14,6 @@ from jax_rlhf.parallel import MeshConfig, create_layout
 from jax_rlhf.plan.collectives import collectives
 from jax_rlhf.plan.flops import product_flops
 from jax_rlhf.plan.presets import PRESETS, model_shape
-from jax_rlhf.plan.topology import describe_topology
 from tests.plan.tiny import topology
 
 
@@ -158,9 +157,3 @@ def test_presets_have_the_sizes_that_their_names_say():
     assert [model_shape(name)[0].num_layers for name in hub_names] == [32, 32, 40]
     with pytest.raises(ValueError, match="give a preset"):
         model_shape("someone/unknown-7b")
-
-
-@pytest.mark.parametrize("name", ["v5p", "v9:2x2", "h100:x", "v5p:2x2x", "0*v5p:2x2x2"])
-def test_a_topology_that_is_none_is_named(name):
-    with pytest.raises(ValueError, match="is expected; chips: "):
-        describe_topology(name)

@@ -1,0 +1,132 @@
+"""Accelerators by their data sheets, and what XLA's compiler for GPUs must know of a card that is not there."""
+
+import dataclasses
+
+GIB = 2**30
+_MEMORY_FRACTION = 0.92  # XLA_PYTHON_CLIENT_MEM_FRACTION in launch/gpu.sh
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device of JAX, by the data sheet.
+
+    Attributes:
+      name: as people call it.
+      memory: bytes that a program may use.
+      flops: bfloat16 matrix products without sparsity, FLOP/s.
+      bandwidth: of its memory, bytes/s.
+      link: to its neighbours in the slice or machine (ICI, NVLink), bytes/s each way, all links together.
+      network: to other slices or machines, bytes/s each way per device.
+      axes: dimensions of a TPU slice; 0 for GPUs.
+      most: chips of the largest TPU slice; 0 for GPUs.
+      devices: per chip, as JAX counts them.
+    """
+
+    name: str
+    memory: float
+    flops: float
+    bandwidth: float
+    link: float
+    network: float
+    axes: int = 0
+    most: int = 0
+    devices: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """A GPU as XLA's `GpuTargetConfigProto` describes it.
+
+    Attributes:
+      name: as the driver says it.
+      capability: compute capability, major and minor.
+      cores: streaming multiprocessors.
+      units: float32 units per core.
+      clock: GHz.
+      memory: bytes.
+      bandwidth: of the memory, bytes/s.
+      cache: L2, bytes.
+      shared: memory that the threads of a core share, bytes.
+      threads: per core, at most.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    cores: int
+    units: int
+    clock: float
+    memory: int
+    bandwidth: int
+    cache: int
+    shared: int
+    threads: int = 2048
+
+    def target(self) -> str:
+        """The proto in text form, with CUDA 12.9 and cuDNN 9.12.
+
+        Returns:
+          What `get_topology_desc` takes as target_config.
+        """
+        major, minor = self.capability
+        return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {self.shared}
+  threads_per_core_limit: {self.threads}
+  core_count: {self.cores}
+  fpus_per_core: {self.units}
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {self.bandwidth}
+  l2_cache_size: {self.cache}
+  clock_rate_ghz: {self.clock}
+  device_memory_size: {self.memory}
+  shared_memory_per_block_optin: {self.shared - 1024}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+runtime_version {{ major: 12 minor: 9 patch: 0 }}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 12 }}
+device_description_str: "{self.name}"
+"""
+
+
+# NVIDIA's data sheets; what XLA knows of a card as its own descriptions have it, the L4's from NVIDIA's tuning guide.
+CARDS = {
+    "l4": Card("NVIDIA L4", (8, 9), 58, 128, 2.04, 24_152_899_584, 300_096_000_000, 50_331_648, 102_400, 1536),
+    "a100": Card(
+        "NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 1.41, 85_100_068_864, 2_039_040_000_000, 41_943_040, 167_936
+    ),
+    "h100": Card(
+        "NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 1.98, 84_929_347_584, 3_352_320_000_000, 52_428_800, 233_472
+    ),
+    "h200": Card("NVIDIA H200", (9, 0), 132, 128, 1.98, 151_397_597_184, 4_800_000_000_000, 52_428_800, 233_472),
+    "b200": Card("NVIDIA B200", (10, 0), 148, 128, 1.965, 191_514_411_008, 7_672_320_000_000, 132_644_864, 233_472),
+}
+
+
+def _gpu(name: str, kind: str, flops: float, link: float, network: float) -> Chip:
+    card = CARDS[kind]
+    return Chip(name, _MEMORY_FRACTION * card.memory, flops, card.bandwidth, link, network)
+
+
+# TPU: cloud.google.com/tpu/docs; memory as the compiler's out-of-memory message has it. GPU: NVLink, for the L4 PCIe;
+# the network of NVIDIA's machines of eight cards (of Google's g2-standard-96 for the L4).
+CHIPS = {
+    "v4": Chip("TPU v4", 30.75 * GIB, 275e12, 1.228e12, 300e9, 6.25e9, axes=3, most=4096),
+    "v5e": Chip("TPU v5e", 15.75 * GIB, 197e12, 0.819e12, 200e9, 3.125e9, axes=2, most=256),
+    "v5p": Chip("TPU v5p", 95.74 * GIB, 459e12, 2.765e12, 600e9, 6.25e9, axes=3, most=8960),
+    "v6e": Chip("TPU v6e", 31.25 * GIB, 918e12, 1.638e12, 400e9, 12.5e9, axes=2, most=256),
+    # Two devices per chip, which share its links and its network.
+    "tpu7x": Chip("TPU7x", 94.75 * GIB, 1153.5e12, 3.69e12, 300e9, 6.25e9, axes=3, most=9216, devices=2),
+    "l4": _gpu("NVIDIA L4", "l4", 121e12, 32e9, 1.56e9),
+    "a100": _gpu("NVIDIA A100 SXM 80 GB", "a100", 312e12, 300e9, 25e9),
+    "h100": _gpu("NVIDIA H100 SXM", "h100", 989e12, 450e9, 50e9),
+    "h200": _gpu("NVIDIA H200 SXM", "h200", 989e12, 450e9, 50e9),
+    "b200": _gpu("NVIDIA B200", "b200", 2250e12, 900e9, 50e9),
+}

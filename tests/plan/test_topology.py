@@ -1,0 +1,113 @@
+"""Names of hardware, in the vendors' forms; what is no such hardware is an error before anything is compiled."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from jax_rlhf.plan.chips import CARDS, CHIPS
+from jax_rlhf.plan.topology import describe_topology
+from tests.plan import tiny
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "group"),
+    [
+        ("v5e:2x4", 8, 8),
+        ("v5e:1x1", 1, 1),
+        ("2*v5e:2x2", 8, 4),
+        ("v4:2x2x1", 4, 4),  # its two cores are one device
+        ("v5p:2x2x2", 8, 8),
+        ("v6e:4x4", 16, 16),
+        ("tpu7x:2x2x1", 8, 8),  # two devices per chip
+        ("v5litepod-8", 8, 8),
+        ("v5e-1", 1, 1),
+        ("v6e-16", 16, 16),
+        ("v4-8", 4, 4),
+        ("v5p-16", 8, 8),
+        ("2*v5p-8", 8, 4),
+        ("tpu7x-16", 16, 16),
+        ("h100:8", 8, 8),
+        ("h100:4x8", 32, 8),
+        ("a100:8", 8, 8),
+        ("h200:1", 1, 1),
+        ("b200:2x8", 16, 8),
+        ("l4:4", 4, 4),
+    ],
+)
+def test_devices_and_how_many_of_them_fast_links_join(name, devices, group):
+    topology = tiny.topology(name)
+    assert (len(topology.devices), topology.group) == (devices, group)
+    assert topology.chip is CHIPS[name.split("*")[-1].replace("litepod", "e").partition(":")[0].partition("-")[0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "sides"),
+    [
+        ("v5p-8", "2, 2, 1"),
+        ("v5p-32", "2, 2, 4"),
+        ("v4-64", "2, 4, 4"),
+        ("v5p-256", "4, 4, 8"),
+        ("v5litepod-32", "4, 8"),
+        ("v6e-64", "8, 8"),
+    ],
+)
+def test_an_accelerator_types_sides_are_googles(name, sides):
+    """Tables of cloud.google.com/tpu/docs."""
+    sides = [int(side) for side in sides.split(", ")]
+    coordinates = [device.coords for device in tiny.topology(name).devices]
+    assert [max(along) + 1 for along in zip(*coordinates, strict=True)][: len(sides)] == sides
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("h100:2x2x8", "two numbers at most"),
+        ("2*h100:4", "no slices"),
+        ("0*v5p:2x2x2", "no slices"),
+        ("h100:0", "is expected"),
+        ("h100", "is expected"),
+        ("h100-8", "is expected"),
+        ("v5p", "is expected"),
+        ("v5p:", "is expected"),
+        ("v5p:2x2", "3 sides"),
+        ("v5e:2x4x1", "2 sides"),
+        ("v5e:32x32", "256 chips at most"),
+        ("v5litepod-6", "no slice of 6 chips"),
+        ("v5litepod-2", "no slice of 2 chips"),
+        ("v5litepod-512", "no slice of 512 chips"),
+        ("v5p-9", "no slice of 9 TensorCores"),
+        ("v5p-24", "no slice of 24 TensorCores"),
+        ("v5p-0", "no slice of 0"),
+        ("v5p--8", "is expected"),
+        ("tpu:4", "is expected"),
+        ("v9:2x2", "is expected; chips: v4, v5e"),
+        ("h100:x", "is expected"),
+        ("v5p:2x2x", "is expected"),
+        ("v3-8", "is expected"),
+        ("a*v5p:2x2x2", "is expected"),
+        ("", "is expected"),
+    ],
+)
+def test_what_there_is_not_is_an_error_that_says_the_forms(name, why):
+    with pytest.raises(ValueError, match=why) as caught:
+        describe_topology(name)
+    assert "h100:4x8" in str(caught.value)
+
+
+def test_links_are_those_that_a_device_at_a_slices_end_has():
+    assert tiny.topology("v5p:2x2x2").link == CHIPS["v5p"].link / 2  # no side is a ring
+    assert tiny.topology("v5p:2x2x1").link == CHIPS["v5p"].link / 3
+    assert tiny.topology("v5p:4x4x4").link == CHIPS["v5p"].link
+    assert tiny.topology("v5e:2x4").link == CHIPS["v5e"].link / 2
+    assert tiny.topology("v5e:8x16").link == CHIPS["v5e"].link * 3 / 4
+    assert tiny.topology("h100:8").link == CHIPS["h100"].link
+
+
+@pytest.mark.parametrize("kind", [*CARDS])
+def test_programs_compile_for_each_card(kind):
+    device = tiny.topology(f"{kind}:1").devices[0]
+    matrix = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=SingleDeviceSharding(device))
+    compiled = jax.jit(lambda x: jax.nn.softmax(x @ x)).lower(matrix).compile()
+    assert device.device_kind == CARDS[kind].name
+    assert compiled.memory_analysis().output_size_in_bytes == 2 * 256**2
