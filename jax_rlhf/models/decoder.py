@@ -4,7 +4,7 @@
 
 The layers are scanned by default (`params["layers"]` holds each leaf stacked `[L, ...]`), so that compile time does not
 grow with depth; a `scan_layers=False` model runs the same layers unrolled over `params["layers_0"]`, …, which decodes
-faster on CPU. `unstack_layers` turns the first form into the second.
+faster on CPUs and GPUs. `unstack_layers` turns the first form into the second.
 """
 
 import operator

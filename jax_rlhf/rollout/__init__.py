@@ -1,6 +1,6 @@
 """Sampling responses, and scoring tokens."""
 
-from jax_rlhf.rollout.reshard import reshard, rollout_form, sampling_layout
+from jax_rlhf.rollout.reshard import decodes_unrolled, reshard, rollout_form, sampling_layout
 from jax_rlhf.rollout.sampler import (
     Samples,
     Sampling,
@@ -17,6 +17,7 @@ __all__ = [
     "Sampling",
     "check_positions",
     "check_prompts",
+    "decodes_unrolled",
     "in_rows",
     "reshard",
     "rollout",

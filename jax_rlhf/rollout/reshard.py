@@ -1,4 +1,4 @@
-"""Training parameters → rollout parameters: cast to the compute dtype, moved to the rollout layout, unstacked on CPU.
+"""Training parameters → rollout parameters: in the compute dtype, in the rollout layout, unstacked where that pays.
 
 Training cuts weights over `fsdp` and gathers a layer at a time, which a step over a whole batch pays for once. A step
 of decoding would pay as much for one token per row; so sampling has a layout of its own, and this is where one becomes
@@ -59,8 +59,23 @@ def reshard(model: Decoder, params: Any, axes: Any) -> tuple[Decoder, Any]:
     return model.clone(config=config), params
 
 
+def decodes_unrolled(config: DecoderConfig) -> bool:
+    """Whether a step of decoding runs over unrolled layers, of arrays of their own.
+
+    Scanned layers are slices of stacked arrays. XLA for CPUs and GPUs copies each slice, kernels and cache, before the
+    product that reads it; for TPUs it reads the slice in the product, and the loop is a fraction of the program.
+
+    Args:
+      config: the model's.
+
+    Returns:
+      True on CPUs and GPUs.
+    """
+    return config.platform != "tpu"
+
+
 def rollout_form(model: Decoder, params: Params) -> tuple[Decoder, Params]:
-    """The form that decodes fastest: in the rollout layout, unrolled on CPU, scanned on GPU and TPU.
+    """The form that decodes fastest: in the rollout layout, its layers unrolled or scanned.
 
     Args:
       model: scanned or unrolled.
@@ -70,6 +85,6 @@ def rollout_form(model: Decoder, params: Params) -> tuple[Decoder, Params]:
       (model, params) that compute the same.
     """
     model, params = reshard(model, params, logical_axes(model))
-    if not model.scan_layers or model.config.platform != "cpu":
+    if not model.scan_layers or not decodes_unrolled(model.config):
         return model, params
     return model.clone(scan_layers=False), unstack_layers(params, model.config.num_layers)

@@ -13,7 +13,7 @@ from jax_rlhf.models.decoder import Params
 from jax_rlhf.models.split import SplitParams
 from jax_rlhf.parallel import map_row_groups
 from jax_rlhf.rl import Experience, gae, masked_whiten, shaped_scores, token_rewards
-from jax_rlhf.rollout import Samples, Sampling, in_rows, reshard, rollout
+from jax_rlhf.rollout import Samples, Sampling, decodes_unrolled, in_rows, reshard, rollout
 from jax_rlhf.training.config import PPOConfig
 from jax_rlhf.training.networks import (
     Frozen,
@@ -88,7 +88,7 @@ def rollout_params(networks: Networks, trained: Trained, frozen: Frozen) -> tupl
     """
     actor = networks.actor
     model, params = reshard(actor.model, SplitParams(frozen.actor, trained.actor), actor.axes())
-    if model.config.platform == "cpu":
+    if decodes_unrolled(model.config):
         return model.clone(scan_layers=False), actor.unstack(params)
     return model, actor.join(params)
 
