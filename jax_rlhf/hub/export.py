@@ -13,6 +13,8 @@ from typing import Any
 from absl import logging
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from jax_rlhf.hub.errors import CheckpointError
+
 Fields = dict[str, Any]
 
 _TOP_LEVEL = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}
@@ -110,11 +112,30 @@ def write_generation_config(folder: Path, config: PretrainedConfig, stored: Mapp
       config: the model's.
       stored: what the checkpoint's file said; None = what the config says of generation.
     """
-    if stored is None:
-        generation = GenerationConfig.from_model_config(config)
-    else:
-        generation = GenerationConfig.from_dict(dict(stored))
-    (folder / "generation_config.json").write_text(generation.to_json_string(), encoding="utf-8")
+    text = GenerationConfig.from_model_config(config).to_json_string() if stored is None else _generation_text(stored)
+    (folder / "generation_config.json").write_text(text, encoding="utf-8")
+
+
+def check_generation_config(stored: Mapping[str, Any], where: str) -> None:
+    """Raises where transformers cannot write again what a generation_config.json says: at the start, not at the end.
+
+    Args:
+      stored: the file's content.
+      where: the file, for the message.
+
+    Raises:
+      CheckpointError: a field has a value that none has, such as `"dtype": false`.
+    """
+    try:
+        _generation_text(stored)
+    except Exception as error:  # whatever it stumbles over
+        raise CheckpointError(
+            f"{where}: transformers cannot use it ({type(error).__name__}: {error}); correct or download it again."
+        ) from error
+
+
+def _generation_text(stored: Mapping[str, Any]) -> str:
+    return GenerationConfig.from_dict(dict(stored)).to_json_string()
 
 
 def _write(file: Path, content: Fields) -> None:

@@ -8,6 +8,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from jax_rlhf.hub.errors import CheckpointError
+from jax_rlhf.hub.export import check_generation_config
 from jax_rlhf.hub.gguf import GGUFSource
 from jax_rlhf.hub.limits import checked_ids
 from jax_rlhf.hub.sources import ADAPTER, SafetensorsSource, TensorSource, adapter_message
@@ -88,7 +89,9 @@ def open_source(
     if generation_config is None and config.get("eos_token_id") is not None:  # as transformers has it
         generation_config = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if generation_config is not None:
-        generation_config = checked_ids(generation_config, str(place / "generation_config.json"))
+        file = str(place / "generation_config.json")
+        generation_config = checked_ids(generation_config, file)
+        check_generation_config(generation_config, file)
     return SafetensorsSource(place, name) if weights else None, config, generation_config
 
 

@@ -1,7 +1,7 @@
 """What fuzz tests share: how many inputs, from which seed, and how inputs are made of whole files.
 
 A short run has the same inputs each time. A long one (`pytest -m slow tests/hostile -k fuzz`) has new ones each time;
-the header of pytest says its seed, and FUZZ_SEED=… in the environment repeats it.
+the header of pytest says its seed, and the same command with FUZZ_SEED=… in the environment repeats it.
 """
 
 import copy

@@ -223,7 +223,7 @@ class FakeCheckpoints:
         try:
             content = json.loads((self.folder / str(step) / "notes" / "metadata").read_text())
             whole = with_digest({k: v for k, v in content.items() if k != "digest"})["digest"] == content["digest"]
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
             return None
         return content if whole else None
 

@@ -503,3 +503,15 @@ def test_unrolled_params_and_hand_made_configs_cannot_be_saved(llama, tmp_path):
     with pytest.raises(CheckpointError, match="config_from_hub"):
         save_pretrained(tmp_path / "x", type(pretrained)(pretrained.model.clone(config=config), pretrained.params))
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("field", [{"dtype": False}, {"dtype": 3}, {"dtype": ["a"]}, {"inner": {"dtype": 7}}])
+def test_a_generation_config_that_cannot_be_saved_again_is_refused_at_the_start(tmp_path, field):
+    """transformers reads it, and stumbles when it writes it: the trained model could not be saved."""
+    folder = tiny.write_checkpoint(tmp_path / "llama", "llama")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2} | field))
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: transformers cannot use it"):
+        load_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "dtype": "bfloat16"}))
+    save_pretrained(tmp_path / "saved", load_pretrained(folder))
+    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text())["eos_token_id"] == 2
