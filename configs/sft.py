@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     model.path = "HuggingFaceTB/SmolLM2-135M"  # folder, .gguf file or hub id
     # model.revision = "main"  # of a hub id
     # model.trainable_layers = 10  # from the top, the rest is frozen and shared; default: all parameters train
-    # model.dtype = "bfloat16"  # of computing; default: bfloat16 on GPU and TPU, float32 on CPU
+    # model.dtype = "bfloat16"  # of computing and saved models; default: bfloat16 on GPU and TPU, float32 on CPU
     # model.remat = "full"  # what the backward pass computes again: "none", "dots", "full"; default: by the device
     # model.attention = "flash"  # holds no scores: cuDNN on GPU, splash on TPU; for long texts; default: "xla"
 

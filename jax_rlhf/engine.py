@@ -47,7 +47,7 @@ class ModelConfig:
       revision: of a hub id.
       trainable_layers: from the top; None = all parameters train (actor and critic). The reward model is cut where the
         critic is.
-      dtype: compute dtype, "float32" or "bfloat16"; None = bfloat16 on GPU and TPU, float32 on CPU.
+      dtype: "float32" or "bfloat16", of computing and of saved models; None = bfloat16 on GPU and TPU, float32 on CPU.
       remat: what the backward pass computes again: "none", "full" or "dots"; None = "dots" on CPU, as fast as "none"
         in less memory, else "full".
       attention: "xla", or "flash": cuDNN's or splash, which hold no scores, where it runs on GPU or TPU; None = "xla".

@@ -29,7 +29,7 @@ from jax_rlhf.hub.scalar_head import HEAD_TENSORS, check_no_other_head, head_bia
 from jax_rlhf.hub.sources import TensorSource
 from jax_rlhf.hub.tokenizer import gguf_tokenizer, load_tokenizer
 from jax_rlhf.hub.write import MAX_SHARD_BYTES, weight_files, write_weights
-from jax_rlhf.models import Decoder, DecoderConfig, abstract_params, logical_axes
+from jax_rlhf.models import Decoder, DecoderConfig, abstract_params, compute_dtypes, logical_axes
 from jax_rlhf.models.decoder import Head
 from jax_rlhf.models.layers import head_init
 from jax_rlhf.names import local_path
@@ -214,7 +214,9 @@ def describe_pretrained(
     return Description(config, _load_tokenizer(place, source), generation_config, scalar_head)
 
 
-def save_pretrained(directory: str | Path, pretrained: Pretrained, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save_pretrained(
+    directory: str | Path, pretrained: Pretrained, *, dtype: Any = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
     """Writes a folder that transformers (and `load_pretrained`) loads, and computes the same with.
 
     The folder is written beside the old one and takes its place at the end, so that a crash leaves one or the other.
@@ -223,6 +225,8 @@ def save_pretrained(directory: str | Path, pretrained: Pretrained, *, max_shard_
     Args:
       directory: to make or replace; it may hold only what a model folder holds.
       pretrained: the model. Its parameters are those of the scanned form.
+      dtype: float32, bfloat16 or float16, in which they are written; norms and a scalar head, which are computed in
+        float32, in that. None = as they are.
       max_shard_bytes: of one weight file, in bytes.
 
     Raises:
@@ -234,9 +238,11 @@ def save_pretrained(directory: str | Path, pretrained: Pretrained, *, max_shard_
     model, params = pretrained.model, pretrained.params
     if "layers_0" in params:
         raise ValueError("params are those of unrolled layers; save the scanned ones that they were made from.")
-    files, index = weight_files(model, params, max_shard_bytes)
-    dtype = params[_TABLE[0]][_TABLE[1]].dtype.name
-    config = config_to_hub(model, dtype)
+    dtypes = jax.tree.map(lambda leaf: leaf.dtype, params)
+    if dtype is not None:
+        dtypes = compute_dtypes(model.clone(config=model.config.replace(dtype=_float_dtype(dtype))))
+    files, index = weight_files(model, params, dtypes, max_shard_bytes)
+    config = config_to_hub(model, dtypes[_TABLE[0]][_TABLE[1]].name)
     if model.head == "scalar":
         pretrained = _with_pooling_pad(pretrained, config)
     if jax.process_index() > 0:

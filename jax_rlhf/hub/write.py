@@ -4,8 +4,8 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
@@ -31,19 +31,22 @@ class _Entry:
         return int(np.prod(self.tensor.hub_shape)) * self.dtype.itemsize
 
 
-def weight_files(model: Decoder, params: dict, max_shard_bytes: int) -> tuple[list[list[_Entry]], dict | None]:
+def weight_files(
+    model: Decoder, params: dict, dtypes: dict, max_shard_bytes: int
+) -> tuple[list[list[_Entry]], dict | None]:
     """Which tensors go into which file.
 
     Args:
       model: whose parameters they are.
       params: the parameters.
+      dtypes: what each is written in, in the same tree.
       max_shard_bytes: of one file, in bytes; one tensor may be larger.
 
     Returns:
       The entries of each file, and the content of the index file where there are several files, else None.
     """
     files: list[list[_Entry]] = [[]]
-    entries = _entries(model, params)
+    entries = _entries(model, params, dtypes)
     for entry in entries:
         if files[-1] and sum(other.bytes for other in files[-1]) + entry.bytes > max_shard_bytes:
             files.append([])
@@ -101,16 +104,16 @@ def _gathered(params: dict, entries: list[_Entry]) -> Iterator[tuple[_Entry, np.
         yield entry, entry.tensor.join([part.astype(entry.dtype, copy=False) for part in parts])
 
 
-def _entries(model: Decoder, params: dict) -> list[_Entry]:
+def _entries(model: Decoder, params: dict, dtypes: dict) -> list[_Entry]:
     entries = []
     for tensor in hub_tensors(model):
-        dtype = np.dtype(jnp.result_type(*{_leaf(params, path).dtype for path in tensor.leaves}))
+        dtype = np.dtype(jnp.result_type(*{_leaf(dtypes, path) for path in tensor.leaves}))
         layers = range(model.config.num_layers) if tensor.stacked else [None]
         entries += [_Entry(tensor.name.format(layer), tensor, layer, dtype) for layer in layers]
     return entries
 
 
-def _leaf(params: dict, path: tuple[str, ...]) -> jax.Array:
+def _leaf(params: dict, path: tuple[str, ...]) -> Any:
     for key in path:
         params = params[key]
     return params

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from jax_rlhf.models.attention import Angles, Attention, AttentionContext, LayerCache, token_order
 from jax_rlhf.models.cache import KVCache, decoder_angles
@@ -29,6 +30,7 @@ from jax_rlhf.parallel import constrained
 Params = dict[str, Any]
 Head = Literal["lm", "scalar"]
 
+NORM_AXES = PartitionSpec("norm"), PartitionSpec("layers", "norm")  # computed in float32, of scales as stored
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
@@ -353,6 +355,26 @@ def logical_axes(model: Decoder) -> Params:
       A nested dict of `jax.sharding.PartitionSpec`; `parallel/layout.py` maps the names to mesh axes.
     """
     return nn.get_partition_spec(_boxed(model))
+
+
+def compute_dtypes(model: Decoder) -> Params:
+    """The dtype that each parameter is computed in: what trains is float32, what does not needs no more than this.
+
+    Args:
+      model: the model.
+
+    Returns:
+      A nested dict of dtypes: the config's, and float32 for norms and a scalar head.
+    """
+    axes = logical_axes(model)
+    dtypes = jax.tree.map(
+        lambda spec: jnp.dtype(jnp.float32) if spec in NORM_AXES else jnp.dtype(model.config.dtype),
+        axes,
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+    if "scalar_head" in dtypes:
+        dtypes["scalar_head"] = {"kernel": jnp.dtype(jnp.float32)}
+    return dtypes
 
 
 def _boxed(model: Decoder) -> Params:

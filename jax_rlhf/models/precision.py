@@ -51,6 +51,21 @@ def traced(*trees: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
 
 
+def narrowed(params: Any, dtypes: Any) -> Any:
+    """Parameters that do not train, in no wider a dtype than they are computed in.
+
+    Args:
+      params: a tree of arrays.
+      dtypes: `compute_dtypes`, in the same tree.
+
+    Returns:
+      The tree; leaves that are as narrow already are the same.
+    """
+    return jax.tree.map(
+        lambda leaf, dtype: leaf.astype(dtype) if dtype.itemsize < leaf.dtype.itemsize else leaf, params, dtypes
+    )
+
+
 def product_precision(dtype: Any) -> jax.lax.Precision | None:
     """The precision of a product of two arrays of a dtype.
 

@@ -17,7 +17,7 @@ from flax import struct
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from jax_rlhf.models.decoder import Decoder, Params, abstract_params, logical_axes
+from jax_rlhf.models.decoder import Decoder, Params, abstract_params, compute_dtypes, logical_axes
 from jax_rlhf.parallel import Layout, shardings
 
 _BOTTOM = "embedding"
@@ -77,6 +77,10 @@ class SplitModel:
     def axes(self) -> SplitParams:
         """The logical names of the axes of both parts' parameters, as `logical_axes` gives them."""
         return self._divided(logical_axes(self.model))
+
+    def compute_dtypes(self) -> SplitParams:
+        """The dtype that each parameter of both parts is computed in, as `compute_dtypes` gives it."""
+        return self._divided(compute_dtypes(self.model))
 
     def places(self, layout: Layout) -> SplitParams:
         """Where both parts' parameters go: `NamedSharding`s.

@@ -59,7 +59,9 @@ def begin_manifest(folder: Path) -> None:
 
 
 def export_model(folder: Path, pretrained: Pretrained) -> None:
-    """Writes a model, and its files' digests into the manifest beside it; of several processes all must call it.
+    """Writes a model in its compute dtype, and its files' digests into the manifest beside it.
+
+    Of several processes all must call it.
 
     Args:
       folder: <workdir>/<phase>/model, or one of its siblings.
@@ -69,7 +71,7 @@ def export_model(folder: Path, pretrained: Pretrained) -> None:
       CheckpointError, FileExistsError, OSError: as `save_pretrained`.
     """
     _list(folder, None)  # should the writer be killed, former digests are of another model
-    save_pretrained(folder, pretrained)
+    save_pretrained(folder, pretrained, dtype=pretrained.model.config.dtype)
     if jax.process_index() == 0:
         _list(folder, {file.name: _digest(file) for file in sorted(folder.iterdir())})
 

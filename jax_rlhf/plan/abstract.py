@@ -4,6 +4,7 @@ The programs are those of `phases/` and `trainer.py`, not copies: they are lower
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jax_rlhf.data import PackedPairs, PairBatch, TextBatch
 from jax_rlhf.engine import ModelConfig, running, running_as
 from jax_rlhf.hub import Pretrained
-from jax_rlhf.models import Decoder, abstract_params, logical_axes
+from jax_rlhf.models import Decoder, abstract_params, compute_dtypes, logical_axes
 from jax_rlhf.models.decoder import Head
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.parallel import Layout, padded_vocab_size, places_of
@@ -109,6 +110,16 @@ def abstract_model(config: ModelConfig, head: Head, layout: Layout) -> Pretraine
     return Pretrained(model, _placed(abstract_params(model), places, jnp.dtype(stored)))
 
 
+def _as_saved(pretrained: Pretrained) -> Pretrained:
+    """A model as the phase that trained it writes it, and the next one loads it."""
+    shapes = jax.tree.map(
+        lambda leaf, dtype: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding),
+        pretrained.params,
+        compute_dtypes(pretrained.model),
+    )
+    return dataclasses.replace(pretrained, params=shapes)
+
+
 def _placed(shapes: Any, places: Any, dtype: Any = None) -> Any:
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=place), shapes, places
@@ -137,8 +148,7 @@ def _sft(config: RunConfig, layout: Layout) -> list[Program]:
 
 def _reward(config: RunConfig, layout: Layout) -> list[Program]:
     data, settings = config.data_of("reward"), config.reward_training
-    start = dataclasses.replace(config.model, path=settings.path or config.sft_model_path or config.model.path)
-    pretrained = _reward_start(config, abstract_model(start, "lm", layout), layout)
+    pretrained = _reward_start(config, layout)
     how = reward.how_to_train(settings, pretrained.model, data.reward_batch_size, settings.steps or _STEPS)
     rows, width = data.reward_batch_size, data.max_tokens
     ids, flags = _rows(layout, jnp.int32, rows, width), _rows(layout, jnp.bool_, rows, width)
@@ -151,8 +161,16 @@ def _reward(config: RunConfig, layout: Layout) -> list[Program]:
     return [_supervised("reward", how, pretrained, batch, layout)]
 
 
-def _reward_start(config: RunConfig, pretrained: Pretrained, layout: Layout) -> Pretrained:
-    layers, models = config.reward_training.num_layers, []
+def _policy(config: RunConfig, layout: Layout) -> Pretrained:
+    """The SFT policy: another run's, or this one's."""
+    given = abstract_model(dataclasses.replace(config.model, path=config.sft_model_path), "lm", layout)
+    return given or _as_saved(abstract_model(config.model, "lm", layout))
+
+
+def _reward_start(config: RunConfig, layout: Layout) -> Pretrained:
+    settings, layers, models = config.reward_training, config.reward_training.num_layers, []
+    pretrained = abstract_model(dataclasses.replace(config.model, path=settings.path), "lm", layout)
+    pretrained = pretrained or _policy(config, layout)
 
     def cut(params: Any) -> Any:
         start = reward_start(dataclasses.replace(pretrained, params=params), layers, jax.random.key(0))
@@ -166,7 +184,7 @@ def _reward_start(config: RunConfig, pretrained: Pretrained, layout: Layout) -> 
 
 def _supervised(phase: str, how: supervised.Supervised, pretrained: Pretrained, batch: Any, layout: Layout) -> Program:
     places = how.network.places(layout)
-    shapes = jax.eval_shape(how.network.split, pretrained.params)
+    shapes = jax.eval_shape(functools.partial(supervised.split_params, how), pretrained.params)
     params = SplitParams(_placed(shapes.frozen, places.frozen), _placed(shapes.trainable, places.trainable))
     state = _placed(
         supervised.abstract_state(how, params.trainable), supervised.state_places(how, params.trainable, layout)
@@ -191,17 +209,16 @@ class _Engine:
 
 def _engine(config: RunConfig, layout: Layout) -> _Engine:
     """What `RLHFEngine.create` would hold."""
-    actor = dataclasses.replace(config.model, path=config.sft_model_path or config.model.path)
     models = {
-        "actor": abstract_model(actor, "lm", layout),
+        "actor": _policy(config, layout),
         "reference": abstract_model(config.reference, "lm", layout),
         "critic": abstract_model(config.critic, "scalar", layout),
         "reward": abstract_model(config.reward, "scalar", layout),
     }
     if models["reward"] is None and not config.ppo.reward_functions:
-        path = config.reward_training.path or actor.path
-        kept = dataclasses.replace(config.reward, path=path)
-        models["reward"] = _reward_start(config, abstract_model(kept, "lm", layout), layout)
+        trained = _as_saved(_reward_start(config, layout))
+        config_here = running(trained.model.config, config.reward)
+        models["reward"] = dataclasses.replace(trained, model=trained.model.clone(config=config_here))
     layers = {
         "trainable_layers": config.model.trainable_layers,
         "critic_trainable_layers": config.critic.trainable_layers,

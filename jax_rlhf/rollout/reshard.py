@@ -11,11 +11,9 @@ import jax
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from jax_rlhf.models import Decoder, DecoderConfig, logical_axes, unstack_layers
+from jax_rlhf.models import NORM_AXES, Decoder, DecoderConfig, logical_axes, unstack_layers
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.parallel import Layout, constrained, reshard_steps, rollout_layout
-
-_KEPT = PartitionSpec("norm"), PartitionSpec("layers", "norm")  # norms are computed in float32, of scales as stored
 
 
 def sampling_layout(config: DecoderConfig) -> Layout | None:
@@ -47,7 +45,7 @@ def reshard(model: Decoder, params: Any, axes: Any) -> tuple[Decoder, Any]:
     steps = [None] if layout is None else reshard_steps(model.config.layout, layout)
 
     def move(spec: PartitionSpec, leaf: Array) -> Array:
-        leaf = leaf if spec in _KEPT else leaf.astype(model.config.dtype)
+        leaf = leaf if spec in NORM_AXES else leaf.astype(model.config.dtype)
         for step in steps:
             leaf = constrained(leaf, step, *spec)
         return leaf

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
 from jax_rlhf.hub import Pretrained, ids_of, other_ids
-from jax_rlhf.models import Decoder, DecoderConfig
+from jax_rlhf.models import Decoder, DecoderConfig, narrowed
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.parallel import Layout
@@ -141,20 +141,24 @@ def assign_parameters(networks: Networks, start: Start) -> tuple[Trained, Frozen
       start: the parameters.
 
     Returns:
-      (trained, frozen): what trains is a copy in float32, since its buffers are donated to every update.
+      (trained, frozen): what trains is a copy in float32, since its buffers are donated to every update; what does not
+      is in no wider a dtype than it is computed in.
     """
     critic_start = start.critic or start.reward or _zero_head(start.actor)
     actor = networks.actor.split(_placed(start.actor, networks.actor))
     critic = networks.critic.split(_placed(critic_start, networks.critic))
-    if networks.critic_shares:
-        critic = critic.replace(frozen=actor.frozen)
-    reference, reward = SplitParams({}, actor.trainable), None
+    reference, reward = actor.trainable, None
     if not networks.reference_shares:
-        reference = SplitParams({}, _placed(start.reference, networks.reference))
+        reference = _placed(start.reference, networks.reference)
     if networks.reward_shares:
-        reward = SplitParams({}, critic.trainable)
+        reward = critic.trainable
     elif networks.reward is not None:
-        reward = SplitParams({}, _placed(start.reward, networks.reward))
+        reward = _placed(start.reward, networks.reward)
+    reference, reward = (
+        None if part is None else SplitParams({}, narrowed(part, network.compute_dtypes().trainable))
+        for part, network in ((reference, networks.reference), (reward, networks.reward))
+    )
+    actor, critic = _frozen_narrowed(networks, actor, critic)
     reference, reward = (
         jax.device_put(part, jax.memory.Space.Host) if role in networks.offloaded else part
         for role, part in (("reference", reference), ("reward", reward))
@@ -177,6 +181,26 @@ def assign_parameters(networks: Networks, start: Start) -> tuple[Trained, Frozen
         missing_eos_bias=jnp.float32(start.reward.missing_eos_bias if start.reward is not None else 0),
     )
     return Trained(_copies(actor.trainable), _copies(critic_trainable), None), frozen
+
+
+def _frozen_narrowed(networks: Networks, actor: SplitParams, critic: SplitParams) -> tuple[SplitParams, SplitParams]:
+    """Actor and critic with frozen layers as wide as the widest of the models that run them computes."""
+    actors, critics = [networks.actor], [networks.critic]
+    if networks.reference_shares:
+        actors.append(networks.reference)
+    if networks.reward_shares:
+        critics.append(networks.reward)
+    if networks.critic_shares:
+        actors, critics = actors + critics, actors + critics
+
+    def narrow(params: SplitParams, users: list[SplitModel]) -> SplitParams:
+        config = users[0].model.config
+        config = config.replace(dtype=jnp.result_type(*(user.model.config.dtype for user in users)))
+        network = dataclasses.replace(users[0], model=users[0].model.clone(config=config))
+        return params.replace(frozen=narrowed(params.frozen, network.compute_dtypes().frozen))
+
+    actor = narrow(actor, actors)
+    return actor, critic.replace(frozen=actor.frozen) if networks.critic_shares else narrow(critic, critics)
 
 
 @jax.jit

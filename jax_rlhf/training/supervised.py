@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from jax_rlhf.data import real_tokens
 from jax_rlhf.hub import Pretrained
-from jax_rlhf.models import model_jit
+from jax_rlhf.models import model_jit, narrowed
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.parallel import Layout, as_layout, kept_in_place, places_of, row_groups
@@ -80,18 +80,32 @@ def create_state(
 
     Args:
       how: what and how.
-      pretrained: the model; its frozen parameters are shared, the others copied.
+      pretrained: the model; its frozen parameters are shared where they are not too wide, the others copied.
       mesh: where they are; None = one device.
 
     Returns:
       (state, frozen parameters).
     """
-    params, create = how.network.split(pretrained.params), functools.partial(_create, how)
+    params, create = split_params(how, pretrained.params), functools.partial(_create, how)
     if mesh is None:
         return jax.jit(create)(params.trainable), params.frozen
     return jax.jit(create, out_shardings=state_places(how, params.trainable, as_layout(mesh)))(
         params.trainable
     ), params.frozen
+
+
+def split_params(how: Supervised, params: Params) -> SplitParams:
+    """A model's parameters: those that train, and those that do not, in no wider a dtype than they are computed in.
+
+    Args:
+      how: what and how.
+      params: the whole model's.
+
+    Returns:
+      Both parts.
+    """
+    parts = how.network.split(params)
+    return parts.replace(frozen=narrowed(parts.frozen, how.network.compute_dtypes().frozen))
 
 
 def state_places(how: Supervised, trainable: Params, layout: Layout) -> SupervisedState:

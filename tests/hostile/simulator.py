@@ -14,6 +14,7 @@ import random
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 from jax_rlhf.hub import CheckpointError
@@ -144,9 +145,10 @@ def digest(*parts: object) -> str:
 
 
 class Leaf(str):
-    """Stands for an array, whose memory can be freed."""
+    """Stands for an array, whose memory can be freed, and for a model, which has a dtype."""
 
     deleted = False
+    model = SimpleNamespace(config=SimpleNamespace(dtype="float32"))
 
     def delete(self) -> None:
         self.deleted = True
@@ -290,7 +292,8 @@ def expected() -> str:
     return number
 
 
-def fake_save(folder: Path, number: str) -> None:
+def fake_save(folder: Path, number: str, *, dtype: str) -> None:
+    del dtype
     with replaced_folder(Path(folder)) as fresh:
         (fresh / "config.json").write_text(json.dumps({"number": str(number)}))
 

@@ -217,6 +217,24 @@ MUTANTS = [
     ),
     *variants(
         "durable.py",
+        "tests/hub/test_folder.py -k cannot_be_written",
+        ("if error.errno is None or error.filename is not None:", "if True:"),
+        ("        if number is None:\n            raise", "        if True:\n            raise"),
+    ),
+    *variants(
+        "phases/tensorboard.py",
+        "tests/phases/test_tensorboard.py",
+        ("event.wall_time, event.step = time.time(), step", "event.wall_time = time.time()"),
+        ("            self._writer.close()", "            pass"),
+        ("SessionLog(status=SessionLog.START)), first)", "SessionLog(status=SessionLog.START)), 0)"),
+    ),
+    *variants(
+        "hub/place.py",
+        "tests/hub/test_pretrained.py -k generation_config",
+        ("        check_generation_config(generation_config, file)\n", ""),
+    ),
+    *variants(
+        "durable.py",
         f"{_MANIFEST} -k synced",
         ("    sync(partial)\n", ""),
         ("    partial.replace(file)\n    sync(file.parent)", "    partial.replace(file)"),

@@ -5,6 +5,7 @@ from tests.mutants import variants
 _LOSSES = "tests/training/test_supervised.py"
 _OPTIMIZER = "tests/training/test_optimizer.py"
 _ROLES = "tests/training/test_roles.py"
+_RUN = "tests/plan/test_the_run.py"
 _STEP = "tests/training/test_step.py"
 _FUNCTIONS = "tests/rewards/test_functions.py"
 
@@ -114,16 +115,40 @@ MUTANTS = [
         ("critic_bias=jnp.float32(critic_bias)", "critic_bias=jnp.float32(0)"),
         ("start.reward.missing_eos_bias if start.reward", "0 if start.reward"),
         ("start.reward.reward_bias if start.reward", "0 if start.reward"),
-        (
-            "reference = SplitParams({}, _placed(start.reference, networks.reference))",
-            "reference = SplitParams({}, _placed(start.actor, networks.reference))",
-        ),
-        (
-            "reward = SplitParams({}, _placed(start.reward, networks.reward))",
-            "reward = SplitParams({}, _placed(start.critic, networks.reward))",
-        ),
+        ("reference = _placed(start.reference,", "reference = _placed(start.actor,"),
+        ("reward = _placed(start.reward,", "reward = _placed(start.critic,"),
         ("jnp.zeros((model.config.output_size, 1)", "jnp.ones((model.config.output_size, 1)"),
         ("return Trained(_copies(actor.trainable),", "return Trained(actor.trainable,"),
+    ),
+    *variants(
+        "training/roles.py",
+        _RUN,
+        ("SplitParams({}, narrowed(part, network.compute_dtypes().trainable))", "SplitParams({}, part)"),
+        ("    actor, critic = _frozen_narrowed(networks, actor, critic)\n", ""),
+    ),
+    *variants(
+        "training/supervised.py",
+        _RUN,
+        ("parts.replace(frozen=narrowed(parts.frozen, how.network.compute_dtypes().frozen))", "parts"),
+    ),
+    *variants(
+        "models/decoder.py",
+        _RUN,
+        ("if spec in NORM_AXES else jnp.dtype(model.config.dtype)", "if False else jnp.dtype(model.config.dtype)"),
+        ('    if "scalar_head" in dtypes:', "    if False:"),
+    ),
+    *variants(
+        "phases/manifest.py",
+        _RUN,
+        (
+            "save_pretrained(folder, pretrained, dtype=pretrained.model.config.dtype)",
+            "save_pretrained(folder, pretrained)",
+        ),
+    ),
+    *variants(
+        "plan/abstract.py",
+        _RUN,
+        ("return dataclasses.replace(pretrained, params=shapes)", "return pretrained"),
     ),
     *variants(
         "engine.py",

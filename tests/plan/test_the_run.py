@@ -1,0 +1,106 @@
+"""What a plan says of a run is what that run calls its programs with, leaf by leaf."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from safetensors import safe_open
+
+from jax_rlhf import load_pretrained, save_pretrained
+from jax_rlhf.parallel import create_layout
+from jax_rlhf.phases import ppo, reward, run_config, sft
+from jax_rlhf.plan.abstract import programs_of
+from jax_rlhf.training import programs, supervised
+from tests.phases import tiny
+
+
+def leaves(arguments):
+    """path → (shape, dtype, what a device holds) of everything that is an array."""
+    arrays = [argument for argument in arguments if jax.tree.leaves(argument, is_leaf=is_array)]
+    found = jax.tree_util.tree_flatten_with_path(arrays)[0]
+    return {
+        jax.tree_util.keystr(path): (leaf.shape, leaf.dtype, leaf.sharding.shard_shape(leaf.shape), kind(leaf))
+        for path, leaf in found
+        if is_array(leaf)
+    }
+
+
+def is_array(leaf):
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+
+
+def kind(leaf):
+    return leaf.sharding.memory_kind == "pinned_host"
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """program → the arguments of its first call."""
+    found = {}
+
+    def watch(module, name, kept):
+        function = getattr(module, name)
+
+        @functools.wraps(function)
+        def call(*arguments):
+            found.setdefault(kept(arguments), leaves(arguments))
+            return function(*arguments)
+
+        monkeypatch.setattr(module, name, call)
+
+    watch(supervised, "step", lambda arguments: f"{arguments[0].network.model.head} step")
+    for name in ("generate", "sample", "score", "update"):
+        watch(programs, name, lambda _, name=name: name)
+    return found
+
+
+ALL = {"ppo.ptx_coef": 0.1}
+TOP = {
+    "model.trainable_layers": 1,
+    "critic.trainable_layers": 1,
+    "ppo.ema_decay": 0.9,
+    "ppo.time_phases": True,
+    "reference.offload": True,
+}
+
+
+@pytest.mark.parametrize(("stored", "changes"), [("bfloat16", ALL), ("float32", TOP)])
+def test_shapes_dtypes_and_shardings_are_the_runs(stored, changes, tmp_path, called):
+    """Computed in bfloat16, whatever the checkpoint has: what trains is float32, what does not is not."""
+    config = tiny.config(tmp_path)
+    save_pretrained(tmp_path / "base", load_pretrained(tmp_path / "base", dtype=stored))
+    config.model.dtype = config.reference.dtype = config.critic.dtype = config.reward.dtype = "bfloat16"
+    config.sft.steps = config.reward_training.steps = config.ppo.iterations = 1
+    config.data.ppo_batch_size = 16
+    config.data.eval_rows, config.sft.sample_rows, config.reward_training.normalize_rows = 2, 0, 8
+    config.update_from_flattened_dict(changes)
+    if config.reference.offload:
+        config.reference.path = str(tmp_path / "base")
+    settings = run_config(config)
+    layout = create_layout(settings.mesh, settings.rollout_mesh)
+    names = {"rollout and scoring": "generate", "rollout": "sample", "scoring": "score", "update": "update"}
+    names = {f"ppo {name}": called_as for name, called_as in names.items()}
+    names |= {"sft step": "lm step", "reward step": "scalar step"}
+    planned = {names[f"{one.phase} {one.name}"]: leaves(one.arguments) for one in programs_of(settings, layout)}
+
+    workdir = tmp_path / "run"
+    for phase, run in (("sft", sft.run), ("reward", reward.run), ("ppo", ppo.run)):
+        (workdir / phase).mkdir(parents=True)
+        run(settings, workdir)
+    assert called.keys() == planned.keys()
+    for program, arguments in planned.items():
+        assert called[program] == arguments, program
+    frozen = {
+        path: dtype
+        for path, (_, dtype, _, _) in called["update"].items()
+        if ".reference." in path or ".reward." in path or path.endswith(".frozen")
+    }
+    in_float32 = [path for path, dtype in frozen.items() if dtype != jnp.bfloat16]
+    assert frozen
+    assert all("norm" in path or "scalar_head" in path for path in in_float32)
+    for model in ("sft/model", "reward/model", "ppo/model", "ppo/critic"):  # in what they are computed in
+        with safe_open(workdir / model / "model.safetensors", "np") as file:
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        assert {kind for name, kind in kinds.items() if "norm" in name or "score" in name} == {"F32"}
+        assert {kind for name, kind in kinds.items() if "norm" not in name and "score" not in name} == {"BF16"}
