@@ -75,7 +75,7 @@ class Progress:
             checkpoints_of(record.folder), config.checkpoint, asynchronous=not config.debug, say=record.say
         )
         self._saved, self._saved_at = 0, time.monotonic()
-        self._position: dict[str, Any] = {}
+        self._position: dict[str, Any] | None = None
         self._evaluated, self._metric = True, None
         watched = dataclasses.replace(config.watchdog, action="warn") if self._may_pause(config) else config.watchdog
         signs = [lambda: record.beats, self._is_being_put_up, *signs]
@@ -194,7 +194,8 @@ class Progress:
 
     def _mark(self, *, evaluated: bool) -> None:
         """What a checkpoint of this step will say; should an evaluation be stopped, it says what was before."""
-        self._evaluated, self._metric, self._position = evaluated, None, self._record.position()
+        self._evaluated, self._metric, self._position = evaluated, None, None  # not the former step's, should it fail
+        self._position = self._record.position()
 
     def _best(self, metrics: Mapping[str, float]) -> float | None:
         best = self._config.best
@@ -206,7 +207,7 @@ class Progress:
         notes = {
             "phase": self.notes,
             "inputs": self._inputs,
-            "position": self._position,
+            "position": self._record.position() if self._position is None else self._position,
             "evaluated": self._evaluated,
             "costs": self.costs.so_far(),
             "config": dataclasses.asdict(self._run),

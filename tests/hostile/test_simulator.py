@@ -1,6 +1,8 @@
 """Thousands of simulated runs with kills, power cuts, damaged files and clocks that jump, all in one."""
 
 import collections
+import errno
+import random
 import tempfile
 import time
 from pathlib import Path
@@ -8,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from jax_rlhf.phases import default_config
+from jax_rlhf.phases.record import Record
+from tests.hostile import simulator
 from tests.hostile.fuzzing import SEED
 from tests.hostile.simulator import scenario
 
@@ -40,3 +44,29 @@ def test_a_run_ends_right_or_stops_with_a_word(folder, count):
     seconds = time.monotonic() - started
     print(f"seeds from {first}: {dict(total)}; {60 * total['runs'] / seconds:.0f} runs a minute")
     assert min(total[name] for name in ("kills", "power cuts", "terms", "damage", "words")) >= count / 30
+
+
+def test_a_disk_that_fails_while_a_step_is_marked_costs_no_line(folder, monkeypatch):
+    """How far metrics and samples are is asked after each step; a checkpoint that saves what was trained asks anew."""
+    asked, position = 0, Record.position
+
+    def failing(record):
+        nonlocal asked
+        asked += 1
+        if asked == at:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded", "samples.jsonl")
+        return position(record)
+
+    monkeypatch.setattr(Record, "position", failing)
+    for at in range(1, 100):
+        disk, asked = simulator.Disk(folder / str(at), random.Random(0)), 0
+        with simulator.simulated(disk, random.Random(0)):
+            workdir = disk.live / "run"
+            try:
+                simulator.run(settings(), workdir, simulator.StopAt(None))
+            except OSError:
+                simulator.run(settings(), workdir, simulator.StopAt(None))
+            else:
+                break
+            simulator.check(workdir, False)
+    assert at > 15
