@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from absl import logging
@@ -125,13 +126,15 @@ def test_no_phase_begins_in_somebody_else_s_folder(workdir):
 def test_a_model_whose_export_was_cut_short(workdir, monkeypatch):
     """Its digests are not those of the model before."""
 
-    def cut_short(folder, pretrained):
+    def cut_short(folder, pretrained, dtype):
+        assert dtype == "bfloat16"  # which it computes in
         flip(folder / "model.safetensors")
         raise KeyboardInterrupt
 
     monkeypatch.setattr("jax_rlhf.phases.manifest.save_pretrained", cut_short)
+    config = SimpleNamespace(dtype="bfloat16")
     with pytest.raises(KeyboardInterrupt):
-        export_model(workdir / "ppo" / "model", None)
+        export_model(workdir / "ppo" / "model", SimpleNamespace(model=SimpleNamespace(config=config)))
     with pytest.raises(ManifestError, match="its export did not end"):
         check_model(workdir / "ppo" / "model")
     assert looked_at(workdir)["ppo/model"] == "its export did not end"
