@@ -19,7 +19,6 @@ class Chip:
       network: to other slices or machines, bytes/s each way per device.
       axes: dimensions of a TPU slice; 0 for GPUs.
       most: chips of the largest TPU slice; 0 for GPUs.
-      devices: per chip, as JAX counts them.
     """
 
     name: str
@@ -30,7 +29,6 @@ class Chip:
     network: float
     axes: int = 0
     most: int = 0
-    devices: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +121,7 @@ CHIPS = {
     "v5p": Chip("TPU v5p", 95.74 * GIB, 459e12, 2.765e12, 600e9, 6.25e9, axes=3, most=8960),
     "v6e": Chip("TPU v6e", 31.25 * GIB, 918e12, 1.638e12, 400e9, 12.5e9, axes=2, most=256),
     # Two devices per chip, which share its links and its network.
-    "tpu7x": Chip("TPU7x", 94.75 * GIB, 1153.5e12, 3.69e12, 300e9, 6.25e9, axes=3, most=9216, devices=2),
+    "tpu7x": Chip("TPU7x", 94.75 * GIB, 1153.5e12, 3.69e12, 300e9, 6.25e9, axes=3, most=9216),
     "l4": _gpu("NVIDIA L4", "l4", 121e12, 32e9, 1.56e9),
     "a100": _gpu("NVIDIA A100 SXM 80 GB", "a100", 312e12, 300e9, 25e9),
     "h100": _gpu("NVIDIA H100 SXM", "h100", 989e12, 450e9, 50e9),

@@ -41,8 +41,7 @@ def topology_here() -> Topology:
     kind = devices[0].device_kind
     unknown = Chip(kind, 0.0, *(math.nan,) * 4)
     chip = dataclasses.replace(CHIPS.get(_KINDS.get(kind, ""), unknown), memory=float(stats["bytes_limit"]))
-    near = len(devices) if chip.axes else jax.local_device_count()
-    return Topology("here", chip, devices, near, chip.link)
+    return Topology("here", chip, devices, len(devices), chip.link)
 
 
 def measured_peak(program: Program) -> float:

@@ -229,6 +229,14 @@ MUTANTS = [
         ("SessionLog(status=SessionLog.START)), first)", "SessionLog(status=SessionLog.START)), 0)"),
     ),
     *variants(
+        "phases/progress.py",
+        "tests/hostile/test_simulator.py -k marked",
+        (
+            "self._evaluated, self._metric, self._position = evaluated, None, None",
+            "self._evaluated, self._metric = evaluated, None",
+        ),
+    ),
+    *variants(
         "hub/place.py",
         "tests/hub/test_pretrained.py -k generation_config",
         ("        check_generation_config(generation_config, file)\n", ""),
