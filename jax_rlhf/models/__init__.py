@@ -1,6 +1,6 @@
 """The decoder: its description, its modules, its cache."""
 
-from jax_rlhf.models.cache import KVCache, create_cache
+from jax_rlhf.models.cache import KVCache, create_cache, grow_cache
 from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.models.decoder import (
     NORM_AXES,
@@ -24,6 +24,7 @@ __all__ = [
     "abstract_params",
     "compute_dtypes",
     "create_cache",
+    "grow_cache",
     "init_params",
     "kernels_by_output",
     "logical_axes",

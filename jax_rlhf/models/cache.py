@@ -6,6 +6,7 @@ arrays a layer, each updated in place; for scanned layers one stacked pair in th
 through a scan's inputs and outputs is copied whole at every step.
 """
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
@@ -63,6 +64,31 @@ def create_cache(config: DecoderConfig, batch: int, capacity: int, *, scan_layer
         length=jnp.zeros((), jnp.int32),
         angles=decoder_angles(config, jnp.zeros((batch, 1), jnp.int32)),
     )
+
+
+def grow_cache(cache: KVCache, config: DecoderConfig, capacity: int) -> KVCache:
+    """A cache with more slots, the filled ones first. Call it outside the loop over tokens: it copies the cache.
+
+    Args:
+      cache: any.
+      config: the model's.
+      capacity: S of the result, in tokens, at least that of the cache.
+
+    Returns:
+      The cache.
+    """
+    more = capacity - cache.order.shape[1]
+    if not more:
+        return cache
+
+    def widen(buffer: Array) -> Array:
+        wider = jnp.pad(buffer, [(0, 0)] * (buffer.ndim - 2) + [(0, more), (0, 0)])
+        axes = (*("layers" for _ in range(buffer.ndim - 4)), "rows", "kv_heads", "length", "head_dim")
+        return constrained(wider, config.layout, *axes)
+
+    order = jnp.pad(cache.order, [(0, 0), (0, more)], constant_values=NOT_REAL)
+    order = constrained(order, config.layout, "rows", "length")
+    return cache.replace(layers=jax.tree.map(widen, cache.layers), order=order)
 
 
 def decoder_angles(config: DecoderConfig, positions: Array) -> tuple[Angles | None, Angles | None]:

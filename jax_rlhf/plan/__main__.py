@@ -68,7 +68,7 @@ def _plan(config: ConfigDict, topology: Topology) -> int:
     for program in programs:
         print(f"compiling {program.phase} {program.name}", file=sys.stderr, flush=True)
         accounts.append(account(program, topology))
-        if program.decode_steps:
+        if program.decode_bytes:
             rollout = sampling_layout(program.arguments[0].actor.model.config)
             forms += f", {_form('rollout', rollout.mesh)}"
     if _MEASURE.value:

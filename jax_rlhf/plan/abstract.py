@@ -24,7 +24,7 @@ from jax_rlhf.phases import reward, sft
 from jax_rlhf.phases.config import RunConfig
 from jax_rlhf.phases.ppo import ppo_microbatch, with_schedule_ends
 from jax_rlhf.plan.presets import model_shape
-from jax_rlhf.rollout import sampling_layout
+from jax_rlhf.rollout import decode_stages, sampling_layout
 from jax_rlhf.trainer import minibatch_part
 from jax_rlhf.training import PPOConfig, PretrainingRows, programs, supervised
 from jax_rlhf.training import state as ppo_state
@@ -52,8 +52,7 @@ class Program:
       arguments: as it is called, static ones and shapes.
       resident: what lies on the devices whether this program reads it or not: parameters, optimizer states.
       passing: what lies there for this program: batches, experience.
-      decode_steps: turns of the loop over tokens, at most; 0 without one.
-      decode_bytes: of parameters and cache that a device reads a turn, the cache half full.
+      decode_bytes: of kernels and cache that a device reads in its loops over tokens, run to their end; 0 without any.
       layout: of training.
     """
 
@@ -64,7 +63,6 @@ class Program:
     resident: dict[str, Any]
     passing: Any
     layout: Layout
-    decode_steps: int = 0
     decode_bytes: float = 0.0
 
 
@@ -274,27 +272,22 @@ def _ppo(config: RunConfig, layout: Layout) -> list[Program]:
         "optimizer": (state.actor_optimizer, state.critic_optimizer),
     }
 
-    def made(name: str, function: Callable, arguments: tuple, passing: Any, **decode: float) -> Program:
-        return Program("ppo", name, function, arguments, resident, passing, layout, **decode)
+    def made(name: str, function: Callable, arguments: tuple, passing: Any, decode: float = 0.0) -> Program:
+        return Program("ppo", name, function, arguments, resident, passing, layout, decode)
 
     sampling = sampling_settings(settings)
     prompts = (networks, sampling, trained, frozen, tokens, mask, ids, key)
-    decode = {
-        "decode_steps": settings.max_new_tokens - 1,
-        "decode_bytes": _decode_bytes(networks, rows, width + settings.max_new_tokens),
-    }
+    decode = _decode_bytes(networks, rows, width, settings.max_new_tokens)
     samples = _in_rows(programs.sample.eval_shape(*prompts), layout)
     if settings.reward_functions:
         scores = _rows(layout, jnp.float32, rows)
     scored = (networks, settings, trained, frozen, samples, mask, scores, beta)
     experience = _in_rows(programs.score.eval_shape(*scored), layout)
     if programs.in_one_program(networks, settings):
-        collected = [
-            made("rollout and scoring", programs.generate, (*prompts, settings, beta), (tokens, mask), **decode)
-        ]
+        collected = [made("rollout and scoring", programs.generate, (*prompts, settings, beta), (tokens, mask), decode)]
     else:
         collected = [
-            made("rollout", programs.sample, prompts, (tokens, mask), **decode),
+            made("rollout", programs.sample, prompts, (tokens, mask), decode),
             made("scoring", programs.score, scored, (samples, mask)),
         ]
     texts = None
@@ -306,20 +299,31 @@ def _ppo(config: RunConfig, layout: Layout) -> list[Program]:
     return [*collected, made("update", programs.update, update, (experience, texts))]
 
 
-def _decode_bytes(networks: Networks, rows: int, capacity: int) -> float:
-    """Of the actor's parameters and half its cache on a device, in the rollout layout."""
+def _decode_bytes(networks: Networks, rows: int, width: int, length: int) -> float:
+    """Of the actor's kernels and cache on a device, in the rollout layout: all steps of decoding together.
+
+    A step reads every kernel, of a table that only looks tokens up a row per token, and each slot of its stage's cache.
+    """
     model = networks.actor.model
     config, layout = model.config, sampling_layout(model.config)
-    shapes, axes = abstract_params(model), logical_axes(model)
-    kept = jax.tree.map(
-        lambda spec, leaf: math.prod(layout.sharding(spec, leaf.shape).shard_shape(leaf.shape)),
-        axes,
-        shapes,
+
+    def held(axes: PartitionSpec | tuple[str, ...], shape: tuple[int, ...]) -> int:
+        return math.prod(layout.sharding(axes, shape).shard_shape(shape))
+
+    sizes = jax.tree.map(
+        lambda spec, leaf: held(spec, leaf.shape),
+        logical_axes(model),
+        abstract_params(model),
         is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
-    shape = (config.num_layers, rows, config.num_kv_heads, capacity, config.head_dim)
-    cache = layout.sharding(("layers", "rows", "kv_heads", "length", "head_dim"), shape).shard_shape(shape)
-    return (sum(jax.tree.leaves(kept)) + math.prod(cache)) * config.dtype.itemsize  # keys and values, half of each
+    if not config.tie_embeddings:
+        sizes = {name: size for name, size in sizes.items() if name != "embedding"}
+    kernels = sum(jax.tree.leaves(sizes)) * (length - 1)
+    stages = decode_stages(length)
+    slots = sum((end - start) * (width + end - 1) for start, end in zip((1, *stages), stages, strict=False))
+    slot = config.num_layers, rows, config.num_kv_heads, config.head_dim
+    cache = 2 * slots * held(("layers", "rows", "kv_heads", "head_dim"), slot)  # keys and values
+    return float((kernels + cache) * config.dtype.itemsize)
 
 
 def _in_rows(tree: Any, layout: Layout) -> Any:

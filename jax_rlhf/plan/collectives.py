@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from jax_rlhf.rollout import loop_turns
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
@@ -49,12 +51,11 @@ class _Computation:
     lines: list[tuple[str, str, str]]  # (result type, operation, the rest)
 
 
-def collectives(hlo: str, *, loop_turns: int = 0, devices: int, near: int | None = None) -> list[Collective]:
+def collectives(hlo: str, *, devices: int, near: int | None = None) -> list[Collective]:
     """The collectives of a compiled program.
 
     Args:
       hlo: `compiled.as_text()`.
-      loop_turns: of the loop over tokens, which may end before.
       devices: of the program.
       near: of them, as many as links join, a slice or a machine; None = all.
 
@@ -62,7 +63,7 @@ def collectives(hlo: str, *, loop_turns: int = 0, devices: int, near: int | None
       Each once, with how often it runs.
     """
     computations, entry = _parse(hlo)
-    return list(_walk(computations, entry, 1, loop_turns, (devices, near or devices)))
+    return list(_walk(computations, entry, 1, (devices, near or devices)))
 
 
 def computations_of(hlo: str) -> dict[str, list[str]]:
@@ -96,7 +97,7 @@ def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
 
 
 def _walk(
-    computations: dict[str, _Computation], name: str, times: int, loop_turns: int, devices: tuple[int, int]
+    computations: dict[str, _Computation], name: str, times: int, devices: tuple[int, int]
 ) -> Iterator[Collective]:
     for result, operation, rest in computations[name].lines:
         kind = operation.removesuffix("-start")
@@ -110,18 +111,20 @@ def _walk(
         turns = 1
         if operation == "while":
             condition = re.search(r"condition=%?([\w.\-]+)", rest)[1]
-            turns = _turns(computations, condition, rest, loop_turns)
+            turns = _turns(computations, condition, rest)
         for callee in called:
             if callee in computations and not (kind == "reduce" or operation.endswith("-done")):
-                yield from _walk(computations, callee, times * turns, loop_turns, devices)
+                yield from _walk(computations, callee, times * turns, devices)
 
 
-def _turns(computations: dict[str, _Computation], condition: str, rest: str, loop_turns: int) -> int:
+def _turns(computations: dict[str, _Computation], condition: str, rest: str) -> int:
     known = re.search(r"known_trip_count[^\d]*(\d+)", rest)
     if known:
         return int(known[1])
-    if re.search(r'op_name="[^"]*decode/while"', rest) and loop_turns:  # over tokens: it may end before
-        return loop_turns
+    name = re.search(r'op_name="([^"]*)"', rest)
+    over_tokens = loop_turns(name[1]) if name else None
+    if over_tokens is not None:
+        return over_tokens
     bounds = [int(number) for number in _constants(computations, condition)]
     return max(bounds, default=1)
 

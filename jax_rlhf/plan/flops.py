@@ -6,11 +6,13 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
+from jax_rlhf.rollout import loop_turns
+
 # cuDNN's attention is one operation; backward computes the scores again, then four gradients' products.
 _CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 
 
-def product_flops(jaxpr: ClosedJaxpr | Jaxpr, *, loop_turns: int = 1) -> float:
+def product_flops(jaxpr: ClosedJaxpr | Jaxpr) -> float:
     """Floating-point operations of all matrix products, what remat computes again included.
 
     2 · batch · rows · columns · contracted each; a scan's body as often as it is long, of a conditional the dearer
@@ -19,7 +21,6 @@ def product_flops(jaxpr: ClosedJaxpr | Jaxpr, *, loop_turns: int = 1) -> float:
 
     Args:
       jaxpr: of the traced program.
-      loop_turns: turns of a `while_loop`, whose number the program does not say.
 
     Returns:
       FLOPs of all devices together.
@@ -33,18 +34,19 @@ def product_flops(jaxpr: ClosedJaxpr | Jaxpr, *, loop_turns: int = 1) -> float:
             shape = equation.invars[0].aval.shape
             total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
         elif name == "cond":
-            total += max(product_flops(branch, loop_turns=loop_turns) for branch in inner)
+            total += max(product_flops(branch) for branch in inner)
         elif name in _CUDNN_PRODUCTS:
             query, key = equation.invars[0].aval.shape, equation.invars[1].aval.shape  # [B, T, H, head_dim]
             total += _CUDNN_PRODUCTS[name] * 2.0 * math.prod(query) * key[1]
         else:
-            turns = loop_turns if name == "while" else _turns(equation)
-            total += turns * sum(product_flops(part, loop_turns=loop_turns) for part in inner)
+            total += _turns(equation) * sum(product_flops(part) for part in inner)
     return total
 
 
 def _turns(equation: JaxprEqn) -> int:
     params = equation.params
+    if equation.primitive.name == "while":  # over tokens; another loop's turns the program does not say
+        return loop_turns(str(equation.source_info.name_stack)) or 1
     if equation.primitive.name == "shard_map":  # its body is what one device does
         return params["mesh"].size
     if equation.primitive.name == "pallas_call":

@@ -70,7 +70,7 @@ def account(program: Program, topology: Topology) -> Account:
     """
     started = time.perf_counter()
     traced = program.function.trace(*program.arguments)
-    flops = product_flops(traced.jaxpr, loop_turns=max(program.decode_steps, 1)) / len(topology.devices)
+    flops = product_flops(traced.jaxpr) / len(topology.devices)
     parameters, optimizer = (device_bytes(program.resident[part]) for part in ("parameters", "optimizer"))
     batch, failure, sent = device_bytes(program.passing), None, ()
     try:
@@ -80,9 +80,7 @@ def account(program: Program, topology: Topology) -> Account:
     else:
         memory = compiled.memory_analysis()
         temporaries = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        turns, near = program.decode_steps, topology.group
-        sent = tuple(collectives(compiled.as_text(), loop_turns=turns, devices=len(topology.devices), near=near))
-    traffic = program.decode_steps * program.decode_bytes
+        sent = tuple(collectives(compiled.as_text(), devices=len(topology.devices), near=topology.group))
     return Account(
         phase=program.phase,
         name=program.name,
@@ -93,9 +91,9 @@ def account(program: Program, topology: Topology) -> Account:
         peak=parameters + optimizer + batch + temporaries,
         memory=topology.chip.memory,
         flops=flops,
-        traffic=traffic,
+        traffic=program.decode_bytes,
         collectives=sent,
-        seconds=_bounds(flops, traffic, sent, topology),
+        seconds=_bounds(flops, program.decode_bytes, sent, topology),
         compile_seconds=time.perf_counter() - started,
         failure=failure,
     )

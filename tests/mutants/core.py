@@ -293,6 +293,15 @@ MUTANTS = [
         ("jnp.where(running, drawn.kept_mass, 0)", "drawn.kept_mass"),
         ('"mask": carry["mask"].at[:, index].set(running)', '"mask": carry["mask"].at[:, index].set(True)'),
         ("config.vocab_size]", "config.table_rows]"),
+        ('grow_cache(carry["cache"], model.config, width + end - 1)', 'carry["cache"]'),
+        ('(carry["index"] < end) & jnp.any', '(carry["index"] < length) & jnp.any'),
+        ("min(MAX_STAGES, length // STAGE_TOKENS)", "min(1, length // STAGE_TOKENS)"),
+    ),
+    *variants(
+        "models/cache.py",
+        _SAMPLE,
+        ("(0, more)], constant_values=NOT_REAL", "(0, more)], constant_values=0"),
+        ("[(0, more), (0, 0)])", "[(more, 0), (0, 0)])"),
     ),
     *variants(
         "rollout/scorer.py",

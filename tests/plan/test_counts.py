@@ -14,6 +14,7 @@ from jax_rlhf.parallel import MeshConfig, create_layout
 from jax_rlhf.plan.collectives import collectives
 from jax_rlhf.plan.flops import product_flops
 from jax_rlhf.plan.presets import PRESETS, model_shape
+from jax_rlhf.rollout.sampler import loop_scope
 from tests.plan.tiny import topology
 
 
@@ -34,8 +35,12 @@ def test_flops_count_every_turn_of_every_loop():
     assert product_flops(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, weights)) == 15 * once
     again = lambda x, w: jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, w)[0])  # noqa: E731
     assert product_flops(jax.make_jaxpr(jax.grad(again, argnums=(0, 1)))(x, weights)) == 20 * once
-    loop = lambda x: jax.lax.while_loop(lambda c: c[0] < 7, lambda c: (c[0] + 1, c[1] @ weights[0]), (0, x))  # noqa: E731
-    assert product_flops(jax.make_jaxpr(loop)(x), loop_turns=7) == 7 * once
+
+    def over_tokens(x):
+        with jax.named_scope(loop_scope(7)):
+            return jax.lax.while_loop(lambda c: c[0] < 9, lambda c: (c[0] + 1, scanned(c[1])), (0, x))
+
+    assert product_flops(jax.make_jaxpr(over_tokens)(x)) == 7 * 5 * once
     branch = lambda x: jax.lax.cond(x[0, 0] > 0, scanned, lambda x: x @ weights[0], x)  # noqa: E731
     assert product_flops(jax.make_jaxpr(jax.jit(branch))(x)) == 5 * once
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_rlhf import sample, token_logprobs
 from jax_rlhf.models import Decoder, init_params, unstack_layers
 from jax_rlhf.parallel import put_rows
-from jax_rlhf.rollout import Sampling, rollout, sampler
+from jax_rlhf.rollout import Sampling, decode_stages, loop_turns, rollout, sampler
 from jax_rlhf.rollout.draw import draw_tokens
 from jax_rlhf.rollout.sampler import TURNING_PAYS
 from tests.models.test_decoder import tiny_config
@@ -202,6 +202,52 @@ def test_decoding_stops_when_every_row_has_ended(monkeypatch):
     longest = int(samples.response_mask.sum(axis=1).max())
     assert 1 < longest < 200
     assert len(draws) == longest
+
+
+def test_the_cache_grows_in_stages_of_128_tokens_and_more():
+    assert [decode_stages(length) for length in (1, 127, 255)] == [(1,), (127,), (255,)]
+    assert decode_stages(256) == (128, 256)
+    assert decode_stages(400) == (133, 266, 400)
+    assert decode_stages(1000) == (250, 500, 750, 1000)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_what_is_drawn_does_not_depend_on_the_stages(monkeypatch, scan_layers):
+    """With seven stages as with one, over layers with windows, and of rows that end in any of them."""
+    model, params = tiny(2.0, sliding_window=5, sliding_layers=(True, False))
+    if not scan_layers:
+        model, params = model.clone(scan_layers=False), unstack_layers(params, 2)
+    prompts, mask = ragged_prompts(6, 5)
+    sampling = Sampling(21, temperature=2.0, eos_ids=(3,))
+
+    def drawn(tokens, most):
+        monkeypatch.setattr(sampler, "STAGE_TOKENS", tokens)
+        monkeypatch.setattr(sampler, "MAX_STAGES", most)
+        assert len(decode_stages(21)) == most
+        return jax.jit(lambda: rollout(model, params, jnp.asarray(prompts), jnp.asarray(mask), KEY, ids, sampling))()
+
+    ids = jnp.arange(6)
+    whole, staged = drawn(21, 1), drawn(3, 7)
+    lengths = whole.response_mask.sum(axis=1)
+    assert 1 < int(lengths.min()) < 15
+    assert int(lengths.max()) == 21
+    assert_same_responses(model, params, whole, staged, prompts, mask, ids)
+
+
+def test_a_step_reads_the_slots_of_its_stage_alone(monkeypatch):
+    """The keys that a step's scores are of: prompt and response as far as the stage goes, never the whole window."""
+    monkeypatch.setattr(sampler, "STAGE_TOKENS", 4)
+    model, params = tiny()
+    prompts, mask = ragged_prompts(2, 3)
+    turns = jax.make_jaxpr(lambda: rollout(model, params, prompts, mask, KEY, jnp.arange(2), Sampling(16)))()
+    loops = [equation for equation in turns.eqns if equation.primitive.name == "while"]
+    widths = [{shape[3] for shape in shapes_of(loop.params["body_jaxpr"]) if len(shape) == 5} for loop in loops]
+    assert widths == [{3 + end - 1} for end in (4, 8, 12, 16)]  # [L, B, K, S, head_dim]
+    assert [loop_turns(str(loop.source_info.name_stack)) for loop in loops] == [3, 4, 4, 4]
+
+
+def shapes_of(jaxpr):
+    return [variable.aval.shape for variable in jaxpr.jaxpr.invars]
 
 
 def test_rows_that_pad_the_vocabulary_are_never_sampled():
