@@ -14,13 +14,12 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
-from jax_rlhf.parallel import create_layout
 from jax_rlhf.phases import default_config, run_config
 from jax_rlhf.plan.abstract import programs_of
 from jax_rlhf.plan.chips import GIB
 from jax_rlhf.plan.presets import PRESETS
 from jax_rlhf.plan.report import account
-from jax_rlhf.plan.topology import describe_topology
+from jax_rlhf.plan.topology import describe_topology, layout_on
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x2", "As for jax_rlhf.plan.")
 _LENGTHS = flags.DEFINE_multi_integer("length", [1024, 4096, 8192], "Tokens a row.")
@@ -47,7 +46,7 @@ def _temporaries(shape: str, length: int, form: str, topology) -> float:
     with config.unlocked():
         config.model.attention = form
     settings = run_config(config)
-    layout = create_layout(settings.mesh, settings.rollout_mesh, topology.devices)
+    layout = layout_on(topology, settings)
     (program,) = programs_of(settings, layout)
     return account(program, topology).temporaries / GIB
 

@@ -11,12 +11,11 @@ import jax
 from absl import app, flags
 
 from jax_rlhf.packaged import packaged_config
-from jax_rlhf.parallel import create_layout
 from jax_rlhf.phases import run_config
 from jax_rlhf.plan.abstract import programs_of
 from jax_rlhf.plan.chips import GIB
 from jax_rlhf.plan.report import account
-from jax_rlhf.plan.topology import describe_topology
+from jax_rlhf.plan.topology import describe_topology, layout_on
 
 _CHIP = flags.DEFINE_enum("chip", "v5p", ["v5p", "h100"], "Which.")
 _ROWS = flags.DEFINE_integer("rows", 16, "Prompts an iteration and device.")
@@ -53,7 +52,7 @@ def main(arguments: list[str]) -> None:
                     form | {"phases": ("ppo",), "data.ppo_batch_size": _ROWS.value * count}
                 )
             settings = run_config(config)
-            layout = create_layout(settings.mesh, settings.rollout_mesh, topology.devices)
+            layout = layout_on(topology, settings)
             accounts = [account(program, topology) for program in programs_of(settings, layout)]
             sent = [sum(one.count * one.bytes for one in each.collectives) / GIB for each in accounts]
             seconds = {kind: sum(each.seconds[kind] for each in accounts) for kind in accounts[0].seconds}

@@ -6,8 +6,10 @@ from jax_rlhf.parallel.layout import (
     as_layout,
     constrained,
     lookup_layout,
+    machine_of,
     reshard_steps,
     rollout_layout,
+    tensor_is_joined,
 )
 from jax_rlhf.parallel.mesh import MeshConfig, RolloutMeshConfig, create_layout, create_mesh
 from jax_rlhf.parallel.partition import gather_to_host, kept_in_place, padded_vocab_size, places_of, shardings
@@ -53,6 +55,7 @@ __all__ = [
     "leave",
     "local_rows",
     "lookup_layout",
+    "machine_of",
     "map_row_groups",
     "owned_rows",
     "padded_vocab_size",
@@ -66,5 +69,6 @@ __all__ = [
     "shardings",
     "start_processes",
     "summed",
+    "tensor_is_joined",
     "together",
 ]

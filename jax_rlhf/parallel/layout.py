@@ -52,11 +52,14 @@ class Layout:
       overrides: lines of the table that differ, (logical axis, mesh axes) each.
       rollout: for sampling, how many of the devices along `fsdp` still cut weights there, and how many join `tensor`;
         None = chosen by the model (`rollout_layout`).
+      near: so many devices of consecutive ids are joined by fast links, the GPUs of a machine; None = as the devices
+        themselves say, which those of a topology that is only described do not.
     """
 
     mesh: Mesh
     overrides: tuple[tuple[str, tuple[str, ...]], ...] = ()
     rollout: tuple[int, int] | None = None
+    near: int | None = None
 
     def __post_init__(self) -> None:
         # `jax.make_mesh` makes Explicit axes by default, under which a contraction over a sharded axis is an error.
@@ -178,8 +181,9 @@ def lookup_layout(layout: Layout | None) -> Layout | None:
 def rollout_layout(layout: Layout, divided: Sequence[int]) -> Layout:
     """The layout to sample in: no weight is cut where decoding would have to gather it for every token.
 
-    As configured (`config.rollout_mesh`), or: of the devices along `fsdp` as many as the model's sizes allow go to
-    `tensor`, the rest to `data`. With 8 key/value heads and fsdp=8 that is tensor=8: as much memory a device as before.
+    As configured (`config.rollout_mesh`), or: of the devices along `fsdp` as many as the model's sizes allow, and fast
+    links join, go to `tensor`, the rest to `data`. With 8 key/value heads and fsdp=8 that is tensor=8: as much memory
+    per device as before. Each token costs two sums over `tensor` per layer, so it does not leave a machine of GPUs.
 
     Args:
       layout: that of training.
@@ -197,7 +201,7 @@ def rollout_layout(layout: Layout, divided: Sequence[int]) -> Layout:
     fsdp, tensor = (layout.mesh.shape.get(axis, 1) for axis in ("fsdp", "tensor"))
     fits = [n for n in range(1, fsdp + 1) if fsdp % n == 0 and not any(size % (n * tensor) for size in divided)]
     if layout.rollout is None:
-        return _split_layout(layout, 1, max(fits, default=1))
+        return _split_layout(layout, 1, max((n for n in fits if _joined(layout, n * tensor)), default=1))
     kept, extra = layout.rollout
     if extra not in fits and extra > 1:
         raise ValueError(
@@ -205,6 +209,39 @@ def rollout_layout(layout: Layout, divided: Sequence[int]) -> Layout:
             f"{', '.join(map(str, divided))}; {', '.join(str(n * tensor) for n in fits)} would."
         )
     return _split_layout(layout, kept, extra)
+
+
+def tensor_is_joined(layout: Layout) -> bool:
+    """Whether fast links join the devices that share a weight along `tensor`.
+
+    Args:
+      layout: of training or of sampling.
+
+    Returns:
+      False where its sums go over the network.
+    """
+    return _joined(layout, math.prod(layout.mesh.shape.get(axis, 1) for axis in ("fsdp_to_tensor", "tensor")))
+
+
+def _joined(layout: Layout, size: int) -> bool:
+    """Whether each `size` devices that follow each other in the mesh lie in one machine or slice."""
+    machines = [machine_of(device, layout.near) for device in layout.mesh.devices.flat]
+    return all(len(set(machines[start : start + size])) == 1 for start in range(0, len(machines), size))
+
+
+def machine_of(device: jax.Device, near: int | None = None) -> int:
+    """Which machine or slice a device lies in, within which fast links join all.
+
+    Args:
+      device: of a mesh.
+      near: as in `Layout`.
+
+    Returns:
+      Its number: of TPUs that of the slice, of GPUs that of the host.
+    """
+    if near is not None:
+        return device.id // near
+    return getattr(device, "partition_index", None) or getattr(device, "slice_index", None) or 0  # JAX renames it
 
 
 def _split_layout(layout: Layout, kept: int, extra: int) -> Layout:
@@ -223,7 +260,7 @@ def _split_layout(layout: Layout, kept: int, extra: int) -> Layout:
             if axis == "fsdp" and "rows" in logical:
                 moved += ["fsdp_to_data"]
         rules.append((logical, tuple(moved)))
-    return Layout(mesh, tuple(rules))
+    return Layout(mesh, tuple(rules), near=layout.near)
 
 
 def reshard_steps(layout: Layout, rollout: Layout) -> list[Layout]:

@@ -66,7 +66,11 @@ def create_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mes
 
 
 def create_layout(
-    config: MeshConfig, rollout: RolloutMeshConfig | None = None, devices: Sequence[Any] | None = None
+    config: MeshConfig,
+    rollout: RolloutMeshConfig | None = None,
+    devices: Sequence[Any] | None = None,
+    *,
+    near: int | None = None,
 ) -> Layout | None:
     """The mesh with its table, and the form in which it samples.
 
@@ -74,6 +78,7 @@ def create_layout(
       config: the mesh.
       rollout: the same devices for sampling.
       devices: as in `create_mesh`.
+      near: as in `Layout`.
 
     Returns:
       The layout; None where there is one device.
@@ -87,7 +92,7 @@ def create_layout(
         return None
     given = (None,) * 3 if rollout is None else (rollout.data, rollout.fsdp, rollout.tensor)
     if given == (None,) * 3:
-        return Layout(mesh, overrides)
+        return Layout(mesh, overrides, near=near)
     data, fsdp, tensor = _sizes(tuple(1 if size is None else size for size in given), mesh.size, "rollout_mesh")
     extra = tensor // mesh.shape["tensor"]
     if tensor % mesh.shape["tensor"] or mesh.shape["fsdp"] % (fsdp * extra):
@@ -97,7 +102,7 @@ def create_layout(
             f"{mesh.shape['fsdp']} to tensor and data: with fsdp=1 and data=-1, tensor may be "
             f"{', '.join(str(n * mesh.shape['tensor']) for n in choices)}."
         )
-    return Layout(mesh, overrides, (fsdp, extra))
+    return Layout(mesh, overrides, (fsdp, extra), near)
 
 
 def _sizes(wanted: tuple[int, int, int], devices: int, where: str) -> list[int]:

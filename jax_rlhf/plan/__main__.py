@@ -17,13 +17,12 @@ from ml_collections import ConfigDict
 
 from jax_rlhf.command_line import CONFIG, parse_flags
 from jax_rlhf.hub import CheckpointError
-from jax_rlhf.parallel import create_layout
 from jax_rlhf.phases import run_config
 from jax_rlhf.plan.abstract import Program, programs_of
 from jax_rlhf.plan.advice import Advice, advice
 from jax_rlhf.plan.measure import measured_peak, topology_here
 from jax_rlhf.plan.report import Account, account, as_json, as_table
-from jax_rlhf.plan.topology import Topology, describe_topology
+from jax_rlhf.plan.topology import Topology, describe_topology, layout_on
 from jax_rlhf.rollout import sampling_layout
 from jax_rlhf.terminal import make_output_harmless
 from jax_rlhf.text import printable_lines
@@ -63,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _plan(config: ConfigDict, topology: Topology) -> int:
     settings = run_config(config)
-    layout = create_layout(settings.mesh, settings.rollout_mesh, topology.devices)
+    layout = layout_on(topology, settings)
     accounts, forms, programs = [], _form("mesh", layout.mesh), programs_of(settings, layout)
     for program in programs:
         print(f"compiling {program.phase} {program.name}", file=sys.stderr, flush=True)

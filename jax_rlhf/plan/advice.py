@@ -8,12 +8,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jax_rlhf.parallel import create_layout
 from jax_rlhf.phases import RunConfig, run_config
 from jax_rlhf.plan.abstract import programs_of
 from jax_rlhf.plan.chips import GIB
 from jax_rlhf.plan.report import Account, account
-from jax_rlhf.plan.topology import Topology
+from jax_rlhf.plan.topology import Topology, layout_on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +83,7 @@ def _again(config: ConfigDict, topology: Topology, one: Account) -> Account | No
     """The same program with other settings; None where they cannot be."""
     try:
         settings = dataclasses.replace(run_config(config), phases=(one.phase,))
-        layout = create_layout(settings.mesh, settings.rollout_mesh, topology.devices)
+        layout = layout_on(topology, settings)
         programs = programs_of(settings, layout)
     except ValueError:
         return None

@@ -1,5 +1,6 @@
 """What a plan's programs really take, on the devices that are here: each is run once, on zeros."""
 
+import collections
 import dataclasses
 import math
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_rlhf.parallel import machine_of
 from jax_rlhf.plan.abstract import Program
 from jax_rlhf.plan.chips import CARDS, CHIPS, Chip
 from jax_rlhf.plan.topology import Topology
@@ -41,7 +43,8 @@ def topology_here() -> Topology:
     kind = devices[0].device_kind
     unknown = Chip(kind, 0.0, *(math.nan,) * 4)
     chip = dataclasses.replace(CHIPS.get(_KINDS.get(kind, ""), unknown), memory=float(stats["bytes_limit"]))
-    return Topology("here", chip, devices, len(devices), chip.link)
+    group = min(collections.Counter(map(machine_of, devices)).values())
+    return Topology("here", chip, devices, group, chip.link)
 
 
 def measured_peak(program: Program) -> float:

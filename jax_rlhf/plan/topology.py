@@ -10,6 +10,8 @@ import jax
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 
+from jax_rlhf.parallel import Layout, create_layout
+from jax_rlhf.phases import RunConfig
 from jax_rlhf.plan.chips import CARDS, CHIPS, Card, Chip
 
 _CORES_COUNT = ("v4", "v5p", "tpu7x")  # in whose accelerator types Google counts TensorCores, two per chip
@@ -30,6 +32,7 @@ class Topology:
       group: devices that links join, a TPU slice or a GPU machine.
       link: what a device receives over links at most, bytes/s. In a TPU slice it is less than the chip's: a side of
         length 1 has no links, and one that is no ring has half of them at its ends.
+      near: as in `Layout`: `group` of GPUs that are only described, which do not say it themselves.
     """
 
     name: str
@@ -37,6 +40,23 @@ class Topology:
     devices: tuple[Any, ...]
     group: int
     link: float
+    near: int | None = None
+
+
+def layout_on(topology: Topology, settings: RunConfig) -> Layout:
+    """The layout that a run has on these devices.
+
+    Args:
+      topology: the devices.
+      settings: the run's.
+
+    Returns:
+      The layout.
+
+    Raises:
+      ValueError: as in `create_layout`.
+    """
+    return create_layout(settings.mesh, settings.rollout_mesh, topology.devices, near=topology.near)
 
 
 def describe_topology(name: str) -> Topology:
@@ -66,7 +86,7 @@ def describe_topology(name: str) -> Topology:
         machines, gpus = (1, *sizes)[-2:]
         _assume_gpu(CARDS[kind])
         devices = _devices(name, "cuda", "", target_config=CARDS[kind].target(), topology=f"1x{machines}x{gpus}")
-        return Topology(name, CHIPS[kind], devices, gpus, CHIPS[kind].link)
+        return Topology(name, CHIPS[kind], devices, gpus, CHIPS[kind].link, near=gpus)
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is run: another process may have the library
     rings = _rings(kind, sizes)
     options: dict[str, Any] = {"wrap": (*rings, False)[:3]}

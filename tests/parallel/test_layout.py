@@ -1,5 +1,6 @@
 """The table, the forms that a mesh may take, and who holds which rows."""
 
+import dataclasses
 import os
 import re
 
@@ -19,8 +20,10 @@ from jax_rlhf.parallel import (
     create_layout,
     held_rows,
     layout,
+    machine_of,
     owned_rows,
     rollout_layout,
+    tensor_is_joined,
 )
 from jax_rlhf.parallel.processes import cluster_name, start_processes
 from jax_rlhf.rollout import rollout_form
@@ -73,6 +76,49 @@ def test_fsdp_becomes_tensor_as_far_as_heads_allow_and_data_beyond(sizes, kv_hea
     assert (chosen.cuts("rows"), chosen.cuts("heads")) == wanted
     assert chosen.cuts("embed") == 1
     assert chosen.mesh.devices.flatten().tolist() == form(*sizes).mesh.devices.flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("machines", "sizes", "wanted"),  # machines × GPUs; data × fsdp × tensor; data × tensor
+    [
+        ("h100:4x8", (1, 32, 1), (4, 8)),
+        ("h100:2x4", (1, 8, 1), (2, 4)),
+        ("h100:2x6", (1, 12, 1), (2, 6)),
+        ("h100:2x6", (1, 4, 3), (2, 6)),
+        ("h100:4x2", (1, 2, 4), (2, 4)),  # training's own tensor leaves the machine; no more joins it
+        ("h100:1x8", (1, 8, 1), (1, 8)),
+        ("v5e:4x4", (1, 16, 1), (1, 16)),
+        ("2*v5e:2x4", (2, 8, 1), (2, 8)),
+    ],
+)
+def test_tensor_stays_where_fast_links_are(machines, sizes, wanted):
+    described = topology(machines)
+    mesh = MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
+    chosen = rollout_layout(create_layout(mesh, None, described.devices, near=described.near), (96, 96, 96))
+    assert (chosen.cuts("rows"), chosen.cuts("heads")) == wanted
+    assert tensor_is_joined(chosen) == (machines != "h100:4x2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """A GPU of a run, whose process has it alone: what says where it is, is the host's number, by either name."""
+
+    id: int
+    platform = "gpu"
+
+    def __getattr__(self, name):
+        if name in ("partition_index", "slice_index"):
+            return self.id // 4 if name == self.named else None
+        raise AttributeError(name)
+
+
+@pytest.mark.parametrize("named", ["partition_index", "slice_index"])
+def test_gpus_say_themselves_which_machine_they_are_in(named):
+    kind = type("Card", (Card,), {"named": named})
+    cards = [kind(index) for index in range(8)]
+    assert [machine_of(card) for card in cards] == [0] * 4 + [1] * 4
+    assert machine_of(cards[5], near=2) == 2
+    assert [machine_of(device) for device in jax.devices()] == [0] * 8
 
 
 def test_a_rollout_mesh_that_cannot_be_is_named_with_those_that_can():

@@ -12,10 +12,10 @@ import re
 import jax
 import pytest
 
-from jax_rlhf.parallel import create_layout
 from jax_rlhf.plan.abstract import programs_of
 from jax_rlhf.plan.collectives import collectives, computations_of
 from jax_rlhf.plan.report import device_bytes
+from jax_rlhf.plan.topology import layout_on
 from jax_rlhf.rollout import sampling_layout
 from tests.plan import tiny
 
@@ -29,7 +29,7 @@ def compiled(request, tmp_path_factory):
     """PPO's programs by name, compiled for 8 devices with fsdp=8, and what the compiler complained of."""
     topology = tiny.topology(request.param)
     settings = tiny.settings(tmp_path_factory.mktemp("plan"), phases=("ppo",))
-    layout = create_layout(settings.mesh, settings.rollout_mesh, topology.devices)
+    layout = layout_on(topology, settings)
     capture = request.getfixturevalue("stderr_of_module")
     programs = {program.name: program for program in programs_of(settings, layout) if program.name != "scoring"}
     done = {name: program.function.lower(*program.arguments).compile() for name, program in programs.items()}

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from jax_rlhf.parallel import create_layout
 from jax_rlhf.plan.abstract import programs_of
 from jax_rlhf.plan.collectives import computations_of
+from jax_rlhf.plan.topology import layout_on
 from tests.plan import tiny
 
 pytestmark = pytest.mark.usefixtures("full_compile")
@@ -75,7 +75,7 @@ def rollout(request, tmp_path_factory):
     topology = tiny.topology(request.param)
     changes = {"phases": ("ppo",), "data.ppo_batch_size": 8, "ppo.microbatch_size": 4, "ppo.max_new_tokens": 256}
     settings = tiny.settings(tmp_path_factory.mktemp("plan"), **changes)
-    layout = create_layout(settings.mesh, settings.rollout_mesh, topology.devices)
+    layout = layout_on(topology, settings)
     program = next(one for one in programs_of(settings, layout) if one.name.startswith("rollout"))
     return program, program.function.lower(*program.arguments).compile().as_text()
 
