@@ -12,7 +12,7 @@ from absl import app, flags
 
 from jax_rlhf.packaged import packaged_config
 from jax_rlhf.phases import run_config
-from jax_rlhf.plan.abstract import programs_of
+from jax_rlhf.plan.all_programs import programs_of
 from jax_rlhf.plan.chips import GIB
 from jax_rlhf.plan.report import account
 from jax_rlhf.plan.topology import describe_topology, layout_on
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
     del arguments
     jax.config.update("jax_platforms", "cpu")
     heads = "devices", "data × fsdp", "GiB sent per device: rollout, scoring, update", "seconds: products"
-    print("| " + " | ".join((*heads, "memory", "links", "network", "bound by")) + " |\n|" + "---|" * 8)
+    print("| " + " | ".join((*heads, "memory", "links", "network", "latency", "bound by")) + " |\n|" + "---|" * 9)
     for name in TOPOLOGIES[_CHIP.value]:
         topology = describe_topology(name)
         count = len(topology.devices)
@@ -53,10 +53,12 @@ def main(arguments: list[str]) -> None:
                 )
             settings = run_config(config)
             layout = layout_on(topology, settings)
-            accounts = [account(program, topology) for program in programs_of(settings, layout)]
+            accounts = [account(one, topology) for one in programs_of(settings, layout) if one.name != "export"]
             sent = [sum(one.count * one.bytes for one in each.collectives) / GIB for each in accounts]
             seconds = {kind: sum(each.seconds[kind] for each in accounts) for kind in accounts[0].seconds}
-            bounds = " | ".join(f"{seconds[kind]:.2f}" for kind in ("products", "memory", "links", "network"))
+            bounds = " | ".join(
+                f"{seconds[kind]:.2f}" for kind in ("products", "memory", "links", "network", "latency")
+            )
             sizes = ", ".join(f"{size:.0f}" for size in sent)
             bound = max(seconds, key=seconds.get)
             print(f"| {count} | {form['mesh.data']} × {form['mesh.fsdp']} | {sizes} | {bounds} | {bound} |", flush=True)

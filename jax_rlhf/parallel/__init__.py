@@ -12,7 +12,14 @@ from jax_rlhf.parallel.layout import (
     tensor_is_joined,
 )
 from jax_rlhf.parallel.mesh import MeshConfig, RolloutMeshConfig, create_layout, create_mesh
-from jax_rlhf.parallel.partition import gather_to_host, kept_in_place, padded_vocab_size, places_of, shardings
+from jax_rlhf.parallel.partition import (
+    gather_to_host,
+    kept_in_place,
+    padded_vocab_size,
+    places_of,
+    shardings,
+    take_replicated,
+)
 from jax_rlhf.parallel.processes import (
     ProcessError,
     any_process,
@@ -69,6 +76,7 @@ __all__ = [
     "shardings",
     "start_processes",
     "summed",
+    "take_replicated",
     "tensor_is_joined",
     "together",
 ]

@@ -88,7 +88,17 @@ def kept_in_place(tree: Any, places: tuple) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _take_replicated(leaf: Array, index: Array | None, sharding: NamedSharding) -> Array:
+def take_replicated(leaf: Array, index: Array | None, sharding: NamedSharding) -> Array:
+    """An array, or one entry of a stacked one, whole on every device.
+
+    Args:
+      leaf: [...].
+      index: int[], of the first axis, or None for the whole array.
+      sharding: that of the result, replicated.
+
+    Returns:
+      The array.
+    """
     taken = leaf if index is None else jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
     return jax.lax.with_sharding_constraint(taken, sharding)
 
@@ -107,5 +117,5 @@ def gather_to_host(leaf: Array, index: int | None = None) -> np.ndarray:
     """
     if isinstance(leaf, Array) and isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh.size > 1:
         replicated = NamedSharding(leaf.sharding.mesh, PartitionSpec())
-        return np.asarray(_take_replicated(leaf, index, replicated).addressable_data(0))
+        return np.asarray(take_replicated(leaf, index, replicated).addressable_data(0))
     return np.asarray(leaf if index is None else leaf[index])

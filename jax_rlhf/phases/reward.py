@@ -147,7 +147,7 @@ def _held_out(
     if not datasets.eval:
         return {}
     batches = record.watched(datasets.eval, "evaluating")
-    pairs = [_pair_scores(how.network, how.microbatches, params, put_rows(batch, layout)) for batch in batches]
+    pairs = [batch_pair_scores(how.network, how.microbatches, params, put_rows(batch, layout)) for batch in batches]
     chosen, rejected, real = (np.concatenate([_everywhere(pair[part]) for pair in pairs]) for part in range(3))
     chosen, rejected = chosen[real], rejected[real]
     difference = chosen[:, None] - rejected[None]
@@ -198,7 +198,7 @@ def _policy_scores(
         last = samples.response_mask & jnp.isin(samples.tokens[:, mask.shape[1] :], jnp.asarray(ends, jnp.int32))
         mask = jnp.concatenate([mask, samples.response_mask], axis=1)
         groups = len(mask) // minibatch_part(ppo, len(mask), batch.mask.shape[1], layout, policy.model.config.platform)
-        found = _text_scores(network, groups, params, samples.tokens, mask)
+        found = batch_text_scores(network, groups, params, samples.tokens, mask)
         batch = [_everywhere(part) for part in (samples.tokens, mask, found, jnp.any(last, axis=1))]
         scores.append(batch[2])
         ended.append(batch[3])
@@ -233,15 +233,38 @@ def calibration(scores: np.ndarray, ended: np.ndarray) -> dict[str, float]:
 
 
 @functools.partial(model_jit, static_argnums=(0, 1))
-def _pair_scores(
+def batch_pair_scores(
     network: SplitModel, groups: int, params: SplitParams, batch: PairBatch | PackedPairs
 ) -> tuple[Array, Array, Array]:
+    """Scores of a batch of pairs.
+
+    Args:
+      network: the reward model.
+      groups: microbatches, one after the other.
+      params: its parameters.
+      batch: pairs, or packs of them.
+
+    Returns:
+      (chosen, rejected, real), as `pair_scores` has them.
+    """
     scores = functools.partial(pair_scores, network, params)
     return map_row_groups(scores, batch, groups, network.model.config.layout)
 
 
 @functools.partial(model_jit, static_argnums=(0, 1))
-def _text_scores(network: SplitModel, groups: int, params: SplitParams, tokens: Array, mask: Array) -> Array:
+def batch_text_scores(network: SplitModel, groups: int, params: SplitParams, tokens: Array, mask: Array) -> Array:
+    """Scores of a batch of texts.
+
+    Args:
+      network: the reward model.
+      groups: microbatches, one after the other.
+      params: its parameters.
+      tokens: int[B, T].
+      mask: bool[B, T].
+
+    Returns:
+      float32[B].
+    """
     scores = lambda rows: text_scores(network, params, *rows, None)  # noqa: E731
     return map_row_groups(scores, (tokens, mask), groups, network.model.config.layout)
 

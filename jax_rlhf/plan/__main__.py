@@ -17,11 +17,15 @@ from ml_collections import ConfigDict
 
 from jax_rlhf.command_line import CONFIG, parse_flags
 from jax_rlhf.hub import CheckpointError
+from jax_rlhf.parallel import tensor_is_joined
 from jax_rlhf.phases import run_config
-from jax_rlhf.plan.abstract import Program, programs_of
+from jax_rlhf.plan.abstract import Program
 from jax_rlhf.plan.advice import Advice, advice
+from jax_rlhf.plan.all_programs import programs_of
+from jax_rlhf.plan.host import host_accounts
 from jax_rlhf.plan.measure import measured_peak, topology_here
-from jax_rlhf.plan.report import Account, account, as_json, as_table
+from jax_rlhf.plan.report import Account, account
+from jax_rlhf.plan.tables import as_json, as_table, by_kind
 from jax_rlhf.plan.topology import Topology, describe_topology, layout_on
 from jax_rlhf.rollout import sampling_layout
 from jax_rlhf.terminal import make_output_harmless
@@ -63,23 +67,26 @@ def main(arguments: Sequence[str]) -> int:
 def _plan(config: ConfigDict, topology: Topology) -> int:
     settings = run_config(config)
     layout = layout_on(topology, settings)
-    accounts, forms, programs = [], _form("mesh", layout.mesh), programs_of(settings, layout)
+    accounts, forms, notes, programs = [], _form("mesh", layout.mesh), [], programs_of(settings, layout)
     for program in programs:
         print(f"compiling {program.phase} {program.name}", file=sys.stderr, flush=True)
         accounts.append(account(program, topology))
-        if program.decode_bytes:
+        if program.name.startswith("rollout"):
             rollout = sampling_layout(program.arguments[0].actor.model.config)
             forms += f", {_form('rollout', rollout.mesh)}"
+            if not tensor_is_joined(rollout):
+                notes.append(_leaves(accounts[-1]))
     if _MEASURE.value:
         accounts = _measured(programs, accounts)
-    found = []
+    found, hosts = [], host_accounts(programs, topology)
     if _ADVICE.value and not all(one.fits for one in accounts):
         print("trying out what would help", file=sys.stderr, flush=True)
         found = list(advice(config, topology, accounts))
     if _JSON.value:
-        print(json.dumps(as_json(accounts, topology) | {"advice": [one.as_dict() for one in found]}, indent=2))
+        plan = as_json(accounts, hosts, topology, notes) | {"advice": [one.as_dict() for one in found]}
+        print(json.dumps(plan, indent=2))
     else:
-        print(as_table(accounts, topology, forms + "."))
+        print(as_table(accounts, hosts, topology, forms + ".", notes))
         _print_advice(found)
     return 0 if all(one.fits for one in accounts) else DOES_NOT_FIT
 
@@ -92,6 +99,15 @@ def _measured(programs: list[Program], accounts: list[Account]) -> list[Account]
             print(f"running {programs[index].phase} {programs[index].name}", file=sys.stderr, flush=True)
             peaks[index] = measured_peak(programs[index])
     return [dataclasses.replace(one, measured=peaks.get(index)) for index, one in enumerate(accounts)]
+
+
+def _leaves(rollout: Account) -> str:
+    """Of a rollout whose `tensor` is longer than fast links reach."""
+    far = sum(row["far"] for row in by_kind(rollout.collectives).values())
+    return (
+        f"Note: in sampling `tensor` leaves the machine: {far:,} of a rollout's collectives go over the network, one "
+        "after the other. Take a smaller config.rollout_mesh.tensor (or config.mesh.tensor)."
+    )
 
 
 def _form(name: str, mesh: Mesh) -> str:

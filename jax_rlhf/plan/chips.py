@@ -1,6 +1,7 @@
 """Accelerators by their data sheets, and what XLA's compiler for GPUs must know of a card that is not there."""
 
 import dataclasses
+from typing import Any
 
 GIB = 2**30
 _MEMORY_FRACTION = 0.92  # XLA_PYTHON_CLIENT_MEM_FRACTION in launch/gpu.sh
@@ -17,6 +18,10 @@ class Chip:
       bandwidth: of its memory, bytes/s.
       link: to its neighbours in the slice or machine (ICI, NVLink), bytes/s each way, all links together.
       network: to other slices or machines, bytes/s each way per device.
+      hop: latency of one step of a collective over links, seconds.
+      network_hop: of one over the network, seconds; 0 where no figure is published.
+      start: of a collective, before its first step, seconds.
+      host_memory: of the host, bytes per device.
       axes: dimensions of a TPU slice; 0 for GPUs.
       most: chips of the largest TPU slice; 0 for GPUs.
     """
@@ -27,6 +32,10 @@ class Chip:
     bandwidth: float
     link: float
     network: float
+    hop: float
+    network_hop: float
+    start: float
+    host_memory: float
     axes: int = 0
     most: int = 0
 
@@ -108,23 +117,31 @@ CARDS = {
 }
 
 
-def _gpu(name: str, kind: str, flops: float, link: float, network: float) -> Chip:
-    card = CARDS[kind]
-    return Chip(name, _MEMORY_FRACTION * card.memory, flops, card.bandwidth, link, network)
+def _gpu(name: str, kind: str, flops: float, link: float, network: float, host: float, *, hop: float = 0.47e-6) -> Chip:
+    card, nccl = CARDS[kind], {"network_hop": 2.7e-6, "start": 3.6e-6}
+    return Chip(
+        name, _MEMORY_FRACTION * card.memory, flops, card.bandwidth, link, network, hop=hop, host_memory=host, **nccl
+    )
 
 
-# TPU: cloud.google.com/tpu/docs; memory as the compiler's out-of-memory message has it. GPU: NVLink, for the L4 PCIe;
-# the network of NVIDIA's machines of eight cards (of Google's g2-standard-96 for the L4).
+def _tpu(*sheet: Any, host: float, axes: int, most: int) -> Chip:
+    return Chip(*sheet, hop=1e-6, network_hop=0.0, start=0.0, host_memory=host, axes=axes, most=most)
+
+
+# TPU: cloud.google.com/tpu/docs; memory as the compiler's out-of-memory message has it; 1 µs per hop as in "How to
+# Scale Your Model" (Austin et al. 2025). GPU: NVLink, for the L4 PCIe; the network of NVIDIA's machines of eight cards
+# (of Google's g2-standard-96 for the L4); latencies as NCCL's own model of a ring in its LL protocol has them
+# (src/graph/tuning.cc). Host memory: of Google's machine types with 4 TPU chips (TPU7x: 8 devices) or 8 GPUs.
 CHIPS = {
-    "v4": Chip("TPU v4", 30.75 * GIB, 275e12, 1.228e12, 300e9, 6.25e9, axes=3, most=4096),
-    "v5e": Chip("TPU v5e", 15.75 * GIB, 197e12, 0.819e12, 200e9, 3.125e9, axes=2, most=256),
-    "v5p": Chip("TPU v5p", 95.74 * GIB, 459e12, 2.765e12, 600e9, 6.25e9, axes=3, most=8960),
-    "v6e": Chip("TPU v6e", 31.25 * GIB, 918e12, 1.638e12, 400e9, 12.5e9, axes=2, most=256),
+    "v4": _tpu("TPU v4", 30.75 * GIB, 275e12, 1.228e12, 300e9, 6.25e9, host=407e9 / 4, axes=3, most=4096),
+    "v5e": _tpu("TPU v5e", 15.75 * GIB, 197e12, 0.819e12, 200e9, 3.125e9, host=192e9 / 4, axes=2, most=256),
+    "v5p": _tpu("TPU v5p", 95.74 * GIB, 459e12, 2.765e12, 600e9, 6.25e9, host=448e9 / 4, axes=3, most=8960),
+    "v6e": _tpu("TPU v6e", 31.25 * GIB, 918e12, 1.638e12, 400e9, 12.5e9, host=720e9 / 4, axes=2, most=256),
     # Two devices per chip, which share its links and its network.
-    "tpu7x": Chip("TPU7x", 94.75 * GIB, 1153.5e12, 3.69e12, 300e9, 6.25e9, axes=3, most=9216),
-    "l4": _gpu("NVIDIA L4", "l4", 121e12, 32e9, 1.56e9),
-    "a100": _gpu("NVIDIA A100 SXM 80 GB", "a100", 312e12, 300e9, 25e9),
-    "h100": _gpu("NVIDIA H100 SXM", "h100", 989e12, 450e9, 50e9),
-    "h200": _gpu("NVIDIA H200 SXM", "h200", 989e12, 450e9, 50e9),
-    "b200": _gpu("NVIDIA B200", "b200", 2250e12, 900e9, 50e9),
+    "tpu7x": _tpu("TPU7x", 94.75 * GIB, 1153.5e12, 3.69e12, 300e9, 6.25e9, host=960e9 / 8, axes=3, most=9216),
+    "l4": _gpu("NVIDIA L4", "l4", 121e12, 32e9, 1.56e9, 384e9 / 8, hop=1.0e-6),
+    "a100": _gpu("NVIDIA A100 SXM 80 GB", "a100", 312e12, 300e9, 25e9, 1360e9 / 8),
+    "h100": _gpu("NVIDIA H100 SXM", "h100", 989e12, 450e9, 50e9, 1872e9 / 8),
+    "h200": _gpu("NVIDIA H200 SXM", "h200", 989e12, 450e9, 50e9, 2952e9 / 8),
+    "b200": _gpu("NVIDIA B200", "b200", 2250e12, 900e9, 50e9, 3968e9 / 8),
 }

@@ -41,7 +41,7 @@ def topology_here() -> Topology:
             f"--measure: {devices[0].device_kind} devices do not report their memory; call it on GPUs or TPUs."
         )
     kind = devices[0].device_kind
-    unknown = Chip(kind, 0.0, *(math.nan,) * 4)
+    unknown = Chip(kind, 0.0, *(math.nan,) * 8)
     chip = dataclasses.replace(CHIPS.get(_KINDS.get(kind, ""), unknown), memory=float(stats["bytes_limit"]))
     group = min(collections.Counter(map(machine_of, devices)).values())
     return Topology("here", chip, devices, group, chip.link)

@@ -11,6 +11,7 @@ from jax_rlhf.rollout.sampler import (
     loop_turns,
     rollout,
     sample,
+    sample_program,
 )
 from jax_rlhf.rollout.scorer import score_hidden, token_logprobs
 
@@ -27,6 +28,7 @@ __all__ = [
     "rollout",
     "rollout_form",
     "sample",
+    "sample_program",
     "sampling_layout",
     "score_hidden",
     "token_logprobs",

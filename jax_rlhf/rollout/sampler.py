@@ -143,17 +143,17 @@ def sample(
     prompts, prompt_mask = jnp.asarray(prompts), jnp.asarray(prompt_mask)
     row_ids = jnp.arange(len(prompts)) if row_ids is None else jnp.asarray(row_ids)
     if traced(params, prompts, prompt_mask, key, row_ids):
-        return _sample(model, params, prompts, prompt_mask, key, row_ids, sampling)
+        return sample_program(model, params, prompts, prompt_mask, key, row_ids, sampling)
     if prompt_mask.is_fully_addressable:
         check_prompts(model, np.asarray(prompt_mask), sampling)
     rows, layout = len(prompts), model.config.layout
     if layout is None or isinstance(prompts.sharding, NamedSharding):
-        return _sample(model, params, prompts, prompt_mask, key, row_ids, sampling)
+        return sample_program(model, params, prompts, prompt_mask, key, row_ids, sampling)
     # Onto the mesh, the last row once more where the mesh does not divide them.
     filled = np.minimum(np.arange(rows - rows % -layout.cuts("rows")), rows - 1)
     placed = (jax.device_put(np.asarray(x)[filled], layout.sharding(("rows",))) for x in (prompts, prompt_mask))
     row_ids = jax.device_put(np.asarray(row_ids)[filled], layout.sharding(("rows",)))
-    samples = _sample(model, params, *placed, key, row_ids, sampling)
+    samples = sample_program(model, params, *placed, key, row_ids, sampling)
     if len(filled) == rows:
         return samples
     return jax.tree.map(lambda leaf: jax.device_put(leaf, layout.sharding(()))[:rows], samples)
@@ -210,9 +210,10 @@ def check_positions(
 
 
 @functools.partial(model_jit, static_argnums=(0, 6))
-def _sample(
+def sample_program(
     model: Decoder, params: Params, prompts: Array, prompt_mask: Array, key: Array, row_ids: Array, sampling: Sampling
 ) -> Samples:
+    """`rollout`, in the form that decodes fastest, and back where training has its rows: arguments as there."""
     samples = rollout(*rollout_form(model, params), prompts, prompt_mask, key, row_ids, sampling)
     return in_rows(samples, model.config.layout)
 

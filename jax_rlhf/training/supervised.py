@@ -178,13 +178,14 @@ def evaluate(how: Supervised, state: SupervisedState, frozen: Params, batch: Any
     Returns:
       Sums, float32[] each.
     """
-    return _evaluate(how.network, how.loss, how.microbatches, state.trainable, frozen, batch)
+    return evaluation_sums(how.network, how.loss, how.microbatches, state.trainable, frozen, batch)
 
 
 @functools.partial(model_jit, static_argnums=(0, 1, 2))
-def _evaluate(
+def evaluation_sums(
     network: SplitModel, loss: Loss, microbatches: int, trainable: Params, frozen: Params, batch: Any
 ) -> Sums:
+    """`evaluate`, jitted: arguments as there, each of `how`'s that it takes by itself."""
     params = SplitParams(frozen, trainable)
     return _added_up(lambda part: loss(network, params, part), batch, microbatches, network.model.config.layout)
 

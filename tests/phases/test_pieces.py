@@ -74,7 +74,7 @@ def test_held_out_pairs_are_measured_over_all_real_ones(monkeypatch):
     """Two batches; the second has one pair and one row that fills it. One score of a chosen is that of a rejected."""
     scores = [([3.0, 1.0], [1.0, 2.0], [True, True]), ([0.5, 99.0], [-1.0, -99.0], [True, False])]
     batches = [tuple(np.asarray(part) for part in batch) for batch in scores]
-    monkeypatch.setattr(reward, "_pair_scores", lambda network, groups, params, batch: batch)
+    monkeypatch.setattr(reward, "batch_pair_scores", lambda network, groups, params, batch: batch)
     monkeypatch.setattr(reward, "put_rows", lambda batch, layout: batch)
     monkeypatch.setattr(reward, "_everywhere", np.asarray)
     how = types.SimpleNamespace(network=None, microbatches=1)

@@ -12,9 +12,9 @@ import re
 import jax
 import pytest
 
-from jax_rlhf.plan.abstract import programs_of
+from jax_rlhf.plan.abstract import device_bytes
+from jax_rlhf.plan.all_programs import programs_of
 from jax_rlhf.plan.collectives import collectives, computations_of
-from jax_rlhf.plan.report import device_bytes
 from jax_rlhf.plan.topology import layout_on
 from jax_rlhf.rollout import sampling_layout
 from tests.plan import tiny

@@ -34,14 +34,19 @@ def test_a_plan_of_all_phases(tmp_path):
     assert code == 0, errors[-3000:]
     made = json.loads(printed)
     rows = {f"{row['phase']} {row['name']}": row for row in made["programs"]}
-    assert list(rows) == ["sft step", "reward step", "ppo rollout", "ppo scoring", "ppo update"]
+    phases = {
+        "sft": ["step", "evaluation", "answers", "export"],
+        "reward": ["step", "evaluation", "answers", "answers' scores", "export"],
+        "ppo": ["rollout", "scoring", "update", "export"],
+    }
+    assert list(rows) == [f"{phase} {name}" for phase, names in phases.items() for name in names]
     assert (made["devices"], made["chip"]) == (8, "NVIDIA H100 SXM")
     for row in rows.values():
         parts = ("parameters", "optimizer", "batch", "temporaries")
         assert row["peak"] == pytest.approx(sum(row[part] for part in parts))
         assert row["fits"]
         assert row["memory"] == CHIPS["h100"].memory
-        assert row["flops"] > 0
+        assert (row["flops"] > 0) == (row["name"] != "export")
         assert row["seconds"]["products"] == pytest.approx(row["flops"] / CHIPS["h100"].flops)
     kernels = 2 * (4 * 1024**2 + 3 * 1024 * 2048)
     actor, critic = kernels + 2 * 8192 * 1024, kernels + 8192 * 1024
@@ -53,6 +58,19 @@ def test_a_plan_of_all_phases(tmp_path):
     per_token = rows["sft step"]["flops"] * 8 / tokens / (kernels + 8192 * 1024)
     assert 7.5 < per_token < 8.6
     assert rows["ppo update"]["collectives"]["all-gather"]["bytes"] > 0
+    # The largest tensor, whole on each device, in float32.
+    assert rows["ppo export"]["collectives"]["all-gather"]["bytes"] == 8192 * 1024 * 4 * 7 / 8
+    assert rows["ppo export"]["temporaries"] >= 8192 * 1024 * 4
+    # The policy's answers on which scores are normalised: it lies there too, in bfloat16.
+    more = rows["reward answers"]["parameters"] - rows["reward step"]["parameters"]
+    assert more == pytest.approx(actor * 2 / 8, rel=0.01)
+    assert rows["sft answers"]["traffic"] > 0
+    hosts = {row["phase"]: row for row in made["hosts"]}
+    assert [row["devices"] for row in hosts.values()] == [8] * 3
+    assert hosts["ppo"]["checkpoint"] == pytest.approx((actor + critic) * (4 + 8), rel=0.01)
+    assert hosts["ppo"]["file"] == pytest.approx((actor + critic) * 4, rel=0.01)
+    assert hosts["ppo"]["memory"] == 1872e9
+    assert made["notes"] == []
 
 
 def test_what_does_not_fit_is_said_with_what_would_help(tmp_path):
@@ -94,7 +112,7 @@ def test_programs_are_run_where_there_are_devices_that_report(tmp_path, monkeypa
 
     from jax_rlhf.parallel import create_layout
     from jax_rlhf.plan import measure
-    from jax_rlhf.plan.abstract import programs_of
+    from jax_rlhf.plan.all_programs import programs_of
 
     with pytest.raises(ValueError, match="do not report their memory"):
         measure.topology_here()
@@ -113,4 +131,4 @@ def test_programs_are_run_where_there_are_devices_that_report(tmp_path, monkeypa
     settings = tiny.settings(tmp_path, **flat)
     layout = create_layout(settings.mesh, settings.rollout_mesh, jax.devices())
     programs = programs_of(settings, layout)
-    assert [measure.measured_peak(program) for program in programs] == [12345.0] * 3
+    assert [measure.measured_peak(program) for program in programs] == [12345.0] * 4

@@ -11,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_rlhf.models import DecoderConfig
 from jax_rlhf.models.flash import flash_attend
 from jax_rlhf.parallel import MeshConfig, create_layout
-from jax_rlhf.plan.collectives import collectives
+from jax_rlhf.plan.bounds import latency
+from jax_rlhf.plan.collectives import Collective, collectives
 from jax_rlhf.plan.flops import product_flops
 from jax_rlhf.plan.presets import PRESETS, model_shape
 from jax_rlhf.rollout.sampler import loop_scope
@@ -104,6 +105,20 @@ def test_collectives_in_a_scan_count_as_often_as_it_turns():
     (one,) = collectives(text, devices=8, near=4)
     assert (one.kind, one.count, one.group, one.near) == ("all-reduce", 6, 4, 4)
     assert one.bytes == 2 * 16 * 64 * 4 * 3 / 4
+
+
+def test_latency_counts_the_steps_of_a_collective():
+    def seconds(name, kind, group, near):
+        return latency(Collective(kind, 1, 0.0, group, near, ""), topology(name))
+
+    start, hop, network = 3.6e-6, 0.47e-6, 2.7e-6
+    assert seconds("h100:8", "all-reduce", 8, 8) == pytest.approx(start + 14 * hop)
+    assert seconds("h100:8", "all-gather", 8, 8) == pytest.approx(start + 7 * hop)
+    assert seconds("h100:4x8", "all-reduce", 32, 8) == pytest.approx(start + 2 * (28 * hop + 3 * network))
+    assert seconds("h100:4x8", "all-gather", 4, 1) == pytest.approx(start + 3 * network)
+    assert seconds("h100:4x8", "collective-permute", 2, 1) == pytest.approx(start + network)
+    assert seconds("v5e:4x4", "all-reduce", 16, 16) == pytest.approx(8e-6)
+    assert seconds("v5e:4x4", "collective-permute", 2, 2) == pytest.approx(1e-6)
 
 
 def test_what_crosses_machines_is_told_apart():

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from jax_rlhf.plan.abstract import programs_of
+from jax_rlhf.plan.all_programs import programs_of
 from jax_rlhf.plan.collectives import computations_of
 from jax_rlhf.plan.topology import layout_on
 from tests.plan import tiny
@@ -93,4 +93,4 @@ def test_the_plan_counts_what_the_loops_hold(rollout):
         turns = int(re.search(r"decode_(\d+)_turns", line)[1])
         held = [largest(f"{name}[{shape}]") for name, shape in ARRAY.findall(line.partition(" while(")[0])]
         read += turns * (sum(size for size in held if size >= MEGABYTE / 2) - 8192 * 1024 * 2)
-    assert program.decode_bytes == pytest.approx(read, rel=0.01)
+    assert program.decode == pytest.approx(read, rel=0.01)

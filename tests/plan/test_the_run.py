@@ -8,9 +8,10 @@ import pytest
 from safetensors import safe_open
 
 from jax_rlhf import load_pretrained, save_pretrained
-from jax_rlhf.parallel import create_layout
+from jax_rlhf.parallel import create_layout, partition
 from jax_rlhf.phases import ppo, reward, run_config, sft
-from jax_rlhf.plan.abstract import programs_of
+from jax_rlhf.plan.all_programs import programs_of
+from jax_rlhf.rollout import sampler
 from jax_rlhf.training import programs, supervised
 from tests.phases import tiny
 
@@ -34,9 +35,14 @@ def kind(leaf):
     return leaf.sharding.memory_kind == "pinned_host"
 
 
+def compared(name, arguments):
+    """Of answers the parameters alone: the longest prompt decides how wide a batch is."""
+    return {"sample_program": arguments[1:2], "take_replicated": arguments[:1]}.get(name, arguments)
+
+
 @pytest.fixture
 def called(monkeypatch):
-    """program → the arguments of its first call."""
+    """program → the arguments of its first call, of an export those of all."""
     found = {}
 
     def watch(module, name, kept):
@@ -44,12 +50,17 @@ def called(monkeypatch):
 
         @functools.wraps(function)
         def call(*arguments):
-            found.setdefault(kept(arguments), leaves(arguments))
+            found.setdefault(kept(arguments), leaves(compared(name, arguments)))
             return function(*arguments)
 
         monkeypatch.setattr(module, name, call)
 
     watch(supervised, "step", lambda arguments: f"{arguments[0].network.model.head} step")
+    watch(supervised, "evaluation_sums", lambda _: "sft evaluation")
+    watch(reward, "batch_pair_scores", lambda _: "reward evaluation")
+    watch(reward, "batch_text_scores", lambda _: "reward answers' scores")
+    watch(sampler, "sample_program", lambda arguments: f"answers of {len(arguments[2])}")
+    watch(partition, "take_replicated", lambda arguments: ("export", str(leaves(arguments[:1]))))
     for name in ("generate", "sample", "score", "update"):
         watch(programs, name, lambda _, name=name: name)
     return found
@@ -73,7 +84,7 @@ def test_shapes_dtypes_and_shardings_are_the_runs(stored, changes, tmp_path, cal
     config.model.dtype = config.reference.dtype = config.critic.dtype = config.reward.dtype = "bfloat16"
     config.sft.steps = config.reward_training.steps = config.ppo.iterations = 1
     config.data.ppo_batch_size = 16
-    config.data.eval_rows, config.sft.sample_rows, config.reward_training.normalize_rows = 2, 0, 8
+    config.data.eval_rows, config.sft.sample_rows, config.reward_training.normalize_rows = 2, 8, 8
     config.update_from_flattened_dict(changes)
     if config.reference.offload:
         config.reference.path = str(tmp_path / "base")
@@ -82,13 +93,21 @@ def test_shapes_dtypes_and_shardings_are_the_runs(stored, changes, tmp_path, cal
     names = {"rollout and scoring": "generate", "rollout": "sample", "scoring": "score", "update": "update"}
     names = {f"ppo {name}": called_as for name, called_as in names.items()}
     names |= {"sft step": "lm step", "reward step": "scalar step"}
-    planned = {names[f"{one.phase} {one.name}"]: leaves(one.arguments) for one in programs_of(settings, layout)}
+    names |= {"sft answers": "answers of 8", "reward answers": "answers of 16"}
+    planned, exports = {}, []
+    for one in programs_of(settings, layout):
+        arguments = leaves(compared(one.function.__name__, one.arguments))
+        if one.name == "export":
+            exports.append(("export", str(arguments)))
+        else:
+            planned[names.get(f"{one.phase} {one.name}", f"{one.phase} {one.name}")] = arguments
 
     workdir = tmp_path / "run"
     for phase, run in (("sft", sft.run), ("reward", reward.run), ("ppo", ppo.run)):
         (workdir / phase).mkdir(parents=True)
         run(settings, workdir)
-    assert called.keys() == planned.keys()
+    assert set(exports) <= called.keys()
+    assert {name for name in called if isinstance(name, str)} == planned.keys()
     for program, arguments in planned.items():
         assert called[program] == arguments, program
     frozen = {

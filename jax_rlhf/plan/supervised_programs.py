@@ -1,0 +1,201 @@
+"""The programs of SFT and of the reward model: steps, evaluation, answers, export."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_rlhf.data import PackedPairs, PairBatch, TextBatch
+from jax_rlhf.hub import Pretrained
+from jax_rlhf.models import Decoder
+from jax_rlhf.models.decoder import Params
+from jax_rlhf.models.split import SplitModel, SplitParams
+from jax_rlhf.parallel import Layout, places_of
+from jax_rlhf.phases import reward, sft
+from jax_rlhf.phases.config import RunConfig
+from jax_rlhf.plan.abstract import (
+    Program,
+    abstract_model,
+    as_saved,
+    decode_bytes,
+    everywhere,
+    export_program,
+    in_rows,
+    joined,
+    placed,
+    prompt_width,
+    rows_of,
+)
+from jax_rlhf.rollout import Sampling, sample_program
+from jax_rlhf.trainer import minibatch_part
+from jax_rlhf.training import supervised
+from jax_rlhf.training.collect import sampling_settings
+from jax_rlhf.training.reward import reward_start
+
+_STEPS = 10_000  # of a phase whose data, which a plan does not read, would say: they change no shape
+
+
+@dataclasses.dataclass(frozen=True)
+class _Phase:
+    """What lies on the devices for a whole phase, and what its programs share."""
+
+    name: str
+    how: supervised.Supervised
+    state: supervised.SupervisedState
+    params: SplitParams
+    layout: Layout
+
+    @property
+    def resident(self) -> dict[str, Any]:
+        return {"parameters": (self.state.trainable, self.params.frozen), "optimizer": self.state.optimizer}
+
+    def program(self, name: str, function: Any, arguments: tuple, passing: Any, **more: Any) -> Program:
+        how = {"resident": self.resident} | more
+        return Program(self.name, name, function, arguments, passing=passing, layout=self.layout, **how)
+
+    def step(self, batch: Any) -> Program:
+        arguments = self.how, places_of(self.state), self.state, self.params.frozen, batch
+        return self.program("step", supervised.step, arguments, batch)
+
+    def export(self) -> list[Program]:
+        return export_program(self.name, self.how.network, self.params, self.resident, self.layout)
+
+
+def sft_programs(config: RunConfig, layout: Layout) -> list[Program]:
+    """Those of supervised fine-tuning.
+
+    Args:
+      config: the run's settings.
+      layout: the devices.
+
+    Returns:
+      The programs.
+    """
+    data, pretrained = config.data, abstract_model(config.model, "lm", layout)
+    how = sft.how_to_train(config, pretrained.model, data.sft_batch_size, config.sft.steps or _STEPS)
+    phase = _phase("sft", how, pretrained, layout)
+    shape = data.sft_batch_size, data.max_tokens
+    ids, flags = rows_of(layout, jnp.int32, *shape), rows_of(layout, jnp.bool_, *shape)
+    batch = TextBatch(ids, flags, flags, ids, ids)
+    made = [phase.step(batch)]
+    if data.eval_rows:
+        evaluation = (how.network, how.loss, how.microbatches, phase.state.trainable, phase.params.frozen, batch)
+        made.append(phase.program("evaluation", supervised.evaluation_sums, evaluation, batch))
+    if data.eval_rows and config.sft.sample_rows:
+        sampling = Sampling(config.sft.sample_tokens, eos_ids=(pretrained.model.config.vocab_size - 1,))
+        rows = config.sft.sample_rows + -config.sft.sample_rows % layout.cuts("rows")
+        whole, copied = joined(how.network, phase.params, layout)
+        arguments, passing, read = _answers(pretrained.model, whole, rows, config, sampling, layout)
+        made.append(phase.program("answers", sample_program, arguments, (passing, copied), decode=read))
+    return made + phase.export()
+
+
+def reward_programs(config: RunConfig, layout: Layout) -> list[Program]:
+    """Those of the reward model's training, and of the responses on which its scores are normalised.
+
+    Args:
+      config: the run's settings.
+      layout: the devices.
+
+    Returns:
+      The programs.
+    """
+    data, settings = config.data_of("reward"), config.reward_training
+    pretrained = reward_model(config, layout)
+    how = reward.how_to_train(settings, pretrained.model, data.reward_batch_size, settings.steps or _STEPS)
+    phase, batch = _phase("reward", how, pretrained, layout), _pairs(config, layout)
+    made = [phase.step(batch)]
+    if data.eval_rows:
+        arguments = how.network, how.microbatches, phase.params, batch
+        made.append(phase.program("evaluation", reward.batch_pair_scores, arguments, batch))
+    if settings.normalize_rows:
+        made += _normalising(config, phase, layout)
+    return made + phase.export()
+
+
+def _pairs(config: RunConfig, layout: Layout) -> PairBatch | PackedPairs:
+    data = config.data_of("reward")
+    rows, width = data.reward_batch_size, data.max_tokens
+    ids, flags = rows_of(layout, jnp.int32, rows, width), rows_of(layout, jnp.bool_, rows, width)
+    if not data.packing:
+        return PairBatch(ids, ids, flags, flags, rows_of(layout, jnp.float32, rows))
+    width, slots = 2 * width, max(1, 2 * width // 64)  # pairs of 32 tokens per text, of which few are shorter
+    ids, flags = rows_of(layout, jnp.int32, rows, width), rows_of(layout, jnp.bool_, rows, width)
+    last, real = rows_of(layout, jnp.int32, rows, slots), rows_of(layout, jnp.bool_, rows, slots)
+    return PackedPairs(ids, flags, ids, ids, last, last, real, rows_of(layout, jnp.float32, rows, slots))
+
+
+def _normalising(config: RunConfig, phase: _Phase, layout: Layout) -> list[Program]:
+    """The SFT policy's answers, for which it lies on the devices too, and their scores."""
+    answering, ppo, rows = policy(config, layout), config.ppo, config.data.ppo_batch_size
+    sampling = dataclasses.replace(sampling_settings(ppo), eos_ids=(answering.model.config.vocab_size - 1,))
+    arguments, passing, read = _answers(answering.model, answering.params, rows, config, sampling, layout)
+    resident = phase.resident | {"parameters": (phase.state.trainable, phase.params.frozen, answering.params)}
+    answers = phase.program("answers", sample_program, arguments, passing, resident=resident, decode=read)
+    samples, width = in_rows(sample_program.eval_shape(*arguments), layout), prompt_width(config)
+    mask = rows_of(layout, jnp.bool_, *samples.tokens.shape)
+    groups = rows // minibatch_part(ppo, rows, width, layout, layout.platform)
+    scored = phase.how.network, groups, phase.params, samples.tokens, mask
+    scores = phase.program("answers' scores", reward.batch_text_scores, scored, (samples, mask), resident=resident)
+    return [answers, scores]
+
+
+def _answers(
+    model: Decoder, params: Params, rows: int, config: RunConfig, sampling: Sampling, layout: Layout
+) -> tuple[tuple, Any, float]:
+    """What the sampler is called with, what of it passes, and the bytes that decoding reads."""
+    width = prompt_width(config)
+    tokens, mask = rows_of(layout, jnp.int32, rows, width), rows_of(layout, jnp.bool_, rows, width)
+    key, ids = everywhere(layout, jax.random.key(0)), rows_of(layout, jnp.int32, rows)
+    arguments = (model, params, tokens, mask, key, ids, sampling)
+    return arguments, (tokens, mask), decode_bytes(model, rows, width, sampling.max_new_tokens)
+
+
+def policy(config: RunConfig, layout: Layout) -> Pretrained:
+    """The SFT policy: another run's, or this one's.
+
+    Args:
+      config: the run's settings.
+      layout: the devices.
+
+    Returns:
+      The model.
+    """
+    given = abstract_model(dataclasses.replace(config.model, path=config.sft_model_path), "lm", layout)
+    return given or as_saved(abstract_model(config.model, "lm", layout))
+
+
+def reward_model(config: RunConfig, layout: Layout) -> Pretrained:
+    """What the reward model starts as.
+
+    Args:
+      config: the run's settings.
+      layout: the devices.
+
+    Returns:
+      The model.
+    """
+    settings, layers, models = config.reward_training, config.reward_training.num_layers, []
+    pretrained = abstract_model(dataclasses.replace(config.model, path=settings.path), "lm", layout)
+    pretrained = pretrained or policy(config, layout)
+
+    def cut(params: Any) -> Any:
+        start = reward_start(dataclasses.replace(pretrained, params=params), layers, jax.random.key(0))
+        models.append(start.model)
+        return start.params
+
+    shapes = jax.eval_shape(cut, pretrained.params)
+    places = SplitModel(models[0]).places(layout).trainable
+    return Pretrained(models[0], placed(shapes, places))
+
+
+def _phase(name: str, how: supervised.Supervised, pretrained: Pretrained, layout: Layout) -> _Phase:
+    places = how.network.places(layout)
+    shapes = jax.eval_shape(functools.partial(supervised.split_params, how), pretrained.params)
+    params = SplitParams(placed(shapes.frozen, places.frozen), placed(shapes.trainable, places.trainable))
+    state = placed(
+        supervised.abstract_state(how, params.trainable), supervised.state_places(how, params.trainable, layout)
+    )
+    return _Phase(name, how, state, SplitParams(params.frozen, state.trainable), layout)
