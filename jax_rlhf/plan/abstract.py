@@ -16,7 +16,7 @@ from jax_rlhf.models.decoder import Head, Params
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.parallel import Layout, padded_vocab_size, take_replicated
 from jax_rlhf.phases.config import RunConfig
-from jax_rlhf.plan.presets import model_shape
+from jax_rlhf.plan.shapes import model_shape
 from jax_rlhf.rollout import decode_stages, sampling_layout
 
 
@@ -57,7 +57,7 @@ def abstract_model(config: ModelConfig, head: Head, layout: Layout) -> Pretraine
     """
     if config.path is None:
         return None
-    decoder, stored = model_shape(config.path)
+    decoder, stored = model_shape(config.path, config.revision)
     decoder = decoder.replace(padded_vocab_size=padded_vocab_size(decoder.vocab_size, layout), layout=layout)
     model = Decoder(running(decoder, config), head=head)
     places = SplitModel(model).places(layout).trainable

@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_said_with_what_would_help(tmp_path):
     ("flags", "message"),
     [
         ((), "--topology is missing"),
-        (("--topology=h100:8", "--config.model.path=someone/unknown-7b"), "give a preset"),
+        (("--topology=h100:8", "--config.model.path=someone/unknown-7b"), "or a preset"),
     ],
 )
 def test_bad_input_is_one_line(flags, message, tmp_path):
