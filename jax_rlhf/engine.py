@@ -35,7 +35,7 @@ from jax_rlhf.training.networks import (
     reference_logprobs,
     reward_scores,
 )
-from jax_rlhf.training.roles import Start, assign_parameters, check_start, networks_of, trained_places
+from jax_rlhf.training.roles import Start, assign_parameters, check_start, networks_of, padded, trained_places
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ class RLHFEngine:
           offloaded: of "reference" and "reward", those whose parameters wait in host memory between uses.
           reference_config, critic_config: how these run (dtype, remat, attention) where they start as another model;
             None = as that one.
-          mesh: the mesh; None = one device.
+          mesh: the mesh; None = one device. A vocabulary that it does not divide gets zero rows, which are not saved.
 
         Raises:
           ValueError: a wrong head, layers out of range, another tokenizer, or a size that the mesh does not divide.
@@ -141,6 +141,7 @@ class RLHFEngine:
         runs = reference_config, critic_config
         start = Start(actor, reference, critic, reward, *layers, critic_zero_head, tuple(offloaded), *runs)
         check_start(start)
+        start = padded(start, self.layout)
         self.networks = networks_of(start, self.layout)
         self.trained, self.frozen = assign_parameters(self.networks, start)
         if self.layout is not None:
@@ -149,7 +150,7 @@ class RLHFEngine:
             self.trained = jax.device_put(self.trained, places)
         else:
             self.trained = jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), self.trained)
-        self._decoder = actor.model.config  # with all ids that it knows, for what is saved
+        self._decoder = start.actor.model.config  # with all ids that it knows, for what is saved
         self.tokenizer = actor.tokenizer
         self.generation_config = actor.generation_config
 

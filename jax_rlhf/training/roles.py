@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
 from jax_rlhf.hub import Pretrained, ids_of, other_ids
-from jax_rlhf.models import Decoder, DecoderConfig, narrowed
+from jax_rlhf.models import Decoder, DecoderConfig, abstract_params, narrowed
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.models.split import SplitModel, SplitParams
-from jax_rlhf.parallel import Layout
+from jax_rlhf.parallel import Layout, padded_vocab_size
 from jax_rlhf.training.networks import Frozen, Networks, Trained
 
 
@@ -47,6 +47,37 @@ class Start:
     offloaded: tuple[str, ...] = ()
     reference_config: DecoderConfig | None = None
     critic_config: DecoderConfig | None = None
+
+
+def padded(start: Start, layout: Layout | None) -> Start:
+    """Models whose vocabularies the mesh divides, as `load_pretrained` makes them: zeros past the last id's row.
+
+    Args:
+      start: what the models start as.
+      layout: the mesh; None = one device.
+
+    Returns:
+      The same models.
+    """
+    if layout is None:
+        return start
+
+    def config(given: DecoderConfig | None) -> DecoderConfig | None:
+        return given and given.replace(padded_vocab_size=padded_vocab_size(given.table_rows, layout))
+
+    def model(given: Pretrained | None) -> Pretrained | None:
+        if given is None or given.model.config.table_rows % layout.cuts("vocab") == 0:
+            return given
+        wide = given.model.clone(config=config(given.model.config))
+        return dataclasses.replace(given, model=wide, params=jax.tree.map(_grown, given.params, abstract_params(wide)))
+
+    models = {role: model(getattr(start, role)) for role in ("actor", "reference", "critic", "reward")}
+    configs = {name: config(getattr(start, name)) for name in ("reference_config", "critic_config")}
+    return dataclasses.replace(start, **models, **configs)
+
+
+def _grown(leaf: jax.Array, wide: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.pad(leaf, [(0, new - old) for old, new in zip(leaf.shape, wide.shape, strict=True)])
 
 
 def networks_of(start: Start, layout: Layout | None) -> Networks:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from jax_rlhf import CheckpointError, RLHFEngine, load_pretrained, sample, save_pretrained, token_logprobs
+from jax_rlhf import CheckpointError, Pretrained, RLHFEngine, load_pretrained, sample, save_pretrained, token_logprobs
 from jax_rlhf.models import Decoder, init_params, model_jit
 from jax_rlhf.rollout import Sampling
 from jax_rlhf.rollout.scorer import score_hidden
@@ -244,6 +244,34 @@ def test_models_are_cut_over_a_mesh():
     tokens, mask = batch()
     for first, second in zip(one.score(tokens, mask), eight.score(tokens, mask), strict=True):
         np.testing.assert_allclose(np.asarray(first)[mask[:, 1:]], np.asarray(second)[mask[:, 1:]], atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_vocabulary_that_the_mesh_does_not_divide_is_padded(tied, tmp_path):
+    """Parameters in memory are as good as loaded ones: 13 and 9 ids over tensor=4; what is saved has 13 again."""
+    mesh = Mesh(np.array(jax.devices()).reshape(1, 2, 4), ("data", "fsdp", "tensor"))
+    config = tiny.policy(vocab_size=13).model.config.replace(tie_embeddings=tied)
+    model = Decoder(config)
+    actor = Pretrained(model, jax.tree.map(lambda leaf: 2 * leaf, init_params(model, jax.random.key(1))))
+    reward = dataclasses.replace(tiny.policy(5, head="scalar", vocab_size=9), tokenizer=None)
+    how = {"reward": reward, "reference_config": config.replace(remat="full"), "trainable_layers": 1}
+    one, eight = RLHFEngine(actor, **how), RLHFEngine(actor, **how, mesh=mesh)
+    assert eight.networks.actor.model.config.table_rows == 16
+    assert eight.networks.reward.model.config.table_rows == 12
+    tokens, mask = batch()
+    real = mask[:, 1:] & mask[:, :-1]
+    for first, second in zip(one.score(tokens, mask), eight.score(tokens, mask), strict=True):
+        np.testing.assert_allclose(np.asarray(first)[real], np.asarray(second)[real], atol=1e-5)
+    np.testing.assert_allclose(one.reward(tokens, mask), eight.reward(tokens, mask), atol=1e-5)
+    sampling = Sampling(max_new_tokens=12)
+    first, second = (engine.sample(tokens, mask, np.arange(4), jax.random.key(0), sampling) for engine in (one, eight))
+    np.testing.assert_array_equal(first.tokens, second.tokens)
+    assert int(first.tokens.max()) < 9  # ids of both
+    save_pretrained(tmp_path, eight.actor)
+    again = load_pretrained(tmp_path)
+    for path, leaf in jax.tree.leaves_with_path(actor.params):
+        saved = dict(jax.tree.leaves_with_path(again.params))[path]
+        np.testing.assert_allclose(leaf, saved, atol=1e-6, err_msg=str(path))
 
 
 def test_untied_heads_follow_their_part():
