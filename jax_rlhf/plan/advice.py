@@ -108,14 +108,14 @@ def _changes(settings: RunConfig, one: Account, devices: int) -> Iterator[dict[s
         "reward": settings.data.reward_batch_size,
         "ppo": settings.data.ppo_batch_size // settings.ppo.num_minibatches,
     }[one.phase]
-    if one.name != "rollout":
+    if one.name not in ("rollout", "answers", "export"):
         micro = getattr(settings, section).microbatch_size or rows
         while micro > 1:
             micro //= 2
             yield {f"{section}.microbatch_size": micro}
     if one.phase == "ppo":
         yield {"reference.offload": True, "reward.offload": True}
-    if one.name.startswith("rollout"):
+    if one.name.startswith(("rollout", "answers")):
         for tensor in (2, 4, 8, 16):
             if devices % tensor == 0:
                 yield {"rollout_mesh.data": -1, "rollout_mesh.fsdp": 1, "rollout_mesh.tensor": tensor}
