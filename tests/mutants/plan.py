@@ -1,0 +1,80 @@
+"""The plan: what it counts, for which shapes, and what sampling's layout and a padded vocabulary rest on."""
+
+from tests.mutants import variants
+
+_COUNTS = "tests/plan/test_counts.py"
+_DECODE = "tests/plan/test_decode.py -k h100"
+_COMMAND = "tests/plan/test_command.py -k all_phases"
+_LAYOUT = "tests/parallel/test_layout.py"
+
+MUTANTS = [
+    *variants(
+        "plan/bounds.py",
+        _COUNTS,
+        ('passes = topology.chip, 2 if one.kind == "all-reduce" else 1', "passes = topology.chip, 1"),
+        ("one.group - 1 - far", "one.group - 1"),
+        ("math.ceil(one.group / one.near) - 1", "0"),
+        ("(1, 0) if one.near == one.group else (0, 1)", "(1, 0)"),
+        ("return chip.start + passes", "return passes"),
+    ),
+    *variants(
+        "plan/collectives.py",
+        _COUNTS,
+        ("        return over_tokens\n", "        pass\n"),
+    ),
+    *variants(
+        "plan/flops.py",
+        _COUNTS,
+        ("return loop_turns(str(equation.source_info.name_stack)) or 1", "return 1"),
+    ),
+    *variants(
+        "plan/abstract.py",
+        f"{_DECODE}",
+        ("if not config.tie_embeddings:", "if False:"),
+        ("sum(jax.tree.leaves(sizes)) * (length - 1)", "sum(jax.tree.leaves(sizes)) * length"),
+        ("(end - start) * (width + end - 1)", "(end - start) * (width + end) / 2"),
+    ),
+    *variants(
+        "plan/abstract.py",
+        _COMMAND,
+        ("largest = max(range", "largest = min(range"),
+    ),
+    *variants(
+        "plan/host.py",
+        _COMMAND,
+        ("devices = topology.near or devices", "devices = 1"),
+        ("checkpoint=devices * state", "checkpoint=state"),
+        ('(trained, program.resident["optimizer"])', "(everything, trained)"),
+    ),
+    *variants(
+        "plan/supervised_programs.py",
+        _COMMAND,
+        ("phase.params.frozen, answering.params)", "phase.params.frozen)"),
+        ("if settings.normalize_rows:", "if False:"),
+    ),
+    *variants(
+        "plan/shapes.py",
+        "tests/plan/test_shapes.py",
+        (
+            'try_to_load_from_cache(hub_id, "config.json", revision=revision)',
+            'try_to_load_from_cache(hub_id, "config.json")',
+        ),
+        ('.removeprefix("meta-")', ""),
+        (r"(-(instruct|chat|it|base", r"(-(instruct|chat|it|base|lora"),
+    ),
+    *variants(
+        "parallel/layout.py",
+        _LAYOUT,
+        ("if _joined(layout, n * tensor)", "if True"),
+        ("if _joined(layout, n * tensor)", "if _joined(layout, n)"),
+        ("return device.id // near", "return device.id % near"),
+        ('for axis in ("fsdp_to_tensor", "tensor"))', 'for axis in ("tensor",))'),
+        ("return Layout(mesh, tuple(rules), near=layout.near)", "return Layout(mesh, tuple(rules))"),
+    ),
+    *variants(
+        "training/roles.py",
+        "tests/ppo/test_engine.py -k padded",
+        ("if given is None or given.model.config.table_rows % ", "if True or given.model.config.table_rows % "),
+        ("return dataclasses.replace(start, **models, **configs)", "return dataclasses.replace(start, **models)"),
+    ),
+]
