@@ -42,9 +42,21 @@ def topology_here() -> Topology:
         )
     kind = devices[0].device_kind
     unknown = Chip(kind, 0.0, *(math.nan,) * 8)
-    chip = dataclasses.replace(CHIPS.get(_KINDS.get(kind, ""), unknown), memory=float(stats["bytes_limit"]))
+    chip = dataclasses.replace(chip_of(kind) or unknown, memory=float(stats["bytes_limit"]))
     group = min(collections.Counter(map(machine_of, devices)).values())
     return Topology("here", chip, devices, group, chip.link)
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The data sheet of a device.
+
+    Args:
+      device_kind: as JAX calls it.
+
+    Returns:
+      The chip; None = not known.
+    """
+    return CHIPS.get(_KINDS.get(device_kind, ""))
 
 
 def measured_peak(program: Program) -> float:

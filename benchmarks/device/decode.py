@@ -1,0 +1,132 @@
+"""Part `decode`: milliseconds per step and tokens/s of sampling, against the bytes that a step must read."""
+
+import collections
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.device.lines import chip_here, llama, random_model, say
+from jax_rlhf.models import Decoder, DecoderConfig, unstack_layers
+from jax_rlhf.rollout import Sampling, decodes_unrolled, rollout
+
+PROMPT, NEW = 128, 256
+GOAL = 0.6  # of the bound
+SMOLLM2_135M = {
+    "vocab_size": 49_152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
+
+
+def decode(tiny: bool) -> None:
+    """A 1B Llama and SmolLM2-135M, 32 and 256 rows; of one case the layers unrolled and scanned."""
+    models = {"llama-1b": llama(tiny)}
+    if not tiny:
+        models["smollm2-135m"] = llama(False, **SMOLLM2_135M)
+    for name, config in models.items():
+        for rows in (4,) if tiny else (256, 32):
+            used = not decodes_unrolled(config)
+            _measure(name, config, rows, used, tiny)
+            if name == "llama-1b" and rows != 32:
+                _measure(name, config, rows, not used, tiny)
+    _profile(llama(tiny), tiny)
+
+
+def decode_captured(tiny: bool) -> None:
+    """One case of `decode` again: the driver starts it with XLA_FLAGS by which loops too run as one CUDA graph."""
+    _measure("llama-1b", llama(tiny), 4 if tiny else 32, False, tiny)
+
+
+def step_bytes(config: DecoderConfig, kernels: int, rows: int, prompt: int, new: int) -> float:
+    """What a step of decoding must read, in the mean over a rollout without EOS.
+
+    Args:
+      config: the model's.
+      kernels: bytes of its parameters, without a table that only looks tokens up.
+      rows: of the batch.
+      prompt, new: tokens per row.
+
+    Returns:
+      Bytes: kernels, and keys and values of the slots that are filled: P + 1 in the first of R − 1 steps, P + R − 1 in
+      the last.
+    """
+    slot = 2 * config.num_layers * rows * config.num_kv_heads * config.head_dim * config.dtype.itemsize
+    return kernels + slot * (prompt + new / 2)
+
+
+def _measure(name: str, config: DecoderConfig, rows: int, scanned: bool, tiny: bool) -> None:
+    config, (prompt, new) = config.replace(dtype=jnp.dtype("bfloat16")), (16, 16) if tiny else (PROMPT, NEW)
+    model = Decoder(config, scan_layers=scanned)
+    params = random_model(config, "lm", 0, jnp.bfloat16).params
+    kernels = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    if not scanned:
+        params = unstack_layers(params, config.num_layers)
+    tokens = jax.random.randint(jax.random.key(1), (rows, prompt), 0, config.vocab_size)
+    run, first = {}, {}
+    for length in (new, 1):
+        run[length], first[length] = _compiled(model, params, tokens, length)
+    seconds = {length: min(_seconds(run[length], key) for key in range(1, 4)) for length in run}
+    step = (seconds[new] - seconds[1]) / (new - 1)
+    row = {
+        "model": name,
+        "rows": rows,
+        "layers": "scanned" if scanned else "unrolled",
+        "used_here": scanned != decodes_unrolled(config),
+        "compile_seconds": first[new],
+        "prefill_ms": 1000 * seconds[1],
+        "step_ms": 1000 * step,
+        "tokens_per_second": rows * new / seconds[new],
+    }
+    chip = chip_here()
+    if chip is not None:
+        bound = step_bytes(config, kernels, rows, prompt, new) / chip.bandwidth
+        row |= {"bound_ms": 1000 * bound, "share_of_bound": bound / step, "goal": GOAL}
+    say("decode", **row)
+
+
+def _compiled(model: Decoder, params: Any, tokens: jax.Array, length: int) -> tuple[Callable[[int], Any], float]:
+    sampling, mask, ids = Sampling(length), jnp.ones(tokens.shape, bool), jnp.arange(len(tokens))
+
+    @jax.jit
+    def draw(params: Any, key: jax.Array) -> Any:
+        return rollout(model, params, tokens, mask, key, ids, sampling)
+
+    start = time.perf_counter()
+    jax.block_until_ready(draw(params, jax.random.key(0)))
+    return lambda key: draw(params, jax.random.key(key)), time.perf_counter() - start
+
+
+def _seconds(run: Callable[[int], Any], key: int) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(run(key))
+    return time.perf_counter() - start
+
+
+def _profile(config: DecoderConfig, tiny: bool) -> None:
+    """Which kernels a rollout of 32 rows spends its time in; nothing where the profiler sees no device."""
+    config = config.replace(dtype=jnp.dtype("bfloat16"))
+    params = unstack_layers(random_model(config, "lm", 0, jnp.bfloat16).params, config.num_layers)
+    tokens = jnp.ones((4 if tiny else 32, 16 if tiny else PROMPT), jnp.int32)
+    run, _ = _compiled(Decoder(config, scan_layers=False), params, tokens, 16)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run(1))
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(file))
+    spent: collections.Counter[str] = collections.Counter()
+    for plane in data.planes:
+        if plane.name.startswith("/device:") and "CUSTOM" not in plane.name:
+            for line in plane.lines:
+                if line.name.startswith(("Stream", "XLA Ops")):
+                    for event in line.events:
+                        spent[event.name] += event.duration_ns
+    top = {name[:80]: nanoseconds / 1e6 for name, nanoseconds in spent.most_common(8)}
+    say("decode", profile="16 new tokens", device_ms=sum(spent.values()) / 1e6, top_ms=top)

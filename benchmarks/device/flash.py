@@ -1,0 +1,105 @@
+"""Part `flash`: the attention kernel (cuDNN on GPU, splash on TPU) against the plain form, values and gradients."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.device.lines import llama, say
+from jax_rlhf.models.attention import AttentionContext, attend, token_order, visible
+from jax_rlhf.models.flash import flash_attend
+
+# Tokens, heads, key/value heads, head width, window, packed rows.
+CASES = (
+    (128, 4, 4, 64, None, False),
+    (151, 8, 2, 128, None, False),
+    (1024, 8, 2, 128, None, False),
+    (512, 4, 2, 64, 100, False),
+    (513, 8, 2, 128, None, True),
+    (640, 4, 4, 256, None, False),
+    (256, 9, 3, 64, None, True),
+)
+
+
+def flash(tiny: bool) -> None:
+    """Errors against float32, of the kernel and of the plain form in bfloat16; then both's time at 2,048 tokens.
+
+    On a CPU, which has no kernel, the plain form is run in its place, and the rows say so.
+    """
+    kernel = jax.default_backend() in ("gpu", "tpu")
+    for case in CASES[:2] if tiny else CASES:
+        try:
+            _compare(case, kernel)
+        except Exception as error:  # of one case: the others are run, and this one is told
+            say("flash", ok=False, case=case, error=f"{type(error).__name__}: {str(error)[:400]}")
+    _time((256 if tiny else 2048, 4 if tiny else 16, 2 if tiny else 8, 64 if tiny else 128), kernel)
+
+
+def _forms(config: Any, window: int | None, width: int, segments: jax.Array | None) -> tuple[Callable, Callable]:
+    def plain(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+        context = AttentionContext(*token_order(mask), None, None, None, segments)
+        return attend(query, key, value, visible(context, window), scale=width**-0.5)
+
+    def kernel(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+        return flash_attend(query, key, value, mask, segments, config=config, window=window, scale=width**-0.5)
+
+    return plain, kernel
+
+
+def _compare(case: tuple, has_kernel: bool) -> None:
+    length, heads, kv_heads, width, window, packed = case
+    shape = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": width}
+    config = llama(True, hidden_size=heads * width, **shape).replace(attention="flash", dtype=jnp.dtype("bfloat16"))
+    random, at = np.random.RandomState(length), np.arange(length)
+    holes = random.rand(length) < 0.6
+    # Pads on the left, on the right, anywhere; none; all but one, at either end.
+    masks = [at >= 30, at < length - 50, holes, at >= 0, at >= length - 1, at < 1]
+    mask, rows = jnp.asarray(np.stack(masks)), len(masks)
+    texts = np.broadcast_to(at // (length // 3 + 1), (rows, length)).astype(np.int32)
+    segments = jnp.asarray(texts) if packed else None
+    query, weight = (jnp.asarray(random.standard_normal((rows, length, heads, width)), jnp.bfloat16) for _ in range(2))
+    key, value = (jnp.asarray(random.standard_normal((rows, kv_heads, length, width)), jnp.bfloat16) for _ in range(2))
+    plain, kernel = _forms(config, window, width, segments)
+
+    def run(form: Callable, dtype: Any) -> tuple[jax.Array, ...]:
+        def both(query: jax.Array, key: jax.Array, value: jax.Array, weight: jax.Array) -> tuple[jax.Array, ...]:
+            real = lambda *arrays: jnp.where(mask[..., None, None], form(*arrays, mask), 0)  # noqa: E731
+            mixed, back = jax.vjp(real, *(array.astype(dtype) for array in (query, key, value)))
+            return (mixed, *back(weight.astype(dtype)))
+
+        return jax.jit(both)(query, key, value, weight)  # arguments: XLA folds constants while it compiles
+
+    exact, ours = run(plain, jnp.float32), run(plain, jnp.bfloat16)
+    found = run(kernel, jnp.bfloat16) if has_kernel else ours
+
+    def errors(result: tuple[jax.Array, ...]) -> list[float]:
+        pairs = zip(result, exact, strict=True)
+        return [float(jnp.abs(one.astype(jnp.float32) - two).max() / jnp.abs(two).max()) for one, two in pairs]
+
+    finite = all(bool(jnp.isfinite(one.astype(jnp.float32)).all()) for one in found)
+    good = finite and all(one < 3 * two for one, two in zip(errors(found), errors(ours), strict=True))
+    what = {"kernel": "flash" if has_kernel else "plain", "errors": errors(found), "plain_errors": errors(ours)}
+    say("flash", ok=good, case=case, finite=finite, **what, bar="values and 3 gradients: 3 × the plain form's")
+
+
+def _time(case: tuple[int, int, int, int], has_kernel: bool) -> None:
+    length, heads, kv_heads, width = case
+    shape = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": width}
+    config = llama(True, hidden_size=heads * width, **shape).replace(attention="flash", dtype=jnp.dtype("bfloat16"))
+    query = jnp.ones((8, length, heads, width), jnp.bfloat16)
+    key = jnp.ones((8, kv_heads, length, width), jnp.bfloat16)
+    mask = jnp.ones((8, length), bool)
+    plain, kernel = _forms(config, None, width, None)
+    for name, form in {"plain": plain, **({"flash": kernel} if has_kernel else {})}.items():
+        total = lambda *arrays, form=form: jnp.sum(form(*arrays, mask).astype(jnp.float32))  # noqa: E731
+        step, seconds = jax.jit(jax.grad(total, argnums=(0, 1, 2))), []
+        jax.block_until_ready(step(query, key, key))
+        for _ in range(5):
+            start = time.perf_counter()
+            jax.block_until_ready(step(query, key, key))
+            seconds.append(time.perf_counter() - start)
+        say("flash", timed=name, case=[8, *case], milliseconds=1000 * statistics.median(seconds))
