@@ -98,10 +98,10 @@ def write_weights(folder: Path | None, params: dict, files: list[list[_Entry]], 
 
 def _gathered(params: dict, entries: list[_Entry]) -> Iterator[tuple[_Entry, np.ndarray]]:
     for entry in entries:
-        parts = [gather_to_host(_leaf(params, path), entry.layer) for path in entry.tensor.leaves]
+        parts = [gather_to_host(_leaf(params, path), entry.layer, entry.dtype) for path in entry.tensor.leaves]
         if entry.tensor.kind == "same":  # rows that pad the vocabulary stay behind
             parts = [part[: entry.tensor.hub_shape[0]] for part in parts]
-        yield entry, entry.tensor.join([part.astype(entry.dtype, copy=False) for part in parts])
+        yield entry, entry.tensor.join(parts)
 
 
 def _entries(model: Decoder, params: dict, dtypes: dict) -> list[_Entry]:

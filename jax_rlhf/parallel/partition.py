@@ -87,23 +87,24 @@ def kept_in_place(tree: Any, places: tuple) -> Any:
     return jax.tree.unflatten(form, kept)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def take_replicated(leaf: Array, index: Array | None, sharding: NamedSharding) -> Array:
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def take_replicated(leaf: Array, index: Array | None, sharding: NamedSharding, dtype: np.dtype) -> Array:
     """An array, or one entry of a stacked one, whole on every device.
 
     Args:
       leaf: [...].
       index: int[], of the first axis, or None for the whole array.
       sharding: that of the result, replicated.
+      dtype: that of the result, in which it is sent.
 
     Returns:
       The array.
     """
     taken = leaf if index is None else jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
-    return jax.lax.with_sharding_constraint(taken, sharding)
+    return jax.lax.with_sharding_constraint(taken.astype(dtype), sharding)
 
 
-def gather_to_host(leaf: Array, index: int | None = None) -> np.ndarray:
+def gather_to_host(leaf: Array, index: int | None = None, dtype: np.dtype | None = None) -> np.ndarray:
     """One array, or one entry of a stacked one, whole on this host.
 
     With several processes all must call it, in the same order.
@@ -111,11 +112,13 @@ def gather_to_host(leaf: Array, index: int | None = None) -> np.ndarray:
     Args:
       leaf: [...], on any devices.
       index: of the first axis, or None for the whole array.
+      dtype: of the result; None = the same.
 
     Returns:
-      A NumPy array of the same dtype.
+      A NumPy array.
     """
+    dtype = np.dtype(leaf.dtype if dtype is None else dtype)
     if isinstance(leaf, Array) and isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh.size > 1:
         replicated = NamedSharding(leaf.sharding.mesh, PartitionSpec())
-        return np.asarray(take_replicated(leaf, index, replicated).addressable_data(0))
-    return np.asarray(leaf if index is None else leaf[index])
+        return np.asarray(take_replicated(leaf, index, replicated, dtype).addressable_data(0))
+    return np.asarray(leaf if index is None else leaf[index]).astype(dtype, copy=False)

@@ -200,12 +200,14 @@ def export_program(
     if layout.mesh.size == 1:
         return []
     whole, made = joined(network, params, layout)
-    leaves = jax.tree.leaves_with_path(whole)
-    stacked = [path[0].key == "layers" for path, _ in leaves]
-    sizes = [leaf.size / (len(leaf) if many else 1) for (_, leaf), many in zip(leaves, stacked, strict=True)]
-    largest = max(range(len(sizes)), key=sizes.__getitem__)
-    leaf, index = leaves[largest][1], jax.ShapeDtypeStruct((), jnp.int32) if stacked[largest] else None
-    arguments = leaf, index, layout.sharding(())
+    tensors = []  # (bytes, leaf, whether it is stacked, dtype in which it is saved)
+    for (path, leaf), dtype in zip(
+        jax.tree.leaves_with_path(whole), jax.tree.leaves(compute_dtypes(network.model)), strict=True
+    ):
+        stacked = path[0].key == "layers"
+        tensors.append((leaf.size * dtype.itemsize / (leaf.shape[0] if stacked else 1), leaf, stacked, dtype))
+    _, leaf, stacked, dtype = max(tensors, key=lambda tensor: tensor[0])
+    arguments = leaf, jax.ShapeDtypeStruct((), jnp.int32) if stacked else None, layout.sharding(()), dtype
     return [Program(phase, "export", take_replicated, arguments, resident, made, layout)]
 
 

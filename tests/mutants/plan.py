@@ -37,7 +37,7 @@ MUTANTS = [
     *variants(
         "plan/abstract.py",
         _COMMAND,
-        ("largest = max(range", "largest = min(range"),
+        ("= max(tensors, key", "= min(tensors, key"),
     ),
     *variants(
         "plan/host.py",
