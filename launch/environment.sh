@@ -1,6 +1,11 @@
 # Sourced by the other scripts: make_environment NAME makes .venv/NAME-VERSION and sets $environment; pip_install fills it.
 
 make_environment() {
+  name_environment "$1"
+  [ -x "$environment/bin/python" ] || "${PYTHON:-python3}" -m venv "$environment"
+}
+
+name_environment() {
   local python=${PYTHON:-python3} version
   version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
   if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
@@ -8,7 +13,6 @@ make_environment() {
     exit 1
   fi
   environment=.venv/$1-$version
-  [ -x "$environment/bin/python" ] || "$python" -m venv "$environment"
 }
 
 # Whether a run that ended with this code is started again: saved (75), an error that is not the user's (70), or killed.
@@ -36,6 +40,32 @@ is_further() {
 # Whether so many starts in a row that got no further are enough. The program writes phase and step of its last checkpoint
 # to JAX_RLHF_PROGRESS_FILE.
 enough_starts() { [ "$1" -ge 3 ]; }
+
+# 13 where the driver is new enough, else 12: JAX's installation page asks for driver 580 or newer, or 525.
+cuda_version() {
+  local driver
+  driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)
+  driver=${driver%%.*}
+  case $driver in
+    '' | *[!0-9]*) echo 12 ;;
+    *) if [ "$driver" -ge 580 ]; then echo 13; else echo 12; fi ;;
+  esac
+}
+
+# Compiled programs are kept in the workdir: it outlives the machine, and all processes see it. Unless JAX is told another
+# folder, or the program is.
+keep_compiled() {
+  local argument before='' workdir=''
+  for argument; do
+    case $argument in
+      --compile_cache* | -compile_cache*) return ;;
+      --workdir=* | -workdir=*) workdir=${argument#*=} ;;
+      *) case $before in --workdir | -workdir) workdir=$argument ;; esac ;;
+    esac
+    before=$argument
+  done
+  [ -z "$workdir" ] || export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR-${workdir%/}/compiled}"
+}
 
 # An environment in which pip was interrupted can have halves of packages, on which it fails ever after: it is cleared.
 # The lock is for scripts that start side by side: what one of them still installs looks interrupted to the others.

@@ -138,8 +138,9 @@ copy_code() {
 prepare() {
   say "copying the code and installing, on all workers"
   if [ -n "$env_file" ]; then
+    # The file is there, and nobody else's, before what it holds arrives; scp leaves the mode of a file that exists.
+    remote all "(umask 077 && touch ~/jax_rlhf.env && chmod 600 ~/jax_rlhf.env)" || return
     upload "$env_file" jax_rlhf.env || return
-    set -- "chmod 600 ~/jax_rlhf.env"
   fi
   [ -z "$setup" ] || set -- "$@" "(cd && { $setup"$'\n'"})" # the newline ends a comment in it
   copy_code "$@" "$(worker install ${python:+"$python"})"
@@ -333,6 +334,9 @@ read_options() {
   [ -n "$zone" ] || wrong_usage "--zone=ZONE is missing"
   case $max_restarts in '' | *[!0-9]*) wrong_usage "--max-restarts=$max_restarts is no number" ;; esac
   [ -z "$env_file" ] || [ -f "$env_file" ] || die "--env-file=$env_file: there is no such file"
+  # shellcheck disable=SC2012 # stat's options differ between Linux and macOS
+  [ -z "$env_file" ] || [ -n "$dry_run" ] || [[ $(ls -ldL -- "$env_file") == -???------* ]] ||
+    die "--env-file=$env_file: others can read it: chmod 600 '$env_file'"
   [ -n "$dry_run" ] || command -v gcloud >/dev/null || die "gcloud is not installed; --dry-run shows what it would be asked"
 }
 

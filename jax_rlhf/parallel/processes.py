@@ -47,33 +47,69 @@ def start_processes(
 
     Args:
       coordinator: "host:port" of process 0; None = found out, or JAX_COORDINATOR_ADDRESS.
-      num_processes, process_id: how many, and which this is; None = found out, or JAX_NUM_PROCESSES, JAX_PROCESS_ID.
+      num_processes, process_id: how many, and which this is; None = found out, or JAX_NUM_PROCESSES, JAX_PROCESS_ID
+        (in Kubernetes, JOB_COMPLETION_INDEX). 1 without a coordinator: the process is alone, whatever the environment.
       timeout: seconds of silence after which a process counts as dead, and the others end.
 
     Raises:
-      ValueError: some of the three are given, and the rest cannot be found out.
+      ValueError: some of the three are given, and the rest cannot be found out; or they do not fit together.
     """
     _leave_threads_for_collectives()
-    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if num_processes is None and "JAX_NUM_PROCESSES" in os.environ:
-        num_processes = int(os.environ["JAX_NUM_PROCESSES"])
-    if process_id is None and "JAX_PROCESS_ID" in os.environ:
-        process_id = int(os.environ["JAX_PROCESS_ID"])
-    explicit = (coordinator, num_processes, process_id)
     cluster = cluster_name(os.environ)
-    if explicit == (None, None, None) and cluster is None:
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    num_processes = _number("JAX_NUM_PROCESSES") if num_processes is None else num_processes
+    process_id = _number("JAX_PROCESS_ID") if process_id is None else process_id
+    if cluster == "k8s" and process_id is None and None not in (coordinator, num_processes):
+        process_id = _number("JOB_COMPLETION_INDEX")
+    explicit = (coordinator, num_processes, process_id)
+    alone = num_processes == 1 and coordinator is None
+    if alone or (explicit == (None, None, None) and cluster is None):
         return
+    if None not in (num_processes, process_id) and not 0 <= process_id < num_processes:
+        raise ValueError(f"process_id={process_id} is not one of num_processes={num_processes}: they count from 0.")
     if None in explicit and cluster is None:
         raise ValueError(
             f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}: without a cluster "
             "that JAX knows all three are needed, the first two the same in every process."
         )
-    if None in explicit:
+    if None not in explicit:
+        jax.distributed.initialize(*explicit, cluster_detection_method="deactivate", heartbeat_timeout_seconds=timeout)
+    elif cluster == "k8s":
+        _start_pods(explicit, timeout)
+    else:
         method = None if cluster == "tpu" else cluster  # on TPUs JAX has two, and picks the right one
         jax.distributed.initialize(*explicit, cluster_detection_method=method, heartbeat_timeout_seconds=timeout)
-    else:
-        jax.distributed.initialize(*explicit, cluster_detection_method="deactivate", heartbeat_timeout_seconds=timeout)
     _compile_collectives_anew()
+
+
+def _number(variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if text is None:
+        return None
+    if not text.strip().isdigit():
+        raise ValueError(f"{variable}={text!r} in the environment is no number.")
+    return int(text)
+
+
+def _start_pods(explicit: tuple[str | None, int | None, int | None], timeout: int) -> None:
+    """Pods ask Kubernetes for each other, where they can and may; else the user has to say it.
+
+    Raises:
+      ValueError: they cannot, or may not; says what to set.
+    """
+    why = "the package kubernetes is not installed"
+    if importlib.util.find_spec("kubernetes"):
+        try:
+            how = {"cluster_detection_method": "k8s", "heartbeat_timeout_seconds": timeout}
+            jax.distributed.initialize(*explicit, **how)
+            return
+        except Exception as error:  # of the API, of its permissions, of DNS: each has types of its own
+            why = f"{type(error).__name__}: {error}"
+    raise ValueError(
+        f"this Pod belongs to an indexed Kubernetes job, and cannot find the others by itself ({why}). Set in its "
+        "environment JAX_NUM_PROCESSES to the job's number of Pods, and JAX_COORDINATOR_ADDRESS to HOST:PORT of Pod 0, "
+        "such as JOB-0.SUBDOMAIN:8476 (launch/gpu_jobset.yaml does). One Pod alone needs JAX_NUM_PROCESSES=1 only."
+    )
 
 
 def _compile_collectives_anew() -> None:

@@ -107,7 +107,8 @@ if arguments[0] == "-c":
         sys.exit(1)
     exec(arguments[1])
     sys.exit()
-record(worker=worker, cwd=os.getcwd(), HF_TOKEN=os.environ.get("HF_TOKEN"))
+told = {name: os.environ.get(name) for name in ("HF_TOKEN", "JAX_COMPILATION_CACHE_DIR")}
+record(worker=worker, cwd=os.getcwd(), **told)
 if arguments[:2] == ["-m", "venv"]:
     if arguments[2] == "--clear":
         import shutil
@@ -146,6 +147,9 @@ HOSTNAME = 'print("t1v-n-fake-w-" + os.environ["WORKER"])\n'
 
 NVIDIA_SMI = """
 gpus = change(lambda state: state["gpus"])
+if "--query-gpu=driver_version" in arguments:
+    print("\\n".join([change(lambda state: state["driver"])] * gpus))
+    sys.exit(0 if gpus else 9)
 for gpu in range(gpus):
     print(f"GPU {gpu}: NVIDIA H100 (UUID: GPU-{gpu})")
 sys.exit(0 if gpus else 9)
@@ -206,6 +210,7 @@ class World:
             workers=1,
             pythons=["python3"],
             gpus=8,
+            driver="570.124.06",
             failures=[],
             progress=[],  # what runs write, one after another, the last for ever; none = each a step more
             steps=0,

@@ -14,9 +14,43 @@ def test_it_installs_once_and_runs_with_the_arguments(world):
     world.run("gpu.sh", *JOB)
     world.run("gpu.sh", *JOB)
     assert len(world.calls("-m", "venv")) == 1
-    assert len(world.calls("-m", "pip", "-e", ".[cuda]")) == 1
+    assert len(world.calls("-m", "pip", "-e", ".[cuda12]")) == 1
     assert world.runs() == [list(JOB)] * 2
     assert {call["cwd"] for call in world.calls("-m", "jax_rlhf")} == {str(world.checkout)}
+
+
+@pytest.mark.parametrize(
+    ("driver", "flags", "extra"),
+    [
+        ("570.124.06", (), ".[cuda12]"),
+        ("580.65.06", (), ".[cuda13]"),
+        ("600.10", ("--cuda=12",), ".[cuda12]"),
+        ("[N/A]", (), ".[cuda12]"),
+    ],
+)
+def test_the_driver_says_which_cuda(world, driver, flags, extra):
+    world.set(driver=driver)
+    world.run("gpu.sh", *flags, *JOB)
+    (installed,) = world.calls("-m", "pip", "-e")
+    assert installed["arguments"][-1] == extra
+    assert "--cuda=11 is neither 12 nor 13" in world.run("gpu.sh", "--cuda=11", *JOB, expect=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "folder"),
+    [
+        (("--workdir=runs/a b",), {}, "runs/a b/compiled"),
+        (("--workdir", "runs/one/"), {}, "runs/one/compiled"),
+        (("--workdir=gs://bucket/run",), {}, "gs://bucket/run/compiled"),
+        (("--workdir=runs/one", "--compile_cache=here"), {}, None),
+        (("--workdir=runs/one",), {"JAX_COMPILATION_CACHE_DIR": "there"}, "there"),
+        (("--workdir=runs/one",), {"JAX_COMPILATION_CACHE_DIR": ""}, ""),
+        ((), {}, None),
+    ],
+)
+def test_compiled_programs_are_kept_in_the_workdir(world, flags, variables, folder):
+    world.run("gpu.sh", *flags, **variables)
+    assert world.calls("-m", "jax_rlhf")[0]["JAX_COMPILATION_CACHE_DIR"] == folder
 
 
 def test_without_a_gpu_it_says_so_and_installs_nothing(world):
@@ -30,7 +64,7 @@ def test_without_a_gpu_it_says_so_and_installs_nothing(world):
 def test_only_the_environment_can_be_made_and_needs_no_gpu(world):
     world.set(gpus=0)
     world.run("gpu.sh", "--install-only")
-    assert world.calls("-m", "pip", "-e", ".[cuda]")
+    assert world.calls("-m", "pip", "-e", ".[cuda12]")
     assert not world.runs()
 
 
@@ -40,7 +74,7 @@ def test_an_environment_in_which_pip_broke_off_is_cleared(world):
     world.set(**{"pip code": 0})
     world.run("gpu.sh", "--install-only")
     assert len(world.calls("-m", "venv", "--clear")) == 1
-    assert len(world.calls("-m", "pip", "-e", ".[cuda]")) == 2
+    assert len(world.calls("-m", "pip", "-e", ".[cuda12]")) == 2
     world.run("gpu.sh", *JOB)
     assert len(world.calls("-m", "venv")) == 2
     assert world.runs() == [list(JOB)]

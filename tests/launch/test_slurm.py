@@ -25,6 +25,22 @@ def test_every_task_runs_with_the_arguments_and_the_environment_of_gpu_sh(world)
     assert not world.calls("scontrol")
 
 
+def test_it_takes_the_environment_that_the_driver_allows(world):
+    """On nodes with a new driver that for CUDA 13, and where only the other one is installed, that one."""
+    world.run("gpu.sh", "--install-only", "--cuda=12")
+    world.set(driver="580.65.06")
+    submit(world, *JOB)
+    world.run("gpu.sh", "--install-only", "--cuda=13")
+    submit(world, *JOB)
+    world.set(driver="570.124.06")
+    submit(world, *JOB)
+    interpreters = [call["arguments"][1] for call in world.calls("srun")]
+    assert [re.search(r"cuda\d\d", path)[0] for path in interpreters] == ["cuda12", "cuda13", "cuda12"]
+    programs = [call for call in world.calls("-m", "jax_rlhf") if call["program"] != "srun"]
+    folders = {call["JAX_COMPILATION_CACHE_DIR"] for call in programs}
+    assert folders == {"runs/it's $x/compiled"}
+
+
 def test_without_an_environment_it_says_how_to_make_one(world):
     assert "gpu.sh --install-only first" in submit(world, *JOB, expect=1).stderr
     assert not world.calls("srun")

@@ -220,6 +220,7 @@ def test_a_config_that_would_not_be_copied_is_refused_before_anything_is_created
 
 def test_the_environment_file_and_the_setup_command_reach_all_workers(world):
     world.set(workers=2)
+    (world.folder / "my env").touch(mode=0o600)
     (world.folder / "my env").write_text("HF_TOKEN='a token'\n")
     run(world, "--env-file=my env", "--setup=echo \"it's $WORKER\" > 'set up'", "--connect-flag=--internal-ip")
     for worker in (0, 1):
@@ -230,6 +231,33 @@ def test_the_environment_file_and_the_setup_command_reach_all_workers(world):
     connections = [c for c in world.calls("gcloud") if c["arguments"][3] in ("ssh", "scp")]
     assert all("--internal-ip" in c["arguments"] for c in connections)
     assert not any("a token" in " ".join(c["arguments"]) for c in connections)
+
+
+def test_the_environment_file_is_nobody_elses_before_what_it_holds_arrives(world):
+    """Also where an older one lies there that others could read."""
+    (world.folder / "my.env").touch(mode=0o600)
+    (world.folder / "my.env").write_text("HF_TOKEN='a token'\n")
+    (world.folder / "worker-0").mkdir()
+    (world.folder / "worker-0" / "jax_rlhf.env").write_text("old")
+    (world.folder / "worker-0" / "jax_rlhf.env").chmod(0o644)
+    world.set(failures=[["jax_rlhf.env", None, 1]])  # the first call that names it, which makes it
+    run(world, "--env-file=my.env", expect=1)
+    assert not any("scp" in c["arguments"] and "my.env" in c["arguments"] for c in world.calls("gcloud"))
+    run(world, "--env-file=my.env")
+    assert (world.folder / "worker-0" / "jax_rlhf.env").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604])
+def test_an_environment_file_that_others_can_read_is_refused(world, mode):
+    (world.folder / "my.env").write_text("HF_TOKEN='a token'\n")
+    (world.folder / "my.env").chmod(mode)
+    assert "others can read it: chmod 600 'my.env'" in run(world, "--env-file=my.env", expect=1).stderr
+    assert not world.calls("gcloud")
+
+
+def test_compiled_programs_are_kept_in_the_workdir(world):
+    run(world, job=("--config=configs/sft.py", "--workdir=/shared/a b"))
+    assert {call["JAX_COMPILATION_CACHE_DIR"] for call in world.calls("-m", "jax_rlhf")} == {"/shared/a b/compiled"}
 
 
 def test_where_python_is_too_old_uv_fetches_one(world):
@@ -248,6 +276,7 @@ def test_the_workers_interpreter_can_be_named(world):
 @pytest.mark.parametrize("queued", [(), ("--queued",)])
 def test_a_dry_run_prints_every_command_and_executes_none_even_without_gcloud(world, queued):
     options = *queued, "--env-file=my env", "--setup=echo 'a  b' # why"
+    (world.folder / "my env").touch(mode=0o600)
     (world.folder / "my env").write_text("A=1\n")
     job = *JOB, "--a=it's $HOME"
 
