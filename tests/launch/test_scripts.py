@@ -33,5 +33,5 @@ def test_a_script_is_valid_and_begins_with_what_it_does(script):
 
 def test_the_page_in_docs_names_every_script_that_starts_runs():
     page = (ROOT / "docs" / "launch.md").read_text()
-    for name in ("tpu_vm.sh", "gpu.sh", "slurm.sbatch", "gke_jobset.yaml"):
+    for name in ("tpu_vm.sh", "gpu.sh", "slurm.sbatch", "gke_jobset.yaml", "gpu_jobset.yaml", "Dockerfile"):
         assert f"launch/{name}" in page
