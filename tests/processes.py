@@ -22,7 +22,7 @@ XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false" if _OLD else ""
 
 def flags_for(devices: int) -> str:
     """XLA's flags for a process with so many simulated devices."""
-    return f"--xla_force_host_platform_device_count={devices} {XLA_FLAGS}"
+    return f"--xla_force_host_platform_device_count={devices} {XLA_FLAGS}".strip()
 
 
 def start(program: str, *arguments: object, devices: int = 1) -> subprocess.Popen:

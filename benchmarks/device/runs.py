@@ -4,6 +4,7 @@ The processes here leave the device to those that they start: JAX takes most of 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -45,6 +46,7 @@ def _run(*arguments: str, environment: dict[str, str] | None = None) -> subproce
     )
 
 
+@functools.cache
 def device_of_children() -> tuple[str, int | None]:
     """What the processes that this one starts run on.
 
