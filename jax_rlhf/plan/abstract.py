@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -183,14 +183,13 @@ def joined(network: SplitModel, params: SplitParams, layout: Layout) -> tuple[Pa
 
 
 def export_program(
-    phase: str, network: SplitModel, params: SplitParams, resident: dict[str, Any], layout: Layout
+    phase: str, models: Sequence[tuple[SplitModel, SplitParams]], resident: dict[str, Any], layout: Layout
 ) -> list[Program]:
-    """What puts a model's largest tensor together on every device, from where it is written; the others are smaller.
+    """What puts the largest tensor of a phase's models together on every device, from where it is written.
 
     Args:
-      phase: whose model it is.
-      network: the model.
-      params: its parameters.
+      phase: whose models they are.
+      models: those that it exports, one after the other.
       resident: as in `Program`.
       layout: the devices.
 
@@ -199,14 +198,15 @@ def export_program(
     """
     if layout.mesh.size == 1:
         return []
-    whole, made = joined(network, params, layout)
-    tensors = []  # (bytes, leaf, whether it is stacked, dtype in which it is saved)
-    for (path, leaf), dtype in zip(
-        jax.tree.leaves_with_path(whole), jax.tree.leaves(compute_dtypes(network.model)), strict=True
-    ):
-        stacked = path[0].key == "layers"
-        tensors.append((leaf.size * dtype.itemsize / (leaf.shape[0] if stacked else 1), leaf, stacked, dtype))
-    _, leaf, stacked, dtype = max(tensors, key=lambda tensor: tensor[0])
+    tensors = []  # (bytes, leaf, whether it is stacked, dtype in which it is saved, what is copied before)
+    for network, params in models:
+        whole, made = joined(network, params, layout)
+        dtypes = jax.tree.leaves(compute_dtypes(network.model))
+        for (path, leaf), dtype in zip(jax.tree.leaves_with_path(whole), dtypes, strict=True):
+            stacked = path[0].key == "layers"
+            size = leaf.size * dtype.itemsize / (leaf.shape[0] if stacked else 1)
+            tensors.append((size, leaf, stacked, dtype, made))
+    _, leaf, stacked, dtype, made = max(tensors, key=lambda tensor: tensor[0])
     arguments = leaf, jax.ShapeDtypeStruct((), jnp.int32) if stacked else None, layout.sharding(()), dtype
     return [Program(phase, "export", take_replicated, arguments, resident, made, layout)]
 

@@ -136,5 +136,6 @@ def ppo_programs(config: RunConfig, layout: Layout) -> list[Program]:
         texts = PretrainingRows(rows_of(layout, jnp.int32, *shape), rows_of(layout, jnp.bool_, *shape))
     places = places_of((trained, state))
     update = (networks, settings, places, trained, state, frozen, experience, texts, key)
-    exported = export_program("ppo", networks.actor, SplitParams(frozen.actor, trained.actor), resident, layout)
+    parts = SplitParams(frozen.actor, trained.actor), SplitParams(frozen.critic, trained.critic)
+    exported = export_program("ppo", list(zip((networks.actor, networks.critic), parts, strict=True)), resident, layout)
     return [*collected, made("update", programs.update, update, (experience, texts)), *exported]

@@ -60,7 +60,7 @@ class _Phase:
         return self.program("step", supervised.step, arguments, batch)
 
     def export(self) -> list[Program]:
-        return export_program(self.name, self.how.network, self.params, self.resident, self.layout)
+        return export_program(self.name, [(self.how.network, self.params)], self.resident, self.layout)
 
 
 def sft_programs(config: RunConfig, layout: Layout) -> list[Program]:
