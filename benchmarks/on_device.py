@@ -17,6 +17,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -57,6 +58,9 @@ def run_part(name: str, limit: float, *, tiny: bool) -> list[str]:
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.on_device", f"--child={name}", *["--tiny"] * tiny]
     environment, start, failed = dict(os.environ), time.perf_counter(), []
     environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # as the launchers have it
+    platforms = environment.get("JAX_PLATFORMS", "")
+    if platforms and "cpu" not in platforms.split(","):
+        environment["JAX_PLATFORMS"] = f"{platforms},cpu"  # part `numbers` compares with it
     if name == "decode_captured" and not tiny:
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {_CAPTURED}"
     # A session of its own: at the limit its children end too.
@@ -76,14 +80,19 @@ def run_part(name: str, limit: float, *, tiny: bool) -> list[str]:
 
 @contextlib.contextmanager
 def _ended_after(process: subprocess.Popen, limit: float) -> Any:
-    """Kills the process and its children after so many seconds; yields a list that is not empty then."""
-    import threading
+    """Kills the process and its children after so many seconds, and what is left at the end.
 
+    Yields a list that is not empty once the limit was passed.
+    """
     ended: list[float] = []
+
+    def kill() -> None:
+        with contextlib.suppress(ProcessLookupError):  # they have all ended
+            os.killpg(process.pid, signal.SIGKILL)
 
     def end() -> None:
         ended.append(limit)
-        os.killpg(process.pid, signal.SIGKILL)
+        kill()
 
     timer = threading.Timer(limit, end)
     timer.start()
@@ -91,6 +100,7 @@ def _ended_after(process: subprocess.Popen, limit: float) -> Any:
         yield ended
     finally:
         timer.cancel()
+        kill()  # what it has left behind, or itself where this program is interrupted
 
 
 def _failures(name: str, line: str) -> list[str]:

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
 
 from benchmarks import on_device
+from benchmarks.device import decode, flash, numbers, runs
 from benchmarks.device.decode import step_bytes
 from benchmarks.device.ppo import phase_flops
 from jax_rlhf.plan.shapes import model_shape
@@ -70,6 +72,104 @@ def test_a_check_that_fails_is_named():
     assert on_device._failures("flash", line) == ["flash [128, 4]"]
     assert on_device._failures("flash", json.dumps({"part": "flash", "ok": True})) == []
     assert on_device._failures("flash", "a warning of some library") == []
+
+
+def test_an_error_in_a_case_is_a_failed_check_and_the_next_case_runs(monkeypatch, capsys):
+    monkeypatch.setattr(flash, "flash_attend", None)  # not called on a CPU
+    monkeypatch.setattr(flash, "TINY_CASES", ((128, 4, 3, 64, None, False), (128, 2, 2, 64, None, False)))
+    monkeypatch.setattr(flash, "_time", lambda *arguments: None)
+    flash.flash(True)
+    broken, whole = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (broken["ok"], whole["ok"]) == (False, True)
+    assert "num_kv_heads=3" in broken["error"]
+
+
+def test_attention_that_is_wrong_is_found(monkeypatch, capsys):
+    monkeypatch.setattr(flash, "TINY_CASES", ((128, 2, 2, 64, None, False),))
+    monkeypatch.setattr(flash, "_time", lambda *arguments: None)
+    plain = flash.attend
+
+    def wrong(query, key, value, allowed, **how):  # 16 bits lose a sixteenth of each key
+        key = key if key.dtype == jnp.float32 else key * 15 / 16
+        return plain(query, key.astype(query.dtype), value, allowed, **how)
+
+    monkeypatch.setattr(flash, "attend", wrong)
+    flash.flash(True)
+    assert json.loads(capsys.readouterr().out)["ok"] is False
+
+
+def test_a_device_that_computes_something_else_is_found(monkeypatch, capsys):
+    """The scanned model stands for the device: what is changed in it alone must show."""
+    exact = numbers._scored
+
+    def scored(device, dtype, params, rows, *, unrolled):
+        found = exact(device, dtype, params, rows, unrolled=unrolled)
+        return found if unrolled else found | {"logprobs": found["logprobs"] * 1.001}
+
+    monkeypatch.setattr(numbers, "_scored", scored)
+    monkeypatch.setattr(numbers, "_other_tokens", lambda device, judge, dtype, params, rows: 0)
+    numbers.numbers(True)
+    rows = {row["dtype"]: row for row in map(json.loads, capsys.readouterr().out.splitlines()) if "ok" in row}
+    assert rows["float32"]["ok"] is False
+    assert rows["float32"]["gradient"] < 1e-4
+    assert rows["bfloat16"]["ok"] is True  # within its own rounding
+
+
+def test_requirements_that_are_not_met_are_named():
+    lines = [
+        "# a comment",
+        "",
+        "jax>=0.1",
+        "numpy>=999  # why",
+        "no-such-package-of-ours>=1",
+        "torch; python_version<'3'",
+    ]
+    unmet = numbers.unmet_requirements(lines)
+    assert list(unmet) == ["numpy>=999", "no-such-package-of-ours>=1"]
+    assert unmet["no-such-package-of-ours>=1"] is None
+
+
+def test_peaks_are_compared_with_the_highest_plan_so_far():
+    gib = 2**30
+    programs = {"a": (4.0, 4.1), "b": (3.0, 3.2), "c": (8.0, 9.0), "d": (9.0, None)}
+    measured = {
+        name: {"peak": peak * gib, "measured": None if found is None else found * gib}
+        for name, (peak, found) in programs.items()
+    }
+    described = {name: {"peak": peak * gib} for name, peak in (("a", 4.0), ("b", 2.0), ("c", 8.5), ("d", 9.0))}
+    rows = {row["program"]: row for row in runs.compared_peaks(measured, described)}
+    assert list(rows) == ["b", "a", "c", "d"]
+    assert {name: row["ok"] for name, row in rows.items()} == {"b": False, "a": True, "c": False, "d": False}
+    assert rows["a"]["measured_over_planned"] == pytest.approx(4.1 / 4)
+    assert rows["b"]["measured_over_described"] == pytest.approx(1.6)
+    assert all(row["ok"] for row in runs.compared_peaks({"a": measured["a"]}, {}))
+
+
+def test_the_quickstart_is_held_to_the_bars_of_its_own_test():
+    ppo = {"eval/positive_before": 0.5, "eval/positive": 0.8, "eval/kl": 5.0, "eval/length": 15.0}
+    ppo |= {"eval/distinct_1_before": 0.3, "eval/distinct_1": 0.24, "eval/distinct_responses": 1.0}
+    summaries = {"sft": {"eval/loss": 4.37}, "reward": {"eval/auc": 0.845}, "ppo": ppo}
+    line = {"val/ratio": 1.01, "policy/clipfrac_avg": 0.1, "policy/approxkl_avg": 0.01}
+    found = runs.quickstart_figures(summaries, [{"eval/kl": 0.0}, line, line | {"val/ratio": 1.2}])
+    assert found["positive_gain"] == pytest.approx(0.3)
+    assert found["distinct_1_share"] == pytest.approx(0.8)
+    assert runs.missed_bars(found) == ["highest_ratio"]
+    assert runs.missed_bars(found | {"highest_ratio": 1.0, "auc": float("nan")}) == ["auc"]
+
+
+def test_device_time_is_summed_by_kernel():
+    def line(name, **spent):
+        events = [SimpleNamespace(name=kernel, duration_ns=time) for kernel, time in spent.items()]
+        return SimpleNamespace(name=name, events=events)
+
+    gpu = SimpleNamespace(
+        name="/device:GPU:0",
+        lines=[line("Stream #1", gemm=5, copy=1), line("Stream #2", gemm=2), line("XLA Ops", dot=7)],
+    )
+    host = SimpleNamespace(name="/host:CPU", lines=[line("Stream", python=100)])
+    assert decode.device_time(SimpleNamespace(planes=[gpu, host])) == {"gemm": 7, "copy": 1}
+    tpu = SimpleNamespace(name="/device:TPU:0", lines=[line("Steps", step=9), line("XLA Ops", dot=7)])
+    assert decode.device_time(SimpleNamespace(planes=[tpu])) == {"dot": 7}
 
 
 def test_an_unknown_part_is_an_error():

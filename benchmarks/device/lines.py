@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,6 +26,20 @@ def say(part: str, *, ok: bool | None = None, **fields: Any) -> None:
     print(json.dumps({"part": part, **({} if ok is None else {"ok": bool(ok)}), **_rounded(fields)}), flush=True)
 
 
+def attempt(part: str, case: Any, measure: Callable[[], None]) -> None:
+    """Runs one case of several: an error in it is a failed check, and costs no other case.
+
+    Args:
+      part: its name.
+      case: what is measured.
+      measure: prints its rows.
+    """
+    try:
+        measure()
+    except Exception as error:
+        say(part, ok=False, case=case, error=f"{type(error).__name__}: {str(error)[:400]}")
+
+
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.5g}")
@@ -34,7 +49,7 @@ def _rounded(value: Any) -> Any:
 
 
 def llama(tiny: bool, **fields: Any) -> Any:
-    """A Llama of 1.0B parameters, or a tiny one.
+    """A Llama of 0.8B parameters, or a tiny one.
 
     Args:
       tiny: for CPUs.
