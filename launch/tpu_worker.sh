@@ -77,6 +77,7 @@ job() {
   fi
   export PYTHONUNBUFFERED=1
   export JAX_RLHF_PROGRESS_FILE=$job/progress # the phase and step of its last checkpoint
+  keep_compiled "$@"
   export JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu} # without it JAX goes on with the CPU when the TPU cannot be had
   .venv/tpu/bin/python -m jax_rlhf "$@"
 }

@@ -107,7 +107,9 @@ if arguments[0] == "-c":
         sys.exit(1)
     exec(arguments[1])
     sys.exit()
-record(worker=worker, cwd=os.getcwd(), HF_TOKEN=os.environ.get("HF_TOKEN"))
+kept = {name: os.environ.get(name) for name in ("HF_TOKEN", "JAX_COMPILATION_CACHE_DIR", "XLA_CACHES")}
+kept["XLA_CACHES"] = os.environ.get("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES")
+record(worker=worker, cwd=os.getcwd(), **kept)
 if arguments[:2] == ["-m", "venv"]:
     if arguments[2] == "--clear":
         import shutil
@@ -145,9 +147,12 @@ elif arguments[:2] == ["-m", "jax_rlhf"]:
 HOSTNAME = 'print("t1v-n-fake-w-" + os.environ["WORKER"])\n'
 
 NVIDIA_SMI = """
-gpus = change(lambda state: state["gpus"])
+gpus, driver, capabilities = change(lambda state: [state[name] for name in ("gpus", "driver", "capabilities")])
 for gpu in range(gpus):
-    print(f"GPU {gpu}: NVIDIA H100 (UUID: GPU-{gpu})")
+    if arguments[0] == "--list-gpus":
+        print(f"GPU {gpu}: NVIDIA H100 (UUID: GPU-{gpu})")
+    else:
+        print(driver, capabilities[gpu % len(capabilities)], sep=", ")
 sys.exit(0 if gpus else 9)
 """
 
@@ -206,6 +211,8 @@ class World:
             workers=1,
             pythons=["python3"],
             gpus=8,
+            driver="580.65.06",
+            capabilities=["9.0"],
             failures=[],
             progress=[],  # what runs write, one after another, the last for ever; none = each a step more
             steps=0,

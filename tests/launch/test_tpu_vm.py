@@ -67,6 +67,17 @@ def test_all_workers_run_the_same_command_with_every_character_of_it(world):
     assert call["cwd"] == str(world.folder / "worker-0" / "jax_rlhf")
 
 
+def test_every_worker_keeps_compiled_programs_under_the_workdir_unless_its_environment_says_otherwise(world):
+    world.set(workers=2)
+    run(world, job=("--config=configs/sft.py", "--workdir", "gs://bucket/it's $x"))
+    kept = [(call["JAX_COMPILATION_CACHE_DIR"], call["XLA_CACHES"]) for call in world.calls("-m", "jax_rlhf")]
+    assert kept == [("gs://bucket/it's $x/compile_cache", "none")] * 2
+    (world.folder / "my.env").write_text("JAX_COMPILATION_CACHE_DIR=/elsewhere\n")
+    (world.folder / "my.env").chmod(0o600)
+    run(world, "--env-file=my.env")
+    assert world.calls("-m", "jax_rlhf")[-1]["JAX_COMPILATION_CACHE_DIR"] == "/elsewhere"
+
+
 def test_run_shows_the_log_of_worker_0_and_installs_once(world):
     assert run(world).stdout == "a line of the log, then 0\n"
     assert len(world.calls("-m", "pip", "install", ".[tpu]")) == 1
