@@ -69,10 +69,10 @@ job() {
   # in one step, so that a reader never sees half of it.
   trap : HUP INT TERM
   trap 'echo $? >"$job/exit_code.new" && mv "$job/exit_code.new" "$job/exit_code"' EXIT
-  if [ -f "$HOME/jax_rlhf.env" ]; then
+  if [ -f "$HOME/.jax_rlhf/env" ]; then
     set -a
     # shellcheck source=/dev/null
-    source "$HOME/jax_rlhf.env"
+    source "$HOME/.jax_rlhf/env"
     set +a
   fi
   export PYTHONUNBUFFERED=1

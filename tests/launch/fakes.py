@@ -67,6 +67,12 @@ def play(state):
         return current.pop(0) if len(current) > 1 else (current or [None])[0]
     return state["workers"]
 
+def who_can_read(file):  # of the group (0o040) and others (0o004), who must be able to enter each folder too
+    readers = os.stat(file).st_mode & 0o044
+    while (file := os.path.dirname(file)) + "/" != world:
+        readers &= (os.stat(file).st_mode & 0o011) << 2
+    return readers
+
 def ssh(worker, command):
     print("SSH: Attempting to connect to worker", worker, file=sys.stderr, flush=True)
     # gcloud splits the command at spaces, and ssh joins it again for the login shell.
@@ -91,9 +97,11 @@ elif verb in ("ssh", "scp"):
     for worker in workers:
         os.makedirs(f"{world}worker-{worker}", exist_ok=True)
         if verb == "scp":
+            os.umask(0o022)  # most machines' default
             with open(arguments[4], "rb") as source:
                 with open(f"{world}worker-{worker}/" + arguments[5].partition(":")[2], "wb") as target:
                     target.write(source.read())
+                    record(copied=target.name, open_to=who_can_read(target.name))
     if verb == "ssh":
         codes = [ssh(worker, option["--command"]) for worker in workers]
         sys.exit(next((code for code in codes if code), 0))
