@@ -1,10 +1,6 @@
 # Sourced by the other scripts: make_environment NAME makes .venv/NAME-VERSION and sets $environment; pip_install fills it.
 
-make_environment() {
-  name_environment "$1"
-  [ -x "$environment/bin/python" ] || "${PYTHON:-python3}" -m venv "$environment"
-}
-
+# Sets $environment alone.
 name_environment() {
   local python=${PYTHON:-python3} version
   version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -13,6 +9,11 @@ name_environment() {
     exit 1
   fi
   environment=.venv/$1-$version
+}
+
+make_environment() {
+  name_environment "$1"
+  [ -x "$environment/bin/python" ] || "${PYTHON:-python3}" -m venv "$environment"
 }
 
 # Whether a run that ended with this code is started again: saved (75), an error that is not the user's (70), or killed.
@@ -41,32 +42,6 @@ is_further() {
 # to JAX_RLHF_PROGRESS_FILE.
 enough_starts() { [ "$1" -ge 3 ]; }
 
-# 13 where the driver is new enough, else 12: JAX's installation page asks for driver 580 or newer, or 525.
-cuda_version() {
-  local driver
-  driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)
-  driver=${driver%%.*}
-  case $driver in
-    '' | *[!0-9]*) echo 12 ;;
-    *) if [ "$driver" -ge 580 ]; then echo 13; else echo 12; fi ;;
-  esac
-}
-
-# Compiled programs are kept in the workdir: it outlives the machine, and all processes see it. Unless JAX is told another
-# folder, or the program is.
-keep_compiled() {
-  local argument before='' workdir=''
-  for argument; do
-    case $argument in
-      --compile_cache* | -compile_cache*) return ;;
-      --workdir=* | -workdir=*) workdir=${argument#*=} ;;
-      *) case $before in --workdir | -workdir) workdir=$argument ;; esac ;;
-    esac
-    before=$argument
-  done
-  [ -z "$workdir" ] || export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR-${workdir%/}/compiled}"
-}
-
 # An environment in which pip was interrupted can have halves of packages, on which it fails ever after: it is cleared.
 # The lock is for scripts that start side by side: what one of them still installs looks interrupted to the others.
 pip_install() {
@@ -77,4 +52,39 @@ pip_install() {
   "$environment/bin/python" -m pip install --quiet "$@"
   rm "$environment/incomplete"
   exec 9>&-
+}
+
+# Prints the CUDA version whose wheels of JAX run here: 13 needs driver 580 and GPUs of compute capability 7.5, 12 driver
+# 525 (JAX's installation page). Prints 0 where the driver is older, and nothing where no driver answers.
+cuda_of_driver() {
+  { nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader 2>/dev/null || true; } | LC_ALL=C awk -F ', *' '
+    $1 !~ /^[0-9]+\./ { next }
+    { cuda = $1 + 0 < 525 ? 0 : $1 + 0 < 580 || $2 + 0 < 7.5 ? 12 : 13 }
+    least == "" || cuda < least { least = cuda }
+    END { if (least != "") print least }'
+}
+
+# Lets JAX keep compiled programs under the workdir that is among these arguments of python -m jax_rlhf: what is on the
+# machine goes with it, and with several processes all must find the same programs. What is set before, and
+# --compile_cache, counts more.
+keep_compiled() {
+  local workdir=''
+  [ -z "${JAX_COMPILATION_CACHE_DIR+set}" ] || return 0
+  while [ $# -gt 0 ]; do
+    case $1 in
+      -workdir=* | --workdir=*) workdir=${1#*=} ;;
+      -workdir | --workdir) [ $# -lt 2 ] || { workdir=$2 && shift; } ;;
+      -compile_cache | --compile_cache | -compile_cache=* | --compile_cache=*) return 0 ;;
+    esac
+    shift
+  done
+  [ -n "$workdir" ] || return 0
+  # shellcheck disable=SC2088 # a ~ that a shell has not replaced, as in --workdir=~/run
+  case $workdir in '~/'*) workdir=$HOME/${workdir#'~/'} ;; esac
+  export JAX_COMPILATION_CACHE_DIR=${workdir%/}/compile_cache
+  export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-0} # short ones too
+  case $workdir in
+    # XLA would write its own files beside JAX's, and knows no buckets.
+    *://*) export JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES=${JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES:-none} ;;
+  esac
 }

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# One machine with NVIDIA GPUs: a virtual environment with '.[cuda12]' or '.[cuda13]', as the driver allows, then
+# One machine with NVIDIA GPUs: a virtual environment with '.[cuda13]' or '.[cuda12]', whichever the driver runs, then
 # python -m jax_rlhf on all its GPUs, with the arguments given here. After exit code 75 (saved because of preemption), after
 # a crash (128 and up) and after an error that is not yours (70) it starts again, but not more than three times in a row
 # without getting further; after 1 and 2 it does not.
 #
 #   bash launch/gpu.sh --config=configs/llama3_8b.py --workdir=runs/llama3-8b
 #   bash launch/gpu.sh --max-restarts=3 --config=…   # how often it starts again at most; 10 if not given
-#   bash launch/gpu.sh --install-only --cuda=13      # only the environment, which needs no GPU; then --cuda=12 if not given
+#   bash launch/gpu.sh --install-only                # only the environment: no GPU is needed for that
+#   bash launch/gpu.sh --cuda=12 …                   # JAX's wheels for that version of CUDA, 12 or 13
 #   PYTHON=python3.12 bash launch/gpu.sh …           # another interpreter
 #
 # SIGTERM, Ctrl-C and the loss of the terminal reach the program, which saves; after either, it is not started again.
@@ -17,6 +18,19 @@ source launch/environment.sh
 
 install() {
   local wanted
+  if [ -z "$cuda" ]; then
+    cuda=$(cuda_of_driver)
+    case $cuda in
+      0)
+        echo "error: the NVIDIA driver is too old: JAX needs 525 or newer for CUDA 12, 580 for CUDA 13" >&2
+        exit 1
+        ;;
+      '')
+        echo "no driver to ask here: taking CUDA 12 (driver 525 or newer); --cuda=13 if all machines have 580 or newer" >&2
+        cuda=12
+        ;;
+    esac
+  fi
   make_environment "cuda$cuda"
   wanted=$(cat requirements.txt "requirements-cuda$cuda.txt" pyproject.toml | cksum)
   if [ "$wanted" != "$(cat "$environment/installed" 2>/dev/null)" ]; then # else no network is needed
@@ -60,9 +74,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 case $max_restarts in '' | *[!0-9]*) echo "error: --max-restarts=$max_restarts is no number" >&2 && exit 2 ;; esac
-
-cuda=${cuda:-$(cuda_version)}
-case $cuda in 12 | 13) ;; *) echo "error: --cuda=$cuda is neither 12 nor 13" >&2 && exit 2 ;; esac
+case $cuda in '' | 12 | 13) ;; *) echo "error: --cuda=$cuda; JAX has wheels for 12 and 13" >&2 && exit 2 ;; esac
 
 if [ -n "$install_only" ]; then
   install

@@ -27,7 +27,8 @@
 #   --queued              creates a queued resource, which waits in line until there is a VM
 #   --create-flag=FLAG    one more flag for gcloud's create, such as --network=NAME; may be repeated
 #   --connect-flag=FLAG   one more flag for gcloud's ssh and scp, such as --internal-ip; may be repeated
-#   --env-file=FILE       lines NAME=VALUE for the job's environment, such as HF_TOKEN=…; copied to ~/jax_rlhf.env
+#   --env-file=FILE       lines NAME=VALUE for the job's environment, such as HF_TOKEN=…; copied to ~/.jax_rlhf/env. Only
+#                         you may be able to read it: chmod 600 FILE
 #   --setup=COMMAND       run on all workers after the copy, each time a job starts; such as a mount of shared storage
 #   --python=PYTHON       the workers' interpreter; if not given, one of 3.11 or newer is looked for, or fetched with uv
 #   --max-restarts=N      how often run starts a job again; 10 if not given
@@ -138,9 +139,11 @@ copy_code() {
 prepare() {
   say "copying the code and installing, on all workers"
   if [ -n "$env_file" ]; then
-    # The file is there, and nobody else's, before what it holds arrives; scp leaves the mode of a file that exists.
-    remote all "(umask 077 && touch ~/jax_rlhf.env && chmod 600 ~/jax_rlhf.env)" || return
-    upload "$env_file" jax_rlhf.env || return
+    # Into a folder that others cannot enter: scp makes files that they can read, and may find an older one. (ssh's own
+    # input would do for one worker; gcloud does not share it among several.)
+    remote all "mkdir -p -m 700 .jax_rlhf && chmod 700 .jax_rlhf && rm -f .jax_rlhf/env jax_rlhf.env" || return
+    upload "$env_file" .jax_rlhf/env || return
+    set -- "chmod 600 ~/.jax_rlhf/env"
   fi
   [ -z "$setup" ] || set -- "$@" "(cd && { $setup"$'\n'"})" # the newline ends a comment in it
   copy_code "$@" "$(worker install ${python:+"$python"})"
@@ -304,6 +307,19 @@ interrupted() {
   exit "$1"
 }
 
+# The file holds secrets: others on this machine must not read it, and git must not keep it.
+check_env_file() {
+  [ -f "$env_file" ] || die "--env-file=$env_file: there is no such file"
+  # What ls shows is the same everywhere; options of find and stat are not.
+  case $(ls -dlL -- "$env_file") in
+    -???------*) ;;
+    *) die "--env-file=$env_file can be read or written by others: chmod 600 $(quote "$env_file")" ;;
+  esac
+  if git -C "$(dirname -- "$env_file")" ls-files --error-unmatch -- "$(basename -- "$env_file")" >/dev/null 2>&1; then
+    die "--env-file=$env_file is tracked by git, which keeps it for ever: git rm --cached, and new tokens"
+  fi
+}
+
 # Sets the variables above from the options; what stands after -- is left in $arguments.
 read_options() {
   local option
@@ -333,10 +349,7 @@ read_options() {
   [ -n "$name" ] || wrong_usage "--name=NAME is missing"
   [ -n "$zone" ] || wrong_usage "--zone=ZONE is missing"
   case $max_restarts in '' | *[!0-9]*) wrong_usage "--max-restarts=$max_restarts is no number" ;; esac
-  [ -z "$env_file" ] || [ -f "$env_file" ] || die "--env-file=$env_file: there is no such file"
-  # shellcheck disable=SC2012 # stat's options differ between Linux and macOS
-  [ -z "$env_file" ] || [ -n "$dry_run" ] || [[ $(ls -ldL -- "$env_file") == -???------* ]] ||
-    die "--env-file=$env_file: others can read it: chmod 600 '$env_file'"
+  [ -z "$env_file" ] || check_env_file
   [ -n "$dry_run" ] || command -v gcloud >/dev/null || die "gcloud is not installed; --dry-run shows what it would be asked"
 }
 

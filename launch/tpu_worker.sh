@@ -69,16 +69,16 @@ job() {
   # in one step, so that a reader never sees half of it.
   trap : HUP INT TERM
   trap 'echo $? >"$job/exit_code.new" && mv "$job/exit_code.new" "$job/exit_code"' EXIT
-  if [ -f "$HOME/jax_rlhf.env" ]; then
+  if [ -f "$HOME/.jax_rlhf/env" ]; then
     set -a
     # shellcheck source=/dev/null
-    source "$HOME/jax_rlhf.env"
+    source "$HOME/.jax_rlhf/env"
     set +a
   fi
   export PYTHONUNBUFFERED=1
   export JAX_RLHF_PROGRESS_FILE=$job/progress # the phase and step of its last checkpoint
-  export JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu} # without it JAX goes on with the CPU when the TPU cannot be had
   keep_compiled "$@"
+  export JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu} # without it JAX goes on with the CPU when the TPU cannot be had
   .venv/tpu/bin/python -m jax_rlhf "$@"
 }
 

@@ -8,9 +8,12 @@ import contextlib
 import glob
 import hashlib
 import importlib.util
+import math
 import os
 import re
+import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -42,74 +45,127 @@ def start_processes(
 ) -> None:
     """Joins the other processes, where there are any; to be called before JAX looks for devices.
 
-    A TPU VM, Slurm, Open MPI, and Kubernetes (an indexed job) are known by what they put into the environment. Without
-    any of these, and without arguments, the process is alone.
+    A TPU VM, Slurm, Open MPI, and Kubernetes (an indexed Job) are known by what they put into the environment. Without
+    any of these, and without arguments, the process is alone; so is the Pod of index 0 where nothing names others, and
+    any process that is told that there is one.
 
     Args:
       coordinator: "host:port" of process 0; None = found out, or JAX_COORDINATOR_ADDRESS.
-      num_processes, process_id: how many, and which this is; None = found out, or JAX_NUM_PROCESSES, JAX_PROCESS_ID
-        (in Kubernetes, JOB_COMPLETION_INDEX). 1 without a coordinator: the process is alone, whatever the environment.
+      num_processes, process_id: how many, and which this is; None = found out, or JAX_NUM_PROCESSES, JAX_PROCESS_ID.
       timeout: seconds of silence after which a process counts as dead, and the others end.
 
     Raises:
-      ValueError: some of the three are given, and the rest cannot be found out; or they do not fit together.
+      ProcessError: the coordinator's name is not known after five minutes.
+      ValueError: one of the three has a value that cannot be, or some are given and the rest cannot be found out; says
+        what to set.
     """
     _leave_threads_for_collectives()
+    explicit = _told(os.environ, coordinator, num_processes, process_id)
     cluster = cluster_name(os.environ)
-    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    num_processes = _number("JAX_NUM_PROCESSES") if num_processes is None else num_processes
-    process_id = _number("JAX_PROCESS_ID") if process_id is None else process_id
-    if cluster == "k8s" and process_id is None and None not in (coordinator, num_processes):
-        process_id = _number("JOB_COMPLETION_INDEX")
-    explicit = (coordinator, num_processes, process_id)
-    alone = num_processes == 1 and coordinator is None
-    if alone or (explicit == (None, None, None) and cluster is None):
+    if explicit[1] == 1 or (explicit == (None, None, None) and cluster is None):
         return
-    if None not in (num_processes, process_id) and not 0 <= process_id < num_processes:
-        raise ValueError(f"process_id={process_id} is not one of num_processes={num_processes}: they count from 0.")
-    if None in explicit and cluster is None:
+    if None not in explicit:
+        _wait_for_name(explicit[0].rpartition(":")[0].strip("[]"))
+        # Without detection a process takes all devices of its machine, also where Slurm's would take one.
+        jax.distributed.initialize(*explicit, cluster_detection_method="deactivate", heartbeat_timeout_seconds=timeout)
+    elif cluster is None:
         raise ValueError(
-            f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}: without a cluster "
+            f"--coordinator={explicit[0]} --num_processes={explicit[1]} --process_id={explicit[2]}: without a cluster "
             "that JAX knows all three are needed, the first two the same in every process."
         )
-    if None not in explicit:
-        jax.distributed.initialize(*explicit, cluster_detection_method="deactivate", heartbeat_timeout_seconds=timeout)
     elif cluster == "k8s":
-        _start_pods(explicit, timeout)
+        if not _join_in_kubernetes(explicit, timeout):
+            return
     else:
         method = None if cluster == "tpu" else cluster  # on TPUs JAX has two, and picks the right one
         jax.distributed.initialize(*explicit, cluster_detection_method=method, heartbeat_timeout_seconds=timeout)
     _compile_collectives_anew()
 
 
-def _number(variable: str) -> int | None:
-    text = os.environ.get(variable)
-    if text is None:
+def _told(
+    environment: Mapping[str, str], coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> tuple[str | None, int | None, int | None]:
+    """The three as given, or as the environment has them, each checked; None = not given."""
+    coordinator = coordinator or environment.get("JAX_COORDINATOR_ADDRESS") or None
+    if num_processes is None:
+        num_processes = _whole_number(environment, "JAX_NUM_PROCESSES")
+    if process_id is None:
+        process_id = _whole_number(environment, "JAX_PROCESS_ID")
+    if coordinator is not None:
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise ValueError(
+                f"--coordinator, or JAX_COORDINATOR_ADDRESS, is {coordinator!r}; it is HOST:PORT of process 0, such as "
+                "10.0.0.1:8476."
+            )
+    if num_processes is not None and num_processes < 1:
+        raise ValueError(f"--num_processes, or JAX_NUM_PROCESSES, is {num_processes}; it is 1 or more.")
+    if process_id is not None and not 0 <= process_id < (num_processes or math.inf):
+        of_all = "" if num_processes is None else f" to {num_processes - 1}, since there are {num_processes}"
+        raise ValueError(f"--process_id, or JAX_PROCESS_ID, is {process_id}; processes are counted from 0{of_all}.")
+    return coordinator, num_processes, process_id
+
+
+def _whole_number(environment: Mapping[str, str], name: str) -> int | None:
+    """A variable's number; None where it is not set, or empty."""
+    text = environment.get(name, "").strip()
+    if not text:
         return None
-    if not text.strip().isdigit():
-        raise ValueError(f"{variable}={text!r} in the environment is no number.")
-    return int(text)
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ValueError(f"the environment variable {name} is {text!r}, which is no whole number.") from error
 
 
-def _start_pods(explicit: tuple[str | None, int | None, int | None], timeout: int) -> None:
-    """Pods ask Kubernetes for each other, where they can and may; else the user has to say it.
+def _wait_for_name(host: str, seconds: float = 300.0) -> None:
+    """Waits until the coordinator's name can be looked up: a Pod's is known only once it runs.
 
-    Raises:
-      ValueError: they cannot, or may not; says what to set.
+    JAX does the same where it finds the address by itself, and waits as long for the connection.
     """
-    why = "the package kubernetes is not installed"
-    if importlib.util.find_spec("kubernetes"):
+    end = time.monotonic() + seconds
+    while True:
         try:
-            how = {"cluster_detection_method": "k8s", "heartbeat_timeout_seconds": timeout}
-            jax.distributed.initialize(*explicit, **how)
+            socket.getaddrinfo(host, None)
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ProcessError(f"the coordinator {host} is not known here: {error}.", ours=True) from error
+            time.sleep(1.0)
+        else:
             return
-        except Exception as error:  # of the API, of its permissions, of DNS: each has types of its own
-            why = f"{type(error).__name__}: {error}"
-    raise ValueError(
-        f"this Pod belongs to an indexed Kubernetes job, and cannot find the others by itself ({why}). Set in its "
-        "environment JAX_NUM_PROCESSES to the job's number of Pods, and JAX_COORDINATOR_ADDRESS to HOST:PORT of Pod 0, "
-        "such as JOB-0.SUBDOMAIN:8476 (launch/gpu_jobset.yaml does). One Pod alone needs JAX_NUM_PROCESSES=1 only."
-    )
+
+
+_IN_KUBERNETES = (
+    "In an indexed Job of several Pods, set in each Pod JAX_COORDINATOR_ADDRESS=HOST:8476, where HOST is the name of "
+    "the Pod of index 0 (<Job>-0.<subdomain>; in a JobSet <JobSet>-<replicated job>-0-0.<JobSet>), "
+    "JAX_NUM_PROCESSES=<the Job's completions>, and JAX_PROCESS_ID from the annotation "
+    "batch.kubernetes.io/job-completion-index: launch/gpu_jobset.yaml does so. Where there is one Pod, "
+    "JAX_NUM_PROCESSES=1 is enough."
+)
+
+
+def _join_in_kubernetes(explicit: tuple[str | None, int | None, int | None], timeout: int) -> bool:
+    """Joins the other Pods of an indexed Job as JAX finds them: it asks the API server, with the package `kubernetes`.
+
+    Without that package, and without anything that names others, the Pod of index 0 is alone. Should there be others,
+    they end with this error, and so does the Job. Returns whether there are others.
+    """
+    if not importlib.util.find_spec("kubernetes"):
+        index = _whole_number(os.environ, "JOB_COMPLETION_INDEX")
+        if explicit == (None, None, None) and index == 0:
+            logging.warning("this Pod has index 0 and nothing names other processes: it runs alone.")
+            return False
+        raise ValueError(
+            f"this Pod has index {index} of an indexed Job, and what it is told does not say how to find the others: "
+            f"--coordinator={explicit[0]} --num_processes={explicit[1]} --process_id={explicit[2]}. {_IN_KUBERNETES}"
+        )
+    try:
+        # No cluster_detection_method: JAX's class for Kubernetes has no name to choose it by.
+        jax.distributed.initialize(*explicit, heartbeat_timeout_seconds=timeout)
+    except jax.errors.JaxRuntimeError:  # the others were found, and did not come: the same command may work later
+        raise
+    except Exception as error:  # of the package `kubernetes`: no rights, no token, no headless service
+        raise ValueError(f"JAX cannot find the other Pods: {error}. {_IN_KUBERNETES}") from error
+    return True
 
 
 def _compile_collectives_anew() -> None:
@@ -142,11 +198,17 @@ def cluster_name(environment: Mapping[str, str]) -> str | None:
       environment: variables.
 
     Returns:
-      "slurm", "ompi", "k8s" or "tpu", as `jax.distributed.initialize` calls them; None = nothing of the kind.
+      "slurm", "ompi", "tpu", as `jax.distributed.initialize` calls them, or "k8s"; None = nothing of the kind.
+
+    Raises:
+      ValueError: a variable that counts processes is no whole number.
     """
-    if int(environment.get("SLURM_NTASKS", "1")) > 1 and {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= environment.keys():
+    if (_whole_number(environment, "SLURM_NTASKS") or 1) > 1 and {
+        "SLURM_PROCID",
+        "SLURM_STEP_NODELIST",
+    } <= environment.keys():
         return "slurm"
-    if int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+    if (_whole_number(environment, "OMPI_COMM_WORLD_SIZE") or 1) > 1:
         return "ompi"
     if _has_tpu(environment):
         return "tpu"

@@ -21,6 +21,7 @@ from jax_rlhf.phases import manifest
 
 _REMOTE = ".remote"  # in the local folder: where it is mirrored
 CHECKPOINTS = "checkpoints"
+_COMPILED = "compile_cache"  # where launch scripts let JAX keep compiled programs: it reads them from the bucket itself
 
 
 def open_workdir_at(workdir: str) -> tuple[Path, BaseFileLock | None]:
@@ -71,12 +72,14 @@ def mirrored(remote: epath.Path, local: Path) -> Path:
     local.mkdir(parents=True, mode=0o700)
     (local / _REMOTE).write_text(str(remote), encoding="utf-8")
     if remote.exists():
-        _fetch(remote, local)
+        _fetch(remote, local, leave_out=_COMPILED)
     return local
 
 
-def _fetch(remote: epath.Path, local: Path) -> None:
+def _fetch(remote: epath.Path, local: Path, leave_out: str | None = None) -> None:
     for entry in remote.iterdir():
+        if entry.name == leave_out:
+            continue
         target = local / entry.name
         if entry.is_dir():
             target.mkdir(exist_ok=True)

@@ -67,6 +67,12 @@ def play(state):
         return current.pop(0) if len(current) > 1 else (current or [None])[0]
     return state["workers"]
 
+def who_can_read(file):  # of the group (0o040) and others (0o004), who must be able to enter each folder too
+    readers = os.stat(file).st_mode & 0o044
+    while (file := os.path.dirname(file)) + "/" != world:
+        readers &= (os.stat(file).st_mode & 0o011) << 2
+    return readers
+
 def ssh(worker, command):
     print("SSH: Attempting to connect to worker", worker, file=sys.stderr, flush=True)
     # gcloud splits the command at spaces, and ssh joins it again for the login shell.
@@ -91,9 +97,11 @@ elif verb in ("ssh", "scp"):
     for worker in workers:
         os.makedirs(f"{world}worker-{worker}", exist_ok=True)
         if verb == "scp":
+            os.umask(0o022)  # most machines' default
             with open(arguments[4], "rb") as source:
                 with open(f"{world}worker-{worker}/" + arguments[5].partition(":")[2], "wb") as target:
                     target.write(source.read())
+                    record(copied=target.name, open_to=who_can_read(target.name))
     if verb == "ssh":
         codes = [ssh(worker, option["--command"]) for worker in workers]
         sys.exit(next((code for code in codes if code), 0))
@@ -107,8 +115,9 @@ if arguments[0] == "-c":
         sys.exit(1)
     exec(arguments[1])
     sys.exit()
-told = {name: os.environ.get(name) for name in ("HF_TOKEN", "JAX_COMPILATION_CACHE_DIR")}
-record(worker=worker, cwd=os.getcwd(), **told)
+kept = {name: os.environ.get(name) for name in ("HF_TOKEN", "JAX_COMPILATION_CACHE_DIR", "XLA_CACHES")}
+kept["XLA_CACHES"] = os.environ.get("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES")
+record(worker=worker, cwd=os.getcwd(), **kept)
 if arguments[:2] == ["-m", "venv"]:
     if arguments[2] == "--clear":
         import shutil
@@ -146,12 +155,12 @@ elif arguments[:2] == ["-m", "jax_rlhf"]:
 HOSTNAME = 'print("t1v-n-fake-w-" + os.environ["WORKER"])\n'
 
 NVIDIA_SMI = """
-gpus = change(lambda state: state["gpus"])
-if "--query-gpu=driver_version" in arguments:
-    print("\\n".join([change(lambda state: state["driver"])] * gpus))
-    sys.exit(0 if gpus else 9)
+gpus, driver, capabilities = change(lambda state: [state[name] for name in ("gpus", "driver", "capabilities")])
 for gpu in range(gpus):
-    print(f"GPU {gpu}: NVIDIA H100 (UUID: GPU-{gpu})")
+    if arguments[0] == "--list-gpus":
+        print(f"GPU {gpu}: NVIDIA H100 (UUID: GPU-{gpu})")
+    else:
+        print(driver, capabilities[gpu % len(capabilities)], sep=", ")
 sys.exit(0 if gpus else 9)
 """
 
@@ -210,7 +219,8 @@ class World:
             workers=1,
             pythons=["python3"],
             gpus=8,
-            driver="570.124.06",
+            driver="580.65.06",
+            capabilities=["9.0"],
             failures=[],
             progress=[],  # what runs write, one after another, the last for ever; none = each a step more
             steps=0,

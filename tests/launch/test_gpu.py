@@ -14,43 +14,9 @@ def test_it_installs_once_and_runs_with_the_arguments(world):
     world.run("gpu.sh", *JOB)
     world.run("gpu.sh", *JOB)
     assert len(world.calls("-m", "venv")) == 1
-    assert len(world.calls("-m", "pip", "-e", ".[cuda12]")) == 1
+    assert len(world.calls("-m", "pip", "-e", ".[cuda13]")) == 1
     assert world.runs() == [list(JOB)] * 2
     assert {call["cwd"] for call in world.calls("-m", "jax_rlhf")} == {str(world.checkout)}
-
-
-@pytest.mark.parametrize(
-    ("driver", "flags", "extra"),
-    [
-        ("570.124.06", (), ".[cuda12]"),
-        ("580.65.06", (), ".[cuda13]"),
-        ("600.10", ("--cuda=12",), ".[cuda12]"),
-        ("[N/A]", (), ".[cuda12]"),
-    ],
-)
-def test_the_driver_says_which_cuda(world, driver, flags, extra):
-    world.set(driver=driver)
-    world.run("gpu.sh", *flags, *JOB)
-    (installed,) = world.calls("-m", "pip", "-e")
-    assert installed["arguments"][-1] == extra
-    assert "--cuda=11 is neither 12 nor 13" in world.run("gpu.sh", "--cuda=11", *JOB, expect=2).stderr
-
-
-@pytest.mark.parametrize(
-    ("flags", "variables", "folder"),
-    [
-        (("--workdir=runs/a b",), {}, "runs/a b/compiled"),
-        (("--workdir", "runs/one/"), {}, "runs/one/compiled"),
-        (("--workdir=gs://bucket/run",), {}, "gs://bucket/run/compiled"),
-        (("--workdir=runs/one", "--compile_cache=here"), {}, None),
-        (("--workdir=runs/one",), {"JAX_COMPILATION_CACHE_DIR": "there"}, "there"),
-        (("--workdir=runs/one",), {"JAX_COMPILATION_CACHE_DIR": ""}, ""),
-        ((), {}, None),
-    ],
-)
-def test_compiled_programs_are_kept_in_the_workdir(world, flags, variables, folder):
-    world.run("gpu.sh", *flags, **variables)
-    assert world.calls("-m", "jax_rlhf")[0]["JAX_COMPILATION_CACHE_DIR"] == folder
 
 
 def test_without_a_gpu_it_says_so_and_installs_nothing(world):
@@ -63,9 +29,42 @@ def test_without_a_gpu_it_says_so_and_installs_nothing(world):
 
 def test_only_the_environment_can_be_made_and_needs_no_gpu(world):
     world.set(gpus=0)
-    world.run("gpu.sh", "--install-only")
+    output = world.run("gpu.sh", "--install-only")
     assert world.calls("-m", "pip", "-e", ".[cuda12]")
     assert not world.runs()
+    assert "no driver to ask here: taking CUDA 12" in output.stderr
+    world.run("gpu.sh", "--install-only", "--cuda=13")
+    assert world.calls("-m", "pip", "-e", ".[cuda13]")
+
+
+@pytest.mark.parametrize(
+    ("driver", "capabilities", "cuda"),
+    [
+        ("580.65.06", ["9.0"], "13"),
+        ("600.1", ["7.5"], "13"),
+        ("1000.0", ["10.0"], "13"),
+        ("579.99.99", ["9.0"], "12"),
+        ("525.60.13", ["8.0"], "12"),
+        ("580.65.06", ["7.0"], "12"),  # V100: CUDA 13 has dropped it
+        ("580.65.06", ["9.0", "7.0"], "12"),
+    ],
+)
+def test_the_wheels_are_those_that_driver_and_gpus_run(world, driver, capabilities, cuda):
+    world.set(driver=driver, capabilities=capabilities)
+    world.run("gpu.sh", *JOB)
+    (call,) = world.calls("-m", "pip", "-e")
+    assert call["arguments"][-1] == f".[cuda{cuda}]"
+    assert world.calls("-m", "venv", f".venv/cuda{cuda}-3.11")  # the fake's version
+    assert world.runs() == [list(JOB)]
+
+
+def test_a_driver_that_is_too_old_is_an_error_and_another_cuda_can_be_chosen(world):
+    world.set(driver="470.82.01", capabilities=["8.0"])
+    assert "the NVIDIA driver is too old: JAX needs 525" in world.run("gpu.sh", *JOB, expect=1).stderr
+    assert not world.calls("-m")
+    world.run("gpu.sh", "--cuda=12", *JOB)
+    assert world.calls("-m", "pip", "-e", ".[cuda12]")
+    assert "JAX has wheels for 12 and 13" in world.run("gpu.sh", "--cuda=11", *JOB, expect=2).stderr
 
 
 def test_an_environment_in_which_pip_broke_off_is_cleared(world):
@@ -74,7 +73,7 @@ def test_an_environment_in_which_pip_broke_off_is_cleared(world):
     world.set(**{"pip code": 0})
     world.run("gpu.sh", "--install-only")
     assert len(world.calls("-m", "venv", "--clear")) == 1
-    assert len(world.calls("-m", "pip", "-e", ".[cuda12]")) == 2
+    assert len(world.calls("-m", "pip", "-e", ".[cuda13]")) == 2
     world.run("gpu.sh", *JOB)
     assert len(world.calls("-m", "venv")) == 2
     assert world.runs() == [list(JOB)]
@@ -89,6 +88,36 @@ def test_an_environment_that_another_script_is_filling_is_waited_for_and_not_cle
     assert first.returncode == 0
     assert not world.calls("--clear")
     assert world.runs() == [list(JOB)]
+
+
+def caches(world):
+    return [(c["JAX_COMPILATION_CACHE_DIR"], c["XLA_CACHES"]) for c in world.calls("-m", "jax_rlhf")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder", "of_xla"),
+    [
+        (("--workdir=runs/it's $x",), "runs/it's $x/compile_cache", None),
+        (("--workdir", "/a b/c/"), "/a b/c/compile_cache", None),
+        (("-workdir=x", "--overwrite", "-workdir", "y"), "y/compile_cache", None),  # the last one counts, as for absl
+        (("--workdir=~/run",), "HOME/run/compile_cache", None),
+        (("--workdir=gs://bucket/run",), "gs://bucket/run/compile_cache", "none"),
+        (("--workdir=x", "--compile_cache="), None, None),
+        (("--compile_cache", "y", "--workdir=x"), None, None),
+        (("--help",), None, None),
+        (("--workdir",), None, None),
+    ],
+)
+def test_compiled_programs_are_kept_under_the_workdir(world, arguments, folder, of_xla):
+    world.run("gpu.sh", "--config=configs/sft.py", *arguments)
+    expected = folder and folder.replace("HOME", str(world.folder))
+    assert caches(world) == [(expected, of_xla)]
+
+
+@pytest.mark.parametrize("chosen", ["/fast/disk", ""])
+def test_a_folder_for_compiled_programs_that_is_set_before_counts(world, chosen):
+    world.run("gpu.sh", "--workdir=x", JAX_COMPILATION_CACHE_DIR=chosen)
+    assert caches(world) == [(chosen, None)]
 
 
 def test_exit_code_75_starts_again(world):

@@ -39,7 +39,7 @@ def container_of(jobset):
 
 
 def variables(jobset):
-    return {entry["name"]: entry["value"] for entry in container_of(jobset)["env"]}
+    return {entry["name"]: entry.get("value") for entry in container_of(jobset)["env"]}
 
 
 def missing(wanted, have, path=""):
@@ -91,6 +91,8 @@ def test_the_gpu_pods_know_where_pod_0_is_and_how_many_they_are():
     assert job["completions"] == job["parallelism"] == int(told["JAX_NUM_PROCESSES"])
     host, port = told["JAX_COORDINATOR_ADDRESS"].split(":")
     assert host == f"{name}-{replicated['name']}-0-0.{name}"
+    (own,) = (entry["valueFrom"] for entry in container_of(jobset)["env"] if entry["name"] == "JAX_PROCESS_ID")
+    assert own["fieldRef"]["fieldPath"] == "metadata.annotations['batch.kubernetes.io/job-completion-index']"
     assert jobset["spec"]["network"]["enableDNSHostnames"]
     assert {entry["containerPort"] for entry in container_of(jobset)["ports"]} == {int(port)}
     assert max(map(len, host.split("."))) <= 63  # of a name in DNS
@@ -121,7 +123,7 @@ def test_the_program_itself_gets_the_signal_and_writes_to_storage_that_outlives_
     config, workdir = (argument.partition("=")[2] for argument in container["args"])
     assert workdir.startswith(f"{mounts['shared']}/")
     assert (ROOT / config).is_file()
-    assert variables(jobset)["JAX_COMPILATION_CACHE_DIR"] == f"{workdir}/compiled"
+    assert variables(jobset)["JAX_COMPILATION_CACHE_DIR"] == f"{workdir}/compile_cache"
     if "shm" in volumes:
         assert (mounts["shm"], volumes["shm"]["emptyDir"]["medium"]) == ("/dev/shm", "Memory")
 

@@ -25,25 +25,36 @@ def test_every_task_runs_with_the_arguments_and_the_environment_of_gpu_sh(world)
     assert not world.calls("scontrol")
 
 
-def test_it_takes_the_environment_that_the_driver_allows(world):
-    """On nodes with a new driver that for CUDA 13, and where only the other one is installed, that one."""
-    world.run("gpu.sh", "--install-only", "--cuda=12")
-    world.set(driver="580.65.06")
-    submit(world, *JOB)
-    world.run("gpu.sh", "--install-only", "--cuda=13")
-    submit(world, *JOB)
-    world.set(driver="570.124.06")
-    submit(world, *JOB)
-    interpreters = [call["arguments"][1] for call in world.calls("srun")]
-    assert [re.search(r"cuda\d\d", path)[0] for path in interpreters] == ["cuda12", "cuda13", "cuda12"]
-    programs = [call for call in world.calls("-m", "jax_rlhf") if call["program"] != "srun"]
-    folders = {call["JAX_COMPILATION_CACHE_DIR"] for call in programs}
-    assert folders == {"runs/it's $x/compiled"}
-
-
 def test_without_an_environment_it_says_how_to_make_one(world):
     assert "gpu.sh --install-only first" in submit(world, *JOB, expect=1).stderr
     assert not world.calls("srun")
+
+
+def python_of(world):
+    return world.calls("srun")[-1]["arguments"][1].removesuffix("/bin/python")
+
+
+def test_it_takes_the_environment_that_the_nodes_driver_runs(world):
+    world.run("gpu.sh", "--install-only", "--cuda=13")
+    world.set(driver="550.54.14")
+    assert "nothing is installed in .venv/cuda12-3.11" in submit(world, *JOB, expect=1).stderr
+    assert not world.calls("srun")
+    world.run("gpu.sh", "--install-only", "--cuda=12")
+    submit(world, *JOB)
+    assert python_of(world) == ".venv/cuda12-3.11"
+    world.set(driver="580.65.06")
+    submit(world, *JOB)
+    assert python_of(world) == ".venv/cuda13-3.11"
+    world.set(gpus=0)  # no driver to ask on the first node
+    submit(world, *JOB)
+    assert python_of(world) == ".venv/cuda13-3.11"
+
+
+def test_every_task_keeps_compiled_programs_under_the_workdir(world):
+    world.run("gpu.sh", "--install-only")
+    submit(world, *JOB)
+    kept = [call.get("JAX_COMPILATION_CACHE_DIR") for call in world.calls("-m", "jax_rlhf") if "worker" in call]
+    assert kept == ["runs/it's $x/compile_cache"] * 2
 
 
 def test_submitted_from_elsewhere_it_says_so(world):
@@ -85,7 +96,7 @@ def test_an_error_is_passed_on_and_requeues_nothing(world):
     assert not world.calls("scontrol")
 
 
-def test_its_header_asks_for_a_task_a_gpu_and_for_time_to_save():
+def test_its_header_asks_for_a_task_per_gpu_and_for_time_to_save():
     script = (ROOT / "launch" / "slurm.sbatch").read_text()
     header, _ = script.split("set -euo pipefail")
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", header, flags=re.MULTILINE))

@@ -16,6 +16,12 @@ VM = *WHERE, "--type=v5p-16"
 JOB = "--config=configs/sft.py", "--workdir=runs/x"
 
 
+def private(file, text):
+    file.touch(mode=0o600)
+    file.write_text(text)
+    return file
+
+
 def run(world, *options, job=JOB, expect=0, **environment):
     return world.run("tpu_vm.sh", "run", *VM, *options, "--", *job, expect=expect, **environment)
 
@@ -65,6 +71,16 @@ def test_all_workers_run_the_same_command_with_every_character_of_it(world):
         assert world.runs(worker) == [list(job)]
     (call, _) = world.calls("-m", "jax_rlhf")
     assert call["cwd"] == str(world.folder / "worker-0" / "jax_rlhf")
+
+
+def test_every_worker_keeps_compiled_programs_under_the_workdir_unless_its_environment_says_otherwise(world):
+    world.set(workers=2)
+    run(world, job=("--config=configs/sft.py", "--workdir", "gs://bucket/it's $x"))
+    kept = [(call["JAX_COMPILATION_CACHE_DIR"], call["XLA_CACHES"]) for call in world.calls("-m", "jax_rlhf")]
+    assert kept == [("gs://bucket/it's $x/compile_cache", "none")] * 2
+    private(world.folder / "my.env", "JAX_COMPILATION_CACHE_DIR=/elsewhere\n")
+    run(world, "--env-file=my.env")
+    assert world.calls("-m", "jax_rlhf")[-1]["JAX_COMPILATION_CACHE_DIR"] == "/elsewhere"
 
 
 def test_run_shows_the_log_of_worker_0_and_installs_once(world):
@@ -220,44 +236,57 @@ def test_a_config_that_would_not_be_copied_is_refused_before_anything_is_created
 
 def test_the_environment_file_and_the_setup_command_reach_all_workers(world):
     world.set(workers=2)
-    (world.folder / "my env").touch(mode=0o600)
-    (world.folder / "my env").write_text("HF_TOKEN='a token'\n")
+    private(world.folder / "my env", "HF_TOKEN='a token'\n")
     run(world, "--env-file=my env", "--setup=echo \"it's $WORKER\" > 'set up'", "--connect-flag=--internal-ip")
     for worker in (0, 1):
         home = world.folder / f"worker-{worker}"
         assert (home / "set up").read_text() == f"it's {worker}\n"
-        assert (home / "jax_rlhf.env").stat().st_mode & 0o077 == 0
+        assert (home / ".jax_rlhf" / "env").stat().st_mode & 0o077 == 0
     assert {call["HF_TOKEN"] for call in world.calls("-m", "jax_rlhf")} == {"a token"}
     connections = [c for c in world.calls("gcloud") if c["arguments"][3] in ("ssh", "scp")]
     assert all("--internal-ip" in c["arguments"] for c in connections)
     assert not any("a token" in " ".join(c["arguments"]) for c in connections)
 
 
-def test_the_environment_file_is_nobody_elses_before_what_it_holds_arrives(world):
-    """Also where an older one lies there that others could read."""
-    (world.folder / "my.env").touch(mode=0o600)
-    (world.folder / "my.env").write_text("HF_TOKEN='a token'\n")
-    (world.folder / "worker-0").mkdir()
-    (world.folder / "worker-0" / "jax_rlhf.env").write_text("old")
-    (world.folder / "worker-0" / "jax_rlhf.env").chmod(0o644)
-    world.set(failures=[["jax_rlhf.env", None, 1]])  # the first call that names it, which makes it
-    run(world, "--env-file=my.env", expect=1)
-    assert not any("scp" in c["arguments"] and "my.env" in c["arguments"] for c in world.calls("gcloud"))
+def test_the_environment_file_can_at_no_time_be_read_by_others(world):
+    world.set(workers=2, **{"tpu-vm": ["READY"]})
+    private(world.folder / "my.env", "HF_TOKEN=a\n")
+    for worker in (0, 1):  # what a former version of the scripts, or a user, has left there
+        home = world.folder / f"worker-{worker}"
+        home.mkdir(mode=0o755)
+        (home / "jax_rlhf.env").write_text("HF_TOKEN=old\n")
+        (home / ".jax_rlhf").mkdir(mode=0o777)
+        (home / ".jax_rlhf" / "env").write_text("HF_TOKEN=old\n")
+        (home / ".jax_rlhf" / "env").chmod(0o644)
     run(world, "--env-file=my.env")
-    assert (world.folder / "worker-0" / "jax_rlhf.env").stat().st_mode & 0o777 == 0o600
+    copied = [call for call in world.calls() if "copied" in call]
+    assert {call["open_to"] for call in copied if call["copied"].endswith("env")} == {0}
+    assert {call["open_to"] for call in copied if call["copied"].endswith("tar.gz")} == {0o044}  # so it would be seen
+    assert {call["HF_TOKEN"] for call in world.calls("-m", "jax_rlhf")} == {"a"}
+    for worker in (0, 1):
+        home = world.folder / f"worker-{worker}"
+        assert (home / ".jax_rlhf").stat().st_mode & 0o777 == 0o700
+        assert (home / ".jax_rlhf" / "env").stat().st_mode & 0o777 == 0o600
+        assert not (home / "jax_rlhf.env").exists()
 
 
-@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604])
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o620, 0o660])
 def test_an_environment_file_that_others_can_read_is_refused(world, mode):
-    (world.folder / "my.env").write_text("HF_TOKEN='a token'\n")
-    (world.folder / "my.env").chmod(mode)
-    assert "others can read it: chmod 600 'my.env'" in run(world, "--env-file=my.env", expect=1).stderr
+    file = private(world.folder / "my env", "HF_TOKEN=a\n")
+    file.chmod(mode)
+    for link in ("my env", "link.env"):
+        if link != file.name:
+            (world.folder / link).symlink_to(file)
+        errors = run(world, f"--env-file={link}", expect=1).stderr
+        assert "can be read or written by others: chmod 600" in errors
     assert not world.calls("gcloud")
 
 
-def test_compiled_programs_are_kept_in_the_workdir(world):
-    run(world, job=("--config=configs/sft.py", "--workdir=/shared/a b"))
-    assert {call["JAX_COMPILATION_CACHE_DIR"] for call in world.calls("-m", "jax_rlhf")} == {"/shared/a b/compiled"}
+def test_an_environment_file_that_git_tracks_is_refused(world):
+    file = private(world.checkout / "tokens", "HF_TOKEN=a\n")
+    run(world, f"--env-file={file}")
+    world.track()
+    assert "is tracked by git" in run(world, f"--env-file={file}", expect=1).stderr
 
 
 def test_where_python_is_too_old_uv_fetches_one(world):
@@ -276,8 +305,7 @@ def test_the_workers_interpreter_can_be_named(world):
 @pytest.mark.parametrize("queued", [(), ("--queued",)])
 def test_a_dry_run_prints_every_command_and_executes_none_even_without_gcloud(world, queued):
     options = *queued, "--env-file=my env", "--setup=echo 'a  b' # why"
-    (world.folder / "my env").touch(mode=0o600)
-    (world.folder / "my env").write_text("A=1\n")
+    private(world.folder / "my env", "A=1\n")
     job = *JOB, "--a=it's $HOME"
 
     def steady(calls):  # without what differs from run to run
@@ -286,7 +314,21 @@ def test_a_dry_run_prints_every_command_and_executes_none_even_without_gcloud(wo
 
     tools = world.folder / "tools"
     tools.mkdir()
-    for tool in ("bash", "cat", "cut", "date", "dirname", "git", "grep", "mktemp", "rm", "sed", "tail"):
+    for tool in (
+        "basename",
+        "bash",
+        "cat",
+        "cut",
+        "date",
+        "dirname",
+        "git",
+        "grep",
+        "ls",
+        "mktemp",
+        "rm",
+        "sed",
+        "tail",
+    ):
         (tools / tool).symlink_to(shutil.which(tool))
     output = run(world, *options, "--dry-run", job=job, PATH=str(tools)).stdout
     assert not world.calls()

@@ -1,7 +1,6 @@
 """The table, the forms that a mesh may take, and who holds which rows."""
 
 import dataclasses
-import importlib.util
 import os
 import re
 
@@ -210,79 +209,6 @@ def test_made_up_devices_get_more_threads_than_their_collectives_hold(monkeypatc
     monkeypatch.setenv("XLA_FLAGS", flags)
     start_processes()
     assert os.environ.get("PJRT_NPROC") == after
-
-
-@pytest.fixture
-def pod(monkeypatch):
-    """Pod 1 of an indexed job; what JAX is started with."""
-    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
-    monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
-    started = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments, **how: started.append((arguments, how)))
-    return started
-
-
-def test_a_pod_that_is_told_of_the_others_asks_nobody(pod, monkeypatch):
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "job-0.pods:8476")
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
-    start_processes()
-    ((arguments, how),) = pod
-    assert arguments == ("job-0.pods:8476", 4, 1)
-    assert how["cluster_detection_method"] == "deactivate"
-    monkeypatch.setenv("JAX_PROCESS_ID", "3")
-    start_processes()
-    assert pod[-1][0] == ("job-0.pods:8476", 4, 3)
-
-
-def test_one_pod_is_alone_where_it_is_told_so(pod, monkeypatch):
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
-    start_processes()
-    assert pod == []
-
-
-def test_a_pod_that_cannot_find_the_others_says_what_to_set(pod, monkeypatch):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "kubernetes" else found(name))
-    wanted = r"package kubernetes is not installed.*JAX_NUM_PROCESSES.*JAX_COORDINATOR_ADDRESS.*One Pod alone"
-    with pytest.raises(ValueError, match=wanted):
-        start_processes()
-    assert pod == []
-    # With the package, and a service account that may not list Pods.
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True if name == "kubernetes" else found(name))
-
-    def refused(*_, **how):
-        assert how["cluster_detection_method"] == "k8s"
-        raise RuntimeError("Kubernetes API Error: 403 - Forbidden")
-
-    monkeypatch.setattr(jax.distributed, "initialize", refused)
-    with pytest.raises(ValueError, match=r"403 - Forbidden.*JAX_NUM_PROCESSES"):
-        start_processes()
-
-
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two' in the environment is no number"),
-        ({"JAX_NUM_PROCESSES": "-1"}, "JAX_NUM_PROCESSES='-1' in the environment is no number"),
-        ({"JAX_PROCESS_ID": ""}, "JAX_PROCESS_ID='' in the environment is no number"),
-        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "process_id=2 is not one of num_processes=2"),
-    ],
-)
-def test_numbers_that_are_none_or_do_not_fit_are_named(pod, monkeypatch, variables, message):
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "job-0.pods:8476")
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=message):
-        start_processes()
-
-
-def test_half_of_the_flags_are_an_error(monkeypatch):
-    with pytest.raises(ValueError, match=r"--num_processes=2 --process_id=None: without a cluster .* all three"):
-        start_processes("127.0.0.1:1", 2, None)
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("alone"))
-    start_processes()
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------

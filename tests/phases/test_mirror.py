@@ -67,6 +67,19 @@ def test_files_go_to_the_bucket_and_come_back(bucket):
     assert status(workdir, "sft") == "new"
 
 
+def test_compiled_programs_in_the_bucket_are_not_fetched_for_jax_reads_them_there(bucket):
+    remote = epath.Path(bucket)
+    for folder in ("compile_cache", "sft/compile_cache"):  # the second one is no folder of a launcher's
+        (remote / folder).mkdir(parents=True)
+        (remote / folder / "a-cache").write_text("large")
+    workdir, lock = open_workdir_at(bucket)
+    lock.release()
+    files = {str(path.relative_to(workdir)) for path in workdir.rglob("*") if path.is_file()}
+    assert files == {".remote", "sft/compile_cache/a-cache"}
+    put_up(workdir)
+    assert (remote / "compile_cache" / "a-cache").exists()
+
+
 def test_a_bucket_that_cannot_be_reached_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(ValueError, match=r"--workdir=s3://nowhere/run cannot be read: .*gcsfs"):
