@@ -5,6 +5,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -12,6 +13,10 @@ from benchmarks import on_device
 from benchmarks.device import decode, flash, numbers, runs
 from benchmarks.device.decode import step_bytes
 from benchmarks.device.ppo import phase_flops
+from jax_rlhf.packaged import packaged_config
+from jax_rlhf.parallel import create_layout
+from jax_rlhf.phases import run_config
+from jax_rlhf.plan.all_programs import programs_of
 from jax_rlhf.plan.shapes import model_shape
 from tests.phases.test_end_to_end import environment
 from tests.processes import ROOT
@@ -143,6 +148,16 @@ def test_peaks_are_compared_with_the_highest_plan_so_far():
     assert rows["a"]["measured_over_planned"] == pytest.approx(4.1 / 4)
     assert rows["b"]["measured_over_described"] == pytest.approx(1.6)
     assert all(row["ok"] for row in runs.compared_peaks({"a": measured["a"]}, {}))
+
+
+def test_the_settings_whose_memory_is_measured_are_settings_of_a_run():
+    config = packaged_config("llama3_8b")
+    with config.unlocked():
+        config.update_from_flattened_dict(runs.MEMORY_RUN | {"model.path": "smollm2-135m"})
+    settings = run_config(config)
+    layout = create_layout(settings.mesh, settings.rollout_mesh, jax.devices()[:1])
+    names = {f"{program.phase} {program.name}" for program in programs_of(settings, layout)}
+    assert {"sft step", "reward step", "ppo rollout", "ppo scoring", "ppo update"} <= names
 
 
 def test_the_quickstart_is_held_to_the_bars_of_its_own_test():

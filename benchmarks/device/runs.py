@@ -40,6 +40,20 @@ _SHAPE = {
     "torch_dtype": "bfloat16",
 }
 
+MEMORY_RUN = {
+    "data.sft_batch_size": 8,
+    "data.reward_batch_size": 8,
+    "data.ppo_batch_size": 32,
+    "data.eval_rows": 8,
+    "sft.microbatch_size": 8,
+    "sft.sample_rows": 0,
+    "reward_training.microbatch_size": 8,
+    "reward_training.normalize_rows": 0,
+    "ppo.num_minibatches": 2,
+    "ppo.max_new_tokens": 256,
+}
+"""What part `memory` changes of configs/llama3_8b.py, so that a card of 80 GB holds it."""
+
 
 def _run(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", *arguments]
@@ -75,14 +89,10 @@ def memory(tiny: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
         file.write_text(json.dumps(_SHAPE))
-        flags = [
-            f"--config={Path(__file__).parents[2] / 'configs' / 'llama3_8b.py'}",
-            f"--config.model.path={file}",
-            *("--config.data.sft_batch_size=8", "--config.data.reward_batch_size=8", "--config.data.ppo_batch_size=32"),
-            *("--config.sft.microbatch_size=8", "--config.reward_training.microbatch_size=8"),
-            *("--config.ppo.num_minibatches=2", "--config.ppo.max_new_tokens=256", "--config.data.eval_rows=0"),
-            *("--config.reward_training.normalize_rows=0", "--json", "--noadvice"),
-        ]
+        config = Path(__file__).parents[2] / "configs" / "llama3_8b.py"
+        settings = MEMORY_RUN | {"model.path": file}
+        flags = [f"--config={config}", *(f"--config.{name}={value}" for name, value in settings.items())]
+        flags += ["--json", "--noadvice"]
         name = next((name for name, card in CARDS.items() if card.name == kind), None)
         described = _started_plan([*flags, f"--topology={name}:1"]) if name else None
         measured, planned = _finished_plan(_started_plan([*flags, "--measure"])), {}
