@@ -1,0 +1,108 @@
+"""launch/Dockerfile and .dockerignore, as far as can be seen without Docker."""
+
+import json
+import re
+import subprocess
+import tomllib
+
+import pytest
+
+from tests.processes import ROOT
+
+LINES = (ROOT / "launch" / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = PYPROJECT["tool"]["setuptools"]["dynamic"]["optional-dependencies"]
+
+
+def after(instruction):
+    return [line.removeprefix(instruction).strip() for line in LINES if line.startswith(f"{instruction} ")]
+
+
+def copied():
+    return [source for line in after("COPY") for source in line.split()[:-1]]
+
+
+def pattern(line):
+    """A line of .dockerignore: * stands for what has no /, ** for any folders, and a folder for all that is in it."""
+    parts = re.split(r"(\*\*/|\*)", line.removeprefix("!"))
+    return re.compile("".join({"**/": "(?:.*/)?", "*": "[^/]*"}.get(p, re.escape(p)) for p in parts) + "(?:/.*)?")
+
+
+def left_out(path):
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    matching = [line for line in lines if pattern(line).fullmatch(path)]  # the last one counts
+    return bool(matching) and not matching[-1].startswith("!")
+
+
+def test_all_that_is_copied_is_there_and_goes_along():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if tracked.returncode:
+        pytest.skip("not in a git checkout")
+    files = tracked.stdout.splitlines()
+    for source in copied():
+        found = [file for file in files if file == source or file.startswith(f"{source}/")]
+        assert found, source
+        assert not [file for file in found if left_out(file)]
+    # And nothing else: what goes along and is not copied costs time, or is a secret.
+    whole = [file for file in files if not left_out(file)]
+    others = {file.split("/")[0] for file in whole} - set(copied())
+    assert others <= {"requirements-dev.txt", "requirements-judge.txt", "requirements-quickstart.txt"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "my.env",
+        ".env",
+        "configs/my.env",
+        "jax_rlhf/data/.env",
+        ".git/config",
+        ".venv/cuda13-3.12/bin/python",
+        "runs/a/config.json",
+        "tokens.txt",
+        "jax_rlhf/__pycache__/engine.pyc",
+        "slurm-jax_rlhf-1.out",
+    ],
+)
+def test_what_is_not_the_programs_stays_here(path):
+    assert left_out(path)
+
+
+def test_pip_finds_what_pyproject_names():
+    project = PYPROJECT["project"]
+    dependencies = PYPROJECT["tool"]["setuptools"]["dynamic"]["dependencies"]["file"]
+    wanted = ["pyproject.toml", project["readme"], *project["license-files"], *dependencies]
+    folders = PYPROJECT["tool"]["setuptools"]["package-dir"]
+    wanted += [folders.get(package, package.split(".")[0]) for package in PYPROJECT["tool"]["setuptools"]["packages"]]
+    assert set(wanted) <= set(copied())
+    (base,) = after("FROM")
+    version = re.fullmatch(r"python:3\.(\d+)-slim", base)
+    assert project["requires-python"] == ">=3.11"
+    assert int(version[1]) >= 11
+
+
+def test_it_can_be_made_for_each_accelerator():
+    assert after("ARG") == ["ACCELERATOR"]
+    (install,) = [line for line in after("RUN") if "$ACCELERATOR.txt" in line]
+    assert '-r requirements.txt -r "requirements-$ACCELERATOR.txt"' in install
+    for accelerator in ("tpu", "cuda12", "cuda13"):
+        assert EXTRAS[accelerator]["file"] == [f"requirements-{accelerator}.txt"]
+        assert f"requirements-{accelerator}.txt" in copied()
+        (line,) = (ROOT / f"requirements-{accelerator}.txt").read_text().splitlines()[-1:]
+        assert line.startswith(f"jax[{accelerator}]")
+    assert EXTRAS["cuda"] == EXTRAS["cuda12"]
+
+
+def test_python_gets_the_signals():
+    (entry,) = after("ENTRYPOINT")
+    assert json.loads(entry) == ["python", "-m", "jax_rlhf"]  # a list: no shell around it
+
+
+def test_jax_versions_are_the_same_for_all():
+    texts = [
+        (ROOT / name).read_text()
+        for name in ("requirements.txt", *(f"requirements-{a}.txt" for a in EXTRAS if a in ("tpu", "cuda12", "cuda13")))
+    ]
+    assert (
+        len({found for text in texts for found in re.findall(r"^jax(?:\[\w+\])?(\S+)", text, flags=re.MULTILINE)}) == 1
+    )
