@@ -82,7 +82,7 @@ def test_pip_finds_what_pyproject_names():
 
 
 def test_it_can_be_made_for_each_accelerator():
-    assert after("ARG") == ["ACCELERATOR"]
+    assert after("ARG") == ["ACCELERATOR", 'PACKAGES=""']
     (install,) = [line for line in after("RUN") if "$ACCELERATOR.txt" in line]
     assert '-r requirements.txt -r "requirements-$ACCELERATOR.txt"' in install
     for accelerator in ("tpu", "cuda12", "cuda13"):
