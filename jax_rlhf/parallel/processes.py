@@ -340,7 +340,9 @@ def leave(code: int, error: BaseException | None = None) -> int:
     Returns:
       The code, where the process may end as Python does.
     """
-    if error is None or jax.process_count() == 1 or getattr(error, "agreed", False):
+    # Before the others are joined there are none; to count them would start the devices, which may wait for them.
+    alone = not jax.distributed.is_initialized() or jax.process_count() == 1
+    if error is None or alone or getattr(error, "agreed", False):
         return code
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,7 +1,8 @@
 """A cloud, a TPU VM and a GPU machine in a folder: programs on PATH that record their calls and play a few answers.
 
 `World` writes them. What a test sets in the file `state` steers them; their calls are lines of the file `calls`.
-The fake ssh executes the command line with a local bash, in a home folder a worker, so that quoting is tested for real.
+The fake ssh executes the command line with a local bash, in a home folder per worker, so that quoting is tested
+for real.
 """
 
 import ast

@@ -1,27 +1,31 @@
-"""The JobSets of launch/ against the types of the JobSet and Kubernetes APIs, and what they promise."""
+"""The JobSets in launch/ against the types of the JobSet and Kubernetes APIs, and what they promise."""
 
+import copy
 import math
+import re
+from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.processes import ROOT
 
-CHIPS = {"gke_jobset.yaml": "google.com/tpu", "gpu_jobset.yaml": "nvidia.com/gpu"}
+FILES = {"tpu": ROOT / "launch" / "gke_jobset.yaml", "gpu": ROOT / "launch" / "gpu_jobset.yaml"}
 
 
-@pytest.fixture(params=CHIPS)
-def file(request):
-    return request.param
+def documents(kind):
+    return {document["kind"]: document for document in yaml.safe_load_all(FILES[kind].read_text())}
+
+
+@pytest.fixture(params=FILES)
+def both(request):
+    """Of each file in turn: what is in it, by kind."""
+    return documents(request.param)
 
 
 @pytest.fixture
-def jobset(file):
-    return read(file)
-
-
-def read(file):
-    return yaml.safe_load((ROOT / "launch" / file).read_text())
+def jobset(both):
+    return both["JobSet"]
 
 
 def job_of(jobset):
@@ -29,17 +33,13 @@ def job_of(jobset):
     return replicated["template"]["spec"]
 
 
-def pod_of(jobset):
-    return job_of(jobset)["template"]["spec"]
-
-
 def container_of(jobset):
-    (container,) = pod_of(jobset)["containers"]
+    (container,) = job_of(jobset)["template"]["spec"]["containers"]
     return container
 
 
 def variables(jobset):
-    return {entry["name"]: entry.get("value") for entry in container_of(jobset)["env"]}
+    return {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in container_of(jobset)["env"]}
 
 
 def missing(wanted, have, path=""):
@@ -52,50 +52,102 @@ def missing(wanted, have, path=""):
     return [] if wanted == have else [path]
 
 
-def test_it_is_a_jobset_as_the_api_defines_it(jobset):
+def test_it_is_what_the_apis_define(both):
     reason = "kubeflow-trainer-api, which has the JobSet API's types, is not installed: requirements-dev.txt"
     models = pytest.importorskip("kubeflow_trainer_api.models", reason=reason)
+    types = {"JobSet": models.JobsetV1alpha2JobSet, "ServiceAccount": models.IoK8sApiCoreV1ServiceAccount}
 
-    def unknown(jobset):
-        read = models.JobsetV1alpha2JobSet.from_dict(jobset)  # checks types and required fields
-        return missing(jobset, read.to_dict())  # which drops the fields that the API does not have
+    def unknown(document):
+        read = types[document["kind"]].from_dict(document)  # checks types and required fields
+        return missing(document, read.to_dict())  # which drops the fields that the API does not have
 
-    assert not unknown(jobset)
-    jobset["spec"]["failurePolicy"]["maxRestart"] = 1
-    assert unknown(jobset) == [".spec.failurePolicy.maxRestart"]
+    assert both.keys() == types.keys()
+    assert [unknown(document) for document in both.values()] == [[], []]
+    wrong = copy.deepcopy(both["JobSet"])
+    wrong["spec"]["failurePolicy"]["maxRestart"] = 1
+    container_of(wrong)["resource"] = {}
+    (pod,) = (".spec.replicatedJobs[0].template.spec.template.spec",)
+    assert unknown(wrong) == [".spec.failurePolicy.maxRestart", f"{pod}.containers[0].resource"]
 
 
 def test_each_machine_of_a_slice_has_a_pod_with_all_its_chips():
-    jobset = read("gke_jobset.yaml")
-    job, container = job_of(jobset), container_of(jobset)
-    chips = math.prod(
-        int(side) for side in pod_of(jobset)["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
-    )
+    job = job_of(documents("tpu")["JobSet"])
+    pod = job["template"]["spec"]
+    chips = math.prod(int(side) for side in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
+    (container,) = pod["containers"]
     assert job["completions"] == job["parallelism"] == chips / container["resources"]["limits"]["google.com/tpu"]
     assert job["completionMode"] == "Indexed"
 
 
-def test_where_slices_are_counted_the_mesh_is_told_of_them():
-    lines = (ROOT / "launch" / "gke_jobset.yaml").read_text().splitlines()
-    (at,) = (number for number, line in enumerate(lines) if line.strip().startswith("replicas:"))
-    assert "--config.mesh.data=2" in " ".join(lines[at - 2 : at])
-
-
-def test_the_gpu_pods_know_where_pod_0_is_and_how_many_they_are():
-    """As `start_processes` reads it; JobSet calls Pods JOBSET-JOB-INDEX-POD, in a domain of the JobSet's name."""
-    jobset = read("gpu_jobset.yaml")
-    job, told, name = job_of(jobset), variables(jobset), jobset["metadata"]["name"]
+def test_where_the_number_of_slices_is_changed_stands_what_two_need():
+    text = FILES["tpu"].read_text()
+    (line,) = re.findall(r"^ *replicas: (.*)$", text, flags=re.MULTILINE)
+    assert line.startswith("1 # CHANGE")
+    assert "--config.mesh.data=2" in line
+    args = "                    # - --config.mesh.data=2 # with replicas: 2\n"
+    assert args in text
+    with_two = text.replace(f"replicas: {line}", "replicas: 2").replace(args, args.replace("# - ", "- "))
+    *_, jobset = yaml.safe_load_all(with_two)
     (replicated,) = jobset["spec"]["replicatedJobs"]
-    assert replicated["replicas"] == 1  # the completion index then is the process's number
-    assert job["completionMode"] == "Indexed"
-    assert job["completions"] == job["parallelism"] == int(told["JAX_NUM_PROCESSES"])
-    host, port = told["JAX_COORDINATOR_ADDRESS"].split(":")
-    assert host == f"{name}-{replicated['name']}-0-0.{name}"
-    (own,) = (entry["valueFrom"] for entry in container_of(jobset)["env"] if entry["name"] == "JAX_PROCESS_ID")
-    assert own["fieldRef"]["fieldPath"] == "metadata.annotations['batch.kubernetes.io/job-completion-index']"
-    assert jobset["spec"]["network"]["enableDNSHostnames"]
-    assert {entry["containerPort"] for entry in container_of(jobset)["ports"]} == {int(port)}
-    assert max(map(len, host.split("."))) <= 63  # of a name in DNS
+    assert f"--config.mesh.data={replicated['replicas']}" in container_of(jobset)["args"]
+
+
+def rendezvous(jobset):
+    """What keeps the Pods of the GPU JobSet from finding each other."""
+    name, spec, told = jobset["metadata"]["name"], jobset["spec"], variables(jobset)
+    (replicated,) = spec["replicatedJobs"]
+    job, wrong = job_of(jobset), []
+    ports = [port["containerPort"] for port in container_of(jobset)["ports"]]
+    if told["JAX_COORDINATOR_ADDRESS"] not in [f"{name}-{replicated['name']}-0-0.{name}:{port}" for port in ports]:
+        wrong.append("the coordinator is not the Pod of index 0, at a port of the container")
+    if not spec["network"]["enableDNSHostnames"] or not spec["network"]["publishNotReadyAddresses"]:
+        wrong.append("Pods have no names, or not before they are ready")
+    if not told["JAX_NUM_PROCESSES"] == str(job["completions"]) == str(job["parallelism"]):
+        wrong.append("processes are not as many as Pods")
+    if replicated["replicas"] != 1 or job["completionMode"] != "Indexed":
+        wrong.append("indices are not those of processes")
+    where = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
+    if told["JAX_PROCESS_ID"] != where:
+        wrong.append("a process does not know its number")
+    return wrong
+
+
+def test_gpu_machines_find_each_other_without_rights_and_packages():
+    jobset = documents("gpu")["JobSet"]
+    assert rendezvous(jobset) == []
+    assert job_of(jobset)["template"]["spec"]["automountServiceAccountToken"] is False
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda j: j["metadata"].update(name="other"), "coordinator"),
+        (lambda j: j["spec"]["replicatedJobs"][0].update(name="other"), "coordinator"),
+        (lambda j: j["spec"]["replicatedJobs"][0].update(replicas=2), "indices"),
+        (lambda j: container_of(j)["ports"][0].update(containerPort=1), "coordinator"),
+        (lambda j: j["spec"]["network"].update(enableDNSHostnames=False), "names"),
+        (lambda j: j["spec"]["network"].update(publishNotReadyAddresses=False), "names"),
+        (lambda j: job_of(j).update(completions=3), "processes"),
+        (lambda j: job_of(j).update(completions=3, parallelism=3), "processes"),
+        (lambda j: job_of(j).update(completionMode="NonIndexed"), "indices"),
+        (lambda j: container_of(j)["env"].append({"name": "JAX_PROCESS_ID", "value": "0"}), "number"),
+    ],
+)
+def test_a_wrong_manifest_is_seen(change, found):
+    jobset = documents("gpu")["JobSet"]
+    change(jobset)
+    (wrong,) = rendezvous(jobset)
+    assert found in wrong
+
+
+def test_gpu_processes_get_what_the_gpu_scripts_set_and_shared_memory():
+    jobset = documents("gpu")["JobSet"]
+    told = variables(jobset)
+    for name in ("JAX_PLATFORMS", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        assert f"{name}=${{{name}:-{told[name]}}}" in (ROOT / "launch" / "gpu.sh").read_text()
+    mounts = {mount["mountPath"]: mount["name"] for mount in container_of(jobset)["volumeMounts"]}
+    (memory,) = [v for v in job_of(jobset)["template"]["spec"]["volumes"] if v["name"] == mounts["/dev/shm"]]
+    assert memory["emptyDir"]["medium"] == "Memory"
 
 
 def test_a_saved_or_preempted_run_starts_again_and_an_error_of_the_user_does_not(jobset):
@@ -110,29 +162,49 @@ def test_a_saved_or_preempted_run_starts_again_and_an_error_of_the_user_does_not
     preempted, wrong = job["podFailurePolicy"]["rules"]
     assert (preempted["action"], preempted["onPodConditions"][0]["type"]) == ("Count", "DisruptionTarget")
     assert (wrong["action"], wrong["onExitCodes"]["values"]) == ("FailJob", [1, 2])
+    assert wrong["onExitCodes"]["operator"] == "In"
     assert wrong["onExitCodes"]["containerName"] == container_of(jobset)["name"]
 
 
+def test_a_pod_has_a_machine_for_itself_and_no_rights(both):
+    jobset = both["JobSet"]
+    resources = container_of(jobset)["resources"]
+    assert resources["requests"] == resources["limits"]
+    assert {"cpu", "memory", "ephemeral-storage"} < resources["requests"].keys()
+    pod = job_of(jobset)["template"]["spec"]
+    assert pod["serviceAccountName"] == both["ServiceAccount"]["metadata"]["name"]
+    assert both["ServiceAccount"]["automountServiceAccountToken"] is pod["automountServiceAccountToken"] is False
+    assert pod["terminationGracePeriodSeconds"] >= 300
+
+
 def test_the_program_itself_gets_the_signal_and_writes_to_storage_that_outlives_the_pods(jobset):
-    pod, container = pod_of(jobset), container_of(jobset)
+    pod, container = job_of(jobset)["template"]["spec"], container_of(jobset)
     assert container["command"] == ["python", "-m", "jax_rlhf"]
-    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    volumes = {volume["name"]: volume for volume in pod["volumes"]}
-    assert mounts.keys() == volumes.keys()
-    assert "persistentVolumeClaim" in volumes["shared"]
-    config, workdir = (argument.partition("=")[2] for argument in container["args"])
-    assert workdir.startswith(f"{mounts['shared']}/")
-    assert (ROOT / config).is_file()
+    (workdir,) = [argument.partition("=")[2] for argument in container["args"] if argument.startswith("--workdir=")]
     assert variables(jobset)["JAX_COMPILATION_CACHE_DIR"] == f"{workdir}/compile_cache"
-    if "shm" in volumes:
-        assert (mounts["shm"], volumes["shm"]["emptyDir"]["medium"]) == ("/dev/shm", "Memory")
+    (mount,) = [mount for mount in container["volumeMounts"] if Path(mount["mountPath"]) in Path(workdir).parents]
+    (volume,) = [volume for volume in pod["volumes"] if volume["name"] == mount["name"]]
+    assert "persistentVolumeClaim" in volume
+    config = container["args"][0].removeprefix("--config=")
+    assert (ROOT / config).is_file()
 
 
-def test_it_asks_for_what_it_uses_and_gets_no_power_over_the_cluster(jobset, file):
-    pod, resources = pod_of(jobset), container_of(jobset)["resources"]
-    asked, most = resources["requests"], resources["limits"]
-    assert {"cpu", "memory", "ephemeral-storage", CHIPS[file]} == asked.keys()
-    assert asked[CHIPS[file]] == most[CHIPS[file]]
-    assert asked["ephemeral-storage"] == most["ephemeral-storage"]
-    assert pod["serviceAccountName"]
-    assert pod["automountServiceAccountToken"] is False
+def test_both_files_differ_only_where_the_hardware_does():
+    """So that what is mended in one is not forgotten in the other."""
+    one, other = (documents(kind) for kind in FILES)
+    assert one["ServiceAccount"] == other["ServiceAccount"]
+    assert one["JobSet"]["spec"]["failurePolicy"] == other["JobSet"]["spec"]["failurePolicy"]
+    jobs = [job_of(documents["JobSet"]) for documents in (one, other)]
+    for name in ("backoffLimit", "podFailurePolicy", "completionMode"):
+        assert jobs[0][name] == jobs[1][name]
+    pods = [job["template"]["spec"] for job in jobs]
+    for name in (
+        "restartPolicy",
+        "serviceAccountName",
+        "automountServiceAccountToken",
+        "terminationGracePeriodSeconds",
+    ):
+        assert pods[0][name] == pods[1][name]
+    containers = [container_of(documents["JobSet"]) for documents in (one, other)]
+    for name in ("name", "image", "command", "args", "envFrom"):
+        assert containers[0][name] == containers[1][name]

@@ -1,5 +1,7 @@
-"""All of launch/: what shellcheck says, and that the scripts say what they are for."""
+"""All of launch/: what shellcheck says, that scripts say what they are for, and that their page names what is there."""
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,7 +33,34 @@ def test_a_script_is_valid_and_begins_with_what_it_does(script):
     assert max(len(line) for line in lines) <= 130
 
 
+PAGE = (ROOT / "docs" / "launch.md").read_text()
+
+
 def test_the_page_in_docs_names_every_script_that_starts_runs():
-    page = (ROOT / "docs" / "launch.md").read_text()
     for name in ("tpu_vm.sh", "gpu.sh", "slurm.sbatch", "gke_jobset.yaml", "gpu_jobset.yaml", "Dockerfile"):
-        assert f"launch/{name}" in page
+        assert f"launch/{name}" in PAGE
+
+
+def test_each_variable_that_the_page_says_is_set_is_set_somewhere():
+    table = PAGE[PAGE.index("The scripts and JobSets set these") : PAGE.index("None of the following is set")]
+    names = re.findall(r"^\| `(\w+)", table, flags=re.MULTILINE)
+    assert len(names) == 6
+    set_by = "".join(path.read_text() for path in (ROOT / "launch").iterdir())
+    for name in names:
+        assert re.search(rf"\bexport {name}=|name: {name}, value: ", set_by), name
+
+
+def accepted_by_xla(flags):
+    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    environment = os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_xla_knows_each_flag_that_the_page_names():
+    flags = [flag.replace("FOLDER", "/nowhere") for flag in re.findall(r"`(--xla_\S*)`", PAGE)]
+    assert len(flags) == 7
+    run = accepted_by_xla(flags)
+    assert run.returncode == 0, run.stderr[-500:]
+    unknown = accepted_by_xla([*flags, "--xla_gpu_no_such_flag=true"])
+    assert unknown.returncode != 0
+    assert "Unknown flag in XLA_FLAGS: --xla_gpu_no_such_flag" in unknown.stderr

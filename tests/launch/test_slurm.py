@@ -3,6 +3,8 @@
 import re
 import shutil
 
+import pytest
+
 from tests.processes import ROOT
 
 JOB = "--config=configs/sft.py", "--workdir=runs/it's $x"
@@ -89,10 +91,11 @@ def test_a_crash_requeues_the_job_too_but_not_for_ever(world):
     assert not list(world.checkout.glob("slurm-42.*"))  # what it remembered
 
 
-def test_an_error_is_passed_on_and_requeues_nothing(world):
+@pytest.mark.parametrize("code", [1, 2])
+def test_an_error_is_passed_on_and_requeues_nothing(world, code):
     world.run("gpu.sh", "--install-only")
-    world.set(**{"exit codes": {"1": [1]}})
-    submit(world, *JOB, expect=1)
+    world.set(**{"exit codes": {"1": [code]}})
+    submit(world, *JOB, expect=code)
     assert not world.calls("scontrol")
 
 

@@ -13,7 +13,7 @@ import types
 import jax
 import pytest
 
-from jax_rlhf.parallel import ProcessError, start_processes
+from jax_rlhf.parallel import ProcessError, leave, start_processes
 from jax_rlhf.parallel import processes as module
 from tests.processes import finish, free_port, start
 
@@ -212,6 +212,11 @@ def test_a_coordinator_whose_name_is_not_known_yet_is_waited_for(asked, monkeypa
         start_processes("rlhf-0:8476", 2, 1)
     assert error.value.ours  # exit code 70: launchers start it again
     assert 300 < clock.now < 310
+
+
+def test_an_error_before_the_others_are_joined_starts_no_devices(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: pytest.fail("it would start the devices"))
+    assert leave(1, ValueError("JAX_NUM_PROCESSES")) == 1
 
 
 def test_a_wrong_variable_ends_the_program_with_exit_code_1(tmp_path):
