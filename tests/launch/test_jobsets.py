@@ -1,6 +1,7 @@
 """The JobSets in launch/ against the types of the JobSet and Kubernetes APIs, and what they promise."""
 
 import copy
+import importlib
 import math
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 
 from tests.processes import ROOT
 
+ACCELERATORS = "google.com/tpu", "nvidia.com/gpu"
 FILES = {"tpu": ROOT / "launch" / "gke_jobset.yaml", "gpu": ROOT / "launch" / "gpu_jobset.yaml"}
 
 
@@ -84,12 +86,29 @@ def test_where_the_number_of_slices_is_changed_stands_what_two_need():
     (line,) = re.findall(r"^ *replicas: (.*)$", text, flags=re.MULTILINE)
     assert line.startswith("1 # CHANGE")
     assert "--config.mesh.data=2" in line
-    args = "                    # - --config.mesh.data=2 # with replicas: 2\n"
-    assert args in text
-    with_two = text.replace(f"replicas: {line}", "replicas: 2").replace(args, args.replace("# - ", "- "))
+    with_two = re.sub(r"^( +)# - --", r"\1- --", text.replace(f"replicas: {line}", "replicas: 2"), flags=re.MULTILINE)
     *_, jobset = yaml.safe_load_all(with_two)
     (replicated,) = jobset["spec"]["replicatedJobs"]
     assert f"--config.mesh.data={replicated['replicas']}" in container_of(jobset)["args"]
+    assert rows_that_do_not_fit(jobset) == []
+    assert rows_that_do_not_fit(documents("tpu")["JobSet"]) == []
+    jobset["spec"]["replicatedJobs"][0]["replicas"] = 4  # the flags are those of two slices
+    assert rows_that_do_not_fit(jobset) == ["sft", "reward_training"]
+
+
+def rows_that_do_not_fit(jobset):
+    """Sections whose microbatches cannot be cut over all devices, or do not divide their batches."""
+    flags = dict(argument.removeprefix("--config.").split("=") for argument in container_of(jobset)["args"])
+    config = importlib.import_module("configs.llama3_8b").get_config()
+    (per_pod,) = [n for kind, n in container_of(jobset)["resources"]["limits"].items() if kind in ACCELERATORS]
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    devices = per_pod * job_of(jobset)["completions"] * replicated["replicas"]
+    wrong = []
+    for section, batch in (("sft", config.data.sft_batch_size), ("reward_training", config.data.reward_batch_size)):
+        rows = int(flags.get(f"{section}.microbatch_size", config[section].microbatch_size))
+        if rows % devices or batch % rows:
+            wrong.append(section)
+    return wrong
 
 
 def rendezvous(jobset):
@@ -115,6 +134,7 @@ def rendezvous(jobset):
 def test_gpu_machines_find_each_other_without_rights_and_packages():
     jobset = documents("gpu")["JobSet"]
     assert rendezvous(jobset) == []
+    assert rows_that_do_not_fit(jobset) == []
     assert job_of(jobset)["template"]["spec"]["automountServiceAccountToken"] is False
 
 
