@@ -10,9 +10,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 # Compiling takes most of the time; without LLVM's dear passes it takes three fifths of it. For started programs too.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}".strip()
-)  # a blank alone is a file's name to XLA
+# Without blanks at either end: XLA takes a blank alone for the name of a file.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}".strip()
 # XLA:CPU's collectives wait in the threads of one pool. With as many threads as devices they can all wait at once, each
 # for one that has no thread: seen in half of the runs of eight devices on two busy cores.
 os.environ.setdefault("PJRT_NPROC", "32")

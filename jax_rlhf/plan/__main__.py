@@ -25,7 +25,7 @@ from jax_rlhf.plan.all_programs import programs_of
 from jax_rlhf.plan.host import host_accounts
 from jax_rlhf.plan.measure import measured_peak, topology_here
 from jax_rlhf.plan.report import Account, account
-from jax_rlhf.plan.tables import as_json, as_table, by_kind
+from jax_rlhf.plan.tables import as_json, as_table
 from jax_rlhf.plan.topology import Topology, describe_topology, layout_on
 from jax_rlhf.rollout import sampling_layout
 from jax_rlhf.terminal import make_output_harmless
@@ -103,10 +103,11 @@ def _measured(programs: list[Program], accounts: list[Account]) -> list[Account]
 
 def _leaves(rollout: Account) -> str:
     """Of a rollout whose `tensor` is longer than fast links reach."""
-    far = sum(row["far"] for row in by_kind(rollout.collectives).values())
+    decoding = (one for one in rollout.collectives if "decode_" in one.source)
+    far = sum(one.count for one in decoding if one.near < one.group)
     return (
-        f"Note: in sampling `tensor` leaves the machine: {far:,} of a rollout's collectives go over the network, one "
-        "after the other. Take a smaller config.rollout_mesh.tensor (or config.mesh.tensor)."
+        f"Note: in sampling `tensor` leaves the machine: {far:,} collectives go over the network while tokens are "
+        "drawn, one after the other. Take a smaller config.rollout_mesh.tensor (or config.mesh.tensor)."
     )
 
 

@@ -32,6 +32,7 @@ class Program:
       passing: what lies there for this program: batches, experience.
       decode: bytes of kernels and cache that a device reads in its loops over tokens, run to their end; 0 without any.
       layout: of training.
+      waiting: parameters that lie in the host's memory.
     """
 
     phase: str
@@ -42,6 +43,7 @@ class Program:
     passing: Any
     layout: Layout
     decode: float = 0.0
+    waiting: Any = ()
 
 
 def abstract_model(config: ModelConfig, head: Head, layout: Layout) -> Pretrained | None:
@@ -116,6 +118,20 @@ def rows_of(layout: Layout, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
       Its shape.
     """
     return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(("rows",), shape))
+
+
+def token_rows(layout: Layout, rows: int, width: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """A batch of tokens and its mask.
+
+    Args:
+      layout: the devices.
+      rows: of the batch.
+      width: of a row, in tokens.
+
+    Returns:
+      int32[rows, width], bool[rows, width].
+    """
+    return rows_of(layout, jnp.int32, rows, width), rows_of(layout, jnp.bool_, rows, width)
 
 
 def in_rows(tree: Any, layout: Layout) -> Any:
@@ -223,17 +239,26 @@ def prompt_width(config: RunConfig) -> int:
     return config.data.prompt_tokens or config.data.max_prompt_tokens
 
 
-def device_bytes(tree: Any, *, memory_kind: str | None = None) -> float:
-    """Bytes of a device's shards.
+def device_bytes(tree: Any) -> float:
+    """Bytes of a device's shards, without what waits in the host's memory.
 
     Args:
       tree: `jax.ShapeDtypeStruct`s with shardings.
-      memory_kind: "pinned_host" = those that wait in the host's memory; None = those that lie on the device.
+
+    Returns:
+      Bytes.
+    """
+    return shard_bytes([leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != "pinned_host"])
+
+
+def shard_bytes(tree: Any) -> float:
+    """Bytes of a device's shards, wherever they are.
+
+    Args:
+      tree: `jax.ShapeDtypeStruct`s with shardings.
 
     Returns:
       Bytes.
     """
     leaves = jax.tree.leaves(tree)
-    waiting = [leaf.sharding.memory_kind == "pinned_host" for leaf in leaves]
-    counted = [leaf for leaf, there in zip(leaves, waiting, strict=True) if there == (memory_kind == "pinned_host")]
-    return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in counted))
+    return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))

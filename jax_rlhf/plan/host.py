@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import jax
 
 from jax_rlhf.hub.write import MAX_SHARD_BYTES
-from jax_rlhf.plan.abstract import Program, device_bytes
+from jax_rlhf.plan.abstract import Program, device_bytes, shard_bytes
 from jax_rlhf.plan.topology import Topology
 
 
@@ -57,14 +57,14 @@ def host_accounts(programs: Iterable[Program], topology: Topology) -> list[HostA
     devices = topology.near or devices  # GPUs of a machine may have a process each
     found = []
     for phase, program in phases.items():
-        everything, trained = program.resident["parameters"], program.resident["parameters"][0]
+        trained = program.resident["parameters"][0]
         state = device_bytes((trained, program.resident["optimizer"]))
         whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trained))
         found.append(
             HostAccount(
                 phase=phase,
                 devices=devices,
-                offloaded=devices * device_bytes(everything, memory_kind="pinned_host"),
+                offloaded=devices * shard_bytes(program.waiting),
                 checkpoint=devices * state,
                 file=float(min(whole, MAX_SHARD_BYTES)),
                 memory=devices * topology.chip.host_memory,

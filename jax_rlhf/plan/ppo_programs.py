@@ -23,6 +23,7 @@ from jax_rlhf.plan.abstract import (
     placed,
     prompt_width,
     rows_of,
+    token_rows,
 )
 from jax_rlhf.plan.supervised_programs import policy, reward_model
 from jax_rlhf.trainer import minibatch_part
@@ -104,16 +105,17 @@ def ppo_programs(config: RunConfig, layout: Layout) -> list[Program]:
     settings = _settings(config, networks.actor.model.config.vocab_size, layout)
     state = placed(ppo_state.abstract_state(settings, trained), ppo_state.state_places(settings, trained, layout))
     rows, width = config.data.ppo_batch_size, prompt_width(config)
-    tokens, mask = rows_of(layout, jnp.int32, rows, width), rows_of(layout, jnp.bool_, rows, width)
+    tokens, mask = token_rows(layout, rows, width)
     ids, key = rows_of(layout, jnp.int32, rows), everywhere(layout, jax.random.key(0))
     beta, scores = everywhere(layout, jnp.float32(0)), None
+    waiting = {role: getattr(frozen, role) for role in networks.offloaded}
     resident = {
-        "parameters": (trained, frozen),
+        "parameters": (trained, dataclasses.replace(frozen, **dict.fromkeys(waiting))),
         "optimizer": (state.actor_optimizer, state.critic_optimizer),
     }
 
     def made(name: str, function: Callable, arguments: tuple, passing: Any, decode: float = 0.0) -> Program:
-        return Program("ppo", name, function, arguments, resident, passing, layout, decode)
+        return Program("ppo", name, function, arguments, resident, passing, layout, decode, waiting)
 
     sampling = sampling_settings(settings)
     prompts = (networks, sampling, trained, frozen, tokens, mask, ids, key)
@@ -123,19 +125,22 @@ def ppo_programs(config: RunConfig, layout: Layout) -> list[Program]:
         scores = rows_of(layout, jnp.float32, rows)
     scored = (networks, settings, trained, frozen, samples, mask, scores, beta)
     experience = in_rows(programs.score.eval_shape(*scored), layout)
+    # A described GPU has no memory kinds, so XLA does not see that these are copied to the device, and counts no room.
+    fetched = [leaf for leaf in jax.tree.leaves(waiting) if leaf.sharding.memory_kind != "pinned_host"]
     if programs.in_one_program(networks, settings):
-        collected = [made("rollout and scoring", programs.generate, (*prompts, settings, beta), (tokens, mask), decode)]
+        both, passing = (*prompts, settings, beta), (tokens, mask, fetched)
+        collected = [made("rollout and scoring", programs.generate, both, passing, decode)]
     else:
         collected = [
             made("rollout", programs.sample, prompts, (tokens, mask), decode),
-            made("scoring", programs.score, scored, (samples, mask)),
+            made("scoring", programs.score, scored, (samples, mask, fetched)),
         ]
     texts = None
     if settings.ptx_coef:
-        shape = config.data.sft_batch_size, config.data.max_tokens
-        texts = PretrainingRows(rows_of(layout, jnp.int32, *shape), rows_of(layout, jnp.bool_, *shape))
+        texts = PretrainingRows(*token_rows(layout, config.data.sft_batch_size, config.data.max_tokens))
     places = places_of((trained, state))
     update = (networks, settings, places, trained, state, frozen, experience, texts, key)
     parts = SplitParams(frozen.actor, trained.actor), SplitParams(frozen.critic, trained.critic)
     exported = export_program("ppo", list(zip((networks.actor, networks.critic), parts, strict=True)), resident, layout)
+    exported = [dataclasses.replace(one, waiting=waiting) for one in exported]
     return [*collected, made("update", programs.update, update, (experience, texts)), *exported]

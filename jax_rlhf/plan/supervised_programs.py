@@ -27,6 +27,7 @@ from jax_rlhf.plan.abstract import (
     placed,
     prompt_width,
     rows_of,
+    token_rows,
 )
 from jax_rlhf.rollout import Sampling, sample_program
 from jax_rlhf.trainer import minibatch_part
@@ -76,14 +77,11 @@ def sft_programs(config: RunConfig, layout: Layout) -> list[Program]:
     data, pretrained = config.data, abstract_model(config.model, "lm", layout)
     how = sft.how_to_train(config, pretrained.model, data.sft_batch_size, config.sft.steps or _STEPS)
     phase = _phase("sft", how, pretrained, layout)
-    shape = data.sft_batch_size, data.max_tokens
-    ids, flags = rows_of(layout, jnp.int32, *shape), rows_of(layout, jnp.bool_, *shape)
+    ids, flags = token_rows(layout, data.sft_batch_size, data.max_tokens)
     batch = TextBatch(ids, flags, flags, ids, ids)
-    made = [phase.step(batch)]
-    if data.eval_rows:
-        evaluation = (how.network, how.loss, how.microbatches, phase.state.trainable, phase.params.frozen, batch)
-        made.append(phase.program("evaluation", supervised.evaluation_sums, evaluation, batch))
-    if data.eval_rows and config.sft.sample_rows:
+    evaluation = (how.network, how.loss, how.microbatches, phase.state.trainable, phase.params.frozen, batch)
+    made = [phase.step(batch), phase.program("evaluation", supervised.evaluation_sums, evaluation, batch)]
+    if config.sft.sample_rows:
         sampling = Sampling(config.sft.sample_tokens, eos_ids=(pretrained.model.config.vocab_size - 1,))
         rows = config.sft.sample_rows + -config.sft.sample_rows % layout.cuts("rows")
         whole, copied = joined(how.network, phase.params, layout)
@@ -106,10 +104,8 @@ def reward_programs(config: RunConfig, layout: Layout) -> list[Program]:
     pretrained = reward_model(config, layout)
     how = reward.how_to_train(settings, pretrained.model, data.reward_batch_size, settings.steps or _STEPS)
     phase, batch = _phase("reward", how, pretrained, layout), _pairs(config, layout)
-    made = [phase.step(batch)]
-    if data.eval_rows:
-        arguments = how.network, how.microbatches, phase.params, batch
-        made.append(phase.program("evaluation", reward.batch_pair_scores, arguments, batch))
+    arguments = how.network, how.microbatches, phase.params, batch
+    made = [phase.step(batch), phase.program("evaluation", reward.batch_pair_scores, arguments, batch)]
     if settings.normalize_rows:
         made += _normalising(config, phase, layout)
     return made + phase.export()
@@ -118,12 +114,12 @@ def reward_programs(config: RunConfig, layout: Layout) -> list[Program]:
 def _pairs(config: RunConfig, layout: Layout) -> PairBatch | PackedPairs:
     data = config.data_of("reward")
     rows, width = data.reward_batch_size, data.max_tokens
-    ids, flags = rows_of(layout, jnp.int32, rows, width), rows_of(layout, jnp.bool_, rows, width)
+    ids, flags = token_rows(layout, rows, width)
     if not data.packing:
         return PairBatch(ids, ids, flags, flags, rows_of(layout, jnp.float32, rows))
     width, slots = 2 * width, max(1, 2 * width // 64)  # pairs of 32 tokens per text, of which few are shorter
-    ids, flags = rows_of(layout, jnp.int32, rows, width), rows_of(layout, jnp.bool_, rows, width)
-    last, real = rows_of(layout, jnp.int32, rows, slots), rows_of(layout, jnp.bool_, rows, slots)
+    ids, flags = token_rows(layout, rows, width)
+    last, real = token_rows(layout, rows, slots)
     return PackedPairs(ids, flags, ids, ids, last, last, real, rows_of(layout, jnp.float32, rows, slots))
 
 
@@ -147,7 +143,7 @@ def _answers(
 ) -> tuple[tuple, Any, float]:
     """What the sampler is called with, what of it passes, and the bytes that decoding reads."""
     width = prompt_width(config)
-    tokens, mask = rows_of(layout, jnp.int32, rows, width), rows_of(layout, jnp.bool_, rows, width)
+    tokens, mask = token_rows(layout, rows, width)
     key, ids = everywhere(layout, jax.random.key(0)), rows_of(layout, jnp.int32, rows)
     arguments = (model, params, tokens, mask, key, ids, sampling)
     return arguments, (tokens, mask), decode_bytes(model, rows, width, sampling.max_new_tokens)

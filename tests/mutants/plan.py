@@ -4,7 +4,7 @@ from tests.mutants import variants
 
 _COUNTS = "tests/plan/test_counts.py"
 _DECODE = "tests/plan/test_decode.py -k h100"
-_COMMAND = "tests/plan/test_command.py -k all_phases"
+_HOST = "tests/plan/test_host.py"
 _LAYOUT = "tests/parallel/test_layout.py"
 
 MUTANTS = [
@@ -36,19 +36,26 @@ MUTANTS = [
     ),
     *variants(
         "plan/abstract.py",
-        _COMMAND,
+        _HOST,
         ("= max(tensors, key", "= min(tensors, key"),
     ),
     *variants(
         "plan/host.py",
-        _COMMAND,
+        _HOST,
         ("devices = topology.near or devices", "devices = 1"),
         ("checkpoint=devices * state", "checkpoint=state"),
-        ('(trained, program.resident["optimizer"])', "(everything, trained)"),
+        ('(trained, program.resident["optimizer"])', "(trained, trained)"),
+    ),
+    *variants(
+        "plan/ppo_programs.py",
+        _HOST,
+        ("**dict.fromkeys(waiting))", ")"),
+        ('if leaf.sharding.memory_kind != "pinned_host"]', 'if leaf.sharding.memory_kind == "pinned_host"]'),
+        ("resident, passing, layout, decode, waiting)", "resident, passing, layout, decode)"),
     ),
     *variants(
         "plan/supervised_programs.py",
-        _COMMAND,
+        _HOST,
         ("phase.params.frozen, answering.params)", "phase.params.frozen)"),
         ("if settings.normalize_rows:", "if False:"),
     ),
