@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
-from jax_rlhf.phases import default_config, run_config
+from jax_rlhf.config import default_config, run_config
 from jax_rlhf.plan.all_programs import programs_of
 from jax_rlhf.plan.chips import GIB
 from jax_rlhf.plan.presets import PRESETS

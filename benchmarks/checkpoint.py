@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jax_rlhf.training.checkpoint import CheckpointConfig, Checkpoints, abstract
+from jax_rlhf.runtime.checkpoint import CheckpointConfig, Checkpoints, abstract
 
 
 @jax.jit

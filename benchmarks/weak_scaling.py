@@ -10,8 +10,8 @@ Llama-3-8B as configs/llama3_8b.py has it, 16 rows per device. From programs com
 import jax
 from absl import app, flags
 
-from jax_rlhf.packaged import packaged_config
-from jax_rlhf.phases import run_config
+from jax_rlhf.cli.packaged import packaged_config
+from jax_rlhf.config import run_config
 from jax_rlhf.plan.all_programs import programs_of
 from jax_rlhf.plan.chips import GIB
 from jax_rlhf.plan.report import account

@@ -15,7 +15,7 @@ node of 8 GPUs (run_1.3b.sh, run_350m.sh, run_1.3b.sh of steps 1 to 3); where ou
 
 from ml_collections import ConfigDict
 
-from jax_rlhf.phases import default_config
+from jax_rlhf.config import default_config
 
 
 def get_config() -> ConfigDict:

@@ -11,7 +11,7 @@ which says how to convert the checkpoints, is set here. Its run_13b.sh trains Lo
 
 from ml_collections import ConfigDict
 
-from jax_rlhf.packaged import packaged_config
+from jax_rlhf.cli.packaged import packaged_config
 
 
 def get_config() -> ConfigDict:

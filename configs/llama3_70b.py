@@ -10,7 +10,7 @@ the machine that this was written on has no accelerator. What differs from confi
 
 from ml_collections import ConfigDict
 
-from jax_rlhf.packaged import packaged_config
+from jax_rlhf.cli.packaged import packaged_config
 
 
 def get_config() -> ConfigDict:

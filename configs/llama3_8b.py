@@ -10,7 +10,7 @@ checkpoint's template turns into texts.
 
 from ml_collections import ConfigDict
 
-from jax_rlhf.phases import default_config
+from jax_rlhf.config import default_config
 
 
 def get_config() -> ConfigDict:

@@ -10,7 +10,7 @@ runs/ppo/ppo/critic. The fields of `data` and of optimizers: configs/sft.py; wha
 
 from ml_collections import ConfigDict
 
-from jax_rlhf.phases import default_config
+from jax_rlhf.config import default_config
 
 
 def get_config() -> ConfigDict:

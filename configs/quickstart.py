@@ -27,7 +27,7 @@ import importlib.metadata
 
 from ml_collections import ConfigDict
 
-from jax_rlhf.phases import default_config
+from jax_rlhf.config import default_config
 
 
 def get_config() -> ConfigDict:

@@ -10,7 +10,7 @@ whose score, in torch too, is logits + config.reward_bias. The fields of `data` 
 
 from ml_collections import ConfigDict
 
-from jax_rlhf.phases import default_config
+from jax_rlhf.config import default_config
 
 
 def get_config() -> ConfigDict:

@@ -9,7 +9,7 @@ Every field of `data` and `model` is explained here; docs/data.md shows the form
 
 from ml_collections import ConfigDict
 
-from jax_rlhf.phases import default_config
+from jax_rlhf.config import default_config
 
 
 def get_config() -> ConfigDict:

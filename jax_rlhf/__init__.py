@@ -6,13 +6,14 @@ from importlib import metadata
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is no news: it is not used
 
 from jax_rlhf.data import DataConfig, DataError, Datasets, create_datasets
-from jax_rlhf.engine import RLHFEngine
 from jax_rlhf.hub import CheckpointError, Pretrained, load_pretrained, save_pretrained
+from jax_rlhf.optim.optimizer import OptimizerConfig
+from jax_rlhf.ppo.config import PPOConfig
+from jax_rlhf.ppo.engine import RLHFEngine
+from jax_rlhf.ppo.trainer import PPOTrainer
 from jax_rlhf.rewards import RewardError, RewardFunction
 from jax_rlhf.rl import Experience, Prompts
-from jax_rlhf.rollout import Samples, sample, token_logprobs
-from jax_rlhf.trainer import PPOTrainer
-from jax_rlhf.training import OptimizerConfig, PPOConfig
+from jax_rlhf.sampling import Samples, sample, token_logprobs
 
 try:
     __version__ = metadata.version("jax_rlhf")

@@ -17,12 +17,11 @@ from jax_rlhf.data import DataConfig, pad_id
 from jax_rlhf.data.formats import row_texts
 from jax_rlhf.data.sources import Row
 from jax_rlhf.data.tokens import tokenized
-from jax_rlhf.engine import ModelConfig, load_model
 from jax_rlhf.hub import CheckpointError, Pretrained, end_ids
-from jax_rlhf.rollout import sample
-from jax_rlhf.terminal import make_output_harmless
-from jax_rlhf.text import printable_lines
-from jax_rlhf.training.roles import sampled_ids
+from jax_rlhf.hub.model_config import ModelConfig, load_model, sampled_ids
+from jax_rlhf.io.printable import printable_lines
+from jax_rlhf.io.terminal import make_output_harmless
+from jax_rlhf.sampling import sample
 
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "The longest answer, in tokens.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the likeliest token each time.", lower_bound=0.0)

@@ -13,14 +13,14 @@ import jax
 from absl import app, logging
 
 from jax_rlhf.data.formats import PHASES
-from jax_rlhf.json_files import JSONFileError, read_object
-from jax_rlhf.phases import manifest
-from jax_rlhf.phases.manifest import ManifestError, check_model
-from jax_rlhf.phases.mirror import checkpoints_of, open_workdir_at
-from jax_rlhf.phases.workdir import is_locked, status
-from jax_rlhf.terminal import make_output_harmless
-from jax_rlhf.text import printable
-from jax_rlhf.training.whole import of_checkpoint
+from jax_rlhf.io.json_files import JSONFileError, read_object
+from jax_rlhf.io.printable import printable
+from jax_rlhf.io.terminal import make_output_harmless
+from jax_rlhf.runtime import manifest
+from jax_rlhf.runtime.completeness import of_checkpoint
+from jax_rlhf.runtime.manifest import ManifestError, check_model
+from jax_rlhf.runtime.remote import checkpoints_of, open_workdir_at
+from jax_rlhf.runtime.workdir import is_locked, status
 
 _LINES = ("metrics.jsonl", "samples.jsonl")
 

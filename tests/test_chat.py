@@ -6,8 +6,8 @@ from jax import random
 from jax_rlhf import Pretrained, chat, load_pretrained
 from jax_rlhf.hub import config_from_hub
 from jax_rlhf.models import Decoder, init_params
+from tests.cli import tiny
 from tests.data import tiny as data
-from tests.phases import tiny
 
 
 def user(text):

@@ -5,13 +5,16 @@ import re
 
 import pytest
 
+from jax_rlhf.config import default_config, run_config
 from jax_rlhf.data import DataConfig
-from jax_rlhf.engine import CriticConfig, FrozenConfig, ModelConfig
+from jax_rlhf.hub.model_config import ModelConfig
+from jax_rlhf.optim.optimizer import OptimizerConfig
 from jax_rlhf.parallel import MeshConfig
-from jax_rlhf.phases import default_config, run_config
-from jax_rlhf.phases.config import LogConfig, RewardTrainingConfig, SFTConfig
-from jax_rlhf.training import OptimizerConfig, PPOConfig
-from jax_rlhf.training.checkpoint import CheckpointConfig
+from jax_rlhf.ppo.config import CriticConfig, FrozenConfig, PPOConfig
+from jax_rlhf.reward.config import RewardTrainingConfig
+from jax_rlhf.runtime.checkpoint import CheckpointConfig
+from jax_rlhf.runtime.run_logger import LogConfig
+from jax_rlhf.sft.config import SFTConfig
 from tests.processes import ROOT
 
 NAMES = sorted(file.stem for file in (ROOT / "configs").glob("*.py"))

@@ -13,12 +13,12 @@ from benchmarks import on_device
 from benchmarks.device import decode, flash, numbers, runs
 from benchmarks.device.decode import step_bytes
 from benchmarks.device.ppo import phase_flops
-from jax_rlhf.packaged import packaged_config
+from jax_rlhf.cli.packaged import packaged_config
+from jax_rlhf.config import run_config
 from jax_rlhf.parallel import create_layout
-from jax_rlhf.phases import run_config
 from jax_rlhf.plan.all_programs import programs_of
 from jax_rlhf.plan.shapes import model_shape
-from tests.phases.test_end_to_end import environment
+from tests.cli.test_end_to_end import environment
 from tests.processes import ROOT
 
 

@@ -11,9 +11,9 @@ import jax
 import pytest
 
 from jax_rlhf import load_pretrained, save_pretrained
-from jax_rlhf.training.reward import reward_start
+from jax_rlhf.reward.loss import reward_start
+from tests.cli import tiny
 from tests.hub.test_export import byte_level_bos
-from tests.phases import tiny
 from tests.processes import PYTHONPATH, ROOT
 
 

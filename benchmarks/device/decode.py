@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from benchmarks.device.lines import attempt, chip_here, llama, random_model, say
 from jax_rlhf.models import Decoder, DecoderConfig, model_jit, unstack_layers
 from jax_rlhf.plan.shapes import model_shape
-from jax_rlhf.rollout import Sampling, decodes_unrolled, rollout
+from jax_rlhf.sampling import Sampling, decodes_unrolled, rollout
 
 PROMPT, NEW = 128, 256
 GOAL = 0.6  # of the bound

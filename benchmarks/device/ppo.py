@@ -13,10 +13,10 @@ import numpy as np
 
 from benchmarks.device.lines import attempt, chip_here, llama, peak_bytes, random_model, say
 from jax_rlhf import PPOTrainer, Prompts, RLHFEngine
+from jax_rlhf.config import default_config, run_config
 from jax_rlhf.hub import config_from_hub
 from jax_rlhf.models import DecoderConfig
 from jax_rlhf.parallel import create_layout
-from jax_rlhf.phases import default_config, run_config
 from jax_rlhf.plan.all_programs import programs_of
 from jax_rlhf.plan.flops import product_flops
 from jax_rlhf.plan.presets import PRESETS
@@ -115,7 +115,7 @@ def _iterations(engine: RLHFEngine, rows: int, prompt: int, new: int, count: int
         "critic_optimizer": learning,
     }
     trainer, random, lines = PPOTrainer(engine, settings), np.random.RandomState(0), []
-    vocab = engine.networks.actor.model.config.vocab_size
+    vocab = engine.models.actor.model.config.vocab_size
     for iteration in range(count):
         tokens = random.randint(8, vocab, (rows, prompt)).astype(np.int32)  # no pads: each token counts
         batch = Prompts(tokens, np.ones_like(tokens, bool), np.arange(rows, dtype=np.int32) + rows * iteration)

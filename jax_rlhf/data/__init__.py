@@ -2,8 +2,8 @@
 
 from jax_rlhf.data.batches import PackedPairs, PairBatch, TextBatch, real_tokens
 from jax_rlhf.data.config import DataConfig
+from jax_rlhf.data.data_error import DataError
 from jax_rlhf.data.datasets import Datasets, create_datasets
-from jax_rlhf.data.errors import DataError
 from jax_rlhf.data.sources import checked_name, imported
 from jax_rlhf.data.tokens import Example, pad_id
 

@@ -18,9 +18,9 @@ import pyarrow
 import pyarrow.ipc
 
 from jax_rlhf.data import decode_arrow
+from jax_rlhf.data.data_error import DataError
 from jax_rlhf.data.decode_arrow import LONGEST_ROW, ROW, json_cost
-from jax_rlhf.data.errors import DataError
-from jax_rlhf.durable import file_errors
+from jax_rlhf.io.durable import file_errors
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow")

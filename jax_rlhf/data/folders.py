@@ -13,10 +13,10 @@ import huggingface_hub
 import yaml
 from datasets.data_files import get_data_patterns, resolve_pattern
 
-from jax_rlhf.data.errors import DataError
+from jax_rlhf.data.data_error import DataError
 from jax_rlhf.data.files import SUFFIXES, Numbered, kind_of, rows_of
-from jax_rlhf.json_files import JSONFileError, read_object
-from jax_rlhf.names import is_name, lies_within
+from jax_rlhf.io.json_files import JSONFileError, read_object
+from jax_rlhf.io.paths import is_name, lies_within
 
 _CARDS = ("README.md", ".huggingface.yaml")
 _MOST_CARD = 2**20

@@ -37,7 +37,7 @@ from jax_rlhf.data.chats import (
     writes_tools,
 )
 from jax_rlhf.data.config import DataConfig
-from jax_rlhf.data.errors import DataError
+from jax_rlhf.data.data_error import DataError
 from jax_rlhf.data.shared_prompt import shared_prompt
 from jax_rlhf.data.sources import Row
 from jax_rlhf.data.special_tokens import MARK, first_special, marked, marked_text, without_marks

@@ -8,11 +8,11 @@ from typing import Any
 
 import datasets
 
-from jax_rlhf.data.errors import DataError
+from jax_rlhf.data.data_error import DataError
 from jax_rlhf.data.files import SUFFIXES, kind_of, rows_of, without_fill
 from jax_rlhf.data.folders import rows_of_folder
-from jax_rlhf.json_files import JSONFileError, levels
-from jax_rlhf.names import local_path
+from jax_rlhf.io.json_files import JSONFileError, levels
+from jax_rlhf.io.paths import local_path
 
 _READER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+(:[\w./-]+)?)?")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from jax_rlhf.data.errors import DataError
+from jax_rlhf.data.data_error import DataError
 from jax_rlhf.hub.tokenizer import panics_as_errors
 
 MARK = "\ufdd0"

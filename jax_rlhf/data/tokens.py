@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jax_rlhf.data.chats import Message
 from jax_rlhf.data.config import DataConfig
-from jax_rlhf.data.errors import DataError
+from jax_rlhf.data.data_error import DataError
 from jax_rlhf.data.formats import Texts
 from jax_rlhf.data.sources import Row
 from jax_rlhf.data.special_tokens import begins_with_bos, token_ids

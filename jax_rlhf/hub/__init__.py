@@ -1,6 +1,6 @@
 """Checkpoints in and out: Hugging Face folders, hub ids, GGUF files."""
 
-from jax_rlhf.hub.errors import CheckpointError
+from jax_rlhf.hub.checkpoint_error import CheckpointError
 from jax_rlhf.hub.families import config_from_hub
 from jax_rlhf.hub.pretrained import Description, Pretrained, describe_pretrained, load_pretrained, save_pretrained
 from jax_rlhf.hub.tokenizer import end_ids, ids_of, other_ids

@@ -13,7 +13,7 @@ from typing import Any
 from absl import logging
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from jax_rlhf.hub.errors import CheckpointError
+from jax_rlhf.hub.checkpoint_error import CheckpointError
 
 Fields = dict[str, Any]
 

@@ -13,12 +13,12 @@ import jax
 import numpy as np
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from jax_rlhf.hub import settings
-from jax_rlhf.hub.errors import CheckpointError
+from jax_rlhf.hub import decoder_fields as settings
+from jax_rlhf.hub.checkpoint_error import CheckpointError
+from jax_rlhf.hub.decoder_fields import Fields
 from jax_rlhf.hub.export import config_fields
-from jax_rlhf.hub.layout import HubTensor
+from jax_rlhf.hub.hub_tensor import HubTensor
 from jax_rlhf.hub.limits import check_sizes, checked_ids
-from jax_rlhf.hub.settings import Fields
 from jax_rlhf.models import Decoder, DecoderConfig, abstract_params
 from jax_rlhf.models.layers import ACTIVATIONS
 from jax_rlhf.models.rotary import Rotary, frequencies

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from jax_rlhf.durable import file_errors, sync
+from jax_rlhf.io.durable import file_errors, sync
 
 MODEL_FILES = (
     "config.json",

@@ -14,7 +14,7 @@ import gguf
 import ml_dtypes
 import numpy as np
 
-from jax_rlhf.hub.errors import CheckpointError
+from jax_rlhf.hub.checkpoint_error import CheckpointError
 from jax_rlhf.hub.gguf_header import check_header
 from jax_rlhf.models.rotary import Rotary, frequencies
 

@@ -6,7 +6,7 @@ transformers makes a list of as many layers, and a table of as many labels, as t
 from collections.abc import Mapping
 from typing import Any
 
-from jax_rlhf.hub.errors import CheckpointError
+from jax_rlhf.hub.checkpoint_error import CheckpointError
 
 MOST_IDS = 2**24
 """Of a vocabulary; the largest have 2¹⁸."""

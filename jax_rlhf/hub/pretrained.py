@@ -17,22 +17,22 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from jax_rlhf.hub.errors import CheckpointError
+from jax_rlhf.hub.checkpoint_error import CheckpointError
 from jax_rlhf.hub.export import write_config, write_generation_config, write_tokenizer
 from jax_rlhf.hub.families import config_from_hub, config_to_hub, family_of, hub_tensors
 from jax_rlhf.hub.folder import replaced_folder
 from jax_rlhf.hub.gguf import GGUFSource
-from jax_rlhf.hub.layout import HubTensor
-from jax_rlhf.hub.place import in_file, open_source, resolve
+from jax_rlhf.hub.hub_tensor import HubTensor
+from jax_rlhf.hub.locate import in_file, open_source, resolve
 from jax_rlhf.hub.read import check_tensors, read_params
+from jax_rlhf.hub.safetensors_source import TensorSource
 from jax_rlhf.hub.scalar_head import HEAD_TENSORS, check_no_other_head, head_bias, lost_head, stored_head
-from jax_rlhf.hub.sources import TensorSource
 from jax_rlhf.hub.tokenizer import gguf_tokenizer, load_tokenizer
 from jax_rlhf.hub.write import MAX_SHARD_BYTES, weight_files, write_weights
+from jax_rlhf.io.paths import local_path
 from jax_rlhf.models import Decoder, DecoderConfig, abstract_params, compute_dtypes, logical_axes
 from jax_rlhf.models.decoder import Head
 from jax_rlhf.models.layers import head_init
-from jax_rlhf.names import local_path
 from jax_rlhf.parallel import Layout, as_layout, padded_vocab_size, shardings
 
 _SCORE = ("scalar_head", "kernel")

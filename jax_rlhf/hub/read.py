@@ -14,10 +14,10 @@ import numpy as np
 from jax import Array
 from jax.sharding import Sharding
 
-from jax_rlhf.hub.errors import CheckpointError
-from jax_rlhf.hub.layout import HubTensor
+from jax_rlhf.hub.checkpoint_error import CheckpointError
+from jax_rlhf.hub.hub_tensor import HubTensor
+from jax_rlhf.hub.safetensors_source import TensorSource
 from jax_rlhf.hub.scalar_head import HEAD_TENSORS
-from jax_rlhf.hub.sources import TensorSource
 
 Path = tuple[str, ...]
 Shard = tuple[slice, ...]

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jax_rlhf.hub.errors import CheckpointError
-from jax_rlhf.hub.sources import TensorSource
+from jax_rlhf.hub.checkpoint_error import CheckpointError
+from jax_rlhf.hub.safetensors_source import TensorSource
 
 NAMES = (
     "score",  # transformers' ForSequenceClassification, and so TRL's reward models

@@ -14,11 +14,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
-from jax_rlhf.hub.errors import CheckpointError
+from jax_rlhf.hub.checkpoint_error import CheckpointError
 from jax_rlhf.hub.limits import MOST_IDS
-from jax_rlhf.hub.pieces import check_files, check_tokens
-from jax_rlhf.json_files import JSONFileError, read_object
-from jax_rlhf.names import lies_within
+from jax_rlhf.hub.vocabulary import check_files, check_tokens
+from jax_rlhf.io.json_files import JSONFileError, read_object
+from jax_rlhf.io.paths import lies_within
 
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _INLINE = ("vocab", "merges", "tokenizer_object")

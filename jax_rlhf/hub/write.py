@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from jax_rlhf.durable import file_errors
 from jax_rlhf.hub.families import hub_tensors
-from jax_rlhf.hub.layout import HubTensor
+from jax_rlhf.hub.hub_tensor import HubTensor
+from jax_rlhf.io.durable import file_errors
 from jax_rlhf.models import Decoder
 from jax_rlhf.parallel import gather_to_host
 

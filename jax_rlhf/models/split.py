@@ -18,7 +18,8 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from jax_rlhf.models.decoder import Decoder, Params, abstract_params, compute_dtypes, logical_axes
-from jax_rlhf.parallel import Layout, shardings
+from jax_rlhf.parallel import Layout
+from jax_rlhf.parallel import shardings as parallel_shardings
 
 _BOTTOM = "embedding"
 
@@ -82,22 +83,22 @@ class SplitModel:
         """The dtype that each parameter of both parts is computed in, as `compute_dtypes` gives it."""
         return self._divided(compute_dtypes(self.model))
 
-    def places(self, layout: Layout) -> SplitParams:
-        """Where both parts' parameters go: `NamedSharding`s.
+    def shardings(self, layout: Layout) -> SplitParams:
+        """The `NamedSharding` of both parts' parameters.
 
         Raises:
           ValueError: the mesh does not divide one; says which sizes would.
         """
         axes = logical_axes(self.model)
-        shardings(axes, abstract_params(self.model), layout)  # raises
+        parallel_shardings(axes, abstract_params(self.model), layout)  # raises
         return self._divided(jax.tree.map(layout.sharding, axes, is_leaf=lambda x: isinstance(x, PartitionSpec)))
 
-    def held(self, tree: Params) -> Params:
-        """A tree of the trainable part (a gradient), held where those parameters are, under jit."""
+    def constrain(self, tree: Params) -> Params:
+        """A tree of the trainable part (a gradient) with the sharding of those parameters, under jit."""
         layout = self.model.config.layout
         if layout is None:
             return tree
-        return jax.tree.map(jax.lax.with_sharding_constraint, tree, self.places(layout).trainable)
+        return jax.tree.map(jax.lax.with_sharding_constraint, tree, self.shardings(layout).trainable)
 
     def _divided(self, tree: Params) -> SplitParams:
         """Which entries go where; both parts have the layers."""
@@ -127,7 +128,7 @@ class SplitModel:
             whole[f"layers_{index}"] = jax.tree.map(operator.itemgetter(place), part["layers"])
         return whole
 
-    def boundary(
+    def frozen_activations(
         self,
         params: SplitParams,
         tokens: Array,
@@ -157,7 +158,7 @@ class SplitModel:
         params: SplitParams,
         tokens: Array,
         mask: Array,
-        boundary: Array | None,
+        frozen_activations: Array | None,
         *,
         positions: Array | None = None,
         segments: Array | None = None,
@@ -168,7 +169,7 @@ class SplitModel:
           params: the parameters.
           tokens: int[B, T].
           mask: bool[B, T].
-          boundary: what `boundary` returned.
+          frozen_activations: what `frozen_activations` returned.
           positions, segments: as there.
 
         Returns:
@@ -180,7 +181,7 @@ class SplitModel:
             positions,
             mask,
             segments=segments,
-            boundary=boundary,
+            boundary=frozen_activations,
             first_layer=self.first_layer,
             method="hidden_states",
         )
@@ -188,3 +189,37 @@ class SplitModel:
     def head_params(self, params: SplitParams) -> Params:
         """The parameters that `apply_head` reads: those of the top, and the embedding where the head is tied to it."""
         return params.frozen | params.trainable
+
+
+def last_token_values(network: SplitModel, params: SplitParams, hidden: Array, mask: Array) -> Array:
+    """What a scalar head says at the last real token of each row.
+
+    Args:
+      network: a model with a scalar head.
+      params: its parameters.
+      hidden: float[B, T, E], from `hidden_states`.
+      mask: bool[B, T].
+
+    Returns:
+      float32[B].
+    """
+    last = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)  # [B]
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]  # [B, E]
+    return network.model.apply({"params": network.head_params(params)}, hidden, method="apply_head")
+
+
+def text_scores(network: SplitModel, params: SplitParams, tokens: Array, mask: Array) -> Array:
+    """The score of each text: what a scalar head says at its last real token.
+
+    Args:
+      network: a reward model.
+      params: its parameters.
+      tokens: int[B, T].
+      mask: bool[B, T].
+
+    Returns:
+      float32[B].
+    """
+    activations = network.frozen_activations(params, tokens, mask)
+    hidden = network.hidden_states(params, tokens, mask, activations)
+    return last_token_values(network, params, hidden, mask)

@@ -15,10 +15,12 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jax_rlhf.command_line import CONFIG, parse_flags
+from jax_rlhf.cli.flags import CONFIG, parse_flags
+from jax_rlhf.config import run_config
 from jax_rlhf.hub import CheckpointError
+from jax_rlhf.io.printable import printable_lines
+from jax_rlhf.io.terminal import make_output_harmless
 from jax_rlhf.parallel import tensor_is_joined
-from jax_rlhf.phases import run_config
 from jax_rlhf.plan.abstract import Program
 from jax_rlhf.plan.advice import Advice, advice
 from jax_rlhf.plan.all_programs import programs_of
@@ -27,9 +29,6 @@ from jax_rlhf.plan.measure import measured_peak, topology_here
 from jax_rlhf.plan.report import Account, account
 from jax_rlhf.plan.tables import as_json, as_table
 from jax_rlhf.plan.topology import Topology, describe_topology, layout_on
-from jax_rlhf.rollout import sampling_layout
-from jax_rlhf.terminal import make_output_harmless
-from jax_rlhf.text import printable_lines
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5p:2x2x4, v5e:…, v6e:…, h100:8, h100:4x8, 2*v5p:2x2x4 (slices).")
 _JSON = flags.DEFINE_bool("json", False, "The plan as JSON on standard output.")
@@ -71,8 +70,8 @@ def _plan(config: ConfigDict, topology: Topology) -> int:
     for program in programs:
         print(f"compiling {program.phase} {program.name}", file=sys.stderr, flush=True)
         accounts.append(account(program, topology))
-        if program.name.startswith("rollout"):
-            rollout = sampling_layout(program.arguments[0].actor.model.config)
+        rollout = program.rollout
+        if rollout is not None:
             forms += f", {_form('rollout', rollout.mesh)}"
             if not tensor_is_joined(rollout):
                 notes.append(_leaves(accounts[-1]))

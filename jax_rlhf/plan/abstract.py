@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jax_rlhf.engine import ModelConfig, running
+from jax_rlhf.config import RunConfig
 from jax_rlhf.hub import Pretrained
+from jax_rlhf.hub.model_config import ModelConfig, running
 from jax_rlhf.models import Decoder, abstract_params, compute_dtypes, logical_axes
 from jax_rlhf.models.decoder import Head, Params
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.parallel import Layout, padded_vocab_size, take_replicated
-from jax_rlhf.phases.config import RunConfig
 from jax_rlhf.plan.shapes import model_shape
-from jax_rlhf.rollout import decode_stages, sampling_layout
+from jax_rlhf.sampling import decode_stages, sampling_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Program:
       decode: bytes of kernels and cache that a device reads in its loops over tokens, run to their end; 0 without any.
       layout: of training.
       waiting: parameters that lie in the host's memory.
+      rollout: the layout that it samples in; None where it is no rollout of PPO.
     """
 
     phase: str
@@ -44,6 +45,7 @@ class Program:
     layout: Layout
     decode: float = 0.0
     waiting: Any = ()
+    rollout: Layout | None = None
 
 
 def abstract_model(config: ModelConfig, head: Head, layout: Layout) -> Pretrained | None:
@@ -62,7 +64,7 @@ def abstract_model(config: ModelConfig, head: Head, layout: Layout) -> Pretraine
     decoder, stored = model_shape(config.path, config.revision)
     decoder = decoder.replace(padded_vocab_size=padded_vocab_size(decoder.vocab_size, layout), layout=layout)
     model = Decoder(running(decoder, config), head=head)
-    places = SplitModel(model).places(layout).trainable
+    places = SplitModel(model).shardings(layout).trainable
     return Pretrained(model, placed(abstract_params(model), places, jnp.dtype(stored)))
 
 
@@ -194,7 +196,7 @@ def joined(network: SplitModel, params: SplitParams, layout: Layout) -> tuple[Pa
       (the tree, of it what is copied: all layers, where only some of them train).
     """
     shapes = jax.eval_shape(network.join, params)
-    whole = placed(shapes, SplitModel(network.model).places(layout).trainable)
+    whole = placed(shapes, SplitModel(network.model).shardings(layout).trainable)
     return whole, {"layers": whole["layers"]} if "layers" in params.frozen else {}
 
 

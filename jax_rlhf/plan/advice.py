@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jax_rlhf.phases import RunConfig, run_config
+from jax_rlhf.config import RunConfig, run_config
 from jax_rlhf.plan.all_programs import programs_of
 from jax_rlhf.plan.chips import GIB
 from jax_rlhf.plan.report import Account, account

@@ -1,7 +1,7 @@
-"""Every program of a run, those of `phases/` and `trainer.py` themselves, for devices that are only described."""
+"""Every program of a run, those of the phases themselves, for devices that are only described."""
 
+from jax_rlhf.config import RunConfig
 from jax_rlhf.parallel import Layout
-from jax_rlhf.phases.config import RunConfig
 from jax_rlhf.plan.abstract import Program
 from jax_rlhf.plan.ppo_programs import ppo_programs
 from jax_rlhf.plan.supervised_programs import reward_programs, sft_programs

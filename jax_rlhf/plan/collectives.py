@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jax_rlhf.rollout import loop_turns
+from jax_rlhf.sampling import loop_turns
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-from jax_rlhf.rollout import loop_turns
+from jax_rlhf.sampling import loop_turns
 
 # cuDNN's attention is one operation; backward computes the scores again, then four gradients' products.
 _CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}

@@ -7,11 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_rlhf.engine import running, running_as
-from jax_rlhf.models.split import SplitParams
+from jax_rlhf.config import RunConfig
+from jax_rlhf.hub.model_config import running, running_as
 from jax_rlhf.parallel import Layout, places_of
-from jax_rlhf.phases.config import RunConfig
-from jax_rlhf.phases.ppo import ppo_microbatch, with_schedule_ends
 from jax_rlhf.plan.abstract import (
     Program,
     abstract_model,
@@ -26,23 +24,25 @@ from jax_rlhf.plan.abstract import (
     token_rows,
 )
 from jax_rlhf.plan.supervised_programs import policy, reward_model
-from jax_rlhf.trainer import minibatch_part
-from jax_rlhf.training import PPOConfig, PretrainingRows, programs
-from jax_rlhf.training import state as ppo_state
-from jax_rlhf.training.collect import sampling_settings
-from jax_rlhf.training.networks import Frozen, Networks, Trained
-from jax_rlhf.training.roles import Start, assign_parameters, frozen_places, networks_of, trained_places
+from jax_rlhf.ppo import state as ppo_state
+from jax_rlhf.ppo.config import PPOConfig
+from jax_rlhf.ppo.initialize import (
+    InitialModels,
+    create_models,
+    create_params,
+    frozen_shardings,
+    trainable_shardings,
+)
+from jax_rlhf.ppo.models import Models, Params
+from jax_rlhf.ppo.step import make_experience, make_sample, make_score, make_update
+from jax_rlhf.ppo.train import ppo_microbatch, with_schedule_ends
+from jax_rlhf.ppo.trainer import in_one_program
+from jax_rlhf.rl import Batch, Prompts
+from jax_rlhf.sampling import sampling_layout
 
 
-@dataclasses.dataclass(frozen=True)
-class _Engine:
-    networks: Networks
-    trained: Trained
-    frozen: Frozen
-
-
-def _engine(config: RunConfig, layout: Layout) -> _Engine:
-    """What `RLHFEngine.create` would hold."""
+def _engine(config: RunConfig, layout: Layout) -> tuple[Models, Params]:
+    """The models of `RLHFEngine.create`, and the shapes of their parameters."""
     models = {
         "actor": policy(config, layout),
         "reference": abstract_model(config.reference, "lm", layout),
@@ -61,20 +61,18 @@ def _engine(config: RunConfig, layout: Layout) -> _Engine:
         "reference_config": running_as(models["actor"].model.config, config.reference, config.model),
         "critic_config": running_as((models["reward"] or models["actor"]).model.config, config.critic, config.model),
     }
-    networks = networks_of(Start(**models, **layers), layout)
+    models_of_run = create_models(InitialModels(**models, **layers), layout)
 
-    def assign(params: dict[str, Any]) -> tuple[Trained, Frozen]:
+    def create(params: dict[str, Any]) -> Params:
         given = {role: model and dataclasses.replace(model, params=params[role]) for role, model in models.items()}
-        return assign_parameters(networks, Start(**given, **layers))
+        return create_params(models_of_run, InitialModels(**given, **layers))
 
-    trained, frozen = jax.eval_shape(assign, {role: model and model.params for role, model in models.items()})
-    moving = config.ppo.ema_decay is not None
-    trained = dataclasses.replace(trained, actor_ema=trained.actor if moving else None)
-    return _Engine(
-        networks,
-        placed(trained, trained_places(networks, layout, moving_average=moving)),
-        placed(frozen, frozen_places(networks, layout)),
-    )
+    params = jax.eval_shape(create, {role: model and model.params for role, model in models.items()})
+    moving, trainable = config.ppo.ema_decay is not None, params.trainable
+    trainable = dataclasses.replace(trainable, actor_ema=trainable.actor if moving else None)
+    shardings = trainable_shardings(models_of_run, layout, moving_average=moving)
+    frozen = placed(params.frozen, frozen_shardings(models_of_run, layout))
+    return models_of_run, Params(placed(trainable, shardings), frozen)
 
 
 def _settings(config: RunConfig, vocab_size: int, layout: Layout) -> PPOConfig:
@@ -86,8 +84,8 @@ def _settings(config: RunConfig, vocab_size: int, layout: Layout) -> PPOConfig:
         eos_ids=settings.eos_ids or (vocab_size - 1,),
         pad_id=settings.pad_id or 0,
     )
-    micro = minibatch_part(settings, data.ppo_batch_size, prompt_width(config), layout, layout.platform)
-    return dataclasses.replace(settings, microbatch_size=micro)
+    plan = settings.batch_plan(data.ppo_batch_size, prompt_width(config), layout, layout.platform)
+    return dataclasses.replace(settings, microbatch_size=plan.microbatch_size)
 
 
 def ppo_programs(config: RunConfig, layout: Layout) -> list[Program]:
@@ -100,47 +98,48 @@ def ppo_programs(config: RunConfig, layout: Layout) -> list[Program]:
     Returns:
       The programs.
     """
-    engine = _engine(config, layout)
-    networks, trained, frozen = engine.networks, engine.trained, engine.frozen
-    settings = _settings(config, networks.actor.model.config.vocab_size, layout)
-    state = placed(ppo_state.abstract_state(settings, trained), ppo_state.state_places(settings, trained, layout))
+    models, params = _engine(config, layout)
+    trainable, frozen = params.trainable, params.frozen
+    settings = _settings(config, models.actor.model.config.vocab_size, layout)
+    state = placed(ppo_state.abstract_state(settings, trainable), ppo_state.state_places(settings, trainable, layout))
     rows, width = config.data.ppo_batch_size, prompt_width(config)
     tokens, mask = token_rows(layout, rows, width)
     ids, key = rows_of(layout, jnp.int32, rows), everywhere(layout, jax.random.key(0))
     beta, scores = everywhere(layout, jnp.float32(0)), None
-    waiting = {role: getattr(frozen, role) for role in networks.offloaded}
+    waiting = {role: getattr(frozen, role) for role in models.offloaded}
     resident = {
-        "parameters": (trained, dataclasses.replace(frozen, **dict.fromkeys(waiting))),
+        "parameters": (trainable, dataclasses.replace(frozen, **dict.fromkeys(waiting))),
         "optimizer": (state.actor_optimizer, state.critic_optimizer),
     }
 
     def made(name: str, function: Callable, arguments: tuple, passing: Any, decode: float = 0.0) -> Program:
-        return Program("ppo", name, function, arguments, resident, passing, layout, decode, waiting)
+        rollout = sampling_layout(models.actor.model.config) if decode else None
+        return Program("ppo", name, function, arguments, resident, passing, layout, decode, waiting, rollout)
 
-    sampling = sampling_settings(settings)
-    prompts = (networks, sampling, trained, frozen, tokens, mask, ids, key)
-    decode = decode_bytes(networks.actor.model, rows, width, settings.max_new_tokens)
-    samples = in_rows(programs.sample.eval_shape(*prompts), layout)
+    sample, score = make_sample(models, settings.sampler), make_score(models, settings)
+    prompts = (params, Prompts(tokens, mask, ids, columns=None), key)
+    decode = decode_bytes(models.actor.model, rows, width, settings.max_new_tokens)
+    samples = in_rows(sample.eval_shape(*prompts), layout)
     if settings.reward_functions:
         scores = rows_of(layout, jnp.float32, rows)
-    scored = (networks, settings, trained, frozen, samples, mask, scores, beta)
-    experience = in_rows(programs.score.eval_shape(*scored), layout)
+    scored = (params, mask, samples, scores, beta)
+    experience = in_rows(score.eval_shape(*scored), layout)
     # A described GPU has no memory kinds, so XLA does not see that these are copied to the device, and counts no room.
     fetched = [leaf for leaf in jax.tree.leaves(waiting) if leaf.sharding.memory_kind != "pinned_host"]
-    if programs.in_one_program(networks, settings):
-        both, passing = (*prompts, settings, beta), (tokens, mask, fetched)
-        collected = [made("rollout and scoring", programs.generate, both, passing, decode)]
+    if in_one_program(models, settings):
+        both, passing = (*prompts, beta), (tokens, mask, fetched)
+        collected = [made("rollout and scoring", make_experience(models, settings), both, passing, decode)]
     else:
         collected = [
-            made("rollout", programs.sample, prompts, (tokens, mask), decode),
-            made("scoring", programs.score, scored, (samples, mask, fetched)),
+            made("rollout", sample, prompts, (tokens, mask), decode),
+            made("scoring", score, scored, (samples, mask, fetched)),
         ]
     texts = None
     if settings.ptx_coef:
-        texts = PretrainingRows(*token_rows(layout, config.data.sft_batch_size, config.data.max_tokens))
-    places = places_of((trained, state))
-    update = (networks, settings, places, trained, state, frozen, experience, texts, key)
-    parts = SplitParams(frozen.actor, trained.actor), SplitParams(frozen.critic, trained.critic)
-    exported = export_program("ppo", list(zip((networks.actor, networks.critic), parts, strict=True)), resident, layout)
+        texts = Batch(*token_rows(layout, config.data.sft_batch_size, config.data.max_tokens))
+    update = make_update(models, settings, places_of((trainable, state)))
+    updated = (trainable, state, frozen, experience, texts, key)
+    trained_models = [(models.actor, params.actor), (models.critic, params.critic)]
+    exported = export_program("ppo", trained_models, resident, layout)
     exported = [dataclasses.replace(one, waiting=waiting) for one in exported]
-    return [*collected, made("update", programs.update, update, (experience, texts)), *exported]
+    return [*collected, made("update", update, updated, (experience, texts)), *exported]

@@ -9,9 +9,9 @@ from huggingface_hub.errors import HFValidationError
 
 from jax_rlhf.hub import CheckpointError, describe_pretrained
 from jax_rlhf.hub.families import config_from_hub
-from jax_rlhf.json_files import JSONFileError, read_object
+from jax_rlhf.io.json_files import JSONFileError, read_object
+from jax_rlhf.io.paths import local_path
 from jax_rlhf.models import DecoderConfig
-from jax_rlhf.names import local_path
 from jax_rlhf.plan.presets import PRESETS
 
 # Of a hub id, what does not change the shapes.

@@ -7,14 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_rlhf.config import RunConfig
 from jax_rlhf.data import PackedPairs, PairBatch, TextBatch
 from jax_rlhf.hub import Pretrained
 from jax_rlhf.models import Decoder
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.models.split import SplitModel, SplitParams
+from jax_rlhf.optim import supervised
 from jax_rlhf.parallel import Layout, places_of
-from jax_rlhf.phases import reward, sft
-from jax_rlhf.phases.config import RunConfig
 from jax_rlhf.plan.abstract import (
     Program,
     abstract_model,
@@ -29,11 +29,11 @@ from jax_rlhf.plan.abstract import (
     rows_of,
     token_rows,
 )
-from jax_rlhf.rollout import Sampling, sample_program
-from jax_rlhf.trainer import minibatch_part
-from jax_rlhf.training import supervised
-from jax_rlhf.training.collect import sampling_settings
-from jax_rlhf.training.reward import reward_start
+from jax_rlhf.reward import train as reward
+from jax_rlhf.reward.loss import reward_start
+from jax_rlhf.rl import Prompts
+from jax_rlhf.sampling import Sampling, sample_program
+from jax_rlhf.sft import train as sft
 
 _STEPS = 10_000  # of a phase whose data, which a plan does not read, would say: they change no shape
 
@@ -126,13 +126,13 @@ def _pairs(config: RunConfig, layout: Layout) -> PairBatch | PackedPairs:
 def _normalising(config: RunConfig, phase: _Phase, layout: Layout) -> list[Program]:
     """The SFT policy's answers, for which it lies on the devices too, and their scores."""
     answering, ppo, rows = policy(config, layout), config.ppo, config.data.ppo_batch_size
-    sampling = dataclasses.replace(sampling_settings(ppo), eos_ids=(answering.model.config.vocab_size - 1,))
+    sampling = dataclasses.replace(ppo.sampler, eos_ids=(answering.model.config.vocab_size - 1,))
     arguments, passing, read = _answers(answering.model, answering.params, rows, config, sampling, layout)
     resident = phase.resident | {"parameters": (phase.state.trainable, phase.params.frozen, answering.params)}
     answers = phase.program("answers", sample_program, arguments, passing, resident=resident, decode=read)
     samples, width = in_rows(sample_program.eval_shape(*arguments), layout), prompt_width(config)
     mask = rows_of(layout, jnp.bool_, *samples.tokens.shape)
-    groups = rows // minibatch_part(ppo, rows, width, layout, layout.platform)
+    groups = rows // ppo.batch_plan(rows, width, layout, layout.platform).microbatch_size
     scored = phase.how.network, groups, phase.params, samples.tokens, mask
     scores = phase.program("answers' scores", reward.batch_text_scores, scored, (samples, mask), resident=resident)
     return [answers, scores]
@@ -145,7 +145,7 @@ def _answers(
     width = prompt_width(config)
     tokens, mask = token_rows(layout, rows, width)
     key, ids = everywhere(layout, jax.random.key(0)), rows_of(layout, jnp.int32, rows)
-    arguments = (model, params, tokens, mask, key, ids, sampling)
+    arguments = (model, params, Prompts(tokens, mask, ids, columns=None), key, sampling)
     return arguments, (tokens, mask), decode_bytes(model, rows, width, sampling.max_new_tokens)
 
 
@@ -183,12 +183,12 @@ def reward_model(config: RunConfig, layout: Layout) -> Pretrained:
         return start.params
 
     shapes = jax.eval_shape(cut, pretrained.params)
-    places = SplitModel(models[0]).places(layout).trainable
+    places = SplitModel(models[0]).shardings(layout).trainable
     return Pretrained(models[0], placed(shapes, places))
 
 
 def _phase(name: str, how: supervised.Supervised, pretrained: Pretrained, layout: Layout) -> _Phase:
-    places = how.network.places(layout)
+    places = how.network.shardings(layout)
     shapes = jax.eval_shape(functools.partial(supervised.split_params, how), pretrained.params)
     params = SplitParams(placed(shapes.frozen, places.frozen), placed(shapes.trainable, places.trainable))
     state = placed(

@@ -10,8 +10,8 @@ import jax
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 
+from jax_rlhf.config import RunConfig
 from jax_rlhf.parallel import Layout, create_layout
-from jax_rlhf.phases import RunConfig
 from jax_rlhf.plan.chips import CARDS, CHIPS, Card, Chip
 
 _CORES_COUNT = ("v4", "v5p", "tpu7x")  # in whose accelerator types Google counts TensorCores, two per chip

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import numpy as np
 from absl import logging
 
+from jax_rlhf.io.printable import printable
 from jax_rlhf.rewards.calling import Answers, arguments, asks_for_special_tokens, call_in_words
 from jax_rlhf.rewards.isolation import IsolatedFunction, IsolationError
-from jax_rlhf.text import printable
 
 ScoreTexts = Callable[..., Sequence[float] | np.ndarray]
 

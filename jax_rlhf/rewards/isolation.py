@@ -17,9 +17,9 @@ import time
 import weakref
 from typing import Any, BinaryIO
 
+from jax_rlhf.io.printable import printable
 from jax_rlhf.rewards import worker
 from jax_rlhf.rewards.calling import Answers
-from jax_rlhf.text import printable
 
 _LOOK_EVERY = 0.5  # seconds; a child of the function may hold the socket of a process that is gone
 _END = 10.0  # seconds in which the process ends what the function has started

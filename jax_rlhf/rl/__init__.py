@@ -1,7 +1,6 @@
 """The mathematics of PPO for language models: pure functions over per-token arrays."""
 
 from jax_rlhf.rl.advantages import gae
-from jax_rlhf.rl.experience import Experience, Prompts, check_experience, shaped_scores, token_rewards
 from jax_rlhf.rl.kl import AdaptiveKL, AdaptivePenalty, FixedKL, kl_estimate
 from jax_rlhf.rl.losses import (
     bradley_terry_loss,
@@ -10,13 +9,17 @@ from jax_rlhf.rl.losses import (
     penalized_surrogate,
     token_ranking_loss,
 )
-from jax_rlhf.rl.masked import masked_mean, masked_sum, masked_variance, masked_whiten
+from jax_rlhf.rl.masked import masked_mean, masked_sum, masked_variance, masked_whiten, predicted_tokens
+from jax_rlhf.rl.token_rewards import shaped_scores, token_rewards
+from jax_rlhf.rl.types import Batch, Experience, FrozenActivations, Prompts, check_experience
 
 __all__ = [
     "AdaptiveKL",
     "AdaptivePenalty",
+    "Batch",
     "Experience",
     "FixedKL",
+    "FrozenActivations",
     "Prompts",
     "bradley_terry_loss",
     "check_experience",
@@ -29,6 +32,7 @@ __all__ = [
     "masked_variance",
     "masked_whiten",
     "penalized_surrogate",
+    "predicted_tokens",
     "shaped_scores",
     "token_ranking_loss",
     "token_rewards",

@@ -74,3 +74,15 @@ def masked_whiten(x: Array, mask: Array, *, shift_mean: bool = True) -> Array:
     centred, mean = _centred(x, mask)
     whitened = centred / jnp.sqrt(masked_mean(jnp.square(centred), mask) + 1e-8)
     return jnp.where(mask, whitened if shift_mean else whitened + mean, 0)
+
+
+def predicted_tokens(mask: Array) -> Array:
+    """Which tokens of a text a language model predicts: real ones that follow a real one.
+
+    Args:
+      mask: bool[..., T].
+
+    Returns:
+      bool[..., T − 1], of the tokens from the second on.
+    """
+    return mask[..., 1:] & mask[..., :-1]

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
+from jax_rlhf.config import run_config
 from jax_rlhf.data import DataConfig, DataError, create_datasets
 from jax_rlhf.data.formats import Texts
 from jax_rlhf.data.sources import Row
 from jax_rlhf.data.splits import ONE_IN, drawn, grouped, share
 from jax_rlhf.data.tokens import openings
-from jax_rlhf.phases.config import run_config
 from tests.data import tiny
 
 PHASES = ("sft", "reward", "ppo")

@@ -27,8 +27,8 @@ TIMES = ("time", "second", "eps")
 
 
 def main(folder, first, step):
-    from jax_rlhf import __main__ as program
-    from tests.phases import tiny
+    from jax_rlhf.cli import run as program
+    from tests.cli import tiny
 
     folder, shim = Path(folder), ctypes.CDLL(None)
     config = folder / "config.py"
@@ -79,7 +79,7 @@ def main(folder, first, step):
 
 CONFIG = """
 from pathlib import Path
-from tests.phases import tiny
+from tests.cli import tiny
 def get_config():
     config = tiny.config(Path({folder!r}))
     config.sft.steps = config.reward_training.steps = config.ppo.iterations = 2

@@ -17,17 +17,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+from jax_rlhf.cli.model_paths import check_inputs, sft_model
+from jax_rlhf.config import run_config
 from jax_rlhf.hub import CheckpointError
 from jax_rlhf.hub.folder import replaced_folder
-from jax_rlhf.phases import manifest, progress, run_config
-from jax_rlhf.phases.inputs import check_inputs, sft_model
-from jax_rlhf.phases.manifest import export_model
-from jax_rlhf.phases.record import Record, sample_row
-from jax_rlhf.phases.stop import Stopped, StopSignals
-from jax_rlhf.phases.workdir import WorkdirError, forget_failed_start, forget_overwritten, open_workdir, status
-from jax_rlhf.training.checkpoint import RestoreError
-from jax_rlhf.training.notes import with_digest
-from jax_rlhf.training.whole import mark_synced, was_synced
+from jax_rlhf.runtime import manifest, progress
+from jax_rlhf.runtime.checkpoint import RestoreError
+from jax_rlhf.runtime.completeness import mark_synced, was_synced
+from jax_rlhf.runtime.manifest import export_model
+from jax_rlhf.runtime.notes import with_digest
+from jax_rlhf.runtime.preemption import Stopped, StopSignals
+from jax_rlhf.runtime.run_logger import Record, sample_row
+from jax_rlhf.runtime.workdir import WorkdirError, forget_failed_start, forget_overwritten, open_workdir, status
 
 PHASES = ("sft", "reward", "ppo")
 STEPS = 4

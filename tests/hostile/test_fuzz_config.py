@@ -4,7 +4,7 @@ from absl import flags as absl_flags
 from hypothesis import strategies as some
 from ml_collections import config_flags
 
-from jax_rlhf.phases import default_config, run_config
+from jax_rlhf.config import default_config, run_config
 from tests.hostile.fuzzing import fuzzed, inputs, values
 
 

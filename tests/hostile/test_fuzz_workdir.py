@@ -8,12 +8,12 @@ import pytest
 from hypothesis import strategies as some
 
 from jax_rlhf import verify
-from jax_rlhf.phases.workdir import WorkdirError, check_overwrite
-from jax_rlhf.training.checkpoint import RestoreError, abstract
+from jax_rlhf.runtime.checkpoint import RestoreError, abstract
+from jax_rlhf.runtime.workdir import WorkdirError, check_overwrite
 from tests.hostile import simulator
 from tests.hostile.fuzzing import damaged, fuzzed, inputs, json_files
 from tests.hostile.test_simulator import settings
-from tests.training.test_checkpoint import equal, opened, saved, tree
+from tests.runtime.test_checkpoint import equal, opened, saved, tree
 
 NAMES = ["config.json", "overwritten.json", "sft/summary.json", "reward/manifest.json", "sft/manifest.json"]
 NAMES += ["reward/summary.json", "ppo/metrics.jsonl", "ppo/samples.jsonl", "ppo/checkpoints/2/notes/metadata"]

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.phases import test_end_to_end as alone
+from tests.cli import test_end_to_end as alone
 from tests.processes import ROOT
 
 FIRST, STEP = 423, 800  # of about 1,700 calls: two of them, each with two of the four errors

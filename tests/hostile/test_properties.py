@@ -14,9 +14,9 @@ from hypothesis import strategies as some
 from hypothesis.extra import numpy as arrays
 
 from jax_rlhf import Experience, PPOTrainer, Prompts, RLHFEngine
+from jax_rlhf.ppo.collect import with_advantages
+from jax_rlhf.ppo.config import PPOConfig
 from jax_rlhf.rl import check_experience, masked_mean
-from jax_rlhf.training import PPOConfig
-from jax_rlhf.training.collect import with_advantages
 from tests.ppo import tiny
 
 B, P, R, EOS = 4, 5, 6, tiny.EOS
@@ -69,8 +69,7 @@ def experiences(draw):
         scores=draw(numbers(-1e4, 1e4, (B,))),
         ended=ended,
         kept_mass=zeroed(1),
-        actor_boundary=None,
-        critic_boundary=None,
+        frozen_activations=FrozenActivations(),
     )
 
 
@@ -152,10 +151,10 @@ def trainer(loss):
 @pytest.mark.parametrize("loss", ["clip", "penalty"])
 def test_an_iteration(examples, loss):
     ppo = trainer(loss)
-    start = jax.tree.map(np.array, (ppo.engine.trained, ppo.state))
+    start = jax.tree.map(np.array, (ppo.engine.params.trainable, ppo.state))
 
     def check(asked, empty):
-        ppo.engine.trained, ppo.state = jax.device_put(start)
+        ppo.engine.params.trainable, ppo.state = jax.device_put(start)
         made = ppo.generate_experience(asked)
         check_experience(jax.tree.map(np.asarray, made))
         tokens, mask = np.asarray(made.tokens[:, P:]), np.asarray(made.response_mask)
@@ -177,7 +176,7 @@ def test_an_iteration(examples, loss):
         assert metrics["val/sampler_logprob_gap"] < 1e-4
         assert metrics["val/skipped_updates"] == metrics["val/bad_steps"] == 0
         assert metrics["val/updates"] == 4
-        for leaf in jax.tree.leaves((ppo.engine.trained, ppo.state)):
+        for leaf in jax.tree.leaves((ppo.engine.params.trainable, ppo.state)):
             assert np.all(np.isfinite(leaf))
 
     held(examples, check, asked=prompts(), empty=some.booleans())

@@ -12,10 +12,9 @@ from safetensors.numpy import save_file
 from jax_rlhf import CheckpointError, load_pretrained, save_pretrained
 from jax_rlhf.data import DataError
 from jax_rlhf.data.sources import read_rows
-from jax_rlhf.phases.config import LogConfig
-from jax_rlhf.phases.record import Record
+from jax_rlhf.runtime.run_logger import LogConfig, Record
+from tests.cli import tiny
 from tests.hub import tiny as hub
-from tests.phases import tiny
 from tests.processes import ROOT
 
 RUN_CODE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy", "code"}
@@ -110,7 +109,7 @@ LOGS = f"""
 import logging, sys, threading, warnings
 from absl import logging as absl_logging
 import transformers
-from jax_rlhf.terminal import make_output_harmless
+from jax_rlhf.io.terminal import make_output_harmless
 make_output_harmless()
 text = {ESCAPES!r}
 logging.getLogger("other").warning("%s", text)
@@ -166,7 +165,7 @@ def test_names_that_no_file_can_have_are_said(tmp_path):
 
 
 def test_tokens_of_the_environment_stay_there(tmp_path, monkeypatch):
-    from tests.phases import test_end_to_end as alone
+    from tests.cli import test_end_to_end as alone
 
     secrets = {name: f"hf_secret_{name}" for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")}
     for name, value in secrets.items():

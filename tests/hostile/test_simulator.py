@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jax_rlhf.phases import default_config
-from jax_rlhf.phases.record import Record
+from jax_rlhf.config import default_config
+from jax_rlhf.runtime.run_logger import Record
 from tests.hostile import simulator
 from tests.hostile.fuzzing import SEED
 from tests.hostile.simulator import scenario

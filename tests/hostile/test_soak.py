@@ -7,11 +7,11 @@ import pathlib
 import jax
 import pytest
 
-from tests.phases import test_end_to_end as alone
+from tests.cli import test_end_to_end as alone
 
 CONFIG = """
 from pathlib import Path
-from tests.phases import tiny
+from tests.cli import tiny
 def get_config():
     config = tiny.config(Path({folder!r}))
     config.phases, config.sft_model_path = ("ppo",), config.model.path

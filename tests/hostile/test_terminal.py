@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from jax_rlhf.phases.stop import StopSignals
-from tests.phases import test_end_to_end as alone
-from tests.phases import tiny
+from jax_rlhf.runtime.preemption import StopSignals
+from tests.cli import test_end_to_end as alone
+from tests.cli import tiny
 from tests.processes import ROOT
 
 STEPS = ("--config.phases=sft", "--config.sft.steps=3")
@@ -108,7 +108,7 @@ def test_what_closes_a_stream_under_way_ends_nothing(tmp_path):
     """A reward function may do that, or a library."""
     code = f"""
 import os, sys
-from jax_rlhf.terminal import make_output_harmless
+from jax_rlhf.io.terminal import make_output_harmless
 make_output_harmless()
 sys.stdout.close()
 sys.stderr.close()

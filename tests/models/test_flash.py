@@ -14,15 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+from jax_rlhf.ppo.programs import in_one_program
 
 from jax_rlhf import RLHFEngine
-from jax_rlhf.engine import ModelConfig, running
+from jax_rlhf.hub.model_config import ModelConfig, running
 from jax_rlhf.models import Decoder, DecoderConfig, Rotary, attention, create_cache, init_params
 from jax_rlhf.models.attention import AttentionContext, attend, token_order, visible
 from jax_rlhf.models.flash import MIN_LENGTH, check_flash, flash_attend, uses_flash
 from jax_rlhf.parallel import MeshConfig, RolloutMeshConfig, create_layout
-from jax_rlhf.rollout.reshard import reshard
-from jax_rlhf.training.programs import in_one_program
+from jax_rlhf.sampling.weights import reshard
 from tests.models.test_decoder import tiny_config
 from tests.plan.tiny import topology
 from tests.ppo import tiny
@@ -212,11 +212,11 @@ def test_compiled_programs_hold_no_scores(chips, kernel, head_dim):
 
 def test_nor_are_sampling_and_scoring_one_program_with_it(monkeypatch):
     engine, config = RLHFEngine(tiny.policy()), tiny.trainer().config
-    assert in_one_program(engine.networks, config)
-    critic = engine.networks.critic
+    assert in_one_program(engine.models, config)
+    critic = engine.models.critic
     flash = dataclasses.replace(critic, model=critic.model.clone(config=critic.model.config.replace(attention="flash")))
-    networks = dataclasses.replace(engine.networks, critic=flash)
+    networks = dataclasses.replace(engine.models, critic=flash)
     assert in_one_program(networks, config)
     monkeypatch.setattr(DecoderConfig, "platform", "gpu")
     assert not in_one_program(networks, config)
-    assert in_one_program(engine.networks, config)
+    assert in_one_program(engine.models, config)

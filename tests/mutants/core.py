@@ -7,8 +7,8 @@ _STEP = "tests/ppo/test_oracle.py::test_an_update_is_the_plain_one tests/ppo/tes
 _COLLECT = (
     "tests/ppo/test_oracle.py::test_an_experience_is_the_plain_one tests/ppo/test_collect.py tests/ppo/test_engine.py"
 )
-_SAMPLE = "tests/rollout/test_draw.py tests/rollout/test_filters.py tests/rollout/test_sampler.py"
-_SCORE = "tests/rollout/test_scorer.py"
+_SAMPLE = "tests/sampling/test_draw.py tests/sampling/test_filters.py tests/sampling/test_sampler.py"
+_SCORE = "tests/sampling/test_logprobs.py"
 
 
 MUTANTS = [
@@ -61,7 +61,7 @@ MUTANTS = [
         ("whitened if shift_mean else whitened + mean", "whitened"),
     ),
     *variants(
-        "rl/experience.py",
+        "rl/types.py",
         _RL,
         (
             "kl = jnp.where(mask, kl_estimate(logprobs, ref_logprobs, kl_kind), 0)",
@@ -74,7 +74,7 @@ MUTANTS = [
         ("slot == jnp.max(jnp.where(mask, slot, -1)", "slot == 1 + jnp.max(jnp.where(mask, slot, -1)"),
     ),
     *variants(
-        "training/collect.py",
+        "ppo/collect.py",
         _COLLECT,
         ("min_new_tokens=config.min_new_tokens", "min_new_tokens=0"),
         ("temperature=config.temperature,\n", "temperature=1.0,\n"),
@@ -106,17 +106,20 @@ MUTANTS = [
         ("        advantages = masked_whiten(advantages, mask)", "        advantages = masked_whiten(returns, mask)"),
     ),
     *variants(
-        "training/networks.py",
+        "ppo/models.py",
         _COLLECT,
         (
             "hidden = _hidden_states(network, params, tokens, mask, boundary)[:, start - 1 : -1]",
             "hidden = _hidden_states(network, params, tokens, mask, boundary)[:, start:]",
         ),
         ("temperature=temperature, chunk=chunk)", "chunk=chunk)"),
-        ("boundary = actor_boundary if _same_forward(network, networks.actor) else None", "boundary = actor_boundary"),
         (
-            "boundary = critic_boundary if _same_forward(network, networks.critic) else None",
-            "boundary = critic_boundary",
+            "boundary = frozen_activations.actor if _same_forward(network, networks.actor) else None",
+            "boundary = frozen_activations.actor",
+        ),
+        (
+            "boundary = frozen_activations.critic if _same_forward(network, networks.critic) else None",
+            "boundary = frozen_activations.critic",
         ),
         ("networks.critic_shares and _same_forward(networks.critic, networks.actor)", "networks.critic_shares"),
         ("mask, boundary) + frozen.reward_bias", "mask, boundary)"),
@@ -130,7 +133,7 @@ MUTANTS = [
         ("(tokens >= known))", "(tokens > known))"),
     ),
     *variants(
-        "training/roles.py",
+        "ppo/initialize.py",
         _COLLECT,
         ("config = sampled_ids(config, start.actor.tokenizer, known)", "pass"),
         ("(known, ()) if tokenizer is None", "(known, ()) if tokenizer"),
@@ -143,7 +146,7 @@ MUTANTS = [
         ("if config.dtype == jnp.float16:", "if False:"),
     ),
     *variants(
-        "training/objective.py",
+        "ppo/objective.py",
         _STEP,
         ("jnp.where(mask, logprobs - batch.logprobs, 0)", "jnp.where(mask, logprobs - batch.sampler_logprobs, 0)"),
         ("kl_estimate(jnp.zeros_like(log_ratio), log_ratio", "kl_estimate(log_ratio, jnp.zeros_like(log_ratio)"),
@@ -178,7 +181,7 @@ MUTANTS = [
         ("kl_estimate(batch.logprobs, logprobs", "kl_estimate(logprobs, batch.logprobs"),
     ),
     *variants(
-        "training/update.py",
+        "ppo/update.py",
         _STEP,
         ("state.iteration >= config.critic_warmup_iterations\n", "state.iteration > config.critic_warmup_iterations\n"),
         ("jax.random.permutation(jax.random.fold_in(key, epoch), rows)", "jax.random.permutation(key, rows)"),
@@ -236,7 +239,7 @@ MUTANTS = [
         ),
     ),
     *variants(
-        "training/metrics.py",
+        "ppo/metrics.py",
         _STEP,
         ("experience.logprobs - experience.ref_logprobs, 0)", "experience.logprobs - experience.sampler_logprobs, 0)"),
         ("kl = jnp.mean(jnp.sum(log_ratio, axis=1))", "kl = masked_mean(log_ratio, mask)"),
@@ -252,7 +255,7 @@ MUTANTS = [
         ("masked_mean(experience.kept_mass, mask)", "jnp.mean(experience.kept_mass)"),
     ),
     *variants(
-        "trainer.py",
+        "ppo/trainer.py",
         "tests/ppo/test_oracle.py tests/ppo/test_trainer.py",
         ("programs.iteration_key(self._key, self.state.iteration)", "programs.iteration_key(self._key, 0)"),
         ("jax.random.key(self.config.seed)", "jax.random.key(0)"),
@@ -260,7 +263,7 @@ MUTANTS = [
         ('if metrics["val/bad_scores"]:', "if False:"),
     ),
     *variants(
-        "training/programs.py",
+        "ppo/programs.py",
         _STEP,
         (
             "jax.random.fold_in(jax.random.fold_in(seed_key, state.iteration), _ORDER_ADDRESS)",
@@ -268,7 +271,7 @@ MUTANTS = [
         ),
     ),
     *variants(
-        "rollout/draw.py",
+        "sampling/draw.py",
         _SAMPLE,
         (
             "peak, kept_peak = jnp.max(logits, axis=1), jnp.max(candidates, axis=1)",
@@ -281,7 +284,7 @@ MUTANTS = [
         ("1 < top_k < logits.shape[1]", "1 < top_k < 0"),
     ),
     *variants(
-        "rollout/sampler.py",
+        "sampling/sampler.py",
         f"{_SAMPLE} tests/ppo/test_oracle.py",
         ('method="apply_head") / sampling.temperature', 'method="apply_head")'),
         ("jax.random.fold_in(row_key, index)", "jax.random.fold_in(row_key, 0)"),
@@ -304,7 +307,7 @@ MUTANTS = [
         ("[(0, more), (0, 0)])", "[(more, 0), (0, 0)])"),
     ),
     *variants(
-        "rollout/scorer.py",
+        "sampling/logprobs.py",
         _SCORE,
         ("categorical(logits / temperature, targets)", "categorical(logits, targets)"),
         (

@@ -4,9 +4,9 @@ from tests.mutants import variants
 
 _SMALL, _SPECIAL = "tests/hostile/test_small_files.py", "tests/data/test_special_tokens.py"
 _FOLDERS, _SOURCES = "tests/data/test_folders.py", "tests/data/test_sources.py"
-_MANIFEST, _WATCHDOG = "tests/phases/test_manifest.py", "tests/phases/test_watchdog.py -k 'not reward_function'"
-_ISOLATION, _RECORD = "tests/rewards/test_isolation.py", "tests/phases/test_record.py"
-_SIMULATOR, _CHECKPOINT = "tests/hostile/test_simulator.py", "tests/training/test_checkpoint.py"
+_MANIFEST, _WATCHDOG = "tests/runtime/test_manifest.py", "tests/runtime/test_watchdog.py -k 'not reward_function'"
+_ISOLATION, _RECORD = "tests/rewards/test_isolation.py", "tests/runtime/test_run_logger.py"
+_SIMULATOR, _CHECKPOINT = "tests/hostile/test_simulator.py", "tests/runtime/test_checkpoint.py"
 
 MUTANTS = [
     *variants(
@@ -36,7 +36,7 @@ MUTANTS = [
         ("    elif isinstance(value, list):\n", "    elif False:\n"),
     ),
     *variants(
-        "json_files.py",
+        "io/json_files.py",
         _SMALL + " -k files",
         ("if len(content) > most_bytes:", "if False:"),
         ("    except (ValueError, RecursionError) as error:", "    except ValueError as error:"),
@@ -89,7 +89,7 @@ MUTANTS = [
         ("if kind_of(file) == chosen)", ")"),
     ),
     *variants(
-        "names.py",
+        "io/paths.py",
         _FOLDERS,
         ('if root.parent.name == "snapshots" and repository.name.startswith(_CACHED):', "if False:"),
         (" and repository.name.startswith(_CACHED)", ""),
@@ -146,7 +146,7 @@ MUTANTS = [
         ("return type(value).__qualname__ if _ADDRESS.search(said) else said", "return said"),
     ),
     *variants(
-        "phases/manifest.py",
+        "runtime/manifest.py",
         _MANIFEST,
         ("if entries and content is None:", "if False:"),
         ("if not entry.is_dir() or entry.is_symlink():", "if not entry.is_dir():"),
@@ -161,18 +161,18 @@ MUTANTS = [
         ("if not file.is_file():", "if False:"),
     ),
     *variants(
-        "phases/mirror.py",
+        "runtime/remote.py",
         _MANIFEST + " -k deletion",
         ("key=lambda entry: entry.name == manifest.NAME", "key=lambda entry: entry.name != manifest.NAME"),
     ),
     *variants(
-        "phases/inputs.py",
+        "cli/model_paths.py",
         _MANIFEST,
         ("(folder.parent.resolve() / folder.name, folder.resolve())", "(folder,)"),
         ("if place.parent in ours or _is_listed(place):", "if place.parent in ours:"),
     ),
     *variants(
-        "phases/workdir.py",
+        "runtime/workdir.py",
         _MANIFEST,
         ('why = "" if before.keys() >= wanted.keys() else "it lacks settings"', 'why = ""'),
         ("for phase in reversed(PHASES):", "for phase in ():"),
@@ -184,7 +184,7 @@ MUTANTS = [
         ("        check_overwrite(workdir, phases)  # once more", "        pass  # once more"),
     ),
     *variants(
-        "training/whole.py",
+        "runtime/completeness.py",
         _MANIFEST,
         ("return [name for name, (_, _, written) in arrays.items() if found[name] != written]", "return []"),
     ),
@@ -197,39 +197,39 @@ MUTANTS = [
         ("models |= {name for name in manifest.MODELS", "models |= {name for name in ()"),
     ),
     *variants(
-        "phases/lines.py",
+        "runtime/json_lines.py",
         _RECORD,
         ("if not isinstance(of, int) or of > step or", "if not isinstance(of, int) or"),
         ("(of == step and evaluation and not evaluated)", "False"),
         ('json.loads(line) if line.endswith(b"\\n") else {}', "json.loads(line)"),
     ),
     *variants(
-        "phases/record.py",
+        "runtime/run_logger.py",
         _RECORD,
         ('and last == position.get("last", {}).get(name, last):', ":"),
         ('if not line.endswith(b"\\n"):  # half', "if False:  # half"),
     ),
     *variants(
-        "phases/record.py",
+        "runtime/run_logger.py",
         f"{_RECORD} -k synced",
         ("            sync(self.folder)  # the files' names", "            pass"),
         ("os.fsync(self._file(name).fileno())", "pass"),
     ),
     *variants(
-        "durable.py",
+        "io/durable.py",
         "tests/hub/test_folder.py -k cannot_be_written",
         ("if error.errno is None or error.filename is not None:", "if True:"),
         ("        if number is None:\n            raise", "        if True:\n            raise"),
     ),
     *variants(
-        "phases/tensorboard.py",
-        "tests/phases/test_tensorboard.py",
+        "runtime/tensorboard.py",
+        "tests/runtime/test_tensorboard.py",
         ("event.wall_time, event.step = time.time(), step", "event.wall_time = time.time()"),
         ("            self._writer.close()", "            pass"),
         ("SessionLog(status=SessionLog.START)), first)", "SessionLog(status=SessionLog.START)), 0)"),
     ),
     *variants(
-        "phases/progress.py",
+        "runtime/progress.py",
         "tests/hostile/test_simulator.py -k marked",
         (
             "self._evaluated, self._metric, self._position = evaluated, None, None",
@@ -237,23 +237,23 @@ MUTANTS = [
         ),
     ),
     *variants(
-        "hub/place.py",
+        "hub/locate.py",
         "tests/hub/test_pretrained.py -k generation_config",
         ("        check_generation_config(generation_config, file)\n", ""),
     ),
     *variants(
-        "durable.py",
+        "io/durable.py",
         f"{_MANIFEST} -k synced",
         ("    sync(partial)\n", ""),
         ("    partial.replace(file)\n    sync(file.parent)", "    partial.replace(file)"),
     ),
     *variants(
-        "training/checkpoint.py",
+        "runtime/checkpoint.py",
         _CHECKPOINT,
         ("            mark_synced(epath.Path(self.directory) / str(step))", "            pass"),
     ),
     *variants(
-        "phases/watchdog.py",
+        "runtime/watchdog.py",
         _WATCHDOG,
         ("if any(one != other and one is not None", "if any(False and one is not None"),
         ("elif silent > self.limit:", "elif False:"),
@@ -267,7 +267,7 @@ MUTANTS = [
         ("self._guard = _started_guard()", "pass"),
     ),
     *variants(
-        "phases/guard.py",
+        "runtime/guard.py",
         _WATCHDOG,
         ("elif late and not _is_stopped(other):", "elif late:"),
         ("elif late and not _is_stopped(other):", "elif not _is_stopped(other):"),
@@ -302,14 +302,14 @@ MUTANTS = [
         ("failure.timed_out = error.timed_out", "pass"),
     ),
     *variants(
-        "phases/progress.py",
-        "tests/phases/test_resume.py -k cost",
+        "runtime/progress.py",
+        "tests/cli/test_resume.py -k cost",
         ('{} if restored is None else restored.notes.get("costs", {})', "{}"),
         ("            return self.costs.checked(read_object(self._record.folder / COSTS))", "            return saved"),
         ("self.costs.repeated += ", ""),
     ),
     *variants(
-        "terminal.py",
+        "io/terminal.py",
         "tests/hostile/test_security.py tests/hostile/test_terminal.py -k 'steer or closes'",
         ("return printable_lines(super().getMessage())", "return super().getMessage()"),
         ("self.exc_text = _printable_trace(*self.exc_info)", "self.exc_text = None"),

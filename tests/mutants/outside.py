@@ -3,7 +3,7 @@
 from tests.mutants import variants
 
 _CALLS, _EXPORT = "tests/rewards/test_functions.py", "tests/hub/test_export.py"
-_HEADS, _LINE = "tests/hub/test_pretrained.py", "tests/test_command_line.py"
+_HEADS, _LINE = "tests/hub/test_pretrained.py", "tests/cli/test_flags.py"
 
 
 MUTANTS = [
@@ -65,7 +65,7 @@ MUTANTS = [
         *((f'    "{name}",', "") for name in ("v_head.summary", "v_head", "value_head", "classifier", "model.score")),
     ),
     *variants(
-        "command_line.py",
+        "cli/flags.py",
         _LINE,
         ("sys.exit(2)", "sys.exit(1)"),
         ("local_path(name), packaged_configs()", "Path(name), packaged_configs()"),
@@ -79,7 +79,7 @@ MUTANTS = [
     ),
     *variants(
         "settings.py",
-        "tests/test_command_line.py tests/training/test_config.py",
+        "tests/cli/test_flags.py tests/ppo/test_config.py",
         ('rpartition(".")[2]\n    for pattern, what', 'rpartition(".")[0]\n    for pattern, what'),
         ("if last in _OTHER_NAMES and not same:", "if False:"),
         ("near = list(dict.fromkeys([*same,", "near = list(dict.fromkeys(["),

@@ -79,7 +79,7 @@ MUTANTS = [
         ("return Layout(mesh, tuple(rules), near=layout.near)", "return Layout(mesh, tuple(rules))"),
     ),
     *variants(
-        "training/roles.py",
+        "ppo/initialize.py",
         "tests/ppo/test_engine.py -k padded",
         ("if given is None or given.model.config.table_rows % ", "if True or given.model.config.table_rows % "),
         ("return dataclasses.replace(start, **models, **configs)", "return dataclasses.replace(start, **models)"),

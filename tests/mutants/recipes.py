@@ -2,15 +2,15 @@
 
 from tests.mutants import variants
 
-_AGAIN = "tests/phases/test_faults.py -k in_a_row"
-_PIECES = "tests/phases/test_pieces.py tests/phases/test_calibration.py"
-_SHOWN = "tests/phases/test_end_to_end.py -k 'reports or leaves'"
-_WRITTEN = "tests/phases/test_written.py"
+_AGAIN = "tests/runtime/test_numerics.py -k in_a_row"
+_PIECES = "tests/cli/test_recipes.py tests/reward/test_calibration.py"
+_SHOWN = "tests/cli/test_end_to_end.py -k 'reports or leaves'"
+_WRITTEN = "tests/cli/test_written.py"
 
 
 MUTANTS = [
     *variants(
-        "phases/ppo.py",
+        "ppo/train.py",
         _PIECES,
         (
             'f"time/{name}_share": seconds / metrics["time/iteration"]',
@@ -33,13 +33,13 @@ MUTANTS = [
         ),
     ),
     *variants(
-        "phases/ppo.py",
+        "ppo/train.py",
         _SHOWN,
         ('"before": progress.notes["after"], "first"', '"before": [], "first"'),
         ('"count": settings.sample_rows', '"count": None'),
     ),
     *variants(
-        "phases/ppo.py",
+        "ppo/train.py",
         _WRITTEN,
         ('    export_model(folder / "critic", engine.critic)\n', ""),
         (
@@ -82,7 +82,7 @@ MUTANTS = [
         ("path=reward_model(config, workdir))", "path=None)"),
     ),
     *variants(
-        "phases/reward.py",
+        "reward/train.py",
         _PIECES,
         ("gap = 0.0 if few else max(0.0, float(", "gap = 0.0 if few else (float("),
         ("< 8\n", "< 9\n"),
@@ -102,7 +102,7 @@ MUTANTS = [
         ("SplitModel(model, settings.trainable_layers)", "SplitModel(model, None)"),
     ),
     *variants(
-        "phases/reward.py",
+        "reward/train.py",
         _WRITTEN,
         ("temperature=ppo.temperature,", "temperature=1.0,"),
         ("            temperature=ppo.temperature,\n", ""),
@@ -123,14 +123,14 @@ MUTANTS = [
         ("path=policy_path)", "path=config.model.path)"),
     ),
     *variants(
-        "phases/sft.py",
+        "sft/train.py",
         _PIECES,
         ("loss=SFTLoss(settings.loss_on)", "loss=SFTLoss()"),
         ("SplitModel(model, config.model.trainable_layers)", "SplitModel(model, None)"),
         ("optimizer=with_end(settings.optimizer, steps)", "optimizer=settings.optimizer"),
     ),
     *variants(
-        "phases/sft.py",
+        "sft/train.py",
         _WRITTEN,
         (
             'progress.notes.setdefault("eval/loss_before", held_out["loss"])',
@@ -146,12 +146,12 @@ MUTANTS = [
         ("eos_id=ends,", ""),
     ),
     *variants(
-        "phases/supervised.py",
+        "runtime/supervised_phase.py",
         _AGAIN,
         ("datasets.batches(progress.step, steps)", "datasets.batches(0, steps)"),
     ),
     *variants(
-        "phases/supervised.py",
+        "runtime/supervised_phase.py",
         _PIECES,
         ("round(epochs * datasets.steps_per_epoch)) if", "round(datasets.steps_per_epoch)) if"),
         ("optimizer if optimizer.total_steps else", "optimizer if True else"),
@@ -159,7 +159,7 @@ MUTANTS = [
         ("return batch_size // micro", "return 1"),
     ),
     *variants(
-        "phases/supervised.py",
+        "runtime/supervised_phase.py",
         _WRITTEN,
         ('count = totals.pop("count", 0.0)', 'count = len(datasets.eval) + 0 * totals.pop("count", 0.0)'),
         ("totals.get(name, 0.0) + float(value)", "float(value)"),

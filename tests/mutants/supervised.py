@@ -2,17 +2,17 @@
 
 from tests.mutants import variants
 
-_LOSSES = "tests/training/test_supervised.py"
-_OPTIMIZER = "tests/training/test_optimizer.py"
-_ROLES = "tests/training/test_roles.py"
+_LOSSES = "tests/optim/test_supervised.py"
+_OPTIMIZER = "tests/optim/test_optimizer.py"
+_ROLES = "tests/ppo/test_initialize.py"
 _RUN = "tests/plan/test_the_run.py"
-_STEP = "tests/training/test_step.py"
+_STEP = "tests/optim/test_step.py"
 _FUNCTIONS = "tests/rewards/test_functions.py"
 
 
 MUTANTS = [
     *variants(
-        "training/sft.py",
+        "sft/loss.py",
         f"{_LOSSES} -k 'alone or texts'",
         (" & (batch.positions[:, 1:] > 0)", ""),
         ("& batch.completion_mask[:, 1:]", "& batch.completion_mask[:, :-1]"),
@@ -25,7 +25,7 @@ MUTANTS = [
         ('"count": jnp.sum(counted)', '"count": jnp.sum(batch.mask[:, 1:])'),
     ),
     *variants(
-        "training/reward.py",
+        "reward/loss.py",
         f"{_LOSSES} {_STEP} -k 'pairs or bradley or token_loss or cut or head'",
         ("margin = batch.margin.reshape(-1) if", "margin = None if"),
         ('if self.compare == "pairs" else None', "if True else None"),
@@ -50,7 +50,7 @@ MUTANTS = [
         ("jnp.any(batch.chosen_mask, axis=1)\n        else", "jnp.ones(len(loss), bool)\n        else"),
     ),
     *variants(
-        "training/supervised.py",
+        "optim/supervised.py",
         _STEP,
         ("leaf / count, gradient)", "leaf, gradient)"),
         ("leaf / count, gradient)", "leaf / len(jax.tree.leaves(batch)[0]), gradient)"),
@@ -69,7 +69,7 @@ MUTANTS = [
         ("jnp.array(leaf, jnp.float32, copy=True)", "jnp.array(leaf, copy=True)"),
     ),
     *variants(
-        "training/optimizer.py",
+        "optim/optimizer.py",
         _OPTIMIZER,
         (
             "parts.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))",
@@ -104,7 +104,7 @@ MUTANTS = [
         ('if config.eps_form == "pytorch" else', 'if config.eps_form == "tensorflow" else'),
     ),
     *variants(
-        "training/roles.py",
+        "ppo/initialize.py",
         _ROLES,
         ("learned.reward_bias - learned.missing_eos_bias if", "learned.reward_bias if"),
         ("learned.reward_bias - learned.missing_eos_bias if", "-learned.missing_eos_bias if"),
@@ -121,13 +121,13 @@ MUTANTS = [
         ("return Trained(_copies(actor.trainable),", "return Trained(actor.trainable,"),
     ),
     *variants(
-        "training/roles.py",
+        "ppo/initialize.py",
         _RUN,
         ("SplitParams({}, narrowed(part, network.compute_dtypes().trainable))", "SplitParams({}, part)"),
         ("    actor, critic = _frozen_narrowed(networks, actor, critic)\n", ""),
     ),
     *variants(
-        "training/supervised.py",
+        "optim/supervised.py",
         _RUN,
         ("parts.replace(frozen=narrowed(parts.frozen, how.network.compute_dtypes().frozen))", "parts"),
     ),
@@ -138,7 +138,7 @@ MUTANTS = [
         ('    if "scalar_head" in dtypes:', "    if False:"),
     ),
     *variants(
-        "phases/manifest.py",
+        "runtime/manifest.py",
         _RUN,
         (
             "save_pretrained(folder, pretrained, dtype=pretrained.model.config.dtype)",
@@ -151,7 +151,7 @@ MUTANTS = [
         ("return dataclasses.replace(pretrained, params=shapes)", "return pretrained"),
     ),
     *variants(
-        "engine.py",
+        "ppo/engine.py",
         _ROLES,
         ("reward_bias=float(self.frozen.critic_bias))", "reward_bias=0.0)"),
         ("self.frozen.actor, self.trained.actor_ema)", "self.frozen.actor, self.trained.actor)"),
@@ -181,7 +181,7 @@ MUTANTS = [
         ("missing = ~np.isfinite(total)", "missing = np.isnan(total)"),
     ),
     *variants(
-        "trainer.py",
+        "ppo/trainer.py",
         _ROLES,
         ("masks, decode = (np.asarray(prompts.mask), mask)", "masks, decode = (mask, mask)"),
         (
@@ -205,19 +205,19 @@ MUTANTS = [
         ("eos_ids[0] if eos_ids else 0) if pad_id is None else pad_id", "eos_ids[0] if eos_ids else 0)"),
     ),
     *variants(
-        "training/supervised.py",
+        "optim/supervised.py",
         f"{_LOSSES} -k microbatches",
         ("row_groups(batch, microbatches, layout)", "row_groups(batch, microbatches // 2, layout)"),
         ("jax.tree.map(jnp.add, total, function(part))", "function(part)"),
     ),
     *variants(
-        "trainer.py",
+        "ppo/trainer.py",
         "tests/ppo/test_trainer.py -k failures",
         ("found, self.failures = self.failures, Failures()", "found = self.failures"),
     ),
     *variants(
-        "trainer.py",
-        "tests/phases/test_written.py",
+        "ppo/trainer.py",
+        "tests/cli/test_written.py",
         ("math.nan if self._started is None else time.perf_counter() - self._started", "1.0"),
     ),
 ]

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from jax_rlhf import RLHFEngine
 from jax_rlhf.models import Decoder, init_params
 from jax_rlhf.models.split import SplitModel
+from jax_rlhf.optim.optimizer import OptimizerConfig, create_optimizer
 from jax_rlhf.parallel import (
     LOGICAL_TO_MESH,
     MeshConfig,
@@ -26,9 +27,8 @@ from jax_rlhf.parallel import (
     tensor_is_joined,
 )
 from jax_rlhf.parallel.processes import cluster_name, start_processes
-from jax_rlhf.rollout import rollout_form
-from jax_rlhf.training import OptimizerConfig, create_optimizer
-from jax_rlhf.training.roles import on_layout, whole_places
+from jax_rlhf.ppo.initialize import on_layout, whole_shardings
+from jax_rlhf.sampling import rollout_form
 from tests.plan.tiny import topology
 from tests.ppo import tiny
 
@@ -139,7 +139,7 @@ def test_weights_come_over_unchanged_without_being_whole_anywhere(sizes, kept, c
     tensor = 2 * sizes[2]
     where = form(*sizes, rollout=RolloutMeshConfig(data=-1, fsdp=kept, tensor=tensor))
     model = on_layout(plain, where)
-    spread = jax.device_put(params, whole_places(SplitModel(model), where))
+    spread = jax.device_put(params, whole_shardings(SplitModel(model), where))
     moved = jax.jit(lambda params: rollout_form(model, params)[1])(spread)
     for path, leaf in jax.tree.leaves_with_path(rollout_form(plain, params)[1]):
         other = moved
@@ -228,7 +228,7 @@ def test_offloaded_models_wait_in_host_memory_and_say_the_same(devices):
         engine = RLHFEngine(tiny.policy(), **models, offloaded=offloaded, mesh=where)
         made = tiny.trainer(engine, reward=None).generate_experience(prompts)
         scores.append((np.asarray(made.ref_logprobs), np.asarray(made.scores)))
-        for part in (engine.frozen.reference, engine.frozen.reward):
+        for part in (engine.params.frozen.reference, engine.params.frozen.reward):
             kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(part)}
             assert kinds == ({"pinned_host"} if offloaded else {"device"})
     np.testing.assert_array_equal(scores[0][0], scores[1][0])

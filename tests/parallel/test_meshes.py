@@ -8,11 +8,11 @@ import pytest
 
 from jax_rlhf import RLHFEngine
 from jax_rlhf.data.batches import pair_batch, text_batch
+from jax_rlhf.optim.supervised import create_state, update
 from jax_rlhf.parallel import MeshConfig, RolloutMeshConfig, create_layout, put_rows
-from jax_rlhf.training.roles import on_layout, whole_places
-from jax_rlhf.training.supervised import create_state, update
+from jax_rlhf.ppo.initialize import on_layout, whole_shardings
+from tests.optim import test_supervised
 from tests.ppo import tiny
-from tests.training import test_supervised
 
 ROWS = 16
 ACTOR = {"num_heads": 8, "num_kv_heads": 4}
@@ -54,10 +54,10 @@ def run():
         slow = {"learning_rate": 30.0, "eps": 1e3, "max_grad_norm": None, "beta1": 0.0, "beta2": 0.0}
         settings = {"num_minibatches": 2, "microbatch_size": 8, "ema_decay": 0.5, "entropy_coef": 0.01}
         trainer = tiny.trainer(engine, reward=None, actor_optimizer=slow, critic_optimizer=slow, **settings)
-        start = jax.device_get(engine.trained)
+        start = jax.device_get(engine.params.trainable)
         made = trainer.generate_experience(tiny.ragged_prompts(ROWS))
         metrics = [trainer.train_rlhf(made)]
-        once = jax.device_get(engine.trained)
+        once = jax.device_get(engine.params.trainable)
         metrics.append(trainer.train_rlhf(made))
         done[form] = {"made": made, "metrics": metrics, "start": start, "once": once, "engine": engine}
         return done[form]
@@ -96,10 +96,10 @@ def test_ppo_on_a_mesh_is_ppo_on_one_device(form, run):
 def test_each_device_holds_its_share_of_parameters_and_optimizer(form, run):
     (data, _, _), _ = FORMS[form]
     engine = run(form)["engine"]
-    for part in (engine.trained.actor, engine.trained.actor_ema, engine.trained.critic):
+    for part in (engine.params.trainable.actor, engine.params.trainable.actor_ema, engine.params.trainable.critic):
         kernel = part["layers"]["mlp"]["up"]["kernel"]
         assert kernel.addressable_shards[0].data.size == kernel.size * data // 8
-    kernel = engine.frozen.reference.trainable["layers"]["attention"]["query"]["kernel"]
+    kernel = engine.params.frozen.reference.trainable["layers"]["attention"]["query"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size * data // 8
 
 
@@ -114,7 +114,7 @@ def test_supervised_steps_on_a_mesh_are_those_of_one_device(phase, form):
         batch = pair_batch(test_supervised.examples(8, answers=2), 12, 0)
     one, wanted = update(how, *create_state(how, start), batch)
     network = dataclasses.replace(how.network, model=on_layout(how.network.model, layout))
-    params = jax.device_put(start.params, whole_places(network, layout))
+    params = jax.device_put(start.params, whole_shardings(network, layout))
     spread = dataclasses.replace(how, network=network)
     state, frozen = create_state(spread, dataclasses.replace(start, params=params), layout)
     other, got = update(spread, state, frozen, put_rows(batch, layout))

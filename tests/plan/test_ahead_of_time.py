@@ -16,7 +16,7 @@ from jax_rlhf.plan.abstract import device_bytes
 from jax_rlhf.plan.all_programs import programs_of
 from jax_rlhf.plan.collectives import collectives, computations_of
 from jax_rlhf.plan.topology import layout_on
-from jax_rlhf.rollout import sampling_layout
+from jax_rlhf.sampling import sampling_layout
 from tests.plan import tiny
 
 pytestmark = pytest.mark.usefixtures("full_compile")

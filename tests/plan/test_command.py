@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from jax_rlhf.plan.chips import CHIPS
-from tests.phases.test_end_to_end import environment
+from tests.cli.test_end_to_end import environment
 from tests.plan import tiny
 
 CONFIG = """

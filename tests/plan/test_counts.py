@@ -15,7 +15,7 @@ from jax_rlhf.plan.bounds import latency
 from jax_rlhf.plan.collectives import Collective, collectives
 from jax_rlhf.plan.flops import product_flops
 from jax_rlhf.plan.shapes import model_shape
-from jax_rlhf.rollout.sampler import loop_scope
+from jax_rlhf.sampling.sampler import loop_scope
 from tests.plan.tiny import topology
 
 

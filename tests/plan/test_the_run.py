@@ -8,12 +8,16 @@ import pytest
 from safetensors import safe_open
 
 from jax_rlhf import load_pretrained, save_pretrained
+from jax_rlhf.config import run_config
+from jax_rlhf.optim import supervised
 from jax_rlhf.parallel import create_layout, partition
-from jax_rlhf.phases import ppo, reward, run_config, sft
 from jax_rlhf.plan.all_programs import programs_of
-from jax_rlhf.rollout import sampler
-from jax_rlhf.training import programs, supervised
-from tests.phases import tiny
+from jax_rlhf.ppo import programs
+from jax_rlhf.ppo import train as ppo
+from jax_rlhf.reward import train as reward
+from jax_rlhf.sampling import sampler
+from jax_rlhf.sft import train as sft
+from tests.cli import tiny
 
 
 def leaves(arguments):

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from jax_rlhf.phases import default_config, run_config
+from jax_rlhf.config import default_config, run_config
 from jax_rlhf.plan.topology import describe_topology
 
 SHAPE = {

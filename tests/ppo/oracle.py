@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_rlhf.rollout.draw import draw_tokens
+from jax_rlhf.sampling.draw import draw_tokens
 from tests.rl import oracle as rl
 
 ORDER = 0xFFFFFFFF  # of the row orders' key, among the row ids

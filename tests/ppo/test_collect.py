@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from jax_rlhf.ppo.collect import with_advantages
 
 from jax_rlhf import RLHFEngine
 from jax_rlhf.parallel import put_rows
-from jax_rlhf.training import PPOConfig
-from jax_rlhf.training.collect import with_advantages
+from jax_rlhf.ppo.config import PPOConfig
 from tests.ppo import tiny
 from tests.rl import oracle
 
@@ -137,13 +137,13 @@ def test_critic_and_reward_model_share_what_is_frozen():
     reward = tiny.policy(5, head="scalar")
     whole = tiny.trainer(RLHFEngine(tiny.policy(), reward=reward), reward=None)
     engine = RLHFEngine(tiny.policy(), reward=reward, trainable_layers=1, critic_trainable_layers=1)
-    assert engine.networks.reward_shares
-    assert not engine.networks.critic_shares
-    assert engine.frozen.reward.frozen == {}
+    assert engine.models.reward_shares
+    assert not engine.models.critic_shares
+    assert engine.params.frozen.reward.frozen == {}
     made, wanted = (
         trainer.generate_experience(tiny.ragged_prompts(16)) for trainer in (tiny.trainer(engine, reward=None), whole)
     )
-    assert made.critic_boundary is not None
+    assert made.frozen_activations.critic is not None
     for name in ("scores", "values", "advantages"):
         np.testing.assert_allclose(getattr(made, name), getattr(wanted, name), atol=1e-5, err_msg=name)
     # At the start the critic's value of the last state is the score.

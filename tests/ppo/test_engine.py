@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from jax_rlhf import CheckpointError, Pretrained, RLHFEngine, load_pretrained, sample, save_pretrained, token_logprobs
 from jax_rlhf.models import Decoder, init_params, model_jit
-from jax_rlhf.rollout import Sampling
-from jax_rlhf.rollout.scorer import score_hidden
+from jax_rlhf.sampling import Sampling
+from jax_rlhf.sampling.logprobs import score_hidden
 from tests.ppo import tiny
 
 
@@ -53,15 +53,15 @@ def test_four_models_from_two_checkpoints(folders):
     whole = jax.jit(reward.model.apply)({"params": reward.params}, tokens, mask=mask)
     np.testing.assert_allclose(np.asarray(values)[mask], np.asarray(whole)[mask], atol=1e-5)
     # What trains is held apart from what is frozen: the next update is given its buffers.
-    assert not pointers(engine.trained) & pointers(engine.frozen)
+    assert not pointers(engine.params.trainable) & pointers(engine.params.frozen)
 
 
 def test_the_reference_is_the_actor_without_a_second_copy():
     """Parameters in memory are shared by the frozen models and copied once for those that train."""
     start = tiny.policy()
     engine = RLHFEngine(start)
-    assert pointers(engine.frozen.reference) <= pointers(start.params)
-    assert not pointers(engine.trained) & pointers(start.params)
+    assert pointers(engine.params.frozen.reference) <= pointers(start.params)
+    assert not pointers(engine.params.trainable) & pointers(start.params)
     np.testing.assert_array_equal(engine.values(*batch()), 0)  # the critic's head starts at zero
     cut = RLHFEngine(start, trainable_layers=1)
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (cut.frozen.actor, cut.frozen.reference)]
@@ -126,7 +126,7 @@ def test_a_trained_actor_is_saved_and_read_again(tmp_path, folders):
 
 def test_bfloat16_compute_keeps_float32_parameters(folders):
     engine = RLHFEngine.create({"model": {"path": str(folders / "actor"), "dtype": "bfloat16", "remat": "full"}})
-    assert {leaf.dtype for leaf in jax.tree.leaves(engine.trained)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(engine.params.trainable)} == {jnp.dtype("float32")}
     trainer = tiny.trainer(engine, num_minibatches=2)
     metrics = trainer.train_rlhf(trainer.generate_experience(tiny.ragged_prompts(8)))
     assert metrics["val/first_ratio_gap"] < 0.1
@@ -278,8 +278,8 @@ def test_untied_heads_follow_their_part():
     model = Decoder(dataclasses.replace(tiny.policy().model.config, tie_embeddings=True))
     start = dataclasses.replace(tiny.policy(), model=model, params=init_params(model, jax.random.key(0)))
     engine = RLHFEngine(start, trainable_layers=1)
-    assert "embedding" not in engine.trained.actor
-    assert "lm_head" not in engine.trained.actor
+    assert "embedding" not in engine.params.trainable.actor
+    assert "lm_head" not in engine.params.trainable.actor
     untied = RLHFEngine(tiny.policy(tie_embeddings=False), trainable_layers=1)
     assert "lm_head" in untied.trained.actor
 
@@ -297,15 +297,15 @@ def test_a_model_without_a_path_of_its_own_runs_as_its_own_settings_say(folders)
     model = {"path": str(folders / "actor"), "remat": "none"}
     reward = {"path": str(folders / "reward"), "dtype": "bfloat16", "remat": "full"}
     engine = RLHFEngine.create({"model": model, "reward": reward})
-    runs = {role: how_it_runs(getattr(engine.networks, role)) for role in ("actor", "reference", "critic", "reward")}
+    runs = {role: how_it_runs(getattr(engine.models, role)) for role in ("actor", "reference", "critic", "reward")}
     plain = "float32", "none", "xla"
     assert runs == {"actor": plain, "reference": plain, "critic": plain, "reward": ("bfloat16", "full", "xla")}
     own = {"critic": {"dtype": "bfloat16", "remat": "full"}, "reference": {"dtype": "bfloat16", "attention": "flash"}}
     for models in ({"model": model, "reward": reward}, {"model": model}):
         engine = RLHFEngine.create(models | own)
-        assert how_it_runs(engine.networks.critic) == ("bfloat16", "full", "xla")
-        assert how_it_runs(engine.networks.reference) == ("bfloat16", "none", "flash")
-        assert how_it_runs(engine.networks.actor) == plain
+        assert how_it_runs(engine.models.critic) == ("bfloat16", "full", "xla")
+        assert how_it_runs(engine.models.reference) == ("bfloat16", "none", "flash")
+        assert how_it_runs(engine.models.actor) == plain
     with pytest.raises(ValueError, match=r"config\.critic\.revision='main' is of a hub id; set config\.critic\.path"):
         RLHFEngine.create({"model": model, "critic": {"revision": "main"}})
 
@@ -341,9 +341,9 @@ def test_a_critic_on_the_actors_frozen_bottom_computes_it_in_its_own_dtype(folde
     layers = {"trainable_layers": 1}
     critic = layers | {"dtype": "bfloat16"}
     engine = RLHFEngine.create({"model": {"path": str(folders / "actor")} | layers, "critic": critic})
-    assert engine.networks.critic_shares
+    assert engine.models.critic_shares
     made = tiny.trainer(engine).generate_experience(tiny.ragged_prompts(4))
-    assert (made.actor_boundary.dtype, made.critic_boundary.dtype) == (jnp.float32, jnp.bfloat16)
+    assert (made.frozen_activations.actor.dtype, made.frozen_activations.critic.dtype) == (jnp.float32, jnp.bfloat16)
 
 
 def test_only_ids_that_all_models_know_are_sampled_and_have_probability(tmp_path):
@@ -395,7 +395,7 @@ def test_a_model_in_float16_trains_in_float32_on_cpu():
     start = tiny.policy(dtype=jnp.float16)
     engine = RLHFEngine(start, reward=tiny.policy(5, head="scalar", dtype=jnp.float16))
     for role in ("actor", "reference", "critic", "reward"):
-        assert getattr(engine.networks, role).model.config.dtype == jnp.float32
+        assert getattr(engine.models, role).model.config.dtype == jnp.float32
     tokens, mask = batch()
     exact = RLHFEngine(tiny.policy()).score(tokens, mask)[0]
     np.testing.assert_array_equal(engine.score(tokens, mask)[0], exact)

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 
 from jax_rlhf import PPOTrainer, RLHFEngine
 from jax_rlhf.parallel import as_layout
-from jax_rlhf.rollout import Samples
-from jax_rlhf.training import programs
+from jax_rlhf.ppo import programs
+from jax_rlhf.sampling import Samples
 from tests.ppo import tiny
 
 WIDTH, LENGTH = 128, 128  # of prompts and responses, in tokens
@@ -32,15 +32,15 @@ def scoring(engine, trainer, rows, mesh=None):
     array, config, length = arrays(rows, mesh), trainer._divided(rows, WIDTH), trainer.config.max_new_tokens
     per_token = [array(jnp.float32, length) for _ in range(2)]
     samples = Samples(array(jnp.int32, WIDTH + length), array(jnp.bool_, length), *per_token)
-    arguments = engine.networks, config, engine.trained, engine.frozen, samples, array(jnp.bool_, WIDTH)
+    arguments = engine.models, config, engine.params.trainable, engine.params.frozen, samples, array(jnp.bool_, WIDTH)
     return programs.score, *arguments, array(jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
 
 
 def updating(engine, trainer, rows):
     score, *arguments = scoring(engine, trainer, rows)
     made = score.eval_shape(*arguments)
-    arguments = engine.trained, trainer.state, engine.frozen, made, None, trainer._key
-    return programs.update, engine.networks, trainer._divided(rows, WIDTH), None, *arguments
+    arguments = engine.params.trainable, trainer.state, engine.params.frozen, made, None, trainer._key
+    return programs.update, engine.models, trainer._divided(rows, WIDTH), None, *arguments
 
 
 def size(tree):
@@ -56,7 +56,9 @@ def trainer(engine, **config):
 def test_an_option_of_the_update_costs_no_second_copy_of_what_trains(option):
     """A `cond` over the parameters and the optimizer states would hold them twice."""
     engine = RLHFEngine(tiny.policy(hidden_size=128, intermediate_size=512, num_heads=4, num_kv_heads=4, head_dim=32))
-    state = size((engine.trained, trainer(engine).state.actor_optimizer, trainer(engine).state.critic_optimizer))
+    state = size(
+        (engine.params.trainable, trainer(engine).state.actor_optimizer, trainer(engine).state.critic_optimizer)
+    )
     how = {"num_minibatches": 2, "ppo_epochs": 2, "microbatch_size": 1}
     without, with_option = (temporaries(*updating(engine, trainer(engine, **how, **more), 4)) for more in ({}, option))
     assert with_option - without < 0.2 * state

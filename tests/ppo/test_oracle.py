@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax_rlhf.ppo.objective import PretrainingRows
 
 from jax_rlhf import RLHFEngine
 from jax_rlhf.models.split import SplitParams
-from jax_rlhf.training import PretrainingRows
 from tests.ppo import oracle, tiny
 
 ROWS, ITERATION = 16, 3
@@ -151,19 +151,19 @@ def test_an_update_is_the_plain_one(form, layers):
     trainer = tiny.trainer(engine, reward=None, **steps, **settings)
     trainer.state = trainer.state.replace(iteration=jnp.int32(ITERATION), entropy=jnp.float32(1.6))
     made = moved_on(trainer.generate_experience(prompts()))
-    actor, critic, frozen = engine.networks.actor, engine.networks.critic, engine.frozen
+    actor, critic, frozen = engine.models.actor, engine.models.critic, engine.params.frozen
     networks = (
         lambda tree: (actor.model, actor.join(SplitParams(frozen.actor, tree))),
         lambda tree: (critic.model, critic.join(SplitParams(frozen.critic, tree))),
     )
-    start = jax.device_get(engine.trained)
+    start = jax.device_get(engine.params.trainable)
     state = {"iteration": ITERATION, "per_iteration": 4, "entropy": 1.6, "penalty": settings.get("penalty_coef", 0)}
     texts = text() if "ptx_coef" in settings else None
     trained = start.actor, start.critic
     *wanted, metrics, after = oracle.update(networks, frozen, trained, trainer.config, made, texts, state)
     ours = trainer.train_rlhf(made, texts)
 
-    ended = jax.device_get(engine.trained)
+    ended = jax.device_get(engine.params.trainable)
     for got, want, before in zip((ended.actor, ended.critic), wanted, trained, strict=True):
         largest = max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (want, before)), strict=True))
         assert largest > 0.01

@@ -8,7 +8,7 @@ import pytest
 from jax import export
 
 from jax_rlhf import RLHFEngine
-from jax_rlhf.training import programs
+from jax_rlhf.ppo import programs
 from tests.ppo import tiny
 
 
@@ -22,17 +22,17 @@ def test_generation_and_update_lower(platform, backend, monkeypatch):
     batch, key = tiny.ragged_prompts(16), jax.random.key(0)
 
     def generate(trained, tokens, mask, row_ids):
-        arguments = (engine.frozen, tokens, mask, row_ids, key, config, ppo.state.kl.value)
-        return programs.generate(engine.networks, ppo.sampling, trained, *arguments)
+        arguments = (engine.params.frozen, tokens, mask, row_ids, key, config, ppo.state.kl.value)
+        return programs.generate(engine.models, ppo.sampling, trained, *arguments)
 
     def update(trained, state, experience):
-        return programs.update(engine.networks, config, None, trained, state, engine.frozen, experience, None, key)
+        return programs.update(engine.models, config, None, trained, state, engine.params.frozen, experience, None, key)
 
-    arguments = (engine.trained, batch.tokens, batch.mask, batch.row_ids)
+    arguments = (engine.params.trainable, batch.tokens, batch.mask, batch.row_ids)
     experience = jax.eval_shape(generate, *arguments)
     lowered = export.export(jax.jit(generate), platforms=[platform])(*arguments)
     assert lowered.platforms == (platform,)
     assert "tensor<2x16x4x10x8xbf16>" in lowered.mlir_module()  # all layers' keys in one array: the scanned form
-    lowered = export.export(jax.jit(update), platforms=[platform])(engine.trained, ppo.state, experience)
+    lowered = export.export(jax.jit(update), platforms=[platform])(engine.params.trainable, ppo.state, experience)
     assert lowered.platforms == (platform,)
     assert "bf16" in lowered.mlir_module()

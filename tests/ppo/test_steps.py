@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_rlhf import RLHFEngine
-from jax_rlhf.training import programs
+from jax_rlhf.ppo import programs
 from tests.ppo import tiny
 from tests.ppo.test_update import ROWS, assert_close, experience, moved, on_device
 from tests.programs import equations
@@ -43,9 +43,16 @@ def test_a_warm_up_of_the_critic_computes_no_gradient_of_the_actor():
     """The products of the branch that learns are those of forward and backward; of the one that rests, forward's."""
     engine = RLHFEngine(tiny.policy())
     trainer = tiny.trainer(engine, critic_warmup_iterations=1, microbatch_size=4)
-    arguments = engine.trained, trainer.state, engine.frozen, on_device(experience()), None, trainer._key
+    arguments = (
+        engine.params.trainable,
+        trainer.state,
+        engine.params.frozen,
+        on_device(experience()),
+        None,
+        trainer._key,
+    )
     config = trainer._divided(ROWS, 5)
-    traced = programs.update.trace(engine.networks, config, None, *arguments).jaxpr
+    traced = programs.update.trace(engine.models, config, None, *arguments).jaxpr
     branches = [
         sorted(count_products(branch.jaxpr) for branch in equation.params["branches"])
         for equation in equations(traced.jaxpr)
@@ -144,7 +151,7 @@ def test_limits_are_of_a_response_s_kl_and_of_the_largest_ratio():
 def test_a_trainer_without_a_moving_average_leaves_that_of_another():
     engine = RLHFEngine(tiny.policy())
     tiny.trainer(engine, ema_decay=0.5)
-    average = jax.device_get(engine.trained.actor_ema)
+    average = jax.device_get(engine.params.trainable.actor_ema)
     step, _ = moved(tiny.trainer(engine), on_device(experience()))
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(step[0])) > 0
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(engine.trained.actor_ema), average)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(engine.params.trainable.actor_ema), average)

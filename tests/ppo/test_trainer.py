@@ -181,9 +181,14 @@ def test_what_cannot_be_trained_is_said_at_once():
 @pytest.mark.parametrize(
     ("rows", "devices", "config", "message"),
     [
-        (10, 1, {"num_minibatches": 4}, "10 rows cannot be cut into num_minibatches=4"),
+        (
+            10,
+            1,
+            {"num_minibatches": 4},
+            "10 rows cannot be cut evenly into config.ppo.num_minibatches=4 .* × 1 row shards = 4 rows",
+        ),
         (12, 1, {"microbatch_size": 5}, "microbatch_size=5 does not divide a minibatch of 12 rows.*1, 2, 3, 4, 6, 12"),
-        (12, 8, {}, "12 rows cannot be cut over the mesh's 8 row shards.*a multiple of num_minibatches × 8 = 8"),
+        (12, 8, {}, "12 rows cannot be cut evenly into the mesh's 8 row shards.*a multiple of 8 row shards = 8 rows"),
         (16, 8, {"microbatch_size": 4}, "sizes that do: 8, 16"),
     ],
 )
@@ -199,7 +204,7 @@ def test_a_reward_model_that_gives_no_number_is_named_with_the_text_and_changes_
     mesh = None if devices == 1 else Mesh(np.array(jax.devices()), ("data",))
     trainer = tiny.trainer(scored_engine(mesh=mesh), reward=None)
     experience = trainer.generate_experience(tiny.ragged_prompts(ROWS))
-    before = jax.device_get(trainer.engine.trained)
+    before = jax.device_get(trainer.engine.params.trainable)
     bad = experience.replace(scores=experience.scores.at[5].set(np.nan))
     row = np.asarray(experience.tokens[5, 5:])[np.asarray(experience.response_mask[5])]
     text = " ".join(tiny.WORDS[token] for token in row)
@@ -208,7 +213,7 @@ def test_a_reward_model_that_gives_no_number_is_named_with_the_text_and_changes_
         assert metrics["val/bad_steps"] == metrics["val/skipped_updates"] == bad_steps
     assert "1 of 16 responses have a score that is not finite, first row 5 with nan" in caplog.text
     assert f"response '{text}'" in caplog.text
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(trainer.engine.trained), before)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(trainer.engine.params.trainable), before)
     assert trainer.train_rlhf(experience)["val/bad_steps"] == 0
 
 

@@ -8,16 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from jax_rlhf.ppo.objective import PretrainingRows
 
 from jax_rlhf import RLHFEngine
-from jax_rlhf.training import PretrainingRows, update
+from jax_rlhf.ppo import update
 from tests.ppo import tiny
 
 ROWS = 16
 
 
 def params_of(trainer):
-    return jax.device_get((trainer.engine.trained.actor, trainer.engine.trained.critic))
+    return jax.device_get((trainer.engine.params.trainable.actor, trainer.engine.params.trainable.critic))
 
 
 def moved(trainer, experience, **kwargs):
@@ -64,7 +65,7 @@ def on_device(tree):
 def plain_gradients(average="tokens"):
     """Actor's and critic's, by whole logits and plain formulas; average="rows" is the common mistake."""
     engine, made = RLHFEngine(tiny.policy()), on_device(experience())
-    actor_model, critic_model = engine.networks.actor.model, engine.networks.critic.model
+    actor_model, critic_model = engine.models.actor.model, engine.models.critic.model
     mask = jnp.concatenate([made.prompt_mask, made.response_mask], axis=1)
     start = made.prompt_mask.shape[1]
 
@@ -87,7 +88,7 @@ def plain_gradients(average="tokens"):
         near = jnp.clip(values, made.values - 0.2, made.values + 0.2)
         return mean(0.5 * jnp.maximum((values - made.returns) ** 2, (near - made.returns) ** 2))
 
-    trained = engine.trained
+    trained = engine.params.trainable
     return jax.device_get(
         (jax.jit(jax.grad(actor_loss))(trained.actor), jax.jit(jax.grad(critic_loss))(trained.critic))
     )
@@ -195,19 +196,19 @@ def test_only_the_top_layers_train_and_the_bottom_runs_once():
     start = tiny.policy(tie_embeddings=False)
     engine = RLHFEngine(start, trainable_layers=1, critic_trainable_layers=1)
     trainer = tiny.trainer(engine, entropy_coef=0.1)
-    assert engine.networks.critic_shares
-    assert engine.frozen.reference.frozen == {}  # it is the actor's
-    shared = zip(jax.tree.leaves(engine.frozen.critic), jax.tree.leaves(engine.frozen.actor), strict=True)
+    assert engine.models.critic_shares
+    assert engine.params.frozen.reference.frozen == {}  # it is the actor's
+    shared = zip(jax.tree.leaves(engine.params.frozen.critic), jax.tree.leaves(engine.params.frozen.actor), strict=True)
     assert all(critic is actor for critic, actor in shared)
-    assert "embedding" not in engine.trained.actor
+    assert "embedding" not in engine.params.trainable.actor
     moments = trainer.state.actor_optimizer[0].mu
-    assert jax.tree.map(jnp.shape, moments) == jax.tree.map(jnp.shape, engine.trained.actor)
+    assert jax.tree.map(jnp.shape, moments) == jax.tree.map(jnp.shape, engine.params.trainable.actor)
 
     made = trainer.generate_experience(tiny.ragged_prompts(ROWS))
     whole = tiny.trainer(entropy_coef=0.1)
     wanted = whole.generate_experience(tiny.ragged_prompts(ROWS))
-    assert made.actor_boundary.shape == (ROWS, 11, 32)
-    assert wanted.actor_boundary is None
+    assert made.frozen_activations.actor.shape == (ROWS, 11, 32)
+    assert wanted.frozen_activations.actor is None
     np.testing.assert_array_equal(made.tokens, wanted.tokens)
     for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns"):
         np.testing.assert_allclose(getattr(made, name), getattr(wanted, name), atol=1e-5, err_msg=name)
@@ -262,7 +263,7 @@ def test_pretraining_loss_is_mixed_in():
 
 def test_moving_average_and_critic_warm_up():
     trainer = tiny.trainer(ema_decay=0.9, critic_warmup_iterations=1)
-    start = jax.device_get(trainer.engine.trained.actor)
+    start = jax.device_get(trainer.engine.params.trainable.actor)
     step, _ = moved(trainer, on_device(experience()))
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(step[0])) == 0
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(step[1])) > 0
@@ -332,9 +333,9 @@ def test_past_a_limit_the_learning_rate_falls_and_stays():
     for other in (free, within):
         other.train_rlhf(other.generate_experience(tiny.ragged_prompts(ROWS)))
     assert (metrics["limit/kl"], metrics["limit/ratio"], metrics["limit/lr_scale"]) == (0, 0, 1)
-    jax.tree.map(np.testing.assert_array_equal, trainer.engine.trained, within.engine.trained)
+    jax.tree.map(np.testing.assert_array_equal, trainer.engine.params.trainable, within.engine.params.trainable)
     to_rounding = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)  # of another program
-    jax.tree.map(to_rounding, trainer.engine.trained, free.engine.trained)
+    jax.tree.map(to_rounding, trainer.engine.params.trainable, free.engine.params.trainable)
     apart = made.replace(ref_logprobs=made.ref_logprobs - 0.1 * made.response_mask)
     metrics = trainer.train_rlhf(apart)  # says so; the next update is the first with the lower rate
     assert (metrics["limit/kl"], metrics["limit/ratio"], metrics["limit/lr_scale"]) == (1, 0, 0.25)

@@ -14,16 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_rlhf.phases.workdir import lock_workdir
-from jax_rlhf.rewards import (
-    Failures,
-    OnFailure,
-    RewardError,
-    RewardFunction,
-    asks_for_special_tokens_of,
-    score_texts,
-)
+from jax_rlhf.rewards import Failures, OnFailure, RewardError, RewardFunction, asks_for_special_tokens_of, score_texts
 from jax_rlhf.rewards.worker import decode, encode
+from jax_rlhf.runtime.workdir import lock_workdir
 from tests.processes import ROOT
 from tests.rewards import judges
 

@@ -92,8 +92,7 @@ def whole_experience():
         scores=zero[:, 0],
         ended=mask[:, 2],
         kept_mass=np.where(mask, 1, 0).astype(np.float32),
-        actor_boundary=None,
-        critic_boundary=None,
+        frozen_activations=FrozenActivations(),
     )
 
 

@@ -1,0 +1,1 @@
+"""The command line: flags, checks before a run, the run itself, and what is said at its end."""

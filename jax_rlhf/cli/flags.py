@@ -1,0 +1,152 @@
+"""The command line: a config by its file or its name, its fields as flags, and what is said where it cannot be used."""
+
+import ast
+import itertools
+import re
+import sys
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags.tuple_parser import TupleParser
+
+from jax_rlhf.cli.packaged import get_config_of, packaged_configs, said_of
+from jax_rlhf.config import RunConfig
+from jax_rlhf.io.paths import local_path
+from jax_rlhf.io.printable import printable_lines
+from jax_rlhf.settings import is_list_of, unknown_name
+
+USAGE = "usage: jax-rlhf --config=FILE_OR_NAME --workdir=DIR [--config.FIELD=VALUE …]"
+_ELEMENT = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)'|([^,]*))\s*(?:,|$)""")
+_SPECIFIED = re.compile(r"--?config(=|$)")
+
+
+class _Written(str):
+    """A list as it was written on the command line; what it means depends on the field's type."""
+
+
+class _ListParser(TupleParser):
+    """Keeps what was written; ml_collections' own parser reads it as Python, and fails on paths."""
+
+    def parse(self, argument: Any) -> tuple:
+        return (_Written(argument),) if isinstance(argument, str) else super().parse(argument)
+
+
+config_flags.register_flag_parser_for_type(tuple, _ListParser())
+CONFIG = config_flags.DEFINE_config_file("config", help_string="A config: a file, or one that the package has.")
+
+
+def _settings_of(argument: str) -> tuple[str, ConfigDict]:
+    """(what config_flags is told, the settings) of --config=FILE[:PARAMETER] or --config=NAME."""
+    name, colon, parameter = argument.partition(":")
+    file, known = local_path(name), packaged_configs()
+    if not file.is_file():
+        if name not in known:
+            near = [other for other in known if other == file.stem]
+            hint = f"--config={near[0]} is the package's" if near else f"the package has {', '.join(known)}"
+            raise ValueError(f"--config={argument}: {name!r} is no file here; {hint}.")
+        file = known[name]
+    get_config = get_config_of(file)
+    try:
+        config = get_config(parameter) if colon else get_config()
+    except (Exception, SystemExit) as error:  # it is the user's code
+        raise ValueError(said_of(file, error)) from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            f"{file}: get_config returned a {type(config).__name__}; an ml_collections.ConfigDict is expected."
+        )
+    return f"{file}{colon}{parameter}", config
+
+
+# ---- flags ---------------------------------------------------------------------------------------------------------
+
+
+def parse_flags(arguments: Sequence[str]) -> list[str]:
+    """Parses the command line.
+
+    In a list every text between commas is an element, whatever it looks like; one with a comma inside stands in quotes.
+
+    Args:
+      arguments: sys.argv.
+
+    Returns:
+      What is left of it. Exits with code 2 where it cannot be used, after a line that says why.
+    """
+    try:
+        return _parsed(list(arguments))
+    except (flags.Error, ArithmeticError, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"{USAGE}\nerror: {printable_lines(str(message))}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parsed(arguments: list[str]) -> list[str]:
+    if not any(re.match(r"--?help", argument) for argument in arguments):
+        place = next((i for i, argument in enumerate(arguments) if _SPECIFIED.match(argument)), None)
+        if place is None:
+            raise ValueError(f"--config=FILE_OR_NAME is missing; the package has {', '.join(packaged_configs())}.")
+        if "=" not in arguments[place]:
+            if place + 1 == len(arguments):
+                raise ValueError("--config has no value.")
+            arguments[place : place + 2] = [f"--config={arguments[place + 1]}"]
+        told, config = _settings_of(arguments[place].partition("=")[2])
+        arguments[place] = f"--config={told}"
+        _check_fields(arguments, config)
+    rest = flags.FLAGS(arguments)
+    if flags.FLAGS["verbosity"].using_default_value:
+        flags.FLAGS.verbosity = logging.WARNING  # absl would choose INFO, in which JAX reports each missing device
+    if CONFIG.value is not None:
+        _expand_lists(CONFIG.value)
+    return rest
+
+
+def _check_fields(arguments: Sequence[str], config: ConfigDict) -> None:
+    """Raises at the first --config.a.b that the config does not have."""
+    known = list(_paths(config))
+    for argument in arguments:
+        match = re.match(r"--?(no)?config\.([^=]*)", argument)
+        if match and match[2] not in known:
+            raise ValueError(f"config.{match[2]}: there is no such field; {unknown_name(match[2], known, 'config.')}")
+
+
+def _paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    for name, value in config.items():
+        yield prefix + name
+        if isinstance(value, ConfigDict):
+            yield from _paths(value, f"{prefix}{name}.")
+
+
+def _expand_lists(config: ConfigDict, kind: type = RunConfig, where: str = "config") -> None:
+    """Reads lists by their fields' types."""
+    hints = typing.get_type_hints(kind)
+    for name, value in config.items():
+        if name not in hints:
+            continue
+        if isinstance(value, ConfigDict):
+            _expand_lists(value, hints[name], f"{where}.{name}")
+        elif isinstance(value, tuple) and any(isinstance(part, _Written) for part in value):
+            parts = [_elements(part, is_list_of(hints[name]), f"{where}.{name}") for part in value]
+            given = [part for part in parts if part is not None]
+            config[name] = tuple(itertools.chain(*given)) if given else None
+
+
+def _elements(written: str, kind: type, where: str) -> list | None:
+    """The elements of a list; None for None."""
+    text = written.strip()
+    if text == "None":
+        return None
+    if text[:1] in ("(", "["):
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            value = None  # a text that begins so
+        if isinstance(value, tuple | list) and (kind is not str or all(isinstance(part, str) for part in value)):
+            return list(value)
+    found = [next(filter(None, match.groups()), "") for match in _ELEMENT.finditer(text)]
+    found = [element.strip() for element in found if element.strip()]
+    try:
+        return [kind(element) for element in found]
+    except ValueError as error:
+        raise ValueError(f"{where}={written!r}: numbers with commas between them are expected.") from error

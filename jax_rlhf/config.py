@@ -1,0 +1,131 @@
+"""What `python -m jax_rlhf` can be told: every field, with its default."""
+
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jax_rlhf.data import DataConfig
+from jax_rlhf.data.formats import PHASES
+from jax_rlhf.hub import Description, Pretrained, end_ids
+from jax_rlhf.hub.model_config import ModelConfig
+from jax_rlhf.parallel import MeshConfig, RolloutMeshConfig
+from jax_rlhf.ppo.config import CriticConfig, FrozenConfig, PPOConfig
+from jax_rlhf.ppo.engine import RLHFEngine
+from jax_rlhf.reward.config import RewardTrainingConfig
+from jax_rlhf.runtime.checkpoint import CheckpointConfig
+from jax_rlhf.runtime.run_logger import LogConfig
+from jax_rlhf.runtime.watchdog import WatchdogConfig
+from jax_rlhf.settings import from_mapping, one_of, to_config_dict
+from jax_rlhf.sft.config import SFTConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run.
+
+    Attributes:
+      phases: of "sft", "reward", "ppo", in that order.
+      seed: of everything random.
+      mesh: how many devices lie along each axis.
+      rollout_mesh: the same devices in another form, for sampling; by default chosen by the model.
+      model: the policy. `path` is the checkpoint that the SFT phase starts from.
+      sft_model_path: the SFT policy, which the reward and PPO phases start from; None = <workdir>/sft/model.
+      reference, critic: of PPO; `path` None = the SFT policy, and the reward model.
+      reward: the reward model of PPO; `path` None = <workdir>/reward/model.
+      data, sft, reward_training, ppo, checkpoint, log, watchdog: see there.
+      max_bad_steps: steps (PPO: iterations) in a row with an update that was not finite, and was left out, before the
+        run stops.
+      debug: stop at the first NaN, at the first transfer between host and devices that nobody asked for, and where an
+        experience is not what it should be; write checkpoints before going on. Slower.
+    """
+
+    phases: tuple[str, ...] = PHASES
+    seed: int = 0
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    rollout_mesh: RolloutMeshConfig = dataclasses.field(default_factory=RolloutMeshConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    sft_model_path: str | None = None
+    reference: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
+    critic: CriticConfig = dataclasses.field(default_factory=CriticConfig)
+    reward: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    sft: SFTConfig = dataclasses.field(default_factory=SFTConfig)
+    reward_training: RewardTrainingConfig = dataclasses.field(default_factory=RewardTrainingConfig)
+    ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    watchdog: WatchdogConfig = dataclasses.field(default_factory=WatchdogConfig)
+    max_bad_steps: int = 5
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_bad_steps < 1:
+            raise ValueError(f"config.max_bad_steps={self.max_bad_steps} must be 1 or more.")
+        for phase in self.phases:
+            if phase not in PHASES:
+                raise ValueError(f"config.phases: {phase!r} is no phase; {one_of(phase, PHASES, 'phases')}")
+        if not self.phases or sorted(self.phases, key=PHASES.index) != list(self.phases):
+            raise ValueError(f"config.phases={self.phases}: one or more of {', '.join(PHASES)} in this order.")
+
+    def ends(self, policy: Description | Pretrained | RLHFEngine) -> tuple[int, ...]:
+        """The tokens that end the policy's answers, in all phases.
+
+        Args:
+          policy: the policy, what its checkpoint says, or the engine that has it.
+
+        Returns:
+          Ids; `ppo.eos_ids` where they are given.
+        """
+        known = end_ids(policy.tokenizer, policy.generation_config)
+        return known if self.ppo.eos_ids is None else self.ppo.eos_ids
+
+    def data_of(self, phase: str) -> DataConfig:
+        """The data's settings as a phase uses them.
+
+        Args:
+          phase: its name.
+
+        Returns:
+          `data`, but for packing, which the token loss of pairs does not know.
+        """
+        if phase == "reward" and self.reward_training.loss == "token":
+            return dataclasses.replace(self.data, packing=False)
+        return self.data
+
+    def eval_rows_of(self, phase: str) -> int:
+        """How many held-out rows a phase evaluates on, at most; what is held out is the same in all phases.
+
+        Args:
+          phase: its name.
+
+        Returns:
+          `data.eval_rows`, or that of PPO.
+        """
+        return self.ppo.eval_rows if phase == "ppo" and self.ppo.eval_rows is not None else self.data.eval_rows
+
+
+def default_config() -> ConfigDict:
+    """All fields with their defaults, for a config file's `get_config` to change.
+
+    Returns:
+      A ConfigDict; `ppo.seed` follows `seed`.
+    """
+    config = to_config_dict(RunConfig(ppo=PPOConfig(time_phases=True)))
+    config.ppo.seed = config.get_oneway_ref("seed")
+    return config
+
+
+def run_config(config: Any) -> RunConfig:
+    """The settings of a run, every field checked.
+
+    Args:
+      config: a ConfigDict or another mapping of the fields that differ from the defaults, or a `RunConfig`.
+
+    Returns:
+      The settings.
+
+    Raises:
+      ValueError: an unknown field (with the names nearest to it), or a wrong value.
+    """
+    return from_mapping(RunConfig, config)

@@ -1,0 +1,1 @@
+"""Files, paths and texts that others wrote, and the terminal."""

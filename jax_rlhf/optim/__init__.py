@@ -1,0 +1,1 @@
+"""Optimizers, microbatches, and the supervised step."""

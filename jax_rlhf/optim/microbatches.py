@@ -1,0 +1,138 @@
+"""How the rows of a batch are cut: minibatches, microbatches, and the mesh's row shards.
+
+batch           rows of one iteration or step, of all devices
+  minibatch     rows of one optimizer step
+    microbatch  rows whose activations exist at once; each device computes its shard of them
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jax_rlhf.parallel import Layout, row_shards
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+    """A batch that divides evenly.
+
+    Attributes:
+      rows: of the batch.
+      num_minibatches: optimizer steps per pass over the batch.
+      microbatch_size: rows per microbatch.
+    """
+
+    rows: int
+    num_minibatches: int
+    microbatch_size: int
+
+    @property
+    def microbatches(self) -> int:
+        """Microbatches per minibatch."""
+        return self.rows // self.num_minibatches // self.microbatch_size
+
+
+def plan_batch(
+    rows: int,
+    microbatch_size: int | None,
+    layout: Layout | None,
+    *,
+    where: str,
+    num_minibatches: int = 1,
+    tokens_per_row: int | None = None,
+    platform: str = "cpu",
+) -> BatchPlan:
+    """Cuts a batch into minibatches and microbatches.
+
+    Args:
+      rows: of the batch, of all processes.
+      microbatch_size: rows per microbatch; None = the largest that `microbatch_rows` allows.
+      layout: the mesh; None = one device.
+      where: the config section that has these fields, for messages.
+      num_minibatches: optimizer steps per pass over the batch.
+      tokens_per_row: tokens per row at most; None = a microbatch without a size is the whole minibatch.
+      platform: "cpu", "gpu" or "tpu".
+
+    Returns:
+      The plan.
+
+    Raises:
+      ValueError: the sizes do not divide; the message says which would.
+    """
+    shards, given = row_shards(layout), microbatch_size
+    minibatch = rows // num_minibatches
+    divides = rows % num_minibatches == 0 and minibatch % shards == 0
+    if divides and given is None:
+        given = minibatch if tokens_per_row is None else microbatch_rows(minibatch, tokens_per_row, shards, platform)
+    if divides and minibatch % given == 0 and given % shards == 0:
+        return BatchPlan(rows, num_minibatches, given)
+    parts = f"{num_minibatches} minibatches × " if num_minibatches > 1 else ""
+    if not divides:
+        named = f"{where}.num_minibatches={num_minibatches} minibatches over " if parts else ""
+        raise ValueError(
+            f"a batch of {rows} rows cannot be cut evenly into {named}the mesh's {shards} row shards (data × fsdp); "
+            f"give a multiple of {parts}{shards} row shards = {num_minibatches * shards} rows."
+        )
+    fits = [n for n in range(shards, minibatch + 1, shards) if minibatch % n == 0]
+    raise ValueError(
+        f"{where}.microbatch_size={given} does not divide a minibatch of {minibatch} rows, or is no multiple "
+        f"of the mesh's {shards} row shards (data × fsdp); sizes that do: {', '.join(map(str, fits))}."
+    )
+
+
+def microbatch_rows(rows: int, tokens_per_row: int, shards: int, platform: str) -> int:
+    """Rows per microbatch: as many as divide the minibatch and keep to a budget of tokens per device.
+
+    1,024 tokens on CPU, where the activations of more leave the caches, and 16,384 on GPU and TPU.
+
+    Args:
+      rows: of a minibatch.
+      tokens_per_row: P + R.
+      shards: into which rows are cut over the mesh.
+      platform: "cpu", "gpu" or "tpu".
+
+    Returns:
+      A divisor of `rows` and multiple of `shards`.
+    """
+    budget = (1024 if platform == "cpu" else 16_384) * shards
+    fits = [n for n in range(shards, rows + 1, shards) if rows % n == 0]
+    return max((n for n in fits if n * tokens_per_row <= budget), default=fits[0])
+
+
+def accumulate(function: Callable[[Any], Any], parts: Any, *, add: Callable[[Any, Any], Any] | None = None) -> Any:
+    """Σ function(part) over microbatches, one after the other, so that one microbatch's activations exist.
+
+    Args:
+      function: a microbatch → a tree of arrays, such as gradients and sums; under `jit`.
+      parts: a tree of arrays [microbatches, rows, …].
+      add: of two such trees; None = leaf by leaf.
+
+    Returns:
+      The sum.
+    """
+    add = add or (lambda total, more: jax.tree.map(jnp.add, total, more))
+    first = jax.tree.map(lambda leaf: leaf[0], parts)
+    if len(jax.tree.leaves(parts)[0]) == 1:
+        return function(first)
+    total = zeros_like_result(lambda: function(first))
+    return jax.lax.scan(lambda total, part: (add(total, function(part)), None), total, parts)[0]
+
+
+def zeros_like_result(function: Callable[[], Any]) -> Any:
+    """Zeros of the shapes and dtypes that a function returns; it is traced, and not run.
+
+    Args:
+      function: of no arguments.
+
+    Returns:
+      A tree of arrays.
+    """
+
+    def zeros(leaf: jax.ShapeDtypeStruct) -> Array:
+        return jnp.zeros(leaf.shape, leaf.dtype)
+
+    return jax.tree.map(zeros, jax.eval_shape(function))

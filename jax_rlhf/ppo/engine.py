@@ -1,0 +1,256 @@
+"""The four models of PPO on one mesh, and the jitted functions over them; `initialize.py` says who starts as what.
+
+With `trainable_layers=k` the layers below the top k are frozen, held once, and shared: by actor and reference, by
+critic and reward model where the one started as the other, by actor and critic where the critic started as the actor.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jax import Array
+from jax.sharding import Mesh
+
+from jax_rlhf.hub import CheckpointError, Pretrained
+from jax_rlhf.hub.model_config import ModelConfig, load_model, running_as
+from jax_rlhf.models import model_jit
+from jax_rlhf.models.config import DecoderConfig
+from jax_rlhf.models.decoder import Params as ModelParams
+from jax_rlhf.models.split import SplitModel, SplitParams
+from jax_rlhf.parallel import Layout, as_layout
+from jax_rlhf.ppo.config import CriticConfig, FrozenConfig
+from jax_rlhf.ppo.initialize import (
+    InitialModels,
+    check_compatible,
+    create_models,
+    create_params,
+    pad_vocabularies,
+    trainable_shardings,
+)
+from jax_rlhf.ppo.models import Models, Params
+from jax_rlhf.ppo.step import make_sample
+from jax_rlhf.rl import Batch, Prompts
+from jax_rlhf.sampling import Samples, Sampling
+from jax_rlhf.settings import from_mapping
+
+_KINDS = {"model": ModelConfig, "reference": FrozenConfig, "critic": CriticConfig, "reward": FrozenConfig}
+
+
+class RLHFEngine:
+    """Actor, reference, critic and reward model on one mesh.
+
+    Attributes:
+      models: the four models, without their parameters.
+      params: their parameters; the trainer replaces `params.trainable` after every update.
+      tokenizer: the actor's, or None.
+      layout: the mesh, and what lies where on it; None = one device.
+    """
+
+    def __init__(
+        self,
+        actor: Pretrained,
+        *,
+        reference: Pretrained | None = None,
+        critic: Pretrained | None = None,
+        reward: Pretrained | None = None,
+        trainable_layers: int | None = None,
+        critic_trainable_layers: int | None = None,
+        critic_zero_head: bool = False,
+        offloaded: Sequence[str] = (),
+        reference_config: DecoderConfig | None = None,
+        critic_config: DecoderConfig | None = None,
+        mesh: Mesh | Layout | None = None,
+    ) -> None:
+        """Builds the engine from parameters in memory; arguments are copied where they train, else shared.
+
+        Args:
+          actor: with an LM head.
+          reference: with an LM head; None = the actor's weights.
+          critic: with a scalar head; None = the reward model's weights, or the actor's trunk with a zero head.
+          reward: with a scalar head; None = no reward model.
+          trainable_layers, critic_trainable_layers: from the top; None = all parameters.
+          critic_zero_head: the critic's head starts at zero, whatever it starts as.
+          offloaded: of "reference" and "reward", those whose parameters wait in host memory between uses.
+          reference_config, critic_config: how these run (dtype, remat, attention) where they start as another model;
+            None = as that one.
+          mesh: the mesh; None = one device. A vocabulary that it does not divide gets zero rows, which are not saved.
+
+        Raises:
+          ValueError: a wrong head, layers out of range, another tokenizer, or a size that the mesh does not divide.
+        """
+        self.layout = as_layout(mesh)
+        layers = trainable_layers, critic_trainable_layers
+        runs = reference_config, critic_config
+        start = InitialModels(actor, reference, critic, reward, *layers, critic_zero_head, tuple(offloaded), *runs)
+        check_compatible(start)
+        start = pad_vocabularies(start, self.layout)
+        self.models = create_models(start, self.layout)
+        params = create_params(self.models, start)
+        # Committed to their devices, as an update returns them: else the second iteration would compile anew.
+        if self.layout is None:
+            where = jax.tree.map(lambda leaf: leaf.sharding, params.trainable)
+        else:
+            where = trainable_shardings(self.models, self.layout)
+        self.params = params.replace(trainable=jax.device_put(params.trainable, where))
+        self._decoder = start.actor.model.config  # with all ids that it knows, for what is saved
+        self.tokenizer = actor.tokenizer
+        self.generation_config = actor.generation_config
+
+    @classmethod
+    def create(cls, config: Any, mesh: Mesh | Layout | None = None) -> "RLHFEngine":
+        """Loads the models that a config names.
+
+        Args:
+          config: a mapping with `model` and, where wanted, `reference`, `critic`, `reward`, each with `ModelConfig`'s
+            fields (`critic` with `CriticConfig`'s); other entries (`ppo`, …) are not looked at.
+          mesh: the mesh; None = one device.
+
+        Returns:
+          The engine.
+
+        Raises:
+          ValueError: an unknown field or a wrong value; says which.
+          FileNotFoundError, CheckpointError: a checkpoint cannot be used.
+        """
+        roles = {role: from_mapping(kind, config.get(role) or {}, f"config.{role}") for role, kind in _KINDS.items()}
+        if roles["model"].path is None:
+            raise ValueError("config.model.path is not set; it names the actor's checkpoint.")
+        if roles["reference"].trainable_layers or roles["reward"].trainable_layers:
+            raise ValueError(
+                "trainable_layers is a field of config.model and config.critic; reference and reward model are frozen "
+                "in PPO and are cut where the actor and the critic are."
+            )
+        check_roles(roles)
+        load = functools.partial(load_model, mesh=mesh)
+        actor, reward = load(roles["model"], "lm"), load(roles["reward"], "scalar")
+        if reward is not None and reward.new_head:
+            raise CheckpointError(headless(roles["reward"].path))
+        return cls(
+            actor,
+            reference=load(roles["reference"], "lm"),
+            critic=load(roles["critic"], "scalar"),
+            reward=reward,
+            reference_config=running_as(actor.model.config, roles["reference"], roles["model"]),
+            critic_config=running_as((reward or actor).model.config, roles["critic"], roles["model"]),
+            trainable_layers=roles["model"].trainable_layers,
+            critic_trainable_layers=roles["critic"].trainable_layers,
+            critic_zero_head=roles["critic"].zero_head,
+            offloaded=[role for role in ("reference", "reward") if roles[role].offload],
+            mesh=mesh,
+        )
+
+    @property
+    def actor(self) -> Pretrained:
+        """The actor as it is now, for `save_pretrained`."""
+        return self._pretrained(self.models.actor, self.params.actor)
+
+    @property
+    def actor_ema(self) -> Pretrained:
+        """The actor's moving average."""
+        average = self.params.trainable.actor_ema
+        if average is None:
+            raise ValueError("no moving average is kept; set config.ppo.ema_decay.")
+        return self._pretrained(self.models.actor, self.params.with_actor(average).actor)
+
+    @property
+    def critic(self) -> Pretrained:
+        """The critic as it is now."""
+        critic = self._pretrained(self.models.critic, self.params.critic)
+        bias = float(self.params.frozen.critic_bias)
+        return dataclasses.replace(critic, generation_config=None, reward_bias=bias)
+
+    def _pretrained(self, network: SplitModel, params: SplitParams) -> Pretrained:
+        params, model = _join(network, params), network.model
+        if model.head == "lm":
+            known = {"vocab_size": self._decoder.vocab_size, "absent_ids": self._decoder.absent_ids}
+            model = model.clone(config=model.config.replace(**known))
+        return Pretrained(model, params, self.tokenizer, self.generation_config)
+
+    def sample(self, prompts: Array, prompt_mask: Array, row_ids: Array, key: Array, sampling: Sampling) -> Samples:
+        """The actor's responses; arguments as in `jax_rlhf.sample`."""
+        rows = Prompts(prompts, prompt_mask, row_ids, columns=None)
+        return make_sample(self.models, sampling)(self.params, rows, key)
+
+    def score(
+        self, tokens: Array, mask: Array, *, start: int = 1, temperature: float = 1.0
+    ) -> tuple[Array, Array, Array]:
+        """Log-probs of tokens[:, start:] by actor and reference, the actor's entropy: float32[B, T − start] each."""
+        return _make_score(self.models, temperature)(self.params, Batch(tokens, mask, start=start))
+
+    def values(self, tokens: Array, mask: Array) -> Array:
+        """The critic's value of the state that each token leads to, float32[B, T]."""
+        return _make_values(self.models)(self.params, Batch(tokens, mask))
+
+    def reward(self, tokens: Array, mask: Array) -> Array:
+        """The reward model's score of each text, float32[B]; whether it ends in EOS is not looked at."""
+        if self.models.reward is None:
+            raise ValueError("the engine has no reward model; give config.reward.path.")
+        return _make_reward(self.models)(self.params, Batch(tokens, mask))
+
+
+# ---- the jitted functions ------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _make_score(models: Models, temperature: float) -> Callable[[Params, Batch], tuple[Array, Array, Array]]:
+    def score(params: Params, batch: Batch) -> tuple[Array, Array, Array]:
+        params = models.fetch_offloaded(params)
+        batch = batch.replace(frozen_activations=models.cache_frozen_activations(params, batch))
+        logprobs, entropy = models.actor_logprobs(params, batch, temperature=temperature)
+        return logprobs, models.reference_logprobs(params, batch, temperature=temperature), entropy
+
+    return model_jit(score)
+
+
+@functools.cache
+def _make_values(models: Models) -> Callable[[Params, Batch], Array]:
+    return model_jit(models.values)
+
+
+@functools.cache
+def _make_reward(models: Models) -> Callable[[Params, Batch], Array]:
+    return model_jit(lambda params, batch: models.scores(models.fetch_offloaded(params), batch))
+
+
+# ---- building ------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _join(network: SplitModel, params: SplitParams) -> ModelParams:
+    return jax.tree.map(jnp.copy, network.join(params))  # not the buffers that the next update is given
+
+
+def headless(path: str) -> str:
+    """What to say of a reward model without a scalar head.
+
+    Args:
+      path: its folder, file or hub id.
+
+    Returns:
+      A message.
+    """
+    return (
+        f"config.reward.path={path} is a language model: it has no scalar head (score.weight), so every text would "
+        "score 0. The reward phase makes a reward model of it: --config.phases=reward --config.reward_training.path=…"
+    )
+
+
+def check_roles(roles: Mapping[str, ModelConfig]) -> None:
+    """Stops where a role has settings that nothing would read.
+
+    Args:
+      roles: "model", "reference", "critic", "reward" → settings.
+
+    Raises:
+      ValueError: says which, and what to do.
+    """
+    for role, config in roles.items():
+        if config.path is None and config.revision is not None:
+            raise ValueError(f"config.{role}.revision={config.revision!r} is of a hub id; set config.{role}.path too.")
+    reward = roles["reward"]
+    if reward.path is None and (reward.offload or reward.dtype or reward.remat or reward.attention):
+        logging.warning("config.reward has no path, so no reward model runs: its other settings change nothing.")

@@ -1,0 +1,188 @@
+"""What is measured of an experience and of the updates by it, under the names that TRL's users know."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from jax_rlhf.ppo.config import PPOConfig
+from jax_rlhf.ppo.state import PPOState
+from jax_rlhf.rl import Experience, masked_mean, masked_sum, masked_variance, shaped_scores, token_rewards
+
+
+@struct.dataclass
+class LossSums:
+    """Losses and more, summed over a microbatch's tokens and divided by the minibatch's token count: float32[] each.
+
+    Attributes:
+      policy_loss, value_loss, ptx_loss: the losses, without entropy bonus and coefficients.
+      entropy: in nats.
+      approx_kl: ½ (log ρ)², in nats.
+      penalty_kl: k3(old ‖ new), in nats.
+      clipped: share of tokens whose gradient PPO-clip removes.
+      value_clipped: share of tokens on which the clipped value loss is the larger one.
+      ratio: ρ.
+      ratio_gap: the largest |ρ − 1|: not a sum.
+    """
+
+    policy_loss: Array
+    value_loss: Array
+    ptx_loss: Array
+    entropy: Array
+    approx_kl: Array
+    penalty_kl: Array
+    clipped: Array
+    value_clipped: Array
+    ratio: Array
+    ratio_gap: Array
+
+
+@struct.dataclass
+class StepMetrics:
+    """What is measured of one minibatch.
+
+    Attributes:
+      sums: of its microbatches.
+      done: bool[], False past `target_kl`, where nothing is computed.
+      taken: bool[], whether the parameters moved.
+      actor_norm, critic_norm: float32[], of the gradients before clipping.
+      actor_lr, critic_lr: float32[], the learning rates of this step.
+    """
+
+    sums: LossSums
+    done: Array
+    taken: Array
+    actor_norm: Array
+    critic_norm: Array
+    actor_lr: Array
+    critic_lr: Array
+
+
+def policy_sums(
+    config: PPOConfig,
+    batch: Experience,
+    *,
+    policy_loss: Array,
+    entropy: Array,
+    log_ratio: Array,
+    old_to_new: Array,
+    tokens: Array,
+) -> LossSums:
+    """What is measured of the actor on a microbatch; `value_loss`, `value_clipped` and `ptx_loss` are 0.
+
+    Args:
+      config: PPO's.
+      batch: b rows of the experience.
+      policy_loss, entropy, log_ratio, old_to_new: float32[b, R]: the loss, and in nats H, log ρ and k3(old ‖ new).
+      tokens: float32[], real tokens of the minibatch.
+    """
+    mask, ratio, advantages, zero = batch.response_mask, jnp.exp(log_ratio), batch.advantages, jnp.float32(0)
+    low, high = config.clip_ranges
+    clipped = ((advantages < 0) & (ratio < 1 - low)) | ((advantages > 0) & (ratio > 1 + high))
+    mean = lambda x: masked_sum(x.astype(jnp.float32), mask) / tokens  # noqa: E731
+    return LossSums(
+        policy_loss=mean(policy_loss),
+        value_loss=zero,
+        ptx_loss=zero,
+        entropy=mean(entropy),
+        approx_kl=mean(0.5 * jnp.square(log_ratio)),
+        penalty_kl=mean(old_to_new),
+        clipped=mean(clipped),
+        value_clipped=zero,
+        ratio=mean(ratio),
+        ratio_gap=jnp.max(jnp.abs(ratio - 1), initial=0, where=mask),
+    )
+
+
+def add_gradients_and_sums(total: tuple[Any, LossSums], more: tuple[Any, LossSums]) -> tuple[Any, LossSums]:
+    """Adds two microbatches' (gradients, sums); of the ratio gaps the largest counts."""
+    gradients, sums = jax.tree.map(jnp.add, total, more)
+    return gradients, sums.replace(ratio_gap=jnp.maximum(total[1].ratio_gap, more[1].ratio_gap))
+
+
+def experience_metrics(config: PPOConfig, experience: Experience, kl_coef: Array) -> dict[str, Array]:
+    """Metrics of one iteration's experience; sums are over a response, means over the batch.
+
+    Args:
+      config: PPO's.
+      experience: what was generated.
+      kl_coef: float32[], β that its rewards were made with.
+
+    Returns:
+      float32[] each:
+        objective/kl: Σ log π − log π_ref, in nats per response; objective/kl_per_token: its mean per token.
+        objective/entropy: Σ −log π of the sampled tokens, in nats per response.
+        objective/scores, objective/scores_std: from the reward source.
+        objective/rlhf_reward: what is optimised: the score, clipped and less the penalty for a missing EOS, less the KL
+          penalty, by the estimate and the reduction of the config; objective/non_score_reward: the KL penalty alone.
+        objective/kl_coef: β.
+        objective/response_length: tokens, EOS included; objective/eos_rate, val/num_eos_tokens: responses that ended.
+        val/explained_variance: 1 − var(returns − values) / var(returns).
+        val/sampler_logprob_gap: the largest |log π of the sampler − of the scorer|.
+        val/kept_mass: mean probability that the sampler's filters left.
+        val/bad_scores: responses whose score is not finite.
+    """
+    mask = experience.response_mask
+    log_ratio = jnp.where(mask, experience.logprobs - experience.ref_logprobs, 0)
+    kl = jnp.mean(jnp.sum(log_ratio, axis=1))
+    scores = jnp.mean(experience.scores)
+    how = {"kl_coef": kl_coef, "kl_kind": config.kl_kind, "kl_reduction": config.kl_reduction}
+    none = jnp.zeros_like(experience.scores)
+    penalty = jnp.mean(jnp.sum(token_rewards(none, experience.logprobs, experience.ref_logprobs, mask, **how), axis=1))
+    shape = {"clip": config.reward_clip, "missing_eos_penalty": config.missing_eos_penalty}
+    optimised = jnp.mean(shaped_scores(experience.scores, experience.ended, **shape))
+    ended = experience.ended.astype(jnp.float32)
+    spread = masked_variance(experience.returns, mask)
+    unexplained = masked_variance(experience.returns - experience.values, mask)
+    return {
+        "objective/kl": kl,
+        "objective/kl_per_token": masked_mean(log_ratio, mask),
+        "objective/entropy": jnp.mean(jnp.sum(jnp.where(mask, -experience.logprobs, 0), axis=1)),
+        "objective/scores": scores,
+        "objective/scores_std": jnp.std(experience.scores),
+        "objective/non_score_reward": penalty,
+        "objective/rlhf_reward": optimised + penalty,
+        "objective/kl_coef": kl_coef,
+        "objective/response_length": jnp.mean(jnp.sum(mask, axis=1).astype(jnp.float32)),
+        "objective/eos_rate": jnp.mean(ended),
+        "val/num_eos_tokens": jnp.sum(ended),
+        "val/explained_variance": 1 - unexplained / jnp.maximum(spread, 1e-12),
+        "val/sampler_logprob_gap": jnp.max(
+            jnp.abs(experience.logprobs - experience.sampler_logprobs), where=mask, initial=0
+        ),
+        "val/kept_mass": masked_mean(experience.kept_mass, mask),
+        "val/bad_scores": jnp.sum(~jnp.isfinite(experience.scores)).astype(jnp.float32),
+    }
+
+
+def update_metrics(state: PPOState, steps: StepMetrics) -> dict[str, Array]:
+    """Means over the updates that were done; each leaf of `steps` is [updates]."""
+    sums = steps.sums
+    mean = lambda x: masked_mean(x.astype(jnp.float32), steps.done)  # noqa: E731
+    last = jnp.sum(steps.done) - 1
+    ratio_variance = masked_mean(jnp.square(sums.ratio - mean(sums.ratio)), steps.done)
+    return {
+        "policy/approxkl_avg": mean(sums.approx_kl),
+        "policy/clipfrac_avg": mean(sums.clipped),
+        "policy/entropy_avg": mean(sums.entropy),
+        "policy/grad_norm": mean(steps.actor_norm),
+        "policy/penalty_kl": mean(sums.penalty_kl),
+        "policy/penalty_coef": state.penalty.value,
+        "loss/policy_avg": mean(sums.policy_loss),
+        "loss/value_avg": mean(sums.value_loss),
+        "loss/ptx_avg": mean(sums.ptx_loss),
+        "val/clipfrac_avg": mean(sums.value_clipped),
+        "val/grad_norm": mean(steps.critic_norm),
+        "val/ratio": mean(sums.ratio),
+        "val/ratio_var": ratio_variance,
+        "val/first_ratio_gap": sums.ratio_gap[0],
+        "val/last_ratio_gap": sums.ratio_gap[last],
+        "val/largest_ratio_gap": jnp.max(jnp.where(steps.done, sums.ratio_gap, 0)),
+        "val/updates": jnp.sum(steps.taken).astype(jnp.float32),
+        "val/skipped_updates": state.skipped_updates.astype(jnp.float32),
+        "val/bad_steps": state.bad_steps.astype(jnp.float32),
+        "lr": steps.actor_lr[last],
+        "lr_critic": steps.critic_lr[last],
+    }

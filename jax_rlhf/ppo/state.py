@@ -1,0 +1,196 @@
+"""What the trainer carries from iteration to iteration, beside the models."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from jax_rlhf.models.decoder import Params
+from jax_rlhf.optim.optimizer import create_optimizer, moment_places, optimizer_step
+from jax_rlhf.parallel import Layout
+from jax_rlhf.ppo.config import PPOConfig
+from jax_rlhf.ppo.models import Trainable
+from jax_rlhf.rl import AdaptiveKL, AdaptivePenalty, FixedKL
+
+
+@struct.dataclass
+class PPOState:
+    """Optimizer states, controllers and counters.
+
+    Attributes:
+      actor_optimizer, critic_optimizer: optax states.
+      kl: the KL controller.
+      penalty: the controller of PPO-penalty's β.
+      iteration: int32[], iterations done.
+      skipped_updates: int32[], optimizer steps left out since something was not finite.
+      bad_steps: int32[], iterations in a row that had such a step.
+      lr_scale: float32[], what the actor's learning rate is multiplied by: 1 until a limit lowers it.
+      entropy: float32[], of the actor on the last minibatch, in nats per token; 0 before the first.
+    """
+
+    actor_optimizer: Any
+    critic_optimizer: Any
+    kl: FixedKL | AdaptiveKL
+    penalty: AdaptivePenalty
+    iteration: Array
+    skipped_updates: Array
+    bad_steps: Array
+    lr_scale: Array
+    entropy: Array
+
+    def adapt_kl(self, kl: Array, episodes: int, moved: Array) -> "PPOState":
+        """With the KL coefficient of the next iteration, where the actor moved; kl: float32[], nats per response."""
+        return self.replace(kl=_where(moved, self.kl.update(kl, episodes), self.kl))
+
+    def adapt_penalty(self, kl: Array, moved: Array) -> "PPOState":
+        """With PPO-penalty's next β, where the actor moved; kl: float32[], k3(old ‖ new), nats per token."""
+        return self.replace(penalty=_where(moved, self.penalty.update(kl), self.penalty))
+
+    def apply_limits(self, config: PPOConfig, metrics: dict[str, Array]) -> tuple["PPOState", dict[str, Array]]:
+        """Where a limit is passed, the learning rate falls, or the run is told to stop; (state, metrics)."""
+        state, limits = self, {}
+        if config.kl_limit is not None:
+            limits["limit/kl"] = metrics["objective/kl"] > config.kl_limit
+        if config.ratio_limit is not None:  # the gap |ρ − 1| is above 1 only where ρ is above 2
+            limits["limit/ratio"] = metrics["val/largest_ratio_gap"] + 1 > config.ratio_limit
+        if limits and config.on_limit == "lower_lr":
+            passed = jnp.any(jnp.stack(list(limits.values())))
+            scale = jnp.where(passed, self.lr_scale * config.limit_lr_factor, self.lr_scale)
+            state, limits["limit/lr_scale"] = self.replace(lr_scale=scale), scale
+        return state, {name: value.astype(jnp.float32) for name, value in limits.items()}
+
+
+def _where(condition: Array, chosen: Any, other: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), chosen, other)
+
+
+def take_step(
+    config: PPOConfig,
+    trainable: Trainable,
+    state: PPOState,
+    gradients: Mapping[str, Params],
+    *,
+    take: Array,
+    step: Array,
+) -> tuple[Trainable, PPOState, tuple[Array, Array]]:
+    """One optimizer step of the actor, one of the critic.
+
+    Learning rates are functions of the step's address (iteration, epoch, minibatch), and not of how many updates were
+    taken: else skipped steps, early stops and the critic's warm-up would move a schedule's end past the run's.
+
+    Args:
+      config: PPO's.
+      trainable: the parameters.
+      state: with the optimizers' states.
+      gradients: "actor" and "critic".
+      take: bool[], False leaves both as they are.
+      step: int32[], of this iteration.
+
+    Returns:
+      (trainable, state, learning rates of actor and critic, float32[] each).
+    """
+    per_iteration, warmup = config.ppo_epochs * config.num_minibatches, config.critic_warmup_iterations
+    learn_actor, scale = state.iteration >= warmup, state.lr_scale if config.on_limit == "lower_lr" else 1.0
+    actor, actor_optimizer, actor_lr = optimizer_step(
+        config.actor_optimizer,
+        gradients["actor"],
+        state.actor_optimizer,
+        trainable.actor,
+        take=take & learn_actor,
+        step=jnp.maximum(state.iteration - warmup, 0) * per_iteration + step,
+        scale=scale,
+    )
+    critic, critic_optimizer, critic_lr = optimizer_step(
+        config.critic_optimizer,
+        gradients["critic"],
+        state.critic_optimizer,
+        trainable.critic,
+        take=take,
+        step=state.iteration * per_iteration + step,
+    )
+    state = state.replace(actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
+    rates = jnp.where(learn_actor, actor_lr, 0), critic_lr
+    return trainable.replace(actor=actor, critic=critic), state, rates
+
+
+def entropy_coef(config: PPOConfig, state: PPOState) -> Array | float:
+    """The entropy bonus's coefficient, per nat: 0 where the last minibatch had more entropy than is wanted.
+
+    Source: He et al. 2025, "Skywork Open Reasoner 1 Technical Report" (adaptive entropy control).
+    """
+    if config.entropy_target is None:
+        return config.entropy_coef
+    return jnp.where(state.entropy < config.entropy_target, config.entropy_coef, 0.0)
+
+
+def create_state(config: PPOConfig, trainable: Trainable, layout: Layout | None = None) -> PPOState:
+    """The state before the first iteration.
+
+    Args:
+      config: PPO's.
+      trainable: the parameters that will train.
+      layout: where they are; None = one device. An optimizer's moments lie as their parameters do, all else is on every
+        device.
+
+    Returns:
+      The state.
+    """
+    create = functools.partial(_create, config)
+    if layout is None:  # held to their device, as an update leaves it: else the next one would compile anew
+        return jax.device_put(jax.jit(create)(trainable), jax.tree.leaves(trainable.actor)[0].sharding)
+    return jax.jit(create, out_shardings=state_places(config, trainable, layout))(trainable)
+
+
+def state_places(config: PPOConfig, trainable: Trainable, layout: Layout) -> PPOState:
+    """Where the state goes.
+
+    Args:
+      config: PPO's.
+      trainable: the parameters that will train: arrays, or shapes with shardings.
+      layout: the mesh.
+
+    Returns:
+      Shardings, in the tree of the state.
+    """
+    shapes, everywhere = abstract_state(config, trainable), layout.sharding(())
+    places = jax.tree.map(lambda _: everywhere, shapes)
+    for name in ("actor", "critic"):
+        optimizer, state = create_optimizer(getattr(config, f"{name}_optimizer")), getattr(shapes, f"{name}_optimizer")
+        moments = moment_places(optimizer, state, getattr(trainable, name), everywhere)
+        places = places.replace(**{f"{name}_optimizer": moments})
+    return places
+
+
+def abstract_state(config: PPOConfig, trainable: Trainable) -> PPOState:
+    """The state's shapes.
+
+    Args:
+      config: PPO's.
+      trainable: the parameters that will train, or their shapes.
+
+    Returns:
+      `jax.ShapeDtypeStruct`s, without shardings.
+    """
+    return jax.eval_shape(functools.partial(_create, config), trainable)
+
+
+def _create(config: PPOConfig, trainable: Trainable) -> PPOState:
+    beta = jnp.float32(config.kl_coef)
+    kl = FixedKL(beta)
+    if config.kl_target is not None:
+        kl = AdaptiveKL(beta, jnp.float32(config.kl_target), jnp.float32(config.kl_horizon))
+    return PPOState(
+        actor_optimizer=create_optimizer(config.actor_optimizer).init(trainable.actor),
+        critic_optimizer=create_optimizer(config.critic_optimizer).init(trainable.critic),
+        kl=kl,
+        penalty=AdaptivePenalty(jnp.float32(config.penalty_coef), jnp.float32(config.penalty_target)),
+        iteration=jnp.int32(0),
+        skipped_updates=jnp.int32(0),
+        bad_steps=jnp.int32(0),
+        lr_scale=jnp.float32(1),
+        entropy=jnp.float32(0),
+    )

@@ -1,0 +1,348 @@
+"""An iteration of PPO, to be read downward: prompts → responses → scores → rewards → advantages → updates → metrics.
+
+    make_experience   1  sample                     prompts [B, P] → responses [B, R]
+                      2  score                      log-probs, values [B, R] and scores [B], a microbatch at a time
+                      3  rewards, 4  advantages     [B, R]
+    make_update       5  for epoch:                 the rows in a new order
+                           for minibatch:           one optimizer step of the actor, one of the critic
+                             for microbatch:        Σ of per-token losses / the minibatch's token count
+                               6  actor loss, 7  critic loss, their gradients, added up
+                             skip the step if anything is not finite
+                      8  coefficients, limits, metrics
+
+The loops of 5 are scans: the program is as long with 4 × 4 minibatches as with 1 × 1. Losses are sums over tokens,
+divided by the token count of the whole minibatch, so that the gradient does not depend on how rows are split over
+microbatches or devices. `make_…` close over what is static and return jitted functions; equal arguments get the same
+function, which is compiled once.
+
+B rows, P prompt slots, R response slots, T = P + R. Source: Schulman et al. 2017; Stiennon et al. 2020, section 3.4.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax import Array
+
+from jax_rlhf import rl
+from jax_rlhf.models import model_jit
+from jax_rlhf.models.decoder import Params as ModelParams
+from jax_rlhf.optim.microbatches import BatchPlan, accumulate, zeros_like_result
+from jax_rlhf.parallel import kept_in_place, map_row_groups
+from jax_rlhf.ppo.config import PPOConfig
+from jax_rlhf.ppo.metrics import (
+    LossSums,
+    StepMetrics,
+    add_gradients_and_sums,
+    experience_metrics,
+    policy_sums,
+    update_metrics,
+)
+from jax_rlhf.ppo.models import Frozen, Models, Params, Trainable
+from jax_rlhf.ppo.state import PPOState, entropy_coef, take_step
+from jax_rlhf.rl import Batch, Experience, Prompts
+from jax_rlhf.sampling import Samples, Sampling, in_rows, rollout
+
+_ORDER_ADDRESS = np.uint32(0xFFFFFFFF)  # of the row orders' key; row ids, which address the samples' keys, are smaller
+
+# ---- prompts → experience ------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def make_experience(models: Models, config: PPOConfig) -> Callable[[Params, Prompts, Array, Array], Experience]:
+    """generate(params, prompts, key, kl_coef): samples and scores in one program."""
+    sample, score = make_sample(models, config.sampler), make_score(models, config)
+
+    def generate(params: Params, prompts: Prompts, key: Array, kl_coef: Array) -> Experience:
+        samples = sample(params, prompts, key)
+        return score(params, prompts.mask, samples, None, kl_coef)
+
+    return model_jit(generate)
+
+
+@functools.cache
+def make_sample(models: Models, sampling: Sampling) -> Callable[[Params, Prompts, Array], Samples]:
+    """sample(params, prompts, key): step 1, with weights in the sampler's layout, made of the training weights here."""
+
+    def sample(params: Params, prompts: Prompts, key: Array) -> Samples:
+        model, weights = models.sampling_weights(params)
+        samples = rollout(model, weights, prompts, key, sampling)  # tokens [B, T]; mask, log-probs [B, R]
+        return in_rows(samples, models.layout)
+
+    return model_jit(sample)
+
+
+@functools.cache
+def make_score(
+    models: Models, config: PPOConfig
+) -> Callable[[Params, Array, Samples, Array | None, Array], Experience]:
+    """score(params, prompt_mask, samples, function_scores, kl_coef): steps 2 to 4.
+
+    function_scores: float32[B], the weighted sum of reward functions' scores; None where there are none.
+    kl_coef: float32[], β.
+    """
+    models = dataclasses.replace(models, logprob_chunk=config.logprob_chunk)
+
+    def score(
+        params: Params, prompt_mask: Array, samples: Samples, function_scores: Array | None, kl_coef: Array
+    ) -> Experience:
+        params = models.fetch_offloaded(params)
+        mask = jnp.concatenate([prompt_mask, samples.response_mask], axis=1)  # [B, T]
+        batch = Batch(samples.tokens, mask, start=prompt_mask.shape[1])
+        microbatches = len(mask) // (config.microbatch_size or len(mask))
+
+        def by_microbatch(function: Callable[..., Any], **options: float) -> Any:
+            function = functools.partial(function, params, **options)
+            return map_row_groups(function, batch, microbatches, models.layout)
+
+        batch = batch.replace(frozen_activations=by_microbatch(models.cache_frozen_activations))  # [B, T, D]
+        logprobs, _ = by_microbatch(models.actor_logprobs, temperature=config.temperature)  # [B, R]
+        ref_logprobs = by_microbatch(models.reference_logprobs, temperature=config.temperature)  # [B, R]
+        values = by_microbatch(models.values)  # [B, R + 1]
+        responses, response_mask = samples.tokens[:, batch.start :], samples.response_mask
+        ended = jnp.any(response_mask & jnp.isin(responses, jnp.asarray(config.eos_ids or (), jnp.int32)), axis=1)
+        scores = jnp.zeros(len(mask), jnp.float32) if function_scores is None else function_scores  # [B]
+        if models.reward is not None:
+            scores = scores + by_microbatch(models.scores)
+            scores = scores - params.frozen.missing_eos_bias * ~ended
+        nothing_yet = jnp.zeros_like(logprobs)
+        experience = Experience(
+            tokens=samples.tokens,
+            prompt_mask=prompt_mask,
+            response_mask=response_mask,
+            logprobs=jnp.where(response_mask, logprobs, 0),
+            sampler_logprobs=samples.logprobs,
+            ref_logprobs=jnp.where(response_mask, ref_logprobs, 0),
+            values=jnp.where(response_mask, values[:, :-1], 0),
+            rewards=nothing_yet,
+            advantages=nothing_yet,
+            returns=nothing_yet,
+            scores=scores,
+            ended=ended,
+            kept_mass=samples.kept_mass,
+            frozen_activations=batch.frozen_activations,
+        )
+        return with_advantages(config, experience, values[:, -1], kl_coef)
+
+    return model_jit(score)
+
+
+def with_advantages(config: PPOConfig, experience: Experience, last_values: Array, kl_coef: Array) -> Experience:
+    """Steps 3 and 4; last_values: float32[B], the critic's of the state after the last slot."""
+    values, mask, ended = experience.values, experience.response_mask, experience.ended
+    penalty = {"clip": config.reward_clip, "missing_eos_penalty": config.missing_eos_penalty}
+    scores = rl.shaped_scores(experience.scores, ended, **penalty)  # [B]
+    kl = {"kl_coef": kl_coef, "kl_kind": config.kl_kind, "kl_reduction": config.kl_reduction}
+    rewards = rl.token_rewards(scores, experience.logprobs, experience.ref_logprobs, mask, **kl)  # [B, R]
+    if config.whiten_rewards:
+        rewards = rl.masked_whiten(rewards, mask, shift_mean=False)
+    # A response without EOS fills all R slots, so the state after its last token is the one after the last slot.
+    bootstrap = jnp.where(ended, 0, last_values) if config.truncation == "bootstrap" else None  # [B]
+    advantages, returns = rl.gae(rewards, values, mask, gamma=config.gamma, lam=config.lam, bootstrap=bootstrap)
+    if config.whiten_advantages:
+        advantages = rl.masked_whiten(advantages, mask)  # [B, R]
+    return experience.replace(rewards=rewards, advantages=advantages, returns=returns)
+
+
+# ---- experience → updates ------------------------------------------------------------------------------------------
+
+
+@struct.dataclass
+class _Iteration:
+    """What all minibatches of an iteration read: B rows, their frozen activations among them."""
+
+    frozen: Frozen
+    experience: Experience
+    learn_actor: Array  # bool[], False while only the critic warms up
+
+
+@struct.dataclass
+class _Carry:
+    """What goes from one minibatch to the next."""
+
+    trainable: Trainable
+    state: PPOState
+    stopped: Array  # bool[], a minibatch has passed target_kl
+
+
+@functools.cache
+def make_update(
+    models: Models, config: PPOConfig, shardings: tuple | None = None, *, donate: bool = True
+) -> Callable[..., tuple[Trainable, PPOState, dict[str, Array]]]:
+    """update(trainable, state, frozen, experience, texts, seed_key) → (trainable, state, metrics): steps 5 to 8.
+
+    shardings: `places_of` (trainable, state), in which they come out again; None = one device.
+    donate: trainable and state are overwritten. Otherwise they stay valid, and exist twice.
+    texts: N rows for the pretraining loss of PPO-ptx, a multiple of minibatches × microbatches; or None.
+    seed_key: of the run; an iteration's row orders are drawn from it and `state.iteration`.
+    """
+    models = dataclasses.replace(models, logprob_chunk=config.logprob_chunk)
+    minibatch = _make_minibatch(models, config)
+
+    def update(
+        trainable: Trainable,
+        state: PPOState,
+        frozen: Frozen,
+        experience: Experience,
+        texts: Batch | None,
+        seed_key: Array,
+    ) -> tuple[Trainable, PPOState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.fold_in(seed_key, state.iteration), _ORDER_ADDRESS)
+        plan = BatchPlan(len(experience.tokens), config.num_minibatches, config.microbatch_size)
+        skipped_before = state.skipped_updates
+        if texts is not None:
+            activations = models.cache_frozen_activations(Params(trainable, frozen), texts)
+            texts = texts.replace(frozen_activations=activations.replace(critic=None))
+            texts = jax.tree.map(lambda x: x.reshape(plan.num_minibatches, plan.microbatches, -1, *x.shape[1:]), texts)
+        iteration = _Iteration(frozen, experience, state.iteration >= config.critic_warmup_iterations)
+
+        def row_order(epoch: Array) -> Array:
+            rows = jax.random.permutation(jax.random.fold_in(key, epoch), plan.rows)  # int[B]
+            return rows.reshape(plan.num_minibatches, plan.microbatches, plan.microbatch_size)
+
+        def epoch(carry: _Carry, epoch: Array) -> tuple[_Carry, StepMetrics]:
+            steps = epoch * plan.num_minibatches + jnp.arange(plan.num_minibatches)
+            return jax.lax.scan(functools.partial(minibatch, iteration), carry, (row_order(epoch), texts, steps))
+
+        carry = _Carry(trainable, state, stopped=jnp.zeros((), bool))
+        carry, measured = jax.lax.scan(epoch, carry, jnp.arange(config.ppo_epochs))
+        measured = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), measured)  # [epochs · minibatches]
+        skipped = carry.state.skipped_updates > skipped_before
+        state = carry.state.replace(bad_steps=jnp.where(skipped, carry.state.bad_steps + 1, 0))
+
+        # 8. Coefficients answer to what the actor did: where it did not move, they rest.
+        metrics = experience_metrics(config, experience, state.kl.value)
+        moved = iteration.learn_actor & jnp.any(measured.taken)
+        if config.policy_loss == "penalty":
+            params, last_rows = Params(carry.trainable, frozen), row_order(jnp.int32(config.ppo_epochs - 1))[-1]
+            measure = lambda: _penalty_kl(models, config, params, experience, last_rows)  # noqa: E731
+            state = state.adapt_penalty(jax.lax.cond(moved, measure, lambda: jnp.float32(0)), moved)
+        metrics |= update_metrics(state, measured)
+        state, limits = state.apply_limits(config, metrics)
+        state = state.adapt_kl(metrics["objective/kl"], plan.rows, moved).replace(iteration=state.iteration + 1)
+        trainable, metrics = carry.trainable.with_average(config.ema_decay), metrics | limits
+        if shardings is not None:
+            trainable, state = kept_in_place((trainable, state), shardings)
+        return trainable, state, metrics
+
+    return model_jit(update, donate_argnums=(0, 1) if donate else ())
+
+
+def _make_minibatch(models: Models, config: PPOConfig) -> Callable[..., tuple[_Carry, StepMetrics]]:
+    """minibatch(iteration, carry, (rows, texts, step)): one optimizer step of the actor, one of the critic.
+
+    rows: int[microbatches, rows each], of the experience. step: int32[], of the iteration.
+    """
+
+    def minibatch(iteration: _Iteration, carry: _Carry, inputs: tuple) -> tuple[_Carry, StepMetrics]:
+        rows, texts, step = inputs
+        trainable, state, experience = carry.trainable, carry.state, iteration.experience
+        params = Params(trainable, iteration.frozen)
+        tokens = jnp.maximum(jnp.sum(experience.response_mask[rows]), 1).astype(jnp.float32)  # real ones, whose mean
+        text_tokens = 1 if texts is None else jnp.maximum(jnp.sum(rl.predicted_tokens(texts.mask)), 1)  # the losses are
+        weights = LossWeights(state.penalty.value, entropy_coef(config, state), tokens, text_tokens)
+
+        def microbatch(inputs: tuple[Array, Batch | None]) -> tuple[tuple[ModelParams, ModelParams], LossSums]:
+            batch, text = jax.tree.map(lambda leaf: leaf[inputs[0]], experience), inputs[1]
+            actor = lambda actor: actor_loss(models, config, params.with_actor(actor), batch, text, weights)  # noqa: E731
+            critic = lambda critic: critic_loss(models, config, params.with_critic(critic), batch, tokens)  # noqa: E731
+
+            def learn() -> tuple[ModelParams, LossSums]:
+                gradient, sums = jax.grad(actor, has_aux=True)(trainable.actor)
+                return models.actor.constrain(gradient), sums
+
+            def measure() -> tuple[ModelParams, LossSums]:
+                return models.actor.constrain(jax.tree.map(jnp.zeros_like, trainable.actor)), actor(trainable.actor)[1]
+
+            warms_up = config.critic_warmup_iterations > 0
+            gradient, sums = jax.lax.cond(iteration.learn_actor, learn, measure) if warms_up else learn()
+            critic_gradient, value_sums = jax.grad(critic, has_aux=True)(trainable.critic)
+            return (gradient, models.critic.constrain(critic_gradient)), sums.replace(**value_sums)
+
+        gradients = functools.partial(accumulate, microbatch, (rows, texts), add=add_gradients_and_sums)
+        if config.target_kl is None:
+            done, ((actor_gradient, critic_gradient), sums) = jnp.ones((), bool), gradients()
+        else:  # only the gradients are conditional: a `cond` over parameters and optimizer states would copy them
+            done, nothing = ~carry.stopped, functools.partial(zeros_like_result, gradients)
+            (actor_gradient, critic_gradient), sums = jax.lax.cond(carry.stopped, nothing, gradients)
+        actor_norm, critic_norm = optax.tree.norm(actor_gradient), optax.tree.norm(critic_gradient)
+        finite = jnp.isfinite(critic_norm + sums.value_loss)
+        finite &= jnp.isfinite(actor_norm + sums.policy_loss) | ~iteration.learn_actor
+        finite &= jnp.all(jnp.isfinite(experience.scores[rows]))  # clipped rewards would hide one that is not
+        over = jnp.zeros((), bool) if config.target_kl is None else sums.approx_kl > config.target_kl
+        take = finite & done & ~over  # the minibatch that passes target_kl only serves to say so
+
+        gradients = {"actor": actor_gradient, "critic": critic_gradient}
+        trainable, state, rates = take_step(config, trainable, state, gradients, take=take, step=step)
+        state = state.replace(
+            skipped_updates=state.skipped_updates + (done & ~finite),
+            entropy=jnp.where(done & jnp.isfinite(sums.entropy), sums.entropy, state.entropy),
+        )
+        measured = StepMetrics(sums, done, take, actor_norm, critic_norm, *rates)
+        return _Carry(trainable, state, carry.stopped | over), measured
+
+    return minibatch
+
+
+@struct.dataclass
+class LossWeights:
+    """What the losses are multiplied with and divided by, the same for all microbatches of a minibatch."""
+
+    penalty: Array  # float32[], β of PPO-penalty
+    entropy: Array | float  # float32[], the entropy bonus's coefficient, per nat
+    tokens: Array  # float32[], real tokens of the minibatch's responses
+    text_tokens: Array | int  # int32[], predicted tokens of its texts
+
+
+def actor_loss(
+    models: Models, config: PPOConfig, params: Params, batch: Experience, text: Batch | None, weights: LossWeights
+) -> tuple[Array, LossSums]:
+    """Step 6: the actor's loss on a microbatch, float32[], and what is measured of it.
+
+    L = Σ_t L_t^{clip or penalty} / tokens − c_H · entropy + c_ptx · (Σ_t −log π(text_t)) / text tokens
+    """
+    mask = batch.response_mask
+    logprobs, entropy = models.actor_logprobs(params, batch.batch, temperature=config.temperature)  # [b, R]
+    log_ratio = jnp.where(mask, logprobs - batch.logprobs, 0)  # [b, R]
+    old_to_new = rl.kl_estimate(jnp.zeros_like(log_ratio), log_ratio, "k3")  # [b, R]
+    if config.policy_loss == "penalty":
+        per_token = rl.penalized_surrogate(log_ratio, batch.advantages, old_to_new, beta=weights.penalty)
+    else:
+        clip = {"clip_low": config.clip_ranges[0], "clip_high": config.clip_ranges[1], "dual_clip": config.dual_clip}
+        per_token = rl.clipped_surrogate(log_ratio, batch.advantages, **clip)  # [b, R]
+    measured = {"entropy": entropy, "log_ratio": log_ratio, "old_to_new": old_to_new, "tokens": weights.tokens}
+    sums = policy_sums(config, batch, policy_loss=per_token, **measured)
+    loss = sums.policy_loss - weights.entropy * sums.entropy if config.entropy_coef else sums.policy_loss
+    if text is not None:
+        text_logprobs, _ = models.actor_logprobs(params, text, temperature=1.0)  # [n, T − 1]
+        ptx_loss = -rl.masked_sum(text_logprobs, rl.predicted_tokens(text.mask)) / weights.text_tokens
+        loss, sums = loss + config.ptx_coef * ptx_loss, sums.replace(ptx_loss=ptx_loss)
+    return loss, sums
+
+
+def critic_loss(
+    models: Models, config: PPOConfig, params: Params, batch: Experience, tokens: Array
+) -> tuple[Array, dict[str, Array]]:
+    """Step 7: the critic's loss on a microbatch, float32[], and what is measured of it."""
+    values = models.values(params, batch.batch)[:, :-1]  # [b, R]
+    per_token = rl.clipped_value_loss(values, batch.values, batch.returns, clip_range=config.value_clip_range)
+    loss = rl.masked_sum(per_token, batch.response_mask) / tokens
+    clipped = (per_token > 0.5 * jnp.square(values - batch.returns)).astype(jnp.float32)  # [b, R]
+    return loss, {"value_loss": loss, "value_clipped": rl.masked_sum(clipped, batch.response_mask) / tokens}
+
+
+def _penalty_kl(models: Models, config: PPOConfig, params: Params, experience: Experience, rows: Array) -> Array:
+    """Token mean of k3(old ‖ new) over rows int[microbatches, rows each], float32[], for PPO-penalty's β."""
+
+    def microbatch(rows: Array) -> tuple[Array, Array]:
+        batch = jax.tree.map(lambda leaf: leaf[rows], experience)
+        logprobs, _ = models.actor_logprobs(params, batch.batch, temperature=config.temperature)  # [b, R]
+        return jnp.where(batch.response_mask, rl.kl_estimate(batch.logprobs, logprobs, "k3"), 0), batch.response_mask
+
+    return rl.masked_mean(*jax.lax.map(microbatch, rows))

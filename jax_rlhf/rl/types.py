@@ -1,0 +1,135 @@
+"""What an iteration of PPO passes on: prompts, rows that the models run over, experience."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+
+
+@struct.dataclass
+class Prompts:
+    """Prompts of one iteration, padded on the left.
+
+    Attributes:
+      tokens: int32[B, P].
+      mask: bool[B, P], True = real token; each row ends with one.
+      row_ids: int32[B], the address of each row's randomness: no two rows of an iteration share one.
+      columns: the data set's other columns, one entry per row each; they go to reward functions. None under `jit`.
+      chats: the messages of each prompt, None where it is a plain text; None = all are. They go to reward functions.
+      continued: bool each, the chat ends within a turn of the assistant, which the response goes on with; None = none.
+    """
+
+    tokens: Array
+    mask: Array
+    row_ids: Array
+    columns: Mapping[str, Sequence[Any]] | None = struct.field(pytree_node=False, default_factory=dict)
+    chats: Sequence[Any] | None = struct.field(pytree_node=False, default=None)
+    continued: Sequence[bool] | None = struct.field(pytree_node=False, default=None)
+
+
+@struct.dataclass
+class FrozenActivations:
+    """Outputs of the frozen bottom layers, computed once per rollout.
+
+    Attributes:
+      actor, critic: float[B, T, D] each; None where everything trains, and where they are not cached.
+    """
+
+    actor: Array | None = None
+    critic: Array | None = None
+
+
+@struct.dataclass
+class Batch:
+    """Rows that the models run over.
+
+    Attributes:
+      tokens: int32[B, T].
+      mask: bool[B, T], True = real token.
+      frozen_activations: of the same rows.
+      start: the first slot whose tokens are scored, 1 or more: P, where these are prompts and responses.
+    """
+
+    tokens: Array
+    mask: Array
+    frozen_activations: FrozenActivations = FrozenActivations()
+    start: int = struct.field(pytree_node=False, default=1)
+
+
+@struct.dataclass
+class Experience:
+    """What `generate_experience` made of B prompts, and `train_rlhf` learns from.
+
+    Attributes:
+      tokens: int32[B, P + R], prompts padded on the left, then responses padded on the right.
+      prompt_mask: bool[B, P].
+      response_mask: bool[B, R], True through EOS.
+      logprobs: float32[B, R], the scorer's log-probs of the actor when it sampled: the old ones, in nats.
+      sampler_logprobs: float32[B, R], the sampler's log-probs of the same.
+      ref_logprobs: float32[B, R], the reference's.
+      values: float32[B, R], the critic's value of the state before each token, in reward units.
+      rewards: float32[B, R], score and KL penalty per token.
+      advantages: float32[B, R], whitened where the config says so.
+      returns: float32[B, R], advantages + values, before whitening.
+      scores: float32[B], what the reward source gave, before clipping and penalties.
+      ended: bool[B], the response has its EOS.
+      kept_mass: float32[B, R], probability that the sampler's filters (top-k, top-p, min-new-tokens) left.
+      frozen_activations: outputs of the frozen bottom layers, [B, P + R, D].
+
+    All per-token arrays are 0 where the response mask is False.
+    """
+
+    tokens: Array
+    prompt_mask: Array
+    response_mask: Array
+    logprobs: Array
+    sampler_logprobs: Array
+    ref_logprobs: Array
+    values: Array
+    rewards: Array
+    advantages: Array
+    returns: Array
+    scores: Array
+    ended: Array
+    kept_mass: Array
+    frozen_activations: FrozenActivations = FrozenActivations()
+
+    @property
+    def batch(self) -> Batch:
+        """The rows as the models run over them: prompts with their responses."""
+        mask = jnp.concatenate([self.prompt_mask, self.response_mask], axis=1)  # [B, P + R]
+        return Batch(self.tokens, mask, self.frozen_activations, start=self.prompt_mask.shape[1])
+
+
+def check_experience(experience: Experience) -> None:
+    """Stops where an experience is not what it should be; for debugging, on the host.
+
+    Args:
+      experience: a process's rows, in NumPy arrays.
+
+    Raises:
+      AssertionError: something is not finite, a log-prob is above 0, a mask has a hole, or a pad has a number.
+    """
+    rows, width = experience.prompt_mask.shape
+    responses = experience.tokens.shape[1] - width
+    per_token = {
+        name: getattr(experience, name)
+        for name in ("logprobs", "sampler_logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns")
+    }
+    chex.assert_shape(list(per_token.values()), (rows, responses))
+    chex.assert_tree_all_finite((per_token, experience.scores))
+    mask, prompt_mask = experience.response_mask, experience.prompt_mask
+    holes = {"prompt_mask": np.any(prompt_mask[:, :-1] & ~prompt_mask[:, 1:])}
+    holes["response_mask"] = np.any(~mask[:, :-1] & mask[:, 1:])
+    for name, hole in holes.items():
+        if hole:
+            raise AssertionError(f"{name} has a hole: real tokens must be next to each other.")
+    for name, array in per_token.items():
+        if np.any(array[~mask] != 0):
+            raise AssertionError(f"{name} is not 0 where the response mask is False.")
+        if name.endswith("logprobs") and np.any(array > 1e-5):
+            raise AssertionError(f"{name} is above 0: {array.max()}.")

@@ -1,0 +1,1 @@
+"""What every phase runs in: folder, checkpoints, logs, preemption, watchdog."""

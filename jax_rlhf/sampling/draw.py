@@ -1,0 +1,118 @@
+"""One token a row from logits: two-level Gumbel-max.
+
+A row's V logits are cut into about √V blocks. A block is drawn by Gumbel-max over the blocks' log-sums, then a token
+inside it by Gumbel-max over its logits. That is exact, and takes about 2√V random numbers a row instead of V: with
+V = 49,152, 448. Small noise in the logits turns a draw only where two perturbed scores all but tie.
+"""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from jax_rlhf.sampling.filters import keep_top_k, keep_top_p
+
+
+@struct.dataclass
+class Draw:
+    """One token a row.
+
+    Attributes:
+      tokens: int32[B].
+      logprobs: float32[B], log-prob in the unfiltered softmax of the logits, in nats.
+      kept_mass: float32[B], probability of the tokens that the filters left, 0 to 1.
+      margin: float32[B], by how much the perturbed score of the winner beat the next, the smaller of both levels.
+    """
+
+    tokens: Array
+    logprobs: Array
+    kept_mass: Array
+    margin: Array
+
+
+def draw_tokens(
+    logits: Array,
+    keys: Array,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    banned: tuple[int, ...] = (),
+    ban: Array | bool = False,
+) -> Draw:
+    """Draws a token of each row's softmax, filtered.
+
+    Args:
+      logits: float32[B, V], divided by the temperature.
+      keys: random keys [B], one a row.
+      top_k: draw among the k likeliest; 0 = all; 1 = argmax, the first of ties.
+      top_p: draw among the fewest that hold this probability (after top-k).
+      banned: ids that may not be drawn where `ban` is True.
+      ban: bool[].
+
+    Returns:
+      The draw.
+
+    Source: Gumbel-max: Maddison et al. 2014, "A* Sampling", section 2.
+    """
+    chex.assert_type(logits, jnp.float32)
+    chex.assert_rank(logits, 2)
+    vocab = logits.shape[1]
+    allowed = _allowed(logits, top_k, top_p, banned, ban)
+    candidates = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
+
+    # Block sums of exp(logit − the largest that may be drawn): of exp(logit − the largest) all would underflow where a
+    # banned token leads by far. With them the log-normaliser falls out.
+    size = 1 << math.ceil(math.log2(vocab) / 2)
+    blocks = _blocks(candidates, size)
+    peak, kept_peak = jnp.max(logits, axis=1), jnp.max(candidates, axis=1)
+    sums = jnp.sum(jnp.exp(blocks - kept_peak[:, None, None]), axis=2)
+    kept = jnp.sum(sums, axis=1)
+    total = kept if allowed is None else jnp.sum(jnp.exp(logits - peak[:, None]), axis=1)
+
+    if top_k == 1:
+        tokens = jnp.argmax(candidates, axis=1).astype(jnp.int32)
+        two = jax.lax.top_k(candidates, min(2, vocab))[0]
+        margin = two[:, 0] - two[:, -1]
+    else:
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, (blocks.shape[1] + size,), jnp.float32))(keys)
+        block, block_margin = _winner(jnp.log(sums) + noise[:, : blocks.shape[1]])
+        inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+        offset, margin = _winner(inside + noise[:, blocks.shape[1] :])
+        tokens = block * size + offset
+        margin = jnp.minimum(margin, block_margin)
+    logprobs = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0] - peak - jnp.log(total)
+    return Draw(tokens, logprobs, jnp.exp(kept_peak - peak) * kept / total, margin)
+
+
+def _allowed(logits: Array, top_k: int, top_p: float, banned: tuple[int, ...], ban: Array | bool) -> Array | None:
+    """bool[B, V], or None where nothing is filtered."""
+    allowed = None
+    if banned and ban is not False:
+        ids = jnp.arange(logits.shape[1])
+        is_banned = jnp.isin(ids, jnp.asarray(banned)) & ban
+        allowed = jnp.broadcast_to(~is_banned, logits.shape)
+        logits = jnp.where(allowed, logits, -jnp.inf)
+    if 1 < top_k < logits.shape[1]:
+        kept = keep_top_k(logits, top_k)
+        allowed = kept if allowed is None else allowed & kept
+        logits = jnp.where(allowed, logits, -jnp.inf)
+    if top_p < 1:
+        kept = keep_top_p(logits, top_p)
+        allowed = kept if allowed is None else allowed & kept
+    return allowed
+
+
+def _blocks(logits: Array, size: int) -> Array:
+    """float32[B, V] → float32[B, ⌈V / size⌉, size], filled up with −∞."""
+    padded = jnp.pad(logits, ((0, 0), (0, -logits.shape[1] % size)), constant_values=-jnp.inf)
+    return padded.reshape(len(logits), -1, size)
+
+
+def _winner(scores: Array) -> tuple[Array, Array]:
+    """float32[B, N] → the index of the largest, int32[B], and by how much it beats the next, float32[B]."""
+    winner = jnp.argmax(scores, axis=1).astype(jnp.int32)
+    others = jnp.where(jnp.arange(scores.shape[1]) == winner[:, None], -jnp.inf, scores)
+    return winner, jnp.max(scores, axis=1) - jnp.max(others, axis=1)

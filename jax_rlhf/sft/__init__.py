@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: its loss and its phase."""

@@ -1,0 +1,417 @@
+"""`python -m jax_rlhf` on a tiny random model and a hundred rows: all three phases, every file that they write."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import transformers
+
+from jax_rlhf import load_pretrained
+from tests.cli import tiny
+from tests.data import tiny as data
+from tests.processes import COMPILED, PYTHONPATH, ROOT, flags_for, free_port
+
+CONFIG = """
+from pathlib import Path
+from tests.cli import tiny
+def get_config():
+    config = tiny.config(Path({folder!r}))
+    # Away from the defaults, so that it shows where a phase takes another phase's setting, or none.
+    config.ppo.temperature, config.ppo.top_k, config.ppo.top_p, config.ppo.min_new_tokens = 1.5, 3, 0.9, 2
+    config.ppo.ema_decay, config.reward_training.normalize_rows, config.sft.sample_rows = 0.75, 64, 3
+    config.seed = 4
+    return config
+"""
+SEED = 4
+
+
+def command(folder, *flags, config=None):
+    file = config or folder / "config.py"
+    if config is None:
+        file.write_text(CONFIG.format(folder=str(folder)))
+    return [sys.executable, "-m", "jax_rlhf", f"--config={file}", f"--workdir={folder / 'run'}", *flags]
+
+
+def environment():
+    ours = {"PYTHONPATH": PYTHONPATH, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags_for(1)}
+    # Compiled once for all processes of all tests: compiling is most of what they do.
+    ours["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
+    ours["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    return {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"} | ours
+
+
+def run(folder, *flags, config=None):
+    """Exit code, stdout, stderr."""
+    how = {"cwd": folder, "env": environment(), "capture_output": True, "text": True, "timeout": 900}
+    done = subprocess.run(command(folder, *flags, config=config), **how, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_every_phase_leaves_model_metrics_samples_and_summary(whole):
+    workdir, printed = whole
+    for phase in ("sft", "reward", "ppo"):
+        folder = workdir / phase
+        assert json.loads((folder / "summary.json").read_text())["finished"]
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+            file.name for file in (folder / "model").iterdir()
+        }
+        assert lines(folder / "metrics.jsonl")
+        assert lines(folder / "samples.jsonl")
+        assert list((folder / "tensorboard").glob("events*"))
+        assert f"model in {folder / 'model'}" in printed
+    assert (workdir / "ppo" / "critic" / "model.safetensors").is_file()
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["ppo"]["eval_functions"] == ["tests.cli.tiny:count_a"]
+    assert config["ppo"]["seed"] == config["seed"] == SEED
+
+
+def test_samples_have_one_form_in_all_phases(whole):
+    """With the row's own columns."""
+    workdir, _ = whole
+    form = {"step", "split", "prompt", "response", "score", "kl", "length", "ended", "columns"}
+    for phase in ("sft", "reward", "ppo"):
+        for row in lines(workdir / phase / "samples.jsonl"):
+            assert row.keys() - {"count_a"} == form
+            assert row["columns"] == {"tag": "t"}
+            assert (row["score"] is None) == (phase == "sft")
+            assert (row["kl"] is None) == (phase != "ppo")
+            assert not {"<eos>", "<bos>", "<pad>"} & {*row["prompt"].split(), *row["response"].split()}
+
+
+def test_every_metric_that_is_written_is_explained_and_has_seven_digits(whole):
+    workdir, _ = whole
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    judged = {"eval/count_a"}
+    for phase in ("sft", "reward", "ppo"):
+        for line in lines(workdir / phase / "metrics.jsonl"):
+            assert {f"`{name}`" for name in line.keys() - judged if f"`{name}`" not in page} == set()
+            assert all(
+                value is None or value == float(f"{value:.7g}") for name, value in line.items() if name != "seconds"
+            )
+    assert "loss/ptx_avg" not in line  # what is off is not written
+    assert "policy/penalty_kl" not in line
+
+
+def test_a_run_ends_with_a_table_and_what_to_do_next(whole):
+    workdir, printed = whole
+    closing = printed.splitlines()[-30:]
+    rows = {tuple(line.split()[:2]): line.split()[2:] for line in closing if line.split()[:1] in (["sft"], ["ppo"])}
+    summary = json.loads((workdir / "ppo" / "summary.json").read_text())
+    assert rows["ppo", "score"] == [f"{summary['eval/score_before']:.4g}", f"{summary['eval/score']:.4g}"]
+    assert len(rows["sft", "loss"]) == 2
+    assert f"curves:      tensorboard --logdir {workdir}" in closing
+    talk = next(line for line in closing if line.startswith("talk to it:"))
+    how = {"env": environment(), "input": "a b c\nd\n", "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, *talk.split()[4:], "--max_new_tokens=3"], **how, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = done.stdout.splitlines()
+    assert len(answers) == 2
+    assert all(word in data.WORDS for answer in answers for word in answer.split())
+
+
+COUNTED = """
+import collections, sys
+from absl import app
+from jax import monitoring
+from jax_rlhf import __main__ as command
+
+events = collections.Counter()
+monitoring.register_event_listener(lambda name, **_: events.update([name]))
+try:
+    app.run(command.main, flags_parser=command.parse_flags)
+finally:
+    found = [events[f"/jax/compilation_cache/cache_{what}"] for what in ("hits", "misses")]
+    print("hits and misses:", *found)
+"""
+
+
+def test_the_second_start_of_a_run_compiles_nothing(tmp_path):
+    """Programs are kept on the disk by default, and --compile_cache= turns that off."""
+    counts = []
+    tiny.config(tmp_path)  # the checkpoint, which the first process would compile for
+    for run, place in enumerate(("kept", "kept", "")):
+        own = f"--workdir={tmp_path / str(run)}", f"--compile_cache={place and tmp_path / place}"
+        flags = command(tmp_path, "--config.phases=sft", *own)
+        env = {name: value for name, value in environment().items() if not name.startswith("JAX_COMP")}
+        how = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True}
+        done = subprocess.run([sys.executable, "-c", COUNTED, *flags[3:]], **how, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        counts.append([int(number) for number in done.stdout.splitlines()[-1].split()[-2:]])
+    (_, compiled), (found, again), off = counts
+    assert compiled > 10
+    assert (found, again) == (compiled, 0)
+    assert off == [0, 0]
+
+
+def test_a_check_trains_nothing_and_shows_a_row_of_each_phase(tmp_path):
+    code, printed, errors = run(tmp_path, "--check")
+    assert code == 0, errors[-3000:]
+    assert not (tmp_path / "run").exists()
+    for phase, parts in (("sft", "completion"), ("reward", "chosen"), ("ppo", "prompt")):
+        line = next(
+            line for line in printed.splitlines() if line.startswith(f"{phase} data, an example: prompt (3 tokens)")
+        )
+        assert parts in line
+    assert "<eos>'" in printed  # special tokens are seen
+    assert printed.splitlines()[-1] == (
+        "checked: settings, data and checkpoints of sft, reward, ppo; nothing was trained"
+    )
+    code, _, errors = run(tmp_path, "--check", "--config.data.paths=nowhere.jsonl")
+    assert code == 1
+    assert "'nowhere.jsonl' is no file or folder here" in errors
+
+
+def test_sft_and_reward_model_learn(whole):
+    workdir, _ = whole
+    sft = json.loads((workdir / "sft" / "summary.json").read_text())
+    assert sft["eval/loss_before"] > 3.0  # log 31 = 3.43: random weights know nothing
+    assert sft["eval/loss"] < 2.0
+    for line in lines(workdir / "sft" / "metrics.jsonl") + lines(workdir / "reward" / "metrics.jsonl"):
+        assert line.get("train/tokens_per_second", 1) > 0
+        assert line.get("train/tokens", 8) >= 8  # a batch has 8 rows
+    reward = json.loads((workdir / "reward" / "summary.json").read_text())
+    assert reward["eval/accuracy"] > 0.95
+    assert reward["eval/auc"] > 0.95
+    assert [line["train/loss"] for line in lines(workdir / "sft" / "metrics.jsonl") if "train/loss" in line][-1] < 2.5
+
+
+def test_ppo_reports_what_its_users_look_for(whole):
+    workdir, printed = whole
+    metrics = lines(workdir / "ppo" / "metrics.jsonl")
+    steps = [line for line in metrics if "objective/kl" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    assert steps[0]["objective/kl"] == 0
+    assert steps[-1]["val/first_ratio_gap"] < 1e-5
+    shares = [steps[-1][f"time/{name}_share"] for name in ("generate", "score", "train")]
+    assert sum(shares) == pytest.approx(1)
+    assert steps[-1]["tokens_per_second/generate"] > steps[-1]["tokens_per_second"] > 0
+    first, last = (line for line in metrics if "eval/count_a" in line)
+    assert (first["step"], first["eval/kl"], last["step"]) == (0, 0, 3)
+    samples = lines(workdir / "ppo" / "samples.jsonl")
+    assert {row["split"] for row in samples} == {"train", "eval"}
+    assert sum(row["split"] == "train" for row in samples) == 12
+    before, after = ([r["prompt"] for r in samples if r["split"] == "eval" and r["step"] == n] for n in (0, 3))
+    assert before == after
+    assert len(before) == 10
+    assert "  before" in printed
+    assert "  after" in printed
+
+
+def test_reward_model_is_normalised_on_samples_of_the_sft_policy(whole):
+    workdir, _ = whole
+    scores = np.array([row["score"] for row in lines(workdir / "reward" / "samples.jsonl")])
+    summary = json.loads((workdir / "reward" / "summary.json").read_text())
+    cut = ~np.array([row["ended"] for row in lines(workdir / "reward" / "samples.jsonl")])
+    for row in lines(workdir / "reward" / "samples.jsonl"):
+        assert len(row["response"].split()) == row["length"] - row["ended"]
+    assert len(scores) == 64
+    normalised = summary["gain"] * scores + summary["bias"] - summary["missing_eos_bias"] * cut
+    assert np.mean(normalised) == pytest.approx(0, abs=1e-5)
+    assert np.std(normalised) == pytest.approx(1, abs=1e-5)
+    # What was saved gives those scores: gain in the head, bias beside it.
+    pretrained = load_pretrained(workdir / "reward" / "model", head="scalar")
+    first = lines(workdir / "reward" / "samples.jsonl")[0]
+    tokens = np.array([data.ids(f"{first['prompt']} {first['response']}{' <eos>' * first['ended']}")])
+    value = pretrained.model.apply({"params": pretrained.params}, tokens)[0, -1] + pretrained.reward_bias
+    assert float(value) - pretrained.missing_eos_bias * cut[0] == pytest.approx(normalised[0], abs=1e-4)
+
+
+def test_torch_scores_texts_as_we_do(whole):
+    """transformers pools at the last token that is not the pad: exported as one that differs from EOS."""
+    pytest.importorskip("torch")
+    import torch
+
+    workdir, _ = whole
+    folder = workdir / "reward" / "model"
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert theirs.config.pad_token_id != data.EOS
+    batch = tokenizer(["a b c a <eos>", "d b <eos>"], return_tensors="pt", padding=True, padding_side="right")
+    with torch.no_grad():
+        scores = theirs(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, 0]
+    ours = load_pretrained(folder, head="scalar")
+    mask = batch.attention_mask.numpy().astype(bool)
+    values = np.asarray(ours.model.apply({"params": ours.params}, batch.input_ids.numpy(), mask=mask))
+    last = values[[0, 1], mask.sum(axis=1) - 1] + ours.reward_bias
+    np.testing.assert_allclose(scores.numpy() + theirs.config.reward_bias, last, atol=1e-4)
+
+
+def test_the_same_command_again_has_nothing_to_do(whole):
+    workdir, _ = whole
+    code, printed, errors = run(workdir.parent)
+    assert code == 0, errors
+    assert printed.count("finished before") == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.ppo.kl_coef=0.5"], "belongs to a run of another config: config.ppo.kl_coef was 0.05 and is 0.5"),
+        (["--config.ppo.kl_cof=0.5"], "config.ppo.kl_cof: there is no such field; did you mean config.ppo.kl_coef"),
+        pytest.param(["--config.pppo.kl_coef=0.5"], "did you mean config.ppo.kl_coef", marks=pytest.mark.slow),
+        pytest.param(
+            ["--config.sft.steps=many"], "config.sft.steps='many': int or None is expected", marks=pytest.mark.slow
+        ),
+        (["--config.ppo.iterations=many"], "--config.ppo.iterations=many: invalid literal for int()"),
+        pytest.param(
+            ["--config.reward_training.num_layers=None"],
+            "config.reward_training.num_layers was 2 and is None",
+            marks=pytest.mark.slow,
+        ),
+        (["--config.phases=sft", "--overwrite"], "was made from what --overwrite deletes"),
+        pytest.param(["--config.phases=ppo,sft"], "in this order", marks=pytest.mark.slow),
+        (["--config.phases=ppo,rm"], "'rm' is no phase"),
+    ],
+)
+def test_a_wrong_command_stops_at_once(whole, flags, message):
+    workdir, _ = whole
+    code, _, errors = run(workdir.parent, *flags)
+    assert code in (1, 2)
+    assert errors.splitlines()[-1].startswith("error: ")
+    assert message in errors.splitlines()[-1]
+
+
+JUDGED = ("--config.phases=ppo", "--config.ppo.iterations=2", "--config.ppo.reward_retries=0")
+
+
+@pytest.mark.parametrize(
+    ("judge", "flags", "code", "said"),
+    [
+        ("lengths", ["--config.ppo.reward_isolation=process"], 0, ""),
+        ("exits", ["--config.ppo.reward_timeout=None"], 1, "it ended with SystemExit"),
+    ],
+)
+def test_what_a_reward_function_does_to_its_process_is_no_end_of_the_run(tmp_path, judge, flags, code, said):
+    tiny.config(tmp_path)
+    names = (
+        f"--config.sft_model_path={tmp_path / 'base'}",
+        f"--config.ppo.reward_functions=tests.rewards.judges:{judge}",
+    )
+    found, _, errors = run(tmp_path, *JUDGED, *names, *flags)
+    assert found == code, errors[-3000:]
+    assert said in errors
+    if code == 0:
+        rows = lines(tmp_path / "run" / "ppo" / "samples.jsonl")
+        assert all(row["score"] == len(row["response"]) for row in rows)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_being_asked_to_stop_saves_all_and_says_so_by_the_exit_code(tmp_path, number):
+    flags = ("--config.phases=sft", "--config.sft.steps=100000", "--overwrite")
+    tiny.config(tmp_path)
+    # Alone in a cluster, as on a TPU VM of one host, JAX's preemption service would have SIGTERM, and nobody ask it.
+    cluster = (f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=1", "--process_id=0")
+    process = subprocess.Popen(
+        command(tmp_path, *flags, *(cluster if number == signal.SIGTERM else ())),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "run" / "sft" / "metrics.jsonl"
+    until = time.time() + 200
+    while (
+        time.time() < until
+        and process.poll() is None
+        and (not metrics.exists() or '"step": 3,' not in metrics.read_text())
+    ):
+        time.sleep(0.2)
+    assert process.poll() is None, process.communicate()[1][-3000:]
+    if number == signal.SIGTERM:
+        code, _, errors = run(tmp_path, *flags)
+        assert code == 1
+        assert "error:" in errors
+        assert "another run writes to it" in errors
+    process.send_signal(number)
+    printed, errors = process.communicate(timeout=100)
+    assert process.returncode == 75, errors[-3000:]
+    steps = [line["step"] for line in lines(metrics)]
+    assert f"step {steps[-1]} is saved in" in printed
+    assert "the same command goes on" in errors
+    assert [file.name for file in (tmp_path / "run" / "sft" / "checkpoints").iterdir()] == [str(steps[-1])]
+    assert (tmp_path / "run" / "sft" / "model").exists() == (number == signal.SIGINT)  # a preempted machine has seconds
+    assert not (tmp_path / "run" / "sft" / "summary.json").exists()
+    if number == signal.SIGTERM:  # a launch script gives the same command again, --overwrite and all
+        again = subprocess.Popen(
+            command(tmp_path, *flags), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
+        )
+        seen = ""
+        while "going on" not in seen:
+            line = again.stdout.readline()
+            assert line, seen
+            seen += line
+        again.kill()
+        again.communicate()
+        assert "--overwrite was done when this run began" in seen
+        assert f"going on from the checkpoint of step {steps[-1]}" in seen
+
+
+def test_a_full_disk_loses_nothing_that_was_saved(tmp_path):
+    """Where no file may grow past 40 KiB, as on a full disk: there is no checkpoint, and that is said."""
+    flags = ("--config.phases=sft", "--config.checkpoint.every=2")
+    limit = ["bash", "-c", 'ulimit -f 40; exec "$@"', "bash"]
+    full = {"cwd": tmp_path, "env": environment(), "capture_output": True, "text": True, "timeout": 200}
+    data.write(tmp_path / "none.jsonl", [])
+    command(tmp_path, *flags)
+    subprocess.run([sys.executable, "-c", (tmp_path / "config.py").read_text() + "get_config()"], **full, check=True)
+    done = subprocess.run(limit + command(tmp_path, *flags), **full, check=False)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "error: " in done.stderr.splitlines()[-1]
+    assert "the checkpoint of step 2 could not be written: " in done.stderr
+    assert "there is no complete one" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "run" / "sft" / "checkpoints").glob("[0-9]"))
+    code, printed, errors = run(tmp_path, *flags)
+    assert code == 0, errors[-3000:]
+    assert "sft: steps 12" in printed
+
+
+@pytest.mark.parametrize("folder", ["/sys/jax_rlhf", "base/config.json/run"])
+def test_a_workdir_that_cannot_be_written_is_said_at_the_start(tmp_path, folder):
+    tiny.config(tmp_path)
+    workdir = folder if folder.startswith("/") else tmp_path / folder
+    code, printed, errors = run(tmp_path, "--config.phases=sft", f"--workdir={workdir}")
+    assert code == 1, errors[-3000:]
+    assert errors.splitlines()[-1].startswith(f"error: {workdir} cannot be written")
+    assert "loading" not in printed
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    """In a reward function that never returns."""
+    flags = ("--config.phases=ppo", f"--config.sft_model_path={tmp_path / 'base'}")
+    process = subprocess.Popen(
+        command(tmp_path, *flags, "--config.ppo.reward_functions=tests.cli.test_end_to_end:never"),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.time() + 100
+    while time.time() < until and process.poll() is None and not (tmp_path / "asked").exists():
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=5)
+    assert process.returncode == -signal.SIGINT
+    assert "Ctrl-C: this step is finished and saved; once more stops at once." in errors
+
+
+def never(prompts, responses, **columns):
+    del prompts, responses, columns
+    pathlib.Path("asked").touch()
+    while True:
+        time.sleep(1000)

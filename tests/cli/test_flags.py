@@ -1,0 +1,216 @@
+"""What strangers write on the command line: lists, configs, fields of other frameworks."""
+
+import importlib
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from absl import flags
+
+import jax_rlhf
+from jax_rlhf.cli import flags as command_line
+from jax_rlhf.cli.packaged import packaged_config, packaged_configs
+from jax_rlhf.config import run_config
+from tests.cli.test_end_to_end import environment
+from tests.processes import ROOT
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """Parses a command line as the program does, with flags of its own."""
+
+    def parse(*arguments):
+        values = flags.FlagValues()
+        monkeypatch.setattr(flags, "FLAGS", values)
+        values["verbosity"] = flags.Flag(flags.IntegerParser(), None, "verbosity", 0, "")
+        arguments = ["jax-rlhf", *arguments]
+        monkeypatch.setattr(sys, "argv", arguments)
+        config = command_line.config_flags.DEFINE_config_file("config", flag_values=values)
+        monkeypatch.setattr(command_line, "CONFIG", config)
+        command_line.parse_flags(arguments)
+        return run_config(config.value)
+
+    return parse
+
+
+@pytest.fixture
+def refused(parsed, capsys):
+    """What is said of one that cannot be used: usage, and a line."""
+
+    def refuse(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            parsed(*arguments)
+        assert stopped.value.code == 2
+        usage, error = capsys.readouterr().err.splitlines()
+        assert usage.startswith("usage: jax-rlhf --config=")
+        assert error.startswith("error: ")
+        return error.removeprefix("error: ")
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("a.jsonl,b.jsonl", ("a.jsonl", "b.jsonl")),
+        ("/data/a.jsonl,/data/b.jsonl", ("/data/a.jsonl", "/data/b.jsonl")),
+        ("./a.jsonl,../b.jsonl", ("./a.jsonl", "../b.jsonl")),
+        ("~/a,~/b", ("~/a", "~/b")),
+        ("part-1.jsonl,part-2.jsonl", ("part-1.jsonl", "part-2.jsonl")),
+        ("2024,2025", ("2024", "2025")),
+        ("2024.jsonl", ("2024.jsonl",)),
+        ("1e5", ("1e5",)),
+        ("True,None", ("True", "None")),
+        ("my rows.jsonl,other rows.jsonl", ("my rows.jsonl", "other rows.jsonl")),
+        ("a.jsonl, b.jsonl,", ("a.jsonl", "b.jsonl")),
+        ("package.module:function,b.jsonl", ("package.module:function", "b.jsonl")),
+        ("org/name,gs://bucket/x.jsonl", ("org/name", "gs://bucket/x.jsonl")),
+        ('"a,b.jsonl",c.jsonl', ("a,b.jsonl", "c.jsonl")),
+        ("'a,b.jsonl','c d.jsonl'", ("a,b.jsonl", "c d.jsonl")),
+        ("bob's.jsonl,c.jsonl", ("bob's.jsonl", "c.jsonl")),
+        ("(copy) a.jsonl,b.jsonl", ("(copy) a.jsonl", "b.jsonl")),
+        ("[1].jsonl", ("[1].jsonl",)),
+        ("(1)", ("(1)",)),
+        ("[2024]", ("[2024]",)),
+        ("('a.jsonl', 'b,c.jsonl')", ("a.jsonl", "b,c.jsonl")),
+        ('["a.jsonl"]', ("a.jsonl",)),
+        ("数据/问.jsonl,b.jsonl", ("数据/问.jsonl", "b.jsonl")),
+        ("a=b.jsonl,c.jsonl", ("a=b.jsonl", "c.jsonl")),
+        ("", ()),
+        ("()", ()),
+    ],
+)
+def test_every_text_between_commas_is_an_element(parsed, written, expected):
+    assert parsed("--config=sft", f"--config.data.paths={written}").data.paths == expected
+
+
+def test_lists_of_other_fields(parsed):
+    settings = parsed(
+        "--config=ppo",
+        "--config.phases=sft,reward,ppo",
+        "--config.ppo.reward_functions=a.b:f,c:g",
+        "--config.ppo.eos_ids=2,7",
+        "--config.data.paths=a b.jsonl",
+        "--config.data.paths=c.jsonl,d.jsonl",
+        "--config.data.weights=3,1.5,1",
+        "--config.data.length_buckets=(64, 128)",
+        "--config.mesh.rules=mlp=tensor+fsdp,embed=",
+    )
+    assert settings.phases == ("sft", "reward", "ppo")
+    assert settings.ppo.reward_functions == ("a.b:f", "c:g")
+    assert settings.ppo.eos_ids == (2, 7)
+    assert settings.data.paths == ("a b.jsonl", "c.jsonl", "d.jsonl")  # given twice, they add up
+    assert settings.data.weights == (3.0, 1.5, 1.0)
+    assert settings.data.length_buckets == (64, 128)
+    assert settings.mesh.rules == ("mlp=tensor+fsdp", "embed=")
+    assert parsed("--config=ppo", "--config.ppo.eos_ids=None").ppo.eos_ids is None
+    assert parsed("--config=ppo").phases == ("ppo",)
+
+
+def test_a_comma_in_a_config_file_s_own_list_is_part_of_the_element():
+    assert run_config({"data": {"paths": ("a,b.jsonl", "c.jsonl")}}).data.paths == ("a,b.jsonl", "c.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--config=FILE_OR_NAME is missing; the package has deepspeed_chat_opt, "),
+        (["--config.seed=1"], "--config=FILE_OR_NAME is missing"),
+        (["--config"], "--config has no value"),
+        (["--config=nosuch.py"], "--config=nosuch.py: 'nosuch.py' is no file here; the package has "),
+        (["--config=elsewhere/ppo.py"], "'elsewhere/ppo.py' is no file here; --config=ppo is the package's"),
+        (
+            ["--config=ppo", "--config.ppo.kl_cof=1"],
+            "config.ppo.kl_cof: there is no such field; did you mean config.ppo.kl_",
+        ),
+        (["--config=ppo", "--config.kl_coef=1"], "did you mean config.ppo.kl_coef"),
+        (
+            ["--config=sft", "--config.learning_rate=1"],
+            "did you mean config.ppo.actor_optimizer.learning_rate or config.ppo.critic_optimizer.learning_rate or "
+            "config.reward_training.optimizer.learning_rate or config.sft.optimizer.learning_rate?",
+        ),
+        (["--config=ppo", "--config.model.lora_rank=8"], "LoRA and other adapters: not in this project yet"),
+        (["--config=ppo", "--noconfig.model.load_in_4bit"], "quantized training: not in this project yet"),
+        (["--config=ppo", "--config.ppo.use_vllm=true"], "generation by another server: not in this project yet"),
+        (["--config=sft", "--config.model.gradient_checkpointing=1"], "here it is config.model.remat."),
+        (["--config=sft", "--config.per_device_train_batch_size=1"], "here it is config.data.sft_batch_size, "),
+        (["--config=sft", "--config.output_dir=x"], "--workdir=DIR"),
+        (["--config=ppo", "--config.xyzzy=1"], "configs/sft.py, reward.py and ppo.py explain the fields"),
+        (["--config=sft", "--config.data.weights=a,b"], "config.data.weights='a,b': numbers with commas"),
+        (["--config=sft", "--config.seed=many"], "--config.seed=many: invalid literal for int()"),
+        (["--config=sft", "--nosuch=1"], "Unknown command line flag 'nosuch'"),
+    ],
+)
+def test_what_cannot_be_used_is_said_in_a_line(refused, arguments, message):
+    assert message in refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("x = 1\n", "has no function get_config"),
+        ("get_config = 3\n", "has no function get_config"),
+        ("def get_config(:\n", ", line 1: invalid syntax"),
+        ("import nosuchmodule\n", ", line 1: ModuleNotFoundError: No module named 'nosuchmodule'"),
+        ("def get_config():\n    x = 1\n    return x / 0\n", ", line 3: ZeroDivisionError: division by zero"),
+        ("def get_config():\n    return {}\n", "get_config returned a dict; an ml_collections.ConfigDict is expected"),
+    ],
+)
+def test_a_broken_config_file_is_named_with_its_line(refused, tmp_path, content, message):
+    (tmp_path / "mine.py").write_text(content)
+    said = refused(f"--config={tmp_path / 'mine.py'}")
+    assert said.startswith(str(tmp_path / "mine.py"))
+    assert message in said
+
+
+def test_a_config_of_the_user_s_may_take_a_parameter(parsed, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from jax_rlhf.cli.packaged import packaged_config\n"
+        "def get_config(seed='3'):\n"
+        "    config = packaged_config('sft')\n"
+        "    config.seed = int(seed)\n"
+        "    return config\n"
+    )
+    assert parsed(f"--config={tmp_path / 'mine.py'}:7").seed == 7
+    assert parsed("--config", str(tmp_path / "mine.py")).seed == 3
+    needed = (tmp_path / "mine.py").read_text().replace("seed='3'", "seed")
+    (tmp_path / "needed.py").write_text(needed)
+    monkeypatch.setenv("HOME", str(tmp_path))  # which a shell does not put in after "="
+    assert parsed("--config=~/needed.py:5").seed == 5
+
+
+def test_the_package_has_the_configs(parsed):
+    assert set(packaged_configs()) == {file.stem for file in (ROOT / "configs").glob("*.py")}
+    for name in packaged_configs():
+        assert parsed(f"--config={name}") == run_config(packaged_config(name))
+
+
+def test_unknown_phases_are_answered_as_such():
+    with pytest.raises(ValueError, match=r"'dpo' is no phase; DPO and its relatives .*: not in this project yet"):
+        run_config({"phases": ("dpo",)})
+    with pytest.raises(ValueError, match="'rm' is no phase; the phases are sft, reward, ppo"):
+        run_config({"phases": ("rm",)})
+    with pytest.raises(ValueError, match=r"config.model.lora_r: there is no such field; LoRA and other adapters: not"):
+        run_config({"model": {"lora_r": 8}})
+
+
+def test_a_command_that_cannot_be_used_ends_with_2_and_no_traceback(tmp_path):
+    """As a process: a JobSet starts again after other codes."""
+    command = [sys.executable, "-m", "jax_rlhf", "--config=nosuch.py", "--workdir=x"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "PyTorch was not found" not in done.stderr + done.stdout
+    assert done.stderr.splitlines()[-1].startswith("error: --config=nosuch.py: 'nosuch.py' is no file here")
+
+
+def test_the_wheel_has_every_package_and_the_configs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = {file.parent.relative_to(ROOT).as_posix().replace("/", ".") for file in ROOT.glob("jax_rlhf/**/*.py")}
+    assert set(project["tool"]["setuptools"]["packages"]) == packages | {"jax_rlhf.configs"}
+    assert project["tool"]["setuptools"]["package-dir"] == {"jax_rlhf.configs": "configs"}
+    for entry in project["project"]["scripts"].values():
+        module, _, name = entry.partition(":")
+        assert callable(getattr(importlib.import_module(module), name))
+    assert project["project"]["version"] == jax_rlhf.__version__

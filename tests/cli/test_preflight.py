@@ -1,0 +1,410 @@
+"""What would fail later is said at the start, with how to mend it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jax_rlhf import CheckpointError, Pretrained, load_pretrained, save_pretrained
+from jax_rlhf.cli.preflight import check_run
+from jax_rlhf.config import run_config
+from jax_rlhf.hub import config_from_hub
+from jax_rlhf.hub import locate as place
+from jax_rlhf.io.printable import printable, printable_lines
+from jax_rlhf.models import Decoder, init_params
+from jax_rlhf.reward import train as reward
+from jax_rlhf.runtime.manifest import begin_manifest
+from jax_rlhf.runtime.run_logger import LogConfig, Record
+from jax_rlhf.runtime.workdir import (
+    forget_failed_start,
+    forget_overwritten,
+    lock_workdir,
+    open_workdir,
+    overwritten,
+    status,
+)
+from jax_rlhf.sft import train as sft
+from tests.cli import tiny
+from tests.data import tiny as data
+from tests.processes import ROOT
+
+
+@pytest.fixture
+def config(tmp_path):
+    config = tiny.config(tmp_path)
+    config.data.sft_batch_size = config.data.reward_batch_size = config.data.ppo_batch_size = 16
+    config.data.max_tokens = 20
+    return config
+
+
+def check(config, tmp_path):
+    check_run(run_config(config), tmp_path / "run", overwrite=False)
+
+
+def test_a_good_config_passes(config, tmp_path):
+    check(config, tmp_path)
+
+
+def set_field(config, path, value):
+    *sections, name = path.split(".")
+    for section in sections:
+        config = config[section]
+    config[name] = value
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.path": "/nowhere"}, "/nowhere: no such file or folder"),
+        ({"model.trainable_layers": 9}, "config.model.trainable_layers=9 must lie within 1 and the model's 3 layers"),
+        ({"reward_training.num_layers": 5}, "config.reward_training.num_layers=5 must lie"),
+        ({"reward_training.trainable_layers": 3}, "must lie within 1 and the model's 2 layers"),
+        ({"critic.trainable_layers": 3}, "config.critic.trainable_layers=3 must lie within 1 and the model's 2 layers"),
+        ({"ppo.microbatch_size": 5}, r"config.ppo.microbatch_size=5 does not divide a batch of 8 rows"),
+        ({"reward_training.loss": "token", "reward_training.compare": "all"}, 'compare="all" is for loss="bradley'),
+        ({"ppo.actor_optimizer.schedule": "linear", "ppo.actor_optimizer.warmup_steps": 12}, "config.ppo.actor_optim"),
+        ({"phases": ("ppo",)}, r"sft/model is missing: run the sft phase first \(--config.phases=sft,ppo does both\)"),
+        ({"phases": ("sft", "ppo")}, "reward/model is missing: run the reward phase first"),
+        ({"sft.microbatch_size": 5}, r"config.sft.microbatch_size=5 does not divide a batch of 16 rows.*8, 16"),
+        ({"data.ppo_batch_size": 12}, r"ppo_batch_size=12 is no multiple of config.ppo.num_minibatches=2 × .* 16 or"),
+        ({"data.ppo_batch_size": 160}, "the ppo phase has 90 rows, fewer than a batch of 160"),
+        ({"data.paths": ("gone.jsonl",)}, "'gone.jsonl' is no file or folder here"),
+        ({"ppo.reward_functions": ("tests.cli.tiny:nobody",)}, "cannot be imported"),
+        ({"mesh.data": 3}, "data=3 × fsdp=-1 × tensor=1 is not the 8 devices that there are"),
+        ({"ppo.clip_range": -1.0}, "clip_range=-1.0 must be 0 or more"),
+        ({"ppo.critic_warmup_iterations": 3}, "critic_warmup_iterations=3 leaves the actor none of .*iterations=3"),
+        ({"critic.revision": "main"}, r"config.critic.revision='main' is of a hub id; set config.critic.path too"),
+    ],
+)
+def test_what_cannot_work_is_said_at_the_start(config, tmp_path, changes, message):
+    for path, value in changes.items():
+        set_field(config, path, value)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        check(config, tmp_path)
+
+
+def test_texts_learned_beside_ppo_must_fit_its_microbatches(config, tmp_path):
+    config.phases, config.sft_model_path, config.reward.path = ("ppo",), config.model.path, None
+    config.reward.path = tiny.checkpoint(tmp_path / "reward", head="scalar")
+    config.ppo.ptx_coef, config.data.sft_batch_size = 1.0, 15
+    with pytest.raises(ValueError, match=r"sft_batch_size=15 texts .* cannot be spread over the 2 microbatches"):
+        check(config, tmp_path)
+
+
+def test_what_overwriting_would_delete_is_no_input(config, tmp_path):
+    workdir = tmp_path / "run"
+    config.sft_model_path, config.phases = str(workdir / "sft" / "model"), ("sft",)
+    with pytest.raises(ValueError, match=r"config.sft_model_path=.* lies in .*run/sft, which --overwrite deletes"):
+        check_run(run_config(config), workdir, overwrite=True)
+    config.sft_model_path = None
+    check_run(run_config(config), workdir, overwrite=True)
+    (workdir / "reward" / "model").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"run/reward was made from what .* --config.phases=sft,reward repeats it too"):
+        check_run(run_config(config), workdir, overwrite=True)
+
+
+def test_a_reward_model_of_another_vocabulary(config, tmp_path):
+    config.reward.path = tiny.checkpoint(tmp_path / "small", vocabulary=20, head="scalar")
+    with pytest.raises(ValueError, match=r"config.reward.path=.* has another vocabulary than config.model.path"):
+        check(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "phases", "message"),
+    [
+        ("reward.path", ("ppo",), "config.reward.path=.* is a language model: it has no scalar head"),
+        ("reward.path", ("sft", "reward", "ppo"), "config.reward.path=.* is a language model"),
+        ("sft_model_path", ("ppo",), "is a reward model or a critic"),
+        ("reference.path", ("sft", "reward", "ppo"), "is a reward model or a critic"),
+        ("model.path", ("sft",), "is a reward model or a critic"),
+    ],
+)
+def test_a_checkpoint_with_the_wrong_head_is_said_at_the_start(config, tmp_path, field, phases, message):
+    head = "lm" if field == "reward.path" else "scalar"
+    config.phases, config.sft_model_path = phases, config.model.path
+    config.ppo.reward_functions = ("tests.cli.tiny:count_a",)
+    set_field(config, field, tiny.checkpoint(tmp_path / "other", head=head, tied=False))
+    with pytest.raises((ValueError, CheckpointError), match=message):
+        check(config, tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_reward_model_is_trained_further_with_its_own_head(config, tmp_path, capsys, tied):
+    """Its biases stay where scores are not normalised anew."""
+    config.reward_training.path = tiny.checkpoint(tmp_path / "reward", head="scalar", tied=tied, reward_bias=0.5)
+    config.reward_training.num_layers, config.reward_training.normalize_rows = None, 0
+    config.reward_training.optimizer.learning_rate, config.phases = 0.0, ("reward",)
+    check(config, tmp_path)
+    reward.run(run_config(config), tmp_path / "run")
+    assert "it is a reward model already: training goes on with its own scalar head" in capsys.readouterr().out
+    before = load_pretrained(config.reward_training.path, head="scalar")
+    after = load_pretrained(tmp_path / "run" / "reward" / "model", head="scalar")
+    assert after.reward_bias == 0.5
+    np.testing.assert_array_equal(after.params["scalar_head"]["kernel"], before.params["scalar_head"]["kernel"])
+
+
+def test_samples_of_the_sft_phase_fit_a_table_of_positions(config, tmp_path):
+    """Prompts as long as the table leave room for one token, and the phase ends well."""
+    config.model.path, config.phases = learned_positions(tmp_path / "gpt2", 6), ("sft",)
+    config.data.max_tokens, config.data.max_prompt_tokens, config.data.too_long = 6, 5, "truncate"
+    config.data.length_buckets, config.sft.sample_tokens, config.sft.sample_rows, config.sft.steps = (), 64, 4, 1
+    rows = [{"prompt": f"a b {text}", "completion": "c"} for text in data.letters(40)]
+    config.data.paths = (data.write(tmp_path / "long.jsonl", rows),)
+    check(config, tmp_path)
+    sft.run(run_config(config), tmp_path / "run")
+    samples = [json.loads(line) for line in (tmp_path / "run" / "sft" / "samples.jsonl").read_text().splitlines()]
+    assert [row["length"] for row in samples] == [1] * 4
+    assert status(tmp_path / "run", "sft") == "finished"
+
+
+def test_a_reward_model_may_have_more_tokens_than_the_policy(config, tmp_path):
+    longer = data.tokenizer()
+    longer.add_tokens(["<new>"])
+    config.phases, config.sft_model_path = ("ppo",), config.model.path
+    config.reward.path = tiny.checkpoint(tmp_path / "reward", head="scalar", tokenizer=longer)
+    check(config, tmp_path)
+    config.model.path = config.sft_model_path = tiny.checkpoint(tmp_path / "policy", tokenizer=longer)
+    config.reward.path = tiny.checkpoint(tmp_path / "other", head="scalar", vocabulary=len(longer))
+    with pytest.raises(ValueError, match=r"another vocabulary .*1 of 32 tokens differ, first '<new>': 31 here, not in"):
+        check(config, tmp_path)
+
+
+def test_an_end_that_the_model_does_not_know_is_said(config, tmp_path):
+    config.ppo.eos_ids = (data.EOS, 77)
+    with pytest.raises(ValueError, match=r"the id 77 ends an answer .* has 31 rows"):
+        check(config, tmp_path)
+
+
+def learned_positions(folder, positions, head="lm"):
+    """A GPT-2 whose rows may have so many tokens."""
+    shape = {"model_type": "gpt2", "vocab_size": len(data.WORDS), "n_embd": 16, "n_layer": 3, "n_head": 2}
+    model = Decoder(config_from_hub(shape | {"n_positions": positions, "eos_token_id": data.EOS}), head=head)
+    save_pretrained(folder, Pretrained(model, init_params(model, jax.random.key(0)), data.tokenizer()))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("phase", "changes", "message"),
+    [
+        ("sft", {"data.max_tokens": 13}, "config.data.max_tokens=13 tokens is more than the 12 positions .* the sft"),
+        ("reward", {"data.max_tokens": 13}, "config.data.max_tokens=13 tokens .* the reward phase needs shorter rows"),
+        ("ppo", {"ppo.max_new_tokens": 9}, r"max_prompt_tokens \+ config.ppo.max_new_tokens=13 tokens .* the ppo"),
+        ("reward", {"ppo.max_new_tokens": 9}, r"config.ppo.max_new_tokens=13 tokens .* config.model.path has; the ppo"),
+        ("ppo", {"ppo.max_new_tokens": 8}, None),
+    ],
+)
+def test_rows_longer_than_a_table_of_positions_are_said_at_the_start(config, tmp_path, phase, changes, message):
+    config.model.path = config.sft_model_path = learned_positions(tmp_path / "gpt2", 12)
+    config.reward.path, config.data.max_tokens, config.phases = config.model.path, 12, (phase,)
+    if phase == "ppo":
+        config.reward.path = learned_positions(tmp_path / "reward", 12, "scalar")
+    for path, value in changes.items():
+        set_field(config, path, value)
+    if message is None:
+        check(config, tmp_path)
+        return
+    with pytest.raises(ValueError, match=message):
+        check(config, tmp_path)
+
+
+def test_a_reward_model_of_fewer_positions(config, tmp_path):
+    config.reward.path, config.data.max_tokens = learned_positions(tmp_path / "gpt2", 9, "scalar"), 9
+    with pytest.raises(ValueError, match=r"10 tokens is more than the 9 positions that config.reward.path has"):
+        check(config, tmp_path)
+
+
+@pytest.mark.parametrize("phase", ["sft", "reward", "ppo"])
+def test_a_token_past_the_embedding_is_named_with_its_row_at_the_start(config, tmp_path, phase):
+    """For the first phase too, and before weights are read."""
+    known = len(data.WORDS) - 1  # "z" has no row
+    config.model.path = config.sft_model_path = tiny.checkpoint(tmp_path / "small", vocabulary=known)
+    config.phases, config.ppo.reward_functions = (phase,), ("tests.cli.tiny:count_a",)
+    config.reward_training.normalize_rows = 0
+    rows = [json.loads(line) for line in Path(config.data.paths[0]).read_text().splitlines()]
+    rows = [row for row in rows if "z" not in row["prompt"]]
+    config.data.paths = (data.write(tmp_path / "good.jsonl", rows),)
+    check(config, tmp_path)
+    rows[41]["prompt"] = "a z b"
+    config.data.paths = (data.write(tmp_path / "bad.jsonl", rows),)
+    (tmp_path / "small" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=rf"bad.jsonl, line 42: token 'z' has the id {known}, .* has {known} rows"):
+        check(config, tmp_path)
+
+
+def test_a_pad_token_past_the_embedding_is_said(config, tmp_path):
+    config.model.path = tiny.checkpoint(tmp_path / "small", vocabulary=len(data.WORDS) - 1)
+    config.data.pad_token = "z"
+    with pytest.raises(ValueError, match=r"the pad token 'z' has the id 30, .*--config.data.pad_token='<eos>'"):
+        check(config, tmp_path)
+
+
+@pytest.mark.parametrize("phase", ["sft", "reward", "ppo"])
+def test_the_first_phase_s_data_is_read_at_the_start(config, tmp_path, phase):
+    config.phases, config.sft_model_path = (phase,), config.model.path
+    config.reward.path = tiny.checkpoint(tmp_path / "reward", head="scalar")
+    config.data.paths = (data.write(tmp_path / "x.jsonl", [{"question": "a", "answer": "b"}] * 40),)
+    with pytest.raises(ValueError, match=rf"x.jsonl, line 1: the {phase} phase needs .* has answer, question"):
+        check(config, tmp_path)
+
+
+def test_weights_of_a_hub_id_are_downloaded_after_all_else_is_checked(config, tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        asked.append(any(pattern.endswith("safetensors") for pattern in allow_patterns))
+        return tmp_path / "base"
+
+    monkeypatch.setattr(place, "snapshot_download", download)
+    config.model.path, config.phases = "org/base", ("sft",)
+    check(config, tmp_path)
+    assert asked == [False] * (len(asked) - 1) + [True]
+    asked.clear()
+    config.data.paths = (data.write(tmp_path / "x.jsonl", [{"question": "a"}] * 40),)
+    with pytest.raises(ValueError, match="the sft phase needs"):
+        check(config, tmp_path)
+    assert asked
+    assert not any(asked)
+
+
+def test_texts_of_their_own_for_the_pretraining_loss(config, tmp_path):
+    config.phases, config.sft_model_path = ("ppo",), config.model.path
+    config.ppo.reward_functions = ("tests.cli.tiny:count_a",)
+    config.data.ptx_paths = (data.write(tmp_path / "texts.jsonl", [{"text": text} for text in data.letters(40)]),)
+    with pytest.raises(ValueError, match=r"ptx_paths is given, and config.ppo.ptx_coef=0"):
+        check(config, tmp_path)
+    config.ppo.ptx_coef = 1.0
+    check(config, tmp_path)
+    data.write(tmp_path / "texts.jsonl", [{"words": text} for text in data.letters(40)])
+    with pytest.raises(ValueError, match=r"texts.jsonl, line 1: the sft phase needs .* has words"):
+        check(config, tmp_path)
+
+
+def test_a_start_that_failed_leaves_no_config(config, tmp_path):
+    workdir = tmp_path / "run"
+    open_workdir(workdir, config, ("sft",), overwrite=False)
+    forget_failed_start(workdir)
+    assert not (workdir / "config.json").exists()
+    open_workdir(workdir, config, ("sft",), overwrite=False)
+    (workdir / "sft" / "checkpoints" / "3").mkdir(parents=True)
+    forget_failed_start(workdir)
+    assert (workdir / "config.json").exists()
+
+
+FORKS = """
+import os, sys, time
+from pathlib import Path
+from jax_rlhf.runtime.workdir import lock_workdir
+lock = lock_workdir(Path(sys.argv[1]))
+if os.fork() == 0:
+    os.close(1)
+    os.close(2)
+    time.sleep(30)
+"""
+
+
+def test_a_child_that_was_forked_does_not_keep_the_lock(tmp_path):
+    """Such as a reward function's worker, which outlives the run."""
+    subprocess.run([sys.executable, "-c", FORKS, str(tmp_path)], cwd=ROOT, check=True, timeout=25, capture_output=True)
+    assert lock_workdir(tmp_path).is_locked
+
+
+def test_a_later_phase_s_broken_row_stops_the_run_at_its_start(config, tmp_path):
+    rows = [json.loads(line) for line in Path(config.data.paths[0]).read_text().splitlines()]
+    rows[41]["rejected"] = rows[41]["chosen"]  # the SFT phase would not notice
+    config.data.paths = (data.write(tmp_path / "broken.jsonl", rows),)
+    with pytest.raises(ValueError, match=r"broken.jsonl, line 42: chosen and rejected are the same"):
+        check(config, tmp_path)
+
+
+def finished(workdir, phase):
+    (workdir / phase).mkdir(parents=True, exist_ok=True)
+    begin_manifest(workdir / phase)
+    (workdir / phase / "summary.json").write_text('{"finished": true}')
+
+
+def test_a_workdir_belongs_to_one_config(config, tmp_path):
+    workdir = tmp_path / "run"
+    config.data.max_tokens = 19
+    assert open_workdir(workdir, config, ("sft",), overwrite=False) == []
+    config.data.max_tokens = 20  # nothing was made with the former one
+    assert open_workdir(workdir, config, ("sft",), overwrite=False) == []
+    finished(workdir, "sft")
+    config.phases, config.log.table_rows, config.checkpoint.every = ("ppo",), 1, 5  # what may differ
+    assert open_workdir(workdir, config, ("sft",), overwrite=False) == []
+    config.data.max_tokens = 21
+    with pytest.raises(ValueError, match=r"config.data.max_tokens was 20 and is 21.*--accept_changes"):
+        open_workdir(workdir, config, ("sft",), overwrite=False)
+    said = open_workdir(workdir, config, ("sft",), overwrite=False, accept_changes=True)
+    assert said == ["config.data.max_tokens was 20 and is 21"]
+    config.data.max_tokens = 22
+    open_workdir(workdir, config, ("sft",), overwrite=True)
+    assert json.loads((workdir / "config.json").read_text())["data"]["max_tokens"] == 22
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "refused"),
+    [
+        ("ppo.kl_coef", 0.3, False),  # a phase that is under way goes on with another setting
+        ("ppo.actor_optimizer.learning_rate", 1e-6, False),
+        ("mesh.fsdp", 2, False),
+        ("model.remat", "full", False),
+        ("data.prefetch", 7, False),
+        ("sft.optimizer.learning_rate", 1.0, True),  # a phase that is finished was made with the former one
+        ("model.path", "/elsewhere", True),
+        ("model.trainable_layers", 1, True),
+        ("data.paths", ("others.jsonl",), True),
+        ("seed", 5, True),
+        ("ppo.seed", 5, True),
+        ("reward.path", "/elsewhere", True),
+    ],
+)
+def test_what_may_change_under_way(config, tmp_path, field, value, refused):
+    workdir = tmp_path / "run"
+    open_workdir(workdir, config, ("sft", "ppo"), overwrite=False)
+    finished(workdir, "sft")
+    (workdir / "ppo" / "checkpoints" / "3").mkdir(parents=True)
+    assert [status(workdir, phase) for phase in ("sft", "reward", "ppo")] == ["finished", "new", "interrupted"]
+    before = (workdir / "config.json").read_text()
+    set_field(config, field, value)
+    if refused:
+        with pytest.raises(ValueError, match=rf"another config: .*config.{field} was .* and is .*--accept_changes"):
+            open_workdir(workdir, config, ("sft", "ppo"), overwrite=False)
+        assert (workdir / "config.json").read_text() == before
+    else:
+        (line,) = open_workdir(workdir, config, ("sft", "ppo"), overwrite=False)
+        assert line.startswith(f"config.{field} was ")
+
+
+def test_a_run_that_overwrote_and_was_stopped_goes_on(config, tmp_path):
+    """With the same command, --overwrite and all; with another config, or once it has ended, it is meant anew."""
+    workdir = tmp_path / "run"
+    open_workdir(workdir, config, ("sft",), overwrite=False)
+    assert not overwritten(workdir, config)
+    open_workdir(workdir, config, ("sft",), overwrite=True)
+    assert overwritten(workdir, config)
+    other = config.copy_and_resolve_references()
+    other.sft.steps = 77
+    assert not overwritten(workdir, other)
+    forget_overwritten(workdir)
+    assert not overwritten(workdir, config)
+    forget_overwritten(workdir)
+
+
+def test_a_model_without_a_checkpoint_is_not_overwritten_in_silence(config, tmp_path):
+    (tmp_path / "run" / "sft" / "model").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"did not finish, without a checkpoint. --overwrite --config.phases=sft,"):
+        check(config, tmp_path)
+
+
+def test_weights_and_biases_must_be_installed(tmp_path):
+    with pytest.raises(ValueError, match="pip install wandb"):
+        Record(tmp_path, LogConfig(wandb_project="x"))
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    assert printable("a\x1b[31mb\nc" + "d" * 300, 12) == "a [31mb cdd…"
+    assert printable_lines("a\x1b[31m\n\tb\u202e" + "c" * 300) == "a [31m\n    b " + "c" * 300

@@ -1,0 +1,223 @@
+"""Two real processes run all three phases from the command line, as one does; and what happens when one fails."""
+
+import os
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jax_rlhf import load_pretrained
+from tests.cli import test_end_to_end as alone
+from tests.cli import tiny
+from tests.processes import flags_for, free_port
+
+CONFIG = """
+from pathlib import Path
+from tests.cli import tiny
+def get_config():
+    config = tiny.config(Path({folder!r}))
+    config.data.paths = ("preferences.jsonl",)  # of the folder that a process runs in
+    config.data.ppo_batch_size, config.ppo.microbatch_size = 16, 8
+    config.sft.steps = config.reward_training.steps = config.ppo.iterations = 2
+    config.ppo.reward_functions = ("tests.cli.test_processes:half_a_point_an_a",)
+    config.ppo.time_phases = False
+    return config
+"""
+
+# Adam divides a gradient by its own size, and so makes rounding larger where a gradient is all but zero. With its ε at
+# 1,000 a step is linear in the gradient.
+LINEAR = [
+    f"--config.{phase}optimizer.{setting}"
+    for phase, rate in {"sft.": 100, "reward_training.": 100, "ppo.actor_": 30, "ppo.critic_": 30}.items()
+    for setting in ("eps=1e3", f"learning_rate={rate}")
+]
+MODELS = ("sft/model", "reward/model", "ppo/model", "ppo/critic")
+
+
+def half_a_point_an_a(prompts, responses, tag, **columns):
+    """Which process is asked for what is written down; every row must come with its column."""
+    del columns
+    assert tag == ["t"] * len(prompts)
+    with open(os.environ["ASKED"], "a") as file:
+        file.write(f"{len(prompts)}\n")
+    return [0.5 * response.split().count("a") for response in responses]
+
+
+def start(folder, workdir, *flags, devices, asked, cwd=None):
+    environment = alone.environment() | {
+        "XLA_FLAGS": flags_for(devices),
+        "ASKED": str(asked),
+    }
+    command = [*alone.command(folder, config=folder / "config.py")[:-1], f"--workdir={workdir}", *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=cwd or folder, env=environment, **pipes)
+
+
+def start_two(folder, workdir, *flags, cwds=(None, None), each=((), ())):
+    who = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", "--process_timeout=10"]
+    return [
+        start(
+            folder,
+            workdir,
+            *flags,
+            *who,
+            *each[i],
+            f"--process_id={i}",
+            devices=2,
+            asked=folder / f"asked{i}",
+            cwd=cwds[i],
+        )
+        for i in range(2)
+    ]
+
+
+def finish(processes, timeout=400):
+    return [(process.communicate(timeout=timeout)[0], process.returncode) for process in processes]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    tiny.config(folder)
+    (folder / "config.py").write_text(CONFIG.format(folder=str(folder)))
+    return folder
+
+
+def metrics(workdir, phase):
+    timing = ("time", "second", "eps")
+    rows = alone.lines(workdir / phase / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if not any(word in name for word in timing)} for row in rows]
+
+
+def parameters(run):
+    """Of all models that a run leaves, by file and name."""
+    files = {model: load_file(run / model / "model.safetensors") for model in MODELS}
+    return {(model, name): leaf for model, leaves in files.items() for name, leaf in leaves.items()}
+
+
+def assert_same_up_to_rounding(wanted, got, started):
+    """Each parameter to 1e-6 of its array's largest; most have moved a thousand times as far."""
+    assert wanted.keys() == got.keys()
+    for name, leaf in wanted.items():
+        np.testing.assert_allclose(got[name], leaf, rtol=0, atol=1e-6 * np.abs(leaf).max(), err_msg=str(name))
+    moved = [np.abs(wanted["ppo/model", name] - leaf).max() / np.abs(leaf).max() for name, leaf in started.items()]
+    assert np.median(moved) > 1e-3
+
+
+def test_two_processes_run_all_phases_as_one_does(folder):
+    # With tensor=2 on the processes' 2 devices each, rows lie along fsdp=2.
+    form = ("--config.mesh.tensor=2", *LINEAR)
+    printed = finish(start_two(folder, folder / "two", *form))
+    assert [code for _, code in printed] == [0, 0], printed[0][0][-3000:] + printed[1][0][-3000:]
+    ((output, code),) = finish([start(folder, folder / "one", *form, devices=4, asked=folder / "asked")])
+    assert code == 0, output[-9000:]
+    for phase in ("sft", "reward", "ppo"):
+        wanted, got = metrics(folder / "one", phase), metrics(folder / "two", phase)
+        assert len(wanted) == len(got) > 2
+        for one, two in zip(wanted, got, strict=True):
+            assert one.keys() == two.keys()
+            for name, value in one.items():
+                np.testing.assert_allclose(two[name], value, rtol=2e-3, atol=1e-5, err_msg=f"{phase} {name}")
+        samples = [alone.lines(folder / run / phase / "samples.jsonl") for run in ("one", "two")]
+        if phase == "ppo":  # of training iterations the first process writes some of its own rows
+            samples = [[row for row in rows if row["split"] == "eval"] for rows in samples]
+        texts = [[row.get("response") or row.get("text") for row in rows] for rows in samples]
+        assert texts[0] == texts[1]
+        load_pretrained(folder / "two" / phase / "model", head="scalar" if phase == "reward" else "lm")
+    started = load_file(folder / "base" / "model.safetensors")
+    assert_same_up_to_rounding(parameters(folder / "one"), parameters(folder / "two"), started)
+    assert "ppo: iterations 2" in printed[0][0]
+    assert "ppo: iterations 2" not in printed[1][0]  # what is said, process 0 says
+    asked = [(folder / name).read_text().split() for name in ("asked", "asked0", "asked1")]
+    assert set(asked[0]) == {"16"}  # each row once: evaluations and iterations
+    assert set(asked[1]) == set(asked[2]) == {"8"}
+    assert len(asked[0]) == len(asked[1]) == len(asked[2])
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_to_the_bit_where_sums_have_two_addends(folder):
+    """With Adam: order is all that rounding depends on, and two numbers have one order."""
+    who = (f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", "--process_timeout=10")
+    asked = folder / "asked_of_pair"
+    two = [start(folder, folder / "pair", *who, f"--process_id={index}", devices=1, asked=asked) for index in range(2)]
+    one = start(folder, folder / "both", devices=2, asked=asked)
+    for output, code in finish([*two, one]):
+        assert code == 0, output[-3000:]
+    wanted, got = parameters(folder / "both"), parameters(folder / "pair")
+    for name, leaf in wanted.items():
+        np.testing.assert_array_equal(got[name], leaf, err_msg=str(name))
+
+
+def test_a_process_with_other_data_is_named_by_all(folder, tmp_path):
+    lines = (folder / "preferences.jsonl").read_text().splitlines()
+    (tmp_path / "preferences.jsonl").write_text("\n".join(lines[:60]) + "\n")
+    flags = ("--config.phases=sft", "--config.data.eval_rows=2")
+    for output, code in finish(start_two(folder, tmp_path / "run", *flags, cwds=(None, tmp_path)), timeout=120):
+        assert code == 1
+        assert "error: the data: process 1 has" in output
+        assert "All processes need the same files" in output
+
+
+def test_another_setting_is_named_by_all(folder, tmp_path):
+    processes = start_two(folder, tmp_path / "run", each=((), ("--config.ppo.whiten_rewards=true",)))
+    for output, code in finish(processes, timeout=120):
+        assert code == 1
+        assert (
+            """the settings: process 1 has '"whiten_rewards": true', process 0 has '"whiten_rewards": false'"""
+            in output
+        )
+
+
+def test_an_input_that_one_process_lacks_ends_both_with_its_words(folder, tmp_path):
+    for output, code in finish(start_two(folder, tmp_path / "run", cwds=(None, tmp_path)), timeout=120):
+        assert code == 1
+        assert "preferences.jsonl" in output
+    assert not (tmp_path / "run").exists()  # nothing was begun
+
+
+def complete(folder):
+    """Steps of its complete checkpoints."""
+    return [int(file.name) for file in (folder / "checkpoints").glob("*") if file.name.isdigit()]
+
+
+def test_a_process_that_dies_ends_the_other_and_the_same_command_goes_on(folder, tmp_path):
+    flags = ("--config.phases=sft", "--config.checkpoint.every=1")  # it dies in a save, or near one
+    first, second = start_two(folder, tmp_path / "run", *flags, "--config.sft.steps=100000")
+    file = tmp_path / "run" / "sft" / "metrics.jsonl"
+    deadline = time.time() + 120
+    while time.time() < deadline and not complete(tmp_path / "run" / "sft"):
+        assert first.poll() is None, first.communicate()[0][-3000:]
+        time.sleep(0.2)
+    second.send_signal(signal.SIGKILL)
+    killed = time.time()
+    (output, code), _ = finish([first, second], timeout=60)
+    assert code == 70 or code < 0, output[-3000:]  # what launch scripts start again after
+    assert time.time() - killed < 50  # the time-out is 10 seconds
+    assert "disk full" not in output
+    steps = complete(tmp_path / "run" / "sft")
+    again = finish(start_two(folder, tmp_path / "run", *flags, f"--config.sft.steps={max(steps) + 3}"))
+    assert [code for _, code in again] == [0, 0], again[0][0][-3000:] + again[1][0][-3000:]
+    assert f"going on from the checkpoint of step {max(steps)}" in again[0][0]
+    rows = alone.lines(file)
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, max(steps) + 4))
+
+
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+def test_stopping_one_process_ends_all_at_the_same_step(folder, tmp_path, number):
+    # A save must not keep the notice from those who wait for it.
+    every = f"--config.checkpoint.every={1 if number == signal.SIGTERM else 0}"
+    flags = ("--config.phases=sft", "--config.sft.steps=100000", every)
+    processes = start_two(folder, tmp_path / "run", *flags)
+    file = tmp_path / "run" / "sft" / "metrics.jsonl"
+    deadline = time.time() + 120
+    while time.time() < deadline and not (file.is_file() and len(alone.lines(file)) > 2):
+        time.sleep(0.2)
+    processes[1].send_signal(number)
+    for output, code in finish(processes, timeout=120):
+        assert code == 75, output[-3000:]
+    assert max(complete(tmp_path / "run" / "sft")) == alone.lines(file)[-1]["step"]
+    if number == signal.SIGINT:
+        load_pretrained(tmp_path / "run" / "sft" / "model")

@@ -1,0 +1,153 @@
+"""Pieces of the recipes by hand: what each phase hands to its update, what it measures, what it shows."""
+
+import dataclasses
+import datetime
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_rlhf.config import run_config
+from jax_rlhf.models import Decoder
+from jax_rlhf.optim.microbatches import plan_batch
+from jax_rlhf.optim.optimizer import OptimizerConfig
+from jax_rlhf.ppo import train as ppo
+from jax_rlhf.ppo.config import PPOConfig
+from jax_rlhf.reward import train as reward
+from jax_rlhf.runtime import supervised_phase as supervised
+from jax_rlhf.sft import train as sft
+from tests.data import tiny as data
+from tests.models.test_decoder import tiny_config
+
+
+def test_sft_hands_every_setting_to_its_update():
+    optimizer = {"learning_rate": 3e-4, "schedule": "cosine", "warmup_steps": 2}
+    settings = {"loss_on": "all", "microbatch_size": 4, "optimizer": optimizer}
+    config, model = run_config({"model": {"trainable_layers": 1}, "sft": settings}), Decoder(tiny_config())
+    how = sft.how_to_train(config, model, 16, 9)
+    frozen = model.config.num_layers - 1
+    assert (how.loss.loss_on, how.microbatches, how.network.first_layer) == ("all", 4, frozen)
+    assert how.optimizer == OptimizerConfig(**optimizer, total_steps=9)
+    assert how.head_learning_rate is None
+
+
+def test_the_reward_phase_hands_every_setting_to_its_update():
+    optimizer = {"learning_rate": 3e-4, "schedule": "linear"}
+    settings = {"trainable_layers": 1, "microbatch_size": 8, "head_learning_rate": 0.1, "optimizer": optimizer}
+    model = Decoder(tiny_config(), head="scalar")
+
+    def made(**more):
+        return reward.how_to_train(run_config({"reward_training": settings | more}).reward_training, model, 16, 9)
+
+    how = made(loss="token")
+    assert (how.loss.loss, how.loss.compare) == ("token", "pairs")
+    assert (how.microbatches, how.network.first_layer, how.head_learning_rate) == (2, model.config.num_layers - 1, 0.1)
+    assert how.optimizer == OptimizerConfig(**optimizer, total_steps=9)
+    assert made(compare="all", microbatch_size=None).loss.compare == "all"
+    with pytest.raises(ValueError, match="no microbatch_size"):
+        made(compare="all")
+
+
+def test_a_schedule_ends_with_its_phase_unless_it_says_when():
+    assert supervised.with_end(OptimizerConfig(), 7) == OptimizerConfig(total_steps=7)
+    assert supervised.with_end(OptimizerConfig(total_steps=3), 7).total_steps == 3
+
+
+def test_the_actors_schedule_begins_after_the_critics_warm_up():
+    settings = PPOConfig(iterations=5, critic_warmup_iterations=2, ppo_epochs=3, num_minibatches=4)
+    ends = ppo.with_schedule_ends(settings)
+    assert (ends.actor_optimizer.total_steps, ends.critic_optimizer.total_steps) == (3 * 12, 5 * 12)
+    told = dataclasses.replace(settings, actor_optimizer=OptimizerConfig(total_steps=8))
+    assert ppo.with_schedule_ends(told).actor_optimizer.total_steps == 8
+    with pytest.raises(ValueError, match="leaves the actor none"):
+        ppo.with_schedule_ends(dataclasses.replace(settings, critic_warmup_iterations=5))
+
+
+def test_steps_are_counted_by_epochs_or_as_they_are_told():
+    datasets = types.SimpleNamespace(steps_per_epoch=10)
+    assert [supervised.total_steps(None, epochs, datasets) for epochs in (0.01, 0.5, 2.0)] == [1, 5, 20]
+    assert supervised.total_steps(3, 2.0, datasets) == 3
+
+
+def test_a_batch_is_cut_into_microbatches_of_the_size_asked_for():
+    cut = [plan_batch(12, size, None, where="config.sft").microbatches for size in (None, 12, 4, 1)]
+    assert cut == [1, 1, 3, 12]
+    with pytest.raises(ValueError, match=r"config\.sft\.microbatch_size=5 .*1, 2, 3, 4, 6, 12"):
+        plan_batch(12, 5, None, where="config.sft")
+
+
+def test_held_out_pairs_are_measured_over_all_real_ones(monkeypatch):
+    """Two batches; the second has one pair and one row that fills it. One score of a chosen is that of a rejected."""
+    scores = [([3.0, 1.0], [1.0, 2.0], [True, True]), ([0.5, 99.0], [-1.0, -99.0], [True, False])]
+    batches = [tuple(np.asarray(part) for part in batch) for batch in scores]
+    monkeypatch.setattr(reward, "batch_pair_scores", lambda network, groups, params, batch: batch)
+    monkeypatch.setattr(reward, "put_rows", lambda batch, layout: batch)
+    monkeypatch.setattr(reward, "_everywhere", np.asarray)
+    how = types.SimpleNamespace(network=None, microbatches=1)
+    record = types.SimpleNamespace(watched=lambda batches, what: batches)
+    found = reward._held_out(how, None, types.SimpleNamespace(eval=batches), record, None)
+    chosen, rejected = [3.0, 1.0, 0.5], [1.0, 2.0, -1.0]
+    wins = sum((c > r) + 0.5 * (c == r) for c in chosen for r in rejected)
+    assert found == {
+        "eval/accuracy": pytest.approx(2 / 3),
+        "eval/auc": pytest.approx(wins / 9),
+        "eval/margin": pytest.approx((2 - 1 + 1.5) / 3),
+        "eval/score_mean": pytest.approx(6.5 / 6),
+        "eval/score_std": pytest.approx(np.std(chosen + rejected)),
+    }
+    assert reward._held_out(how, None, types.SimpleNamespace(eval=[]), record, None) == {}
+
+
+def test_texts_of_the_pretraining_loss_are_those_of_the_iteration_prompts_too():
+    batch = types.SimpleNamespace(tokens=np.array([[4, 5, 6, 0]]), mask=np.array([[True, True, True, False]]))
+    other = types.SimpleNamespace(tokens=batch.tokens + 1, mask=batch.mask)
+    texts = types.SimpleNamespace(train=[other, other, batch])
+    rows = ppo._pretraining(texts, 2)
+    np.testing.assert_array_equal(rows.tokens, batch.tokens)
+    np.testing.assert_array_equal(rows.mask, batch.mask)
+    assert ppo._pretraining(None, 2) is None
+
+
+def test_texts_of_the_pretraining_loss_stand_one_to_a_row_where_the_sft_phase_packs_them(tmp_path):
+    rows = [{"prompt": text, "completion": "a b"} for text in data.letters(20)]
+    how = {"paths": (data.write(tmp_path / "x.jsonl", rows),), "packing": True, "sft_batch_size": 2, "max_tokens": 24}
+    engine = types.SimpleNamespace(tokenizer=data.tokenizer(), generation_config=None, layout=None)
+    batch = ppo._texts(run_config({"data": how, "ppo": {"eos_ids": (data.ASSISTANT,)}}), engine).train[0]
+    assert batch.mask.sum(axis=1).tolist() == [6, 6]
+    assert [row[5] for row in batch.tokens] == [data.ASSISTANT] * 2
+
+
+def test_a_sample_has_the_words_of_prompt_and_response_alone():
+    """Left out are special tokens, and what stands where there is no token: here "z", which is no special one."""
+    engine = types.SimpleNamespace(tokenizer=data.tokenizer(), layout=None)
+    experience = types.SimpleNamespace(
+        tokens=jnp.array([data.ids("z <bos> a b c <eos> z"), data.ids("<eos> <bos> d z z z z")]),
+        prompt_mask=jnp.array([[False, True, True], [True, True, True]]),
+        response_mask=jnp.array([[True, True, True, False], [True, False, False, False]]),
+        scores=jnp.array([0.5, 1.5]),
+        logprobs=jnp.array([[-1.0, -2, -3, 0], [-1, 0, 0, 0]]),
+        ref_logprobs=jnp.array([[-1.5, -2, -4, 0], [-3, 0, 0, 0]]),
+        ended=jnp.array([True, False]),
+    )
+    trainer = types.SimpleNamespace(engine=engine)
+    first = {"step": 3, "split": "eval", "prompt": "a", "response": "b c", "score": 0.5, "kl": 1.5, "length": 3}
+    first |= {"ended": True, "columns": {}}
+    other = first | {"prompt": "d", "response": "z", "score": 1.5, "kl": 2.0, "length": 1, "ended": False}
+    assert ppo._rows(trainer, experience, 3, "eval") == [first, other]
+    own = [{"answer": 7}, {"answer": datetime.date(2026, 1, 2)}]
+    rows = ppo._rows(trainer, experience, 3, "eval", columns=own)
+    assert [row["columns"] for row in rows] == [{"answer": 7}, {"answer": "2026-01-02"}]  # what JSON can hold
+    assert ppo._rows(trainer, experience, 3, "eval", count=1) == [first]
+
+
+def test_what_is_shown_and_the_shares_of_an_iteration():
+    metrics = {"objective/scores": 1.0, "objective/rlhf_reward": 2.0, "objective/kl": 3.0, "eps": 4.0}
+    metrics |= {"objective/response_length": 5.0, "time/generate": 1.0, "time/train": 3.0, "time/iteration": 8.0}
+    assert ppo._shown(metrics) == {"reward": 1.0, "kl": 3.0, "length": 5.0, "samples/s": 4.0}
+    assert ppo._shares(metrics) == {
+        "time/generate_share": 1 / 8,
+        "time/train_share": 3 / 8,
+        "tokens_per_second": 20.0,
+        "tokens_per_second/generate": 160.0,  # all of an iteration's tokens come in an eighth of it
+    }

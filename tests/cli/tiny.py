@@ -1,0 +1,75 @@
+"""A tiny random checkpoint with a tokenizer, a hundred rows, and the config of a whole run on them."""
+
+import jax
+import numpy as np
+
+from jax_rlhf import Pretrained, save_pretrained
+from jax_rlhf.config import default_config
+from jax_rlhf.hub import config_from_hub
+from jax_rlhf.models import Decoder, init_params
+from tests.data import tiny as data
+
+
+def checkpoint(folder, *, seed=0, layers=3, vocabulary=None, head="lm", tied=True, tokenizer=None, **biases):
+    """A Llama of 3 layers and 32 columns: a policy, or with head="scalar" a reward model."""
+    tokenizer = tokenizer or data.tokenizer()
+    config = config_from_hub(
+        {
+            "model_type": "llama",
+            "vocab_size": vocabulary or len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": tied,
+            "bos_token_id": data.BOS,
+            "eos_token_id": data.EOS,
+            "pad_token_id": data.PAD,
+        }
+    )
+    model = Decoder(config.replace(remat="none"), head=head)
+    params = init_params(model, jax.random.key(seed))
+    save_pretrained(folder, Pretrained(model, params, tokenizer, **biases))
+    return str(folder)
+
+
+def preferences(file, count=100):
+    """After three letters, answers of a's are chosen and answers of b's rejected."""
+    random = np.random.RandomState(0)
+    rows = []
+    for text in data.letters(count):
+        lengths = random.randint(2, 6, 2)
+        rows.append(
+            {"prompt": text, "chosen": " ".join("a" * lengths[0]), "rejected": " ".join("b" * lengths[1]), "tag": "t"}
+        )
+    return data.write(file, rows)
+
+
+def config(folder, **changes):
+    """A run of all phases: some seconds each."""
+    config = default_config()
+    made = (folder / "preferences.jsonl").is_file()  # by another process: a config may not wake JAX before they meet
+    config.model.path = str(folder / "base") if made else checkpoint(folder / "base")
+    config.data.paths = (str(folder / "preferences.jsonl") if made else preferences(folder / "preferences.jsonl"),)
+    config.data.max_tokens, config.data.max_prompt_tokens, config.data.length_buckets = 16, 4, (16,)
+    config.data.sft_batch_size = config.data.reward_batch_size = config.data.ppo_batch_size = 8
+    config.data.eval_rows = 10
+    config.sft.steps, config.sft.optimizer.learning_rate = 12, 1e-2
+    config.sft.sample_tokens = 3
+    config.reward_training.steps, config.reward_training.optimizer.learning_rate = 12, 3e-3
+    config.reward_training.num_layers = 2
+    config.reward_training.normalize_rows = 16
+    config.ppo.eval_functions = ("tests.cli.tiny:count_a",)
+    config.ppo.iterations, config.ppo.max_new_tokens = 3, 6
+    config.ppo.ppo_epochs = config.ppo.num_minibatches = 2
+    config.ppo.actor_optimizer.learning_rate = config.ppo.critic_optimizer.learning_rate = 1e-3
+    with config.unlocked():
+        config.update(changes)
+    return config
+
+
+def count_a(prompts, responses, **columns):
+    del prompts, columns
+    return [response.split().count("a") - 1.0 for response in responses]

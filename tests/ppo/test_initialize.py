@@ -1,0 +1,154 @@
+"""Who starts as what, told apart where all four models are given; what is saved; texts and rows of the trainer."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_rlhf import PPOTrainer, RewardFunction, RLHFEngine, load_pretrained, save_pretrained
+from jax_rlhf.optim.microbatches import microbatch_rows
+from jax_rlhf.ppo.config import PPOConfig
+from jax_rlhf.ppo.trainer import _completed
+from jax_rlhf.rewards import Failures
+from jax_rlhf.rl import Prompts
+from jax_rlhf.sampling import Samples
+from tests.data import tiny as data
+from tests.ppo import tiny
+
+
+@pytest.fixture(scope="module")
+def models():
+    """All four, each with parameters of its own; critic and reward model with biases of their own."""
+    critic = dataclasses.replace(tiny.policy(3, head="scalar"), reward_bias=0.5, missing_eos_bias=0.1)
+    reward = dataclasses.replace(tiny.policy(5, head="scalar"), reward_bias=0.9, missing_eos_bias=0.6)
+    return {"actor": tiny.policy(), "reference": tiny.policy(7), "critic": critic, "reward": reward}
+
+
+def same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(other))
+
+
+def test_each_role_has_its_own_parameters_and_biases(models):
+    engine = RLHFEngine(**models)
+    same(engine.params.trainable.actor, models["actor"].params)
+    same(engine.params.trainable.critic, models["critic"].params)
+    same(engine.params.frozen.reference.trainable, models["reference"].params)
+    same(engine.params.frozen.reward.trainable, models["reward"].params)
+    # The critic values unfinished texts: by its own biases, without its bonus for those.
+    assert float(engine.params.frozen.critic_bias) == pytest.approx(0.5 - 0.1)
+    assert float(engine.params.frozen.reward_bias) == pytest.approx(0.9)
+    assert float(engine.params.frozen.missing_eos_bias) == pytest.approx(0.6)
+    assert engine.critic.reward_bias == pytest.approx(0.4)
+    prompts, model = tiny.ragged_prompts(4), models["critic"].model
+    plain = jax.jit(model.apply)({"params": models["critic"].params}, prompts.tokens, mask=prompts.mask)
+    values = engine.values(prompts.tokens, prompts.mask)
+    np.testing.assert_allclose(np.asarray(values - plain)[prompts.mask], 0.4, atol=1e-5)
+    start = RLHFEngine(models["actor"], reward=models["reward"])
+    same(start.trained.critic, models["reward"].params)
+    assert start.critic.reward_bias == pytest.approx(0.9 - 0.6)
+    zero = RLHFEngine(**models, critic_zero_head=True)
+    assert not zero.trained.critic["scalar_head"]["kernel"].any()
+    assert (float(zero.frozen.critic_bias), float(zero.frozen.reward_bias)) == (0, pytest.approx(0.9))
+    none = RLHFEngine(models["actor"])
+    assert not none.trained.critic["scalar_head"]["kernel"].any()
+    assert [float(bias) for bias in (none.frozen.critic_bias, none.frozen.missing_eos_bias)] == [0, 0]
+
+
+@pytest.mark.parametrize("trainable_layers", [None, 1])
+def test_what_trains_is_a_copy_and_the_reference_stays(models, trainable_layers):
+    """An update is given the trained parameters' buffers; the reference is the actor of the start for ever."""
+    engine = RLHFEngine(models["actor"], trainable_layers=trainable_layers)
+    pointers = lambda tree: {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)}  # noqa: E731
+    assert not pointers(engine.params.trainable) & pointers((engine.params.frozen, models["actor"].params))
+    prompts = tiny.ragged_prompts(4)
+    reference = np.asarray(engine.score(prompts.tokens, prompts.mask)[1])
+    moved = jax.tree.map(lambda leaf: leaf * 1.1, engine.params.trainable.actor)
+    engine.params.trainable = dataclasses.replace(
+        engine.params.trainable, actor=moved, actor_ema=engine.params.trainable.actor
+    )
+    actor, after, _ = engine.score(prompts.tokens, prompts.mask)
+    np.testing.assert_array_equal(after, reference)
+    assert np.abs(np.asarray(actor) - reference).max() > 0.1
+    same(engine.actor_ema.params, models["actor"].params)
+    assert not pointers(engine.actor.params) & pointers(engine.params.trainable)
+
+
+def test_checkpoints_go_to_the_roles_that_name_them(models, tmp_path):
+    for name, model in models.items():
+        save_pretrained(tmp_path / name, model)
+    config = {name: {"path": str(tmp_path / name)} for name in ("reference", "critic", "reward")}
+    config["model"] = {"path": str(tmp_path / "actor")}
+    config["critic"]["trainable_layers"] = 1
+    engine = RLHFEngine.create(config)
+    assert (engine.models.actor.first_layer, engine.models.critic.first_layer) == (0, 1)
+    same(engine.params.frozen.reference.trainable, models["reference"].params)
+    same(engine.params.frozen.reward.trainable, models["reward"].params)
+    same(engine.critic.params, models["critic"].params)
+    config["critic"]["zero_head"] = True
+    assert not RLHFEngine.create(config).trained.critic["scalar_head"]["kernel"].any()
+    save_pretrained(tmp_path / "again", engine.critic)
+    assert load_pretrained(tmp_path / "again", head="scalar").reward_bias == pytest.approx(0.4)
+
+
+# ---- the trainer's texts and rows ----------------------------------------------------------------------------------
+
+
+def test_functions_get_prompts_responses_and_columns_of_each_row_without_special_tokens():
+    """Ids at pads and after the end may be any."""
+    prompts = [[data.USER, *data.ids("a b")], data.ids("c")]
+    responses = [data.ids("d e <eos>"), data.ids("f")]
+    tokens, mask = np.full((2, 7), data.ids("z")[0], np.int32), np.zeros((2, 7), bool)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        tokens[row, 3 - len(prompt) : 3], mask[row, 3 - len(prompt) : 3] = prompt, True
+        tokens[row, 3 : 3 + len(response)], mask[row, 3 : 3 + len(response)] = response, True
+    asked = []
+
+    def judge(prompts, responses, **columns):
+        asked.append((prompts, responses, columns))
+        if len(asked) == 1:
+            raise OSError("the judge is not at home")
+        return [1.0, 2.0]
+
+    networks = types.SimpleNamespace(reward=None)
+    engine = types.SimpleNamespace(tokenizer=data.tokenizer(), layout=None, networks=networks)
+    config = PPOConfig(reward_retries=1)
+    trainer = types.SimpleNamespace(engine=engine, config=config, failures=Failures())
+    trainer.reward_functions = (RewardFunction(judge, weight=2.0),)
+    samples = Samples(jnp.asarray(tokens), jnp.asarray(mask[:, 3:]), None, None)
+    rows = Prompts(tokens[:, :3], mask[:, :3], np.arange(2), {"answer": [7, 8]})
+    scores = PPOTrainer._function_scores(trainer, samples, rows)
+    np.testing.assert_array_equal(scores, [2.0, 4.0])
+    assert asked[1] == (["<user> a b", "c"], ["d e", "f"], {"answer": [7, 8]})
+    assert trainer.failures == Failures(failed_calls=1)
+
+
+def test_a_functions_own_time_limit_goes_before_that_of_all():
+    functions = [RewardFunction(tiny.fractional_reward, timeout=3.0), RewardFunction(tiny.fractional_reward)]
+    trainer = PPOTrainer(RLHFEngine(tiny.policy()), {"reward_timeout": 9.0}, reward_functions=functions)
+    assert [function.timeout for function in trainer.reward_functions] == [3.0, 9.0]
+
+
+def test_microbatches_keep_to_a_budget_of_tokens_a_device():
+    assert microbatch_rows(64, 128, 1, "cpu") == 8  # 1,024 tokens
+    assert microbatch_rows(64, 128, 2, "cpu") == 16  # on each of two devices
+    assert microbatch_rows(256, 128, 1, "gpu") == 128  # 16,384
+    assert microbatch_rows(60, 128, 1, "cpu") == 6  # the next that divides
+    assert microbatch_rows(12, 4096, 4, "cpu") == 4  # one row a device, if that is too much
+    config = PPOConfig(num_minibatches=2, max_new_tokens=64)
+    plan = config.batch_plan(128, 64, None, "cpu")
+    assert (plan.microbatch_size, plan.microbatches) == (8, 8)  # of 64 rows of 64 + 64 tokens
+    plan = dataclasses.replace(config, microbatch_size=32).batch_plan(128, 64, None, "cpu")
+    assert (plan.microbatch_size, plan.microbatches) == (32, 2)
+
+
+def test_ids_that_are_not_given_are_the_tokenizers():
+    engine = types.SimpleNamespace(tokenizer=data.tokenizer(), generation_config=None)
+    config = _completed(PPOConfig(), engine)
+    assert (config.eos_ids, config.pad_id) == ((data.EOS,), data.PAD)
+    engine.tokenizer = data.tokenizer(pad=None)
+    assert _completed(PPOConfig(), engine).pad_id == data.EOS
+    told = _completed(PPOConfig(eos_ids=(9, 8), pad_id=7), engine)
+    assert (told.eos_ids, told.pad_id) == ((9, 8), 7)

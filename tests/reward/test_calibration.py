@@ -1,0 +1,44 @@
+"""Scores of SFT responses are brought to mean 0 and deviation 1, and not ending earns nothing."""
+
+import numpy as np
+import pytest
+
+from jax_rlhf.reward.train import calibration
+
+
+def calibrated(scores, ended):
+    found = calibration(scores, ended)
+    return found, found["gain"] * scores + found["bias"] - found["missing_eos_bias"] * ~ended
+
+
+@pytest.mark.parametrize(("gap", "kept"), [(4.0, 0.0), (-4.0, -4.0)])
+def test_a_bonus_for_not_ending_goes_and_a_malus_stays(gap, kept):
+    random, ended = np.random.RandomState(0), np.arange(60) < 40
+    noise = random.randn(60)
+    noise[ended] -= noise[ended].mean()
+    noise[~ended] -= noise[~ended].mean()
+    found, scores = calibrated(3 + noise + gap * ~ended, ended)
+    assert np.mean(scores) == pytest.approx(0, abs=1e-9)
+    assert np.std(scores) == pytest.approx(1)
+    assert np.mean(scores[~ended]) - np.mean(scores[ended]) == pytest.approx(kept * found["gain"], abs=1e-9)
+    assert found["missing_eos_bias"] == pytest.approx((gap - kept) * found["gain"])
+
+
+@pytest.mark.parametrize("cut", [0, 7, 53, 60])
+def test_a_few_responses_do_not_tell(cut):
+    scores = np.random.RandomState(0).randn(60)
+    found, after = calibrated(scores + 5.0 * (np.arange(60) < cut), np.arange(60) >= cut)
+    assert found["missing_eos_bias"] == 0
+    assert (np.mean(after), np.std(after)) == (pytest.approx(0, abs=1e-9), pytest.approx(1))
+
+
+@pytest.mark.parametrize("cut", [8, 52])
+def test_eight_responses_of_each_kind_tell(cut):
+    found, _ = calibrated(np.random.RandomState(0).randn(60) + 5.0 * (np.arange(60) < cut), np.arange(60) >= cut)
+    assert found["missing_eos_bias"] > 0
+
+
+def test_scores_that_are_all_alike():
+    found, after = calibrated(np.full(20, 2.5), np.ones(20, bool))
+    assert found["gain"] == 1e6
+    np.testing.assert_array_equal(after, 0)

@@ -1,0 +1,403 @@
+"""Checkpoints are whole or not there, and a bit that changed on the way is seen."""
+
+import errno
+import math
+import os
+import resource
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_rlhf.hub import CheckpointError
+from jax_rlhf.parallel import MeshConfig, create_mesh
+from jax_rlhf.runtime import checksum
+from jax_rlhf.runtime.checkpoint import CheckpointConfig, Checkpoints, abstract, named
+from jax_rlhf.runtime.checksum import checksums
+from jax_rlhf.runtime.notes import DamagedError, read_notes
+
+
+def tree(value=0.0):
+    random = np.random.RandomState(0)
+    return {
+        "weights": {"kernel": jnp.asarray(random.randn(64, 32) + value, jnp.float32)},
+        "moment": jnp.asarray(random.randn(64, 32) + value, jnp.bfloat16),
+        "count": jnp.int32(value),
+        "done": jnp.asarray([True, False]),
+    }
+
+
+def equal(one, other):
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
+
+
+def opened(folder, said=None, **config):
+    return Checkpoints(
+        folder / "checkpoints", CheckpointConfig(**config), say=(said if said is not None else []).append
+    )
+
+
+def saved(folder, *steps, **config):
+    checkpoints = opened(folder, **config)
+    for step in steps:
+        checkpoints.save(step, tree(step), {"at": step})
+    checkpoints.wait()
+    checkpoints.close()
+
+
+def test_a_checkpoint_is_on_the_disk_before_an_older_one_is_deleted(tmp_path, monkeypatch):
+    """A power cut right after the deletion must leave one of them."""
+    saved(tmp_path, 1, keep=1)
+    folder, happened = tmp_path / "checkpoints", []
+    sync, where = os.fsync, Path("/proc/self/fd")
+
+    def watched(handle):
+        happened.append((os.readlink(where / str(handle)), (folder / "1").exists()))
+        return sync(handle)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    checkpoints = opened(tmp_path, keep=1)
+    checkpoints.save(2, tree(2), {"at": 2})
+    checkpoints.wait()
+    checkpoints.close()
+    monkeypatch.undo()
+    assert not (folder / "1").exists()
+    files = {str(path) for path in [folder, folder / "2", *(folder / "2").rglob("*")] if path.name != "synced"}
+    assert {path for path, old_is_there in happened if old_is_there} >= files
+
+
+def test_what_is_saved_comes_back_though_the_arrays_were_donated_at_once(tmp_path):
+    add = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + jnp.ones_like(leaf), state), donate_argnums=0)
+    state = {"a": jnp.arange(4_000_000, dtype=jnp.float32), "b": jnp.float32(0)}
+    wanted = jax.tree.map(np.array, state)
+    checkpoints = opened(tmp_path)
+    checkpoints.save(3, state, {"notes": [1.5, "x"]})
+    for _ in range(3):
+        state = add(state)
+    checkpoints.wait()
+    restored = checkpoints.restore(abstract(state))
+    checkpoints.close()
+    assert (restored.step, restored.notes) == (3, {"notes": [1.5, "x"]})
+    equal(restored.state, wanted)
+
+
+def test_an_empty_folder_has_none(tmp_path):
+    assert opened(tmp_path).restore(abstract(tree())) is None
+
+
+@pytest.mark.parametrize(("before", "after"), [((8, 1, 1), (1, 4, 2)), ((1, 2, 4), (2, 2, 2))])
+def test_it_is_read_onto_another_mesh(tmp_path, before, after):
+    def placed(sizes):
+        mesh = create_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
+        places = {"weights": {"kernel": PartitionSpec("fsdp", "tensor")}, "moment": PartitionSpec("fsdp")}
+        places |= {"count": PartitionSpec(), "done": PartitionSpec()}
+        return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), tree(7), places)
+
+    one, other = placed(before), placed(after)
+    assert checksums(named(one)) == checksums(named(other)) == checksums(named(tree(7)))
+    checkpoints = opened(tmp_path)
+    checkpoints.save(1, one, {})
+    checkpoints.wait()
+    restored = checkpoints.restore(abstract(other)).state
+    equal(restored, other)
+    for left, right in zip(jax.tree.leaves(restored), jax.tree.leaves(other), strict=True):
+        assert left.sharding == right.sharding
+    checkpoints.close()
+
+
+def test_checksums_see_a_single_bit_and_an_exchange():
+    array = np.random.RandomState(0).randn(33, 5).astype(np.float32)
+    whole = checksums({"a": jnp.asarray(array)})["a"]
+    for place, bit in [((0, 0), 0), ((32, 4), 31), ((7, 3), 22)]:
+        changed = array.copy()
+        changed.view(np.uint32)[place] ^= np.uint32(1) << np.uint32(bit)
+        assert checksums({"a": jnp.asarray(changed)})["a"] != whole
+    changed = array.copy()
+    changed[[3, 9]] = changed[[9, 3]]
+    assert checksums({"a": jnp.asarray(changed)})["a"] != whole
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (2, 3, 1500), (4, 2000), (5, 2, 3, 4), (0, 3)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool", "uint8"])
+def test_checksums_are_what_they_say_on_host_and_devices(shape, dtype):
+    """Σ bits · weights, in Python's integers."""
+    array = jnp.asarray(np.random.RandomState(1).randn(*shape) * 50).astype(dtype)
+    bits = np.asarray(array).view({1: np.uint8, 2: np.uint16, 4: np.uint32}[array.dtype.itemsize])
+    weights = [checksum._weights(np, size, axis) for axis, size in enumerate(shape)]
+    assert all(np.all(weight % 2 == 1) for weight in weights)
+    wanted = 0
+    for place in np.ndindex(*shape):
+        wanted += int(bits[place]) * math.prod(int(weight[i]) for weight, i in zip(weights, place, strict=True))
+    assert checksum._on_host({"a": array})["a"] == wanted % 2**32
+    assert int(checksum._on_devices({"a": array})["a"]) == wanted % 2**32
+
+
+def files(folder, step):
+    """What has bytes, the arrays' largest first."""
+    found = [file for file in (folder / "checkpoints" / str(step)).rglob("*") if file.is_file() and file.stat().st_size]
+    return sorted(found, key=lambda file: -file.stat().st_size)
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, lambda file: file.unlink()])
+@pytest.mark.parametrize("which", ["largest", "notes/metadata"])
+def test_a_damaged_checkpoint_is_moved_away_and_the_one_before_is_taken(tmp_path, damage, which):
+    saved(tmp_path, 1, 2, 3, keep=3)
+    notes = tmp_path / "checkpoints" / "3" / "notes" / "metadata"
+    damage(notes if which != "largest" else files(tmp_path, 3)[0])
+    said = []
+    checkpoints = opened(tmp_path, said, keep=3)
+    restored = checkpoints.restore(abstract(tree()))
+    assert restored.step == 2
+    assert restored.notes == {"at": 2}
+    equal(restored.state, tree(2))
+    assert "checkpoints/3 is damaged" in said[0]
+    assert (tmp_path / "checkpoints.damaged" / "3").is_dir()
+    checkpoints.save(3, tree(3), {"at": 3})  # its place is free
+    checkpoints.wait()
+    checkpoints.close()
+    assert opened(tmp_path, keep=3).restore(abstract(tree())).step == 3
+
+
+def test_no_damaged_file_keeps_a_whole_checkpoint_from_being_found(tmp_path):
+    """Whichever of a checkpoint's files it is; what no array hangs on may be as it will."""
+    how = {"keep": 3, "best": "eval/score"}
+    saved(tmp_path, 1, 2, 3, **how)
+    every = files(tmp_path, 3)
+    assert len(every) > 5
+    found = []
+    for file in every:
+        whole = file.read_bytes()
+        truncate(file)
+        checkpoints = opened(tmp_path, **how)
+        restored = checkpoints.restore(abstract(tree()))
+        checkpoints.close()
+        found.append(restored.step)
+        equal(restored.state, tree(restored.step))
+        aside = tmp_path / "checkpoints.damaged" / "3"
+        if aside.exists():
+            aside.rename(tmp_path / "checkpoints" / "3")
+        file.write_bytes(whole)
+    assert set(found) == {2, 3}
+
+
+@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("Connection closed by peer"), MemoryError("no more")])
+def test_a_lost_process_or_short_memory_is_no_damage(tmp_path, monkeypatch, error):
+    saved(tmp_path, 1, 2)
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", fails)
+    with pytest.raises(type(error), match=str(error)):
+        opened(tmp_path).restore(abstract(tree()))
+    assert opened(tmp_path).steps == [1, 2]
+
+
+@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("Connection closed by peer"), TimeoutError("no answer")])
+def test_a_process_lost_in_a_save_is_no_full_disk(tmp_path, monkeypatch, error):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", fails)
+    with pytest.raises(type(error), match=str(error)):
+        opened(tmp_path).save(1, tree(), {})
+
+
+def test_saving_leaves_the_preemption_service_to_who_stops_the_run(tmp_path, monkeypatch):
+    """It knows of each process what was asked last; a notice that comes after a save's question would be lost."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    saved(tmp_path, 1, 2)
+    assert opened(tmp_path).steps == [1, 2]
+    assert asked == []
+
+
+def test_where_all_are_damaged_nothing_begins_anew_in_silence(tmp_path):
+    saved(tmp_path, 1, 2)
+    for step in (1, 2):
+        flip(files(tmp_path, step)[0])
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints \(1, 2\) can be read.*--overwrite"):
+        opened(tmp_path, []).restore(abstract(tree()))
+    assert (tmp_path / "checkpoints" / "2").is_dir()
+
+
+def test_another_model_is_no_damage(tmp_path):
+    saved(tmp_path, 1, 2)
+    other = tree() | {"moment": jnp.zeros((64, 33), jnp.bfloat16)}
+    other["more"] = other.pop("done")
+    with pytest.raises(
+        CheckpointError, match=r"another model.*done was .* and would be not there; moment was .*32.*33"
+    ):
+        opened(tmp_path).restore(abstract(other))
+
+
+def test_a_half_written_one_counts_for_nothing(tmp_path):
+    saved(tmp_path, 1)
+    half = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp-0"
+    (half / "state").mkdir(parents=True)
+    checkpoints = opened(tmp_path)
+    assert checkpoints.steps == [1]
+    assert checkpoints.restore(abstract(tree())).step == 1
+    checkpoints.save(2, tree(2), {})
+    checkpoints.wait()
+    checkpoints.close()
+    assert not half.exists()
+
+
+def test_what_is_kept(tmp_path):
+    checkpoints = opened(tmp_path, keep=2, keep_every=4, best="eval/score")
+    scores = {2: 0.5, 3: 0.9, 5: 0.1, 6: None, 7: math.nan, 9: 0.8}
+    for step in range(1, 11):
+        assert checkpoints.improves(scores.get(step)) == (step in (2, 3))
+        checkpoints.save(step, tree(step), {}, scores.get(step))
+    checkpoints.wait()
+    assert checkpoints.steps == [3, 4, 8, 9, 10]
+    checkpoints.close()
+    checkpoints = opened(tmp_path, keep=2, keep_every=4, best="eval/score")  # after a restart
+    assert [checkpoints.improves(score) for score in (0.89, 0.91)] == [False, True]
+    for step in range(11, 14):
+        checkpoints.save(step, tree(step), {}, 0.7)
+    checkpoints.wait()
+    assert checkpoints.steps == [3, 4, 8, 12, 13]
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("best", "mode", "kept"), [("eval/loss", None, 2), ("eval/auc", "min", 2), ("eval/loss", "max", 3)]
+)
+def test_what_is_best_is_known_by_its_name_or_said(tmp_path, best, mode, kept):
+    checkpoints = opened(tmp_path, keep=1, best=best, best_mode=mode)
+    for step, loss in enumerate([2.0, 1.0, 3.0, 2.5], 1):
+        checkpoints.save(step, tree(step), {}, loss)
+    checkpoints.wait()
+    assert checkpoints.steps == [kept, 4]
+    checkpoints.close()
+
+
+def test_a_write_that_fails_says_what_is_left(tmp_path):
+    """No file may grow past 64 KiB: what a full disk does, without one."""
+    checkpoints = opened(tmp_path)
+    checkpoints.save(1, tree(1), {})
+    checkpoints.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    try:
+        checkpoints.save(2, {"a": jnp.asarray(np.random.RandomState(0).randn(500, 500))}, {})
+        with pytest.raises(
+            CheckpointError, match=r"step 2 could not be written: .*; the last complete one is of step 1"
+        ):
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    checkpoints = opened(tmp_path)
+    assert checkpoints.steps == [1]
+    assert checkpoints.restore(abstract(tree())).step == 1
+
+
+@pytest.mark.parametrize(("field", "value"), [("keep", 0), ("every", -1), ("minutes", 0.0)])
+def test_bad_settings_are_named(field, value):
+    with pytest.raises(ValueError, match=rf"config.checkpoint.{field}={value}"):
+        CheckpointConfig(**{field: value})
+
+
+@pytest.mark.parametrize("synced", [True, False])
+def test_one_that_was_being_written_when_the_power_was_cut_is_no_checkpoint(tmp_path, synced):
+    """Not synced, and not whole: the phase begins from its start. One that was on the disk is damaged, and counts."""
+    saved(tmp_path, 1)
+    folder = tmp_path / "checkpoints" / "1"
+    if not synced:
+        (folder / "synced").unlink()
+    said = []
+    checkpoints = opened(tmp_path, said)
+    checkpoints.drop_unfinished()
+    assert checkpoints.steps == [1]  # whole, though its writer was killed before it was noted
+    (folder / "notes" / "metadata").write_bytes(b"")
+    checkpoints.drop_unfinished()
+    if synced:
+        with pytest.raises(CheckpointError, match="none of the checkpoints"):
+            checkpoints.restore(abstract(tree()))
+    else:
+        assert checkpoints.restore(abstract(tree())) is None
+        assert "was being written when the machine went down" in said[0]
+        assert (tmp_path / "checkpoints.damaged" / "1").is_dir()
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("fault", ["unreadable", "once", "no CPU"])
+def test_a_disk_that_fails_makes_no_run_begin_anew(tmp_path, monkeypatch, fault):
+    """What cannot be read at the moment is no checkpoint that was never written."""
+    saved(tmp_path, 1)
+    folder = tmp_path / "checkpoints" / "1"
+    (folder / "synced").unlink()
+    checkpoints = opened(tmp_path)
+    if fault == "no CPU":
+        devices = jax.local_devices
+
+        def without(backend=None):
+            if backend == "cpu":
+                raise RuntimeError("Unknown backend: 'cpu'")
+            return devices()
+
+        monkeypatch.setattr(jax, "local_devices", without)
+    else:
+        failures = [DamagedError("[Errno 5] Input/output error")] * (1 if fault == "once" else 9)
+
+        def failing(step):
+            if failures:
+                raise failures.pop()
+            return read_notes(step)
+
+        monkeypatch.setattr("jax_rlhf.runtime.completeness.read_notes", failing)
+        if fault == "unreadable":
+            monkeypatch.setattr("jax_rlhf.runtime.completeness.open", unreadable, raising=False)
+    checkpoints.drop_unfinished()
+    monkeypatch.undo()
+    assert checkpoints.restore(abstract(tree())).step == 1
+    checkpoints.close()
+
+
+def unreadable(*_):
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def test_of_two_checkpoints_none_is_taken_for_unfinished(tmp_path):
+    """The one before was complete once, or there would be no later one: the run may not begin anew by itself."""
+    saved(tmp_path, 1, 2)
+    for step in (1, 2):
+        (tmp_path / "checkpoints" / str(step) / "synced").unlink()
+        (tmp_path / "checkpoints" / str(step) / "notes" / "metadata").write_bytes(b"")
+    checkpoints = opened(tmp_path)
+    checkpoints.drop_unfinished()
+    with pytest.raises(CheckpointError, match="none of the checkpoints"):
+        checkpoints.restore(abstract(tree()))
+    checkpoints.close()
+
+
+def test_a_damaged_one_is_moved_away_on_its_own_disk(tmp_path):
+    """Checkpoints may be a link to a scratch disk."""
+    saved(tmp_path, 1, 2)
+    scratch = tmp_path / "scratch" / "run"
+    scratch.parent.mkdir()
+    (tmp_path / "checkpoints").rename(scratch)
+    (tmp_path / "checkpoints").symlink_to(scratch)
+    (scratch / "2" / "notes" / "metadata").write_bytes(b"")
+    checkpoints = opened(tmp_path)
+    assert checkpoints.restore(abstract(tree())).step == 1
+    assert (tmp_path / "scratch" / "run.damaged" / "2").is_dir()
+    checkpoints.close()

@@ -1,0 +1,98 @@
+"""Numbers that are not finite: left out, counted, borne for a while, then the run stops with the batch written down."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jax_rlhf.config import run_config
+from jax_rlhf.parallel import put_rows
+from jax_rlhf.ppo import train as ppo
+from jax_rlhf.reward import train as reward
+from jax_rlhf.runtime.numerics import FaultError
+from tests.cli import tiny
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    config = tiny.config(tmp_path_factory.mktemp("faults"))
+    config.mesh.data, config.checkpoint.every, config.max_bad_steps = 8, 1, 2
+    config.mesh.fsdp = 1
+    config.reward_training.steps, config.reward_training.normalize_rows = 6, 0
+    config.reward_training.path = config.sft_model_path = config.model.path
+    config.ppo.iterations, config.ppo.num_minibatches = 3, 1
+    return config
+
+
+def poisoned(monkeypatch, steps):
+    """The margins of these steps' batches are NaN."""
+    count = iter(range(1000))
+
+    def put(batch, layout):
+        if next(count) in steps:
+            batch = batch.replace(margin=np.full_like(batch.margin, np.nan))
+        return put_rows(batch, layout)
+
+    monkeypatch.setattr("jax_rlhf.runtime.supervised_phase.put_rows", put)
+
+
+def train_lines(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "train/loss" in row]
+
+
+def test_a_bad_step_is_left_out_and_counted(config, tmp_path, monkeypatch):
+    poisoned(monkeypatch, {2, 4})
+    reward.run(run_config(config), tmp_path)
+    rows = train_lines(tmp_path / "reward")
+    assert [row["train/bad_steps"] for row in rows] == [0, 0, 1, 0, 1, 0]
+    assert [row["train/skipped_updates"] for row in rows] == [0, 0, 1, 1, 2, 2]
+    assert [row["train/loss"] is None for row in rows] == [False, False, True, False, True, False]
+
+
+def test_bad_steps_in_a_row_stop_the_run_and_it_goes_on_once_mended(config, tmp_path, monkeypatch):
+    reward.run(run_config(config), tmp_path / "wanted")
+    poisoned(monkeypatch, {2, 3, 4})
+    with pytest.raises(
+        FaultError, match=r"reward, step 4: 2 steps in a row .* The batch is in .*step4.npz.*debug=true"
+    ):
+        reward.run(run_config(config), tmp_path)
+    batch = np.load(tmp_path / "reward" / "bad_batch" / "step4.npz", allow_pickle=False)
+    assert batch["chosen"].shape == (8, 16)
+    assert sorted(file.name for file in (tmp_path / "reward" / "checkpoints").iterdir()) == ["1", "2"]  # the good ones
+    assert not (tmp_path / "reward" / "model").exists()
+    monkeypatch.undo()
+    reward.run(run_config(config), tmp_path)
+    wanted, got = (train_lines(folder / "reward") for folder in (tmp_path / "wanted", tmp_path))
+    assert [row["train/loss"] for row in got] == [row["train/loss"] for row in wanted]
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ({"kl_limit": 1e-6}, r"ppo, step 2: objective/kl=.*, config.ppo.kl_limit=1e-06"),
+        ({"ratio_limit": 2.0}, r"ppo, step \d: val/largest_ratio_gap=.*, config.ppo.ratio_limit=2"),
+    ],
+)
+def test_past_a_limit_the_run_stops(config, tmp_path, limit, message):
+    other = config.copy_and_resolve_references()
+    other.ppo.update(limit)
+    other.reward.path = None
+    other.ppo.reward_functions = ("tests.cli.tiny:count_a",)
+    other.ppo.actor_optimizer.learning_rate, other.ppo.ppo_epochs, other.ppo.kl_kind = 0.03, 8, "k1"
+    with pytest.raises(FaultError, match=message):
+        ppo.run(run_config(other), tmp_path)
+    stopped = int(next((tmp_path / "ppo" / "bad_batch").iterdir()).name.removeprefix("step").removesuffix(".npz"))
+    kept = [int(file.name) for file in (tmp_path / "ppo" / "checkpoints").iterdir()]
+    assert max(kept, default=0) == stopped - 1
+
+
+def test_debug_stops_at_the_first_nan(config, tmp_path, monkeypatch):
+    other = config.copy_and_resolve_references()
+    other.debug = True
+    poisoned(monkeypatch, {1, 2})  # it is done twice
+    with pytest.raises(FloatingPointError, match="nan"):
+        reward.run(run_config(other), tmp_path)
+    assert len(train_lines(tmp_path / "reward")) == 1
+    assert not jax.config.jax_debug_nans

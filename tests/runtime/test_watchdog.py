@@ -1,0 +1,230 @@
+"""A run that stands still is noticed, one that only takes long is not."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from jax_rlhf.runtime import watchdog
+from jax_rlhf.runtime.watchdog import Watchdog, WatchdogConfig
+from tests.cli import test_end_to_end as alone
+from tests.cli import tiny
+from tests.processes import ROOT
+
+SOON = 0.01  # minutes
+
+
+def watched(folder, sign=lambda: 0, said=None, **how):
+    config = WatchdogConfig(**{"minutes": SOON, "factor": 5.0, "action": "warn"} | how)
+    return Watchdog(config, folder, [sign], (said if said is not None else []).append)
+
+
+def test_where_nothing_is_done_the_stacks_of_all_threads_are_written(tmp_path):
+    said, end = [], threading.Event()
+
+    def waits_for_ever():
+        end.wait()
+
+    thread = threading.Thread(target=waits_for_ever)
+    thread.start()
+    with watched(tmp_path, said=said):
+        until = time.monotonic() + 20
+        while len(said) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+    end.set()
+    thread.join()
+    assert "nothing was done for 1 seconds" in said[0].replace("for 0 ", "for 1 ")
+    assert len(said) >= 2  # it is said again
+    stacks = (tmp_path / "stacks.txt").read_text()
+    assert "waits_for_ever" in stacks
+    assert "test_where_nothing_is_done" in stacks
+
+
+def test_steps_signs_and_growing_files_are_life(tmp_path):
+    said, count = [], [0]
+    with watched(tmp_path, said=said) as dog:
+        for _ in range(20):
+            dog.step()
+            time.sleep(0.1)
+    with watched(tmp_path, lambda: count[0], said=said):
+        for _ in range(20):
+            count[0] += 1
+            time.sleep(0.1)
+    (tmp_path / "checkpoints").mkdir()
+    with watched(tmp_path, said=said), (tmp_path / "checkpoints" / "x").open("wb", buffering=0) as file:
+        for _ in range(20):
+            file.write(b"x")
+            time.sleep(0.1)
+    assert said == []
+
+
+def test_a_slow_run_has_more_time(tmp_path):
+    said = []
+    with watched(tmp_path, said=said) as dog:
+        assert dog.limit == 60 * SOON
+        for _ in range(3):
+            time.sleep(0.3)
+            dog.step()
+        assert 1.5 <= dog.limit < 2.5  # five times the median
+        time.sleep(1.2)
+        assert said == []
+        time.sleep(2.5)
+    assert said
+
+
+def test_it_ends_with_the_phase(tmp_path):
+    said = []
+    before = threading.active_count()
+    with pytest.raises(KeyError), watched(tmp_path, said=said) as dog:
+        raise KeyError
+    assert threading.active_count() == before
+    with dog:  # once more
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+    with watched(tmp_path, said=said, action="off"):
+        assert threading.active_count() == before
+        time.sleep(1.0)
+    assert said == []
+
+
+def test_one_that_fails_leaves_no_guard(tmp_path, monkeypatch):
+    """The process beside it would end this one, though nothing is wrong with it."""
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    calls = []
+
+    def sign():
+        calls.append(1)
+        if len(calls) > 2:
+            raise OSError
+
+    with watched(tmp_path, sign, action="exit") as dog:
+        beside = dog._guard
+        until = time.monotonic() + 20
+        while len(calls) < 3 and time.monotonic() < until:
+            time.sleep(0.02)
+        time.sleep(0.2)
+        assert beside.poll() == 0
+        assert dog._guard is None
+
+
+def test_the_process_beside_it_ends_with_it_even_where_it_was_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "_GOODBYE", 0.5)
+    with watched(tmp_path, action="exit") as dog:
+        beside = dog._guard
+        beside.send_signal(signal.SIGSTOP)
+    assert beside.poll() == -signal.SIGKILL
+
+
+def test_alarms_are_left_to_others(tmp_path):
+    """Judges limit themselves with signal.alarm."""
+    rung, former = [], signal.signal(signal.SIGALRM, lambda *_: rung.append(time.monotonic()))
+    try:
+        with watched(tmp_path, action="exit") as dog:
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
+            until = time.monotonic() + 10
+            while not rung and time.monotonic() < until:
+                dog.step()
+                time.sleep(0.05)
+    finally:
+        signal.signal(signal.SIGALRM, former)
+    assert len(rung) == 1
+
+
+def test_a_call_that_may_take_long_has_the_time(tmp_path):
+    assert Watchdog(WatchdogConfig(), tmp_path, [], print, longest_call=7200.0).limit == 9000.0
+    assert Watchdog(WatchdogConfig(), tmp_path, [], print, longest_call=60.0).limit == 1800.0
+    assert Watchdog(WatchdogConfig(), tmp_path, [], print).limit == 1800.0
+
+
+GOES_ON = """
+import sys, time
+from pathlib import Path
+from jax_rlhf.runtime import watchdog
+watchdog._MARGIN = 1.0
+config = watchdog.WatchdogConfig(minutes=0.02, factor=1.0)
+with watchdog.Watchdog(config, Path(sys.argv[1]), [lambda: 0], print) as dog:
+    for step in range(4):
+        dog.step()
+        print(step, flush=True)
+        for _ in range(5):  # so that the next step does not come at once where it goes on
+            time.sleep(0.1)
+print("done")
+"""
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_process_that_was_stopped_goes_on(tmp_path, both):
+    """Ctrl-Z, a suspended job or a debugger, for longer than a run may stand still, is none of its faults."""
+    command = [sys.executable, "-c", GOES_ON, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout.readline() == "0\n"
+        stop = (lambda number: os.killpg(process.pid, number)) if both else process.send_signal
+        stop(signal.SIGSTOP)
+        time.sleep(5.0)
+        stop(signal.SIGCONT)
+        rest = process.stdout.read()
+    assert process.returncode == 0
+    assert rest.endswith("done\n")
+    assert not (tmp_path / "stacks.txt").exists()
+
+
+BEATS_LATE = """
+import subprocess, sys, time
+from jax_rlhf.runtime import guard
+with subprocess.Popen([sys.executable, guard.__file__, "30"], stdin=subprocess.PIPE) as beside:
+    beside.stdin.write(b"0.1\\n")
+    beside.stdin.flush()
+    time.sleep(1.5)
+sys.exit(beside.returncode)
+"""
+
+
+def test_one_that_is_late_has_the_margin():
+    """Where both were stopped, the process beside may be the first that goes on."""
+    done = subprocess.run([sys.executable, "-c", BEATS_LATE], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("wrong", [{"minutes": 0}, {"factor": 0.5}, {"minutes": -1}])
+def test_a_wrong_setting_is_said(wrong):
+    with pytest.raises(ValueError, match=r"config.watchdog.factor=.* must be 1 or more"):
+        WatchdogConfig(**wrong)
+
+
+HANGS = """
+import ctypes, sys, time
+from pathlib import Path
+from jax_rlhf.runtime import watchdog
+watchdog._MARGIN = 0.5
+config = watchdog.WatchdogConfig(minutes=0.01)
+with watchdog.Watchdog(config, Path(sys.argv[1]), [lambda: 0], print):
+    time.sleep(0.2)
+    if sys.argv[2] == "python":
+        time.sleep(60)
+    ctypes.PyDLL(None).sleep(60)  # holds the interpreter's lock
+"""
+
+
+@pytest.mark.parametrize(("where", "code"), [("python", 75), ("c", -signal.SIGABRT)])
+def test_a_process_that_hangs_is_ended(tmp_path, where, code):
+    """By the thread, or where that cannot run, by another process: launch scripts start again after both."""
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS, str(tmp_path), where], cwd=ROOT, capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == code
+    stacks = (tmp_path / "stacks.txt").read_text() if where == "python" else done.stderr
+    assert "File " in stacks
+    assert "in <module>" in stacks
+
+
+def test_a_run_whose_reward_function_hangs_is_ended(tmp_path):
+    tiny.config(tmp_path)
+    flags = ["--config.phases=ppo", f"--config.sft_model_path={tmp_path / 'base'}", "--config.checkpoint.every=1"]
+    hangs = ["--config.ppo.reward_functions=tests.rewards.judges:hangs", "--config.ppo.reward_timeout=None"]
+    code, _, errors = alone.run(tmp_path, *flags, *hangs, "--config.watchdog.minutes=0.1", "--config.ppo.eval_every=0")
+    assert code == 75, errors[-3000:]
+    assert "judges.py" in (tmp_path / "run" / "ppo" / "stacks.txt").read_text()
