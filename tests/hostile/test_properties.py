@@ -14,9 +14,9 @@ from hypothesis import strategies as some
 from hypothesis.extra import numpy as arrays
 
 from jax_rlhf import Experience, PPOTrainer, Prompts, RLHFEngine
-from jax_rlhf.ppo.collect import with_advantages
 from jax_rlhf.ppo.config import PPOConfig
-from jax_rlhf.rl import check_experience, masked_mean
+from jax_rlhf.ppo.step import with_advantages
+from jax_rlhf.rl import FrozenActivations, check_experience, masked_mean
 from tests.ppo import tiny
 
 B, P, R, EOS = 4, 5, 6, tiny.EOS

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
-from jax_rlhf.ppo.programs import in_one_program
 
 from jax_rlhf import RLHFEngine
 from jax_rlhf.hub.model_config import ModelConfig, running
@@ -22,6 +21,7 @@ from jax_rlhf.models import Decoder, DecoderConfig, Rotary, attention, create_ca
 from jax_rlhf.models.attention import AttentionContext, attend, token_order, visible
 from jax_rlhf.models.flash import MIN_LENGTH, check_flash, flash_attend, uses_flash
 from jax_rlhf.parallel import MeshConfig, RolloutMeshConfig, create_layout
+from jax_rlhf.ppo.trainer import in_one_program
 from jax_rlhf.sampling.weights import reshard
 from tests.models.test_decoder import tiny_config
 from tests.plan.tiny import topology

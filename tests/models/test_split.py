@@ -30,7 +30,7 @@ def test_boundary_and_top_are_the_whole(changes, trainable_layers):
 
     @jax.jit
     def both(parts, params):
-        boundary = network.boundary(parts, TOKENS, MASK)
+        boundary = network.frozen_activations(parts, TOKENS, MASK)
         assert (boundary is None) == (trainable_layers is None)
         hidden = network.hidden_states(parts, TOKENS, MASK, boundary)
         other = hidden if boundary is None else network.hidden_states(parts, TOKENS, MASK, boundary + 1)
@@ -71,7 +71,7 @@ def test_no_gradient_reaches_the_frozen_part():
 
     def loss(trainable):
         whole = parts.replace(trainable=trainable)
-        hidden = network.hidden_states(whole, TOKENS, MASK, network.boundary(whole, TOKENS, MASK))
+        hidden = network.hidden_states(whole, TOKENS, MASK, network.frozen_activations(whole, TOKENS, MASK))
         return jnp.sum(hidden**2)
 
     gradient = jax.jit(jax.grad(loss))(parts.trainable)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jax_rlhf.models import Decoder, init_params
-from jax_rlhf.optim.optimizer import OptimizerConfig, apply_gradient, create_optimizer, decayed, learning_rate_schedule
+from jax_rlhf.optim.optimizer import OptimizerConfig, create_optimizer, decayed, learning_rate_schedule, optimizer_step
 from tests.models.test_decoder import tiny_config
 
 
@@ -81,11 +81,12 @@ def test_the_rate_is_that_of_the_step_named_times_the_scale():
     for step, scale, wanted in ((0, 1.0, -2.0), (5, 1.0, -1.0), (5, 0.5, -0.5), (9, 1.0, -0.2)):
         updates = stepped(params, gradient, step=step, scale=scale, **falling)
         np.testing.assert_allclose(updates["a"], [wanted], rtol=1e-3)
-        optimizer = create_optimizer(OptimizerConfig(**LINEAR | falling))
-        state, how = optimizer.init(params), {"step": jnp.int32(step), "scale": jnp.float32(scale)}
-        after, _ = apply_gradient(optimizer, gradient, state, params, take=jnp.bool_(True), **how)
+        config = OptimizerConfig(**LINEAR | falling)
+        state, how = create_optimizer(config).init(params), {"step": jnp.int32(step), "scale": jnp.float32(scale)}
+        after, _, rate = optimizer_step(config, gradient, state, params, take=jnp.bool_(True), **how)
         np.testing.assert_allclose(np.asarray(after["a"]) * 1e6, [wanted], rtol=1e-3)
-        same, kept = apply_gradient(optimizer, gradient, state, params, take=jnp.bool_(False), **how)
+        np.testing.assert_allclose(rate, learning_rate_schedule(config)(step) * scale, rtol=1e-6)
+        same, kept, _ = optimizer_step(config, gradient, state, params, take=jnp.bool_(False), **how)
         jax.tree.map(np.testing.assert_array_equal, (same, kept), (params, state))
 
 

@@ -85,7 +85,7 @@ def test_ppo_on_a_mesh_is_ppo_on_one_device(form, run):
     for before, after in (("start", "once"), ("once", "trained")):
         steps = []
         for side in (one, mesh):
-            last = jax.device_get(side["engine"].trained) if after == "trained" else side[after]
+            last = jax.device_get(side["engine"].params.trainable) if after == "trained" else side[after]
             steps.append(jax.tree.map(np.subtract, last, side[before]))
         largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(steps[0]))
         assert largest > 1e-3

@@ -12,8 +12,8 @@ from jax_rlhf.config import run_config
 from jax_rlhf.optim import supervised
 from jax_rlhf.parallel import create_layout, partition
 from jax_rlhf.plan.all_programs import programs_of
-from jax_rlhf.ppo import programs
 from jax_rlhf.ppo import train as ppo
+from jax_rlhf.ppo import trainer
 from jax_rlhf.reward import train as reward
 from jax_rlhf.sampling import sampler
 from jax_rlhf.sft import train as sft
@@ -59,14 +59,30 @@ def called(monkeypatch):
 
         monkeypatch.setattr(module, name, call)
 
+    def watch_made(name):
+        """make_<name> returns a function, whose calls are watched."""
+        make = getattr(trainer, f"make_{name}")
+
+        def made(*static, **options):
+            function = make(*static, **options)
+
+            def call(*arguments):
+                found.setdefault(name, leaves(arguments))
+                return function(*arguments)
+
+            call.eval_shape = function.eval_shape
+            return call
+
+        monkeypatch.setattr(trainer, f"make_{name}", made)
+
     watch(supervised, "step", lambda arguments: f"{arguments[0].network.model.head} step")
     watch(supervised, "evaluation_sums", lambda _: "sft evaluation")
     watch(reward, "batch_pair_scores", lambda _: "reward evaluation")
     watch(reward, "batch_text_scores", lambda _: "reward answers' scores")
-    watch(sampler, "sample_program", lambda arguments: f"answers of {len(arguments[2])}")
+    watch(sampler, "sample_program", lambda arguments: f"answers of {len(arguments[2].tokens)}")
     watch(partition, "take_replicated", lambda arguments: ("export", str(leaves(arguments[:1]))))
-    for name in ("generate", "sample", "score", "update"):
-        watch(programs, name, lambda _, name=name: name)
+    for name in ("experience", "sample", "score", "update"):
+        watch_made(name)
     return found
 
 
@@ -94,7 +110,7 @@ def test_shapes_dtypes_and_shardings_are_the_runs(stored, changes, tmp_path, cal
         config.reference.path = str(tmp_path / "base")
     settings = run_config(config)
     layout = create_layout(settings.mesh, settings.rollout_mesh)
-    names = {"rollout and scoring": "generate", "rollout": "sample", "scoring": "score", "update": "update"}
+    names = {"rollout and scoring": "experience", "rollout": "sample", "scoring": "score", "update": "update"}
     names = {f"ppo {name}": called_as for name, called_as in names.items()}
     names |= {"sft step": "lm step", "reward step": "scalar step"}
     names |= {"sft answers": "answers of 8", "reward answers": "answers of 16"}

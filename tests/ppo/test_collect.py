@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from jax_rlhf.ppo.collect import with_advantages
 
 from jax_rlhf import RLHFEngine
 from jax_rlhf.parallel import put_rows
 from jax_rlhf.ppo.config import PPOConfig
+from jax_rlhf.ppo.step import with_advantages
 from tests.ppo import tiny
 from tests.rl import oracle
 

@@ -64,7 +64,8 @@ def test_the_reference_is_the_actor_without_a_second_copy():
     assert not pointers(engine.params.trainable) & pointers(start.params)
     np.testing.assert_array_equal(engine.values(*batch()), 0)  # the critic's head starts at zero
     cut = RLHFEngine(start, trainable_layers=1)
-    sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (cut.frozen.actor, cut.frozen.reference)]
+    frozen = cut.params.frozen
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (frozen.actor, frozen.reference)]
     assert sum(sizes) == sum(leaf.size for leaf in jax.tree.leaves(start.params))  # bottom and top, once each
 
 
@@ -239,7 +240,7 @@ def test_a_reward_model_without_a_head_is_an_error(folders, tmp_path):
 def test_models_are_cut_over_a_mesh():
     mesh = Mesh(np.array(jax.devices()).reshape(1, 2, 4), ("data", "fsdp", "tensor"))
     one, eight = RLHFEngine(tiny.policy()), RLHFEngine(tiny.policy(), mesh=mesh)
-    kernel = eight.trained.actor["layers"]["mlp"]["up"]["kernel"]
+    kernel = eight.params.trainable.actor["layers"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size * 8 == kernel.size
     tokens, mask = batch()
     for first, second in zip(one.score(tokens, mask), eight.score(tokens, mask), strict=True):
@@ -256,8 +257,8 @@ def test_a_vocabulary_that_the_mesh_does_not_divide_is_padded(tied, tmp_path):
     reward = dataclasses.replace(tiny.policy(5, head="scalar", vocab_size=9), tokenizer=None)
     how = {"reward": reward, "reference_config": config.replace(remat="full"), "trainable_layers": 1}
     one, eight = RLHFEngine(actor, **how), RLHFEngine(actor, **how, mesh=mesh)
-    assert eight.networks.actor.model.config.table_rows == 16
-    assert eight.networks.reward.model.config.table_rows == 12
+    assert eight.models.actor.model.config.table_rows == 16
+    assert eight.models.reward.model.config.table_rows == 12
     tokens, mask = batch()
     real = mask[:, 1:] & mask[:, :-1]
     for first, second in zip(one.score(tokens, mask), eight.score(tokens, mask), strict=True):
@@ -281,7 +282,7 @@ def test_untied_heads_follow_their_part():
     assert "embedding" not in engine.params.trainable.actor
     assert "lm_head" not in engine.params.trainable.actor
     untied = RLHFEngine(tiny.policy(tie_embeddings=False), trainable_layers=1)
-    assert "lm_head" in untied.trained.actor
+    assert "lm_head" in untied.params.trainable.actor
 
 
 # ---- how each model runs, and which ids it knows -------------------------------------------------------------------

@@ -47,14 +47,14 @@ def test_each_role_has_its_own_parameters_and_biases(models):
     values = engine.values(prompts.tokens, prompts.mask)
     np.testing.assert_allclose(np.asarray(values - plain)[prompts.mask], 0.4, atol=1e-5)
     start = RLHFEngine(models["actor"], reward=models["reward"])
-    same(start.trained.critic, models["reward"].params)
+    same(start.params.trainable.critic, models["reward"].params)
     assert start.critic.reward_bias == pytest.approx(0.9 - 0.6)
     zero = RLHFEngine(**models, critic_zero_head=True)
-    assert not zero.trained.critic["scalar_head"]["kernel"].any()
-    assert (float(zero.frozen.critic_bias), float(zero.frozen.reward_bias)) == (0, pytest.approx(0.9))
+    assert not zero.params.trainable.critic["scalar_head"]["kernel"].any()
+    assert (float(zero.params.frozen.critic_bias), float(zero.params.frozen.reward_bias)) == (0, pytest.approx(0.9))
     none = RLHFEngine(models["actor"])
-    assert not none.trained.critic["scalar_head"]["kernel"].any()
-    assert [float(bias) for bias in (none.frozen.critic_bias, none.frozen.missing_eos_bias)] == [0, 0]
+    assert not none.params.trainable.critic["scalar_head"]["kernel"].any()
+    assert [float(bias) for bias in (none.params.frozen.critic_bias, none.params.frozen.missing_eos_bias)] == [0, 0]
 
 
 @pytest.mark.parametrize("trainable_layers", [None, 1])
@@ -66,9 +66,8 @@ def test_what_trains_is_a_copy_and_the_reference_stays(models, trainable_layers)
     prompts = tiny.ragged_prompts(4)
     reference = np.asarray(engine.score(prompts.tokens, prompts.mask)[1])
     moved = jax.tree.map(lambda leaf: leaf * 1.1, engine.params.trainable.actor)
-    engine.params.trainable = dataclasses.replace(
-        engine.params.trainable, actor=moved, actor_ema=engine.params.trainable.actor
-    )
+    before = engine.params.trainable
+    engine.params = engine.params.replace(trainable=before.replace(actor=moved, actor_ema=before.actor))
     actor, after, _ = engine.score(prompts.tokens, prompts.mask)
     np.testing.assert_array_equal(after, reference)
     assert np.abs(np.asarray(actor) - reference).max() > 0.1
@@ -88,7 +87,7 @@ def test_checkpoints_go_to_the_roles_that_name_them(models, tmp_path):
     same(engine.params.frozen.reward.trainable, models["reward"].params)
     same(engine.critic.params, models["critic"].params)
     config["critic"]["zero_head"] = True
-    assert not RLHFEngine.create(config).trained.critic["scalar_head"]["kernel"].any()
+    assert not RLHFEngine.create(config).params.trainable.critic["scalar_head"]["kernel"].any()
     save_pretrained(tmp_path / "again", engine.critic)
     assert load_pretrained(tmp_path / "again", head="scalar").reward_bias == pytest.approx(0.4)
 
@@ -112,8 +111,8 @@ def test_functions_get_prompts_responses_and_columns_of_each_row_without_special
             raise OSError("the judge is not at home")
         return [1.0, 2.0]
 
-    networks = types.SimpleNamespace(reward=None)
-    engine = types.SimpleNamespace(tokenizer=data.tokenizer(), layout=None, networks=networks)
+    models = types.SimpleNamespace(reward=None)
+    engine = types.SimpleNamespace(tokenizer=data.tokenizer(), layout=None, models=models)
     config = PPOConfig(reward_retries=1)
     trainer = types.SimpleNamespace(engine=engine, config=config, failures=Failures())
     trainer.reward_functions = (RewardFunction(judge, weight=2.0),)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jax_rlhf import PPOTrainer, RLHFEngine
 from jax_rlhf.parallel import as_layout
-from jax_rlhf.ppo import programs
+from jax_rlhf.ppo.step import make_score, make_update
 from jax_rlhf.sampling import Samples
 from tests.ppo import tiny
 
@@ -29,18 +29,18 @@ def temporaries(function, *arguments):
 
 
 def scoring(engine, trainer, rows, mesh=None):
-    array, config, length = arrays(rows, mesh), trainer._divided(rows, WIDTH), trainer.config.max_new_tokens
+    array, config, length = arrays(rows, mesh), trainer._with_microbatches(rows, WIDTH), trainer.config.max_new_tokens
     per_token = [array(jnp.float32, length) for _ in range(2)]
     samples = Samples(array(jnp.int32, WIDTH + length), array(jnp.bool_, length), *per_token)
-    arguments = engine.models, config, engine.params.trainable, engine.params.frozen, samples, array(jnp.bool_, WIDTH)
-    return programs.score, *arguments, array(jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+    arguments = engine.params, array(jnp.bool_, WIDTH), samples, array(jnp.float32)
+    return make_score(engine.models, config), *arguments, jax.ShapeDtypeStruct((), jnp.float32)
 
 
 def updating(engine, trainer, rows):
     score, *arguments = scoring(engine, trainer, rows)
     made = score.eval_shape(*arguments)
     arguments = engine.params.trainable, trainer.state, engine.params.frozen, made, None, trainer._key
-    return programs.update, engine.models, trainer._divided(rows, WIDTH), None, *arguments
+    return make_update(engine.models, trainer._with_microbatches(rows, WIDTH)), *arguments
 
 
 def size(tree):

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax_rlhf.ppo.objective import PretrainingRows
 
 from jax_rlhf import RLHFEngine
 from jax_rlhf.models.split import SplitParams
+from jax_rlhf.rl import Batch
 from tests.ppo import oracle, tiny
 
 ROWS, ITERATION = 16, 3
@@ -140,7 +140,7 @@ def moved_on(made):
 def text():
     random, mask = np.random.RandomState(5), np.ones((8, 7), bool)
     mask[::2, 5:], mask[1, :3] = False, False
-    return PretrainingRows(random.randint(0, tiny.VOCAB, (8, 7)).astype(np.int32), mask)
+    return Batch(random.randint(0, tiny.VOCAB, (8, 7)).astype(np.int32), mask)
 
 
 @pytest.mark.parametrize(("form", "layers"), [("clip", 1), ("penalty", None)])

@@ -8,7 +8,8 @@ import pytest
 from jax import export
 
 from jax_rlhf import RLHFEngine
-from jax_rlhf.ppo import programs
+from jax_rlhf.ppo.step import make_experience, make_update
+from jax_rlhf.rl import Prompts
 from tests.ppo import tiny
 
 
@@ -21,14 +22,14 @@ def test_generation_and_update_lower(platform, backend, monkeypatch):
     config = dataclasses.replace(ppo.config, microbatch_size=4)
     batch, key = tiny.ragged_prompts(16), jax.random.key(0)
 
-    def generate(trained, tokens, mask, row_ids):
-        arguments = (engine.params.frozen, tokens, mask, row_ids, key, config, ppo.state.kl.value)
-        return programs.generate(engine.models, ppo.sampling, trained, *arguments)
+    def generate(params, tokens, mask, row_ids):
+        prompts = Prompts(tokens, mask, row_ids, columns=None)
+        return make_experience(engine.models, config)(params, prompts, key, ppo.state.kl.value)
 
-    def update(trained, state, experience):
-        return programs.update(engine.models, config, None, trained, state, engine.params.frozen, experience, None, key)
+    def update(trainable, state, experience):
+        return make_update(engine.models, config)(trainable, state, engine.params.frozen, experience, None, key)
 
-    arguments = (engine.params.trainable, batch.tokens, batch.mask, batch.row_ids)
+    arguments = (engine.params, batch.tokens, batch.mask, batch.row_ids)
     experience = jax.eval_shape(generate, *arguments)
     lowered = export.export(jax.jit(generate), platforms=[platform])(*arguments)
     assert lowered.platforms == (platform,)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_rlhf import RLHFEngine
-from jax_rlhf.ppo import programs
+from jax_rlhf.ppo.step import make_update
 from tests.ppo import tiny
 from tests.ppo.test_update import ROWS, assert_close, experience, moved, on_device
 from tests.programs import equations
@@ -51,8 +51,8 @@ def test_a_warm_up_of_the_critic_computes_no_gradient_of_the_actor():
         None,
         trainer._key,
     )
-    config = trainer._divided(ROWS, 5)
-    traced = programs.update.trace(engine.models, config, None, *arguments).jaxpr
+    config = trainer._with_microbatches(ROWS, 5)
+    traced = make_update(engine.models, config).trace(*arguments).jaxpr
     branches = [
         sorted(count_products(branch.jaxpr) for branch in equation.params["branches"])
         for equation in equations(traced.jaxpr)

@@ -58,7 +58,7 @@ def test_five_iterations_compile_everything_once(source, where, caplog):
             caplog.clear()
             trainer.train_rlhf(trainer.generate_experience(tiny.ragged_prompts(ROWS, seed=iteration)))
             programs[iteration > 0].extend(compiled(caplog))
-    wanted = ["generate"] if source == "reward model" else ["sample_responses", "score_samples"]
+    wanted = ["generate"] if source == "reward model" else ["sample", "score"]
     for name in (*wanted, "update"):
         assert programs[0].count(f"jit({name})") == 1
     assert programs[1] == []

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from jax_rlhf.ppo.objective import PretrainingRows
 
 from jax_rlhf import RLHFEngine
-from jax_rlhf.ppo import update
+from jax_rlhf.ppo import step as ppo_step
+from jax_rlhf.rl import Batch
 from tests.ppo import tiny
 
 ROWS = 16
@@ -113,7 +113,7 @@ def test_extra_pads_change_nothing():
     made = experience()
 
     def widen(name, leaf):
-        if leaf is None or leaf.ndim < 2:
+        if not isinstance(leaf, np.ndarray) or leaf.ndim < 2:
             return leaf
         left, right = (3, 0) if name == "prompt_mask" else (0, 2)
         left = 3 if name == "tokens" else left
@@ -172,13 +172,16 @@ def test_ratios_start_at_one_and_move(temperature):
 
 def test_rows_are_reshuffled_each_epoch_and_iteration(monkeypatch):
     """Every row once an epoch, in another order each time."""
-    seen, original = [], update._update_minibatch
+    seen, original = [], ppo_step._make_minibatch
 
-    def spied(iteration, trained, state, rows, *rest):
-        jax.debug.callback(lambda rows: seen.append(np.array(rows).reshape(-1)), rows, ordered=True)
-        return original(iteration, trained, state, rows, *rest)
+    def spied(*static):
+        def minibatch(iteration, carry, inputs):
+            jax.debug.callback(lambda rows: seen.append(np.array(rows).reshape(-1)), inputs[0], ordered=True)
+            return original(*static)(iteration, carry, inputs)
 
-    monkeypatch.setattr(update, "_update_minibatch", spied)
+        return minibatch
+
+    monkeypatch.setattr(ppo_step, "_make_minibatch", spied)
     trainer = tiny.trainer(ppo_epochs=3, num_minibatches=4, microbatch_size=2, seed=77)
     for _ in range(2):
         trainer.train_rlhf(on_device(experience()))
@@ -234,10 +237,10 @@ def test_pretraining_loss_is_mixed_in():
     mask = np.ones((8, 7), bool)
     mask[::2, 5:] = False
     mask[1, :3] = False
-    text = PretrainingRows(random.randint(0, tiny.VOCAB, (8, 7)).astype(np.int32), mask)
+    text = Batch(random.randint(0, tiny.VOCAB, (8, 7)).astype(np.int32), mask)
     alone, _ = moved(tiny.trainer(microbatch_size=4), on_device(experience()))
-    step, metrics = moved(tiny.trainer(microbatch_size=4, ptx_coef=0.5), on_device(experience()), pretraining=text)
-    model, params = RLHFEngine(tiny.policy()).networks.actor.model, tiny.policy().params
+    step, metrics = moved(tiny.trainer(microbatch_size=4, ptx_coef=0.5), on_device(experience()), texts=text)
+    model, params = RLHFEngine(tiny.policy()).models.actor.model, tiny.policy().params
 
     def loss(params):
         logp = jax.nn.log_softmax(model.apply({"params": params}, text.tokens, mask=mask)[:, :-1])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jax_rlhf import Experience, rl
-from jax_rlhf.rl import check_experience
+from jax_rlhf.rl import FrozenActivations, check_experience
 from tests.rl import oracle
 
 LENGTHS = [1, 3, 5, 5]  # one token; a middle length; full with EOS; full without

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_rlhf import sample, token_logprobs
 from jax_rlhf.models import Decoder, init_params, unstack_layers
 from jax_rlhf.parallel import put_rows
+from jax_rlhf.rl import Prompts
 from jax_rlhf.sampling import Sampling, decode_stages, loop_turns, rollout, sampler
 from jax_rlhf.sampling.draw import draw_tokens
 from jax_rlhf.sampling.sampler import TURNING_PAYS
@@ -80,7 +81,8 @@ def test_greedy_is_the_argmax_of_full_forwards(scan_layers, length, position_kin
     unrolled = model.clone(scan_layers=False)
     prompts, mask = ragged_prompts(5, 6)
     run = functools.partial(rollout, *((model, params) if scan_layers else (unrolled, unstack_layers(params, 3))))
-    samples = jax.jit(run, static_argnums=4)(prompts, mask, KEY, jnp.arange(5), Sampling(length, top_k=1))
+    rows = Prompts(prompts, mask, jnp.arange(5), columns=None)
+    samples = jax.jit(run, static_argnums=2)(rows, KEY, Sampling(length, top_k=1))
     tokens = np.asarray(samples.tokens)
     # The model is causal, so one forward over everything holds what the forward over each prefix ends with.
     logits = full_logits(model, params, tokens, whole_mask(mask, samples))
@@ -224,9 +226,10 @@ def test_what_is_drawn_does_not_depend_on_the_stages(monkeypatch, scan_layers):
         monkeypatch.setattr(sampler, "STAGE_TOKENS", tokens)
         monkeypatch.setattr(sampler, "MAX_STAGES", most)
         assert len(decode_stages(21)) == most
-        return jax.jit(lambda: rollout(model, params, jnp.asarray(prompts), jnp.asarray(mask), KEY, ids, sampling))()
+        return jax.jit(lambda: rollout(model, params, rows, KEY, sampling))()
 
     ids = jnp.arange(6)
+    rows = Prompts(jnp.asarray(prompts), jnp.asarray(mask), ids, columns=None)
     whole, staged = drawn(21, 1), drawn(3, 7)
     lengths = whole.response_mask.sum(axis=1)
     assert 1 < int(lengths.min()) < 15
@@ -239,7 +242,8 @@ def test_a_step_reads_the_slots_of_its_stage_alone(monkeypatch):
     monkeypatch.setattr(sampler, "STAGE_TOKENS", 4)
     model, params = tiny()
     prompts, mask = ragged_prompts(2, 3)
-    turns = jax.make_jaxpr(lambda: rollout(model, params, prompts, mask, KEY, jnp.arange(2), Sampling(16)))()
+    rows = Prompts(prompts, mask, jnp.arange(2), columns=None)
+    turns = jax.make_jaxpr(lambda: rollout(model, params, rows, KEY, Sampling(16)))()
     loops = [equation for equation in turns.eqns if equation.primitive.name == "while"]
     widths = [{shape[3] for shape in shapes_of(loop.params["body_jaxpr"]) if len(shape) == 5} for loop in loops]
     assert widths == [{3 + end - 1} for end in (4, 8, 12, 16)]  # [L, B, K, S, head_dim]
