@@ -30,7 +30,7 @@ def measure(remat: str) -> dict[str, float | str]:
     engine.tokenizer.padding_side = "left"
     batch = engine.tokenizer(OPENINGS * 4, return_tensors="np", padding=True)
     prompts = Prompts(batch.input_ids, batch.attention_mask.astype(bool), np.arange(len(batch.input_ids)))
-    settings = {"max_new_tokens": 32, "temperature": 0.7, "num_minibatches": 1, "ppo_epochs": 1}
+    settings = {"sampling": {"max_new_tokens": 32, "temperature": 0.7}, "num_minibatches": 1, "ppo_epochs": 1}
     trainer = PPOTrainer(engine, settings, reward_functions=words)
     made = trainer.generate_experience(prompts)
     gap = np.abs(np.asarray(made.logprobs) - np.asarray(made.sampler_logprobs))[np.asarray(made.response_mask)]

@@ -22,7 +22,7 @@ from benchmarks.memory import peak_gigabytes
 from benchmarks.shapes import SHAPES, Shape, write_checkpoint
 from jax_rlhf import PPOTrainer, Prompts, RLHFEngine
 
-ROLES = {"model": "lm", "reference": "lm", "critic": "scalar", "reward": "scalar"}
+ROLES = {"model": "lm", "reference": "lm", "critic": "scalar", "reward_model": "scalar"}
 
 
 def create_trainer(shape: Shape, folder: Path) -> PPOTrainer:
@@ -31,7 +31,7 @@ def create_trainer(shape: Shape, folder: Path) -> PPOTrainer:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         pool.starmap(write_checkpoint, [(folder / role, shape, head) for role, head in ROLES.items()])
     config = {role: {"path": str(folder / role)} for role in ROLES}
-    ppo = {"max_new_tokens": shape.response, "ppo_epochs": shape.ppo_epochs, "eos_ids": ()}
+    ppo = {"sampling": {"max_new_tokens": shape.response, "eos_ids": ()}, "ppo_epochs": shape.ppo_epochs}
     return PPOTrainer(RLHFEngine.create(config), ppo)
 
 

@@ -17,11 +17,11 @@ def get_config() -> ConfigDict:
     """The settings."""
     config = packaged_config("llama3_8b")
     config.model.path = "meta-llama/Meta-Llama-3-70B-Instruct"
-    config.reward_training.path = "meta-llama/Meta-Llama-3-8B-Instruct"  # of the same tokenizer
+    config.reward.start_from = "meta-llama/Meta-Llama-3-8B-Instruct"  # of the same tokenizer
     config.mesh.tensor = 8
     config.data.sft_batch_size = 128
     config.data.ppo_batch_size = 256
     config.sft.microbatch_size = 32
     config.sft.optimizer.learning_rate = 5e-6
-    config.ppo.actor_optimizer.learning_rate = 5e-7
+    config.ppo.actor.optimizer.learning_rate = 5e-7
     return config

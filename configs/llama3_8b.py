@@ -33,21 +33,21 @@ def get_config() -> ConfigDict:
     config.sft.optimizer.schedule = "cosine"
     config.sft.optimizer.warmup_steps = 20
 
-    config.reward_training.microbatch_size = 16
-    config.reward_training.optimizer.learning_rate = 5e-6
-    config.reward_training.optimizer.schedule = "linear"
-    config.reward_training.optimizer.warmup_steps = 20
+    config.reward.microbatch_size = 16
+    config.reward.optimizer.learning_rate = 5e-6
+    config.reward.optimizer.schedule = "linear"
+    config.reward.optimizer.warmup_steps = 20
 
     ppo = config.ppo
     ppo.iterations = 300
-    ppo.max_new_tokens = 512
-    ppo.temperature = 1.0
-    ppo.kl_coef = 0.05
-    ppo.missing_eos_penalty = 1.0
+    ppo.sampling.max_new_tokens = 512
+    ppo.sampling.temperature = 1.0
+    ppo.kl.coef = 0.05
+    ppo.reward.missing_eos_penalty = 1.0
     ppo.ppo_epochs = 2
     ppo.num_minibatches = 4
-    ppo.actor_optimizer.learning_rate = 1e-6
-    ppo.actor_optimizer.warmup_steps = 10
-    ppo.critic_optimizer.learning_rate = 5e-6
-    ppo.critic_optimizer.warmup_steps = 10
+    ppo.actor.optimizer.learning_rate = 1e-6
+    ppo.actor.optimizer.warmup_steps = 10
+    ppo.critic.optimizer.learning_rate = 5e-6
+    ppo.critic.optimizer.warmup_steps = 10
     return config

@@ -6,7 +6,7 @@ or, with the packages of requirements-quickstart.txt and requirements-judge.txt,
 --config=configs/quickstart.py --workdir=runs/quickstart. Data: film-review sentences with human sentiment labels
 (jax_rlhf/examples/movie_reviews.py). With --config.model.path and --config.data.paths it takes other models of 8 layers
 or more, and other short texts; for answers to prompts add --config.data.prompt_tokens=None (whole prompts) and
---config.reward_training.compare=pairs.
+--config.reward.compare=pairs.
 
 What to expect: 9 min on 2 cores of an AMD EPYC (Zen 4), 3.5 GB of memory; measured on 2026-11-27, seeds 0 and 1 (chosen
 by runs on seed 0; seed 1 was run once, afterwards):
@@ -54,31 +54,31 @@ def get_config() -> ConfigDict:
     config.sft.optimizer.schedule = "linear"
     config.sft.optimizer.warmup_steps = 3
 
-    config.reward_training.path = config.model.get_oneway_ref("path")
-    config.reward_training.num_layers = 4
-    config.reward_training.compare = "all"  # labels, not pairs: 18 × 18 comparisons a step
-    config.reward_training.steps = 110
-    config.reward_training.normalize_rows = 128
-    config.reward_training.optimizer.learning_rate = 4e-4
-    config.reward_training.optimizer.schedule = "linear"
-    config.reward_training.optimizer.warmup_steps = 4
-    config.reward_training.head_learning_rate = 2e-3
+    config.reward.start_from = config.model.get_oneway_ref("path")
+    config.reward.num_layers = 4
+    config.reward.compare = "all"  # labels, not pairs: 18 × 18 comparisons a step
+    config.reward.steps = 110
+    config.reward.normalize_rows = 128
+    config.reward.optimizer.learning_rate = 4e-4
+    config.reward.optimizer.schedule = "linear"
+    config.reward.optimizer.warmup_steps = 4
+    config.reward.head_learning_rate = 2e-3
 
     config.ppo.iterations = 10
-    config.ppo.max_new_tokens = 24
-    config.ppo.temperature = 0.7  # at 1.0 a model this small writes more noise
-    config.ppo.kl_reduction = "mean"  # under a sum, the shorter a response, the less it pays
-    config.ppo.kl_coef = 1.5
-    config.ppo.entropy_coef = 0.04  # keeps its vocabulary
-    config.ppo.entropy_target = 2.3  # what it starts with: more entropy slows it down
+    config.ppo.sampling.max_new_tokens = 24
+    config.ppo.sampling.temperature = 0.7  # at 1.0 a model this small writes more noise
+    config.ppo.kl.reduction = "mean"  # under a sum, the shorter a response, the less it pays
+    config.ppo.kl.coef = 1.5
+    config.ppo.loss.entropy_coef = 0.04  # keeps its vocabulary
+    config.ppo.loss.entropy_target = 2.3  # what it starts with: more entropy slows it down
     config.ppo.ppo_epochs = 2
     config.ppo.num_minibatches = 2  # of smaller ones the first steps are mostly noise
-    config.ppo.value_clip_range = 10.0  # off: a critic this young has far to go
-    config.ppo.actor_optimizer.learning_rate = 1.5e-4
-    config.ppo.actor_optimizer.schedule = "linear"
-    config.ppo.actor_optimizer.final_fraction = 0.5
-    config.ppo.actor_optimizer.warmup_steps = 8  # two iterations, while the critic learns most
-    config.ppo.critic_optimizer.learning_rate = 4e-4
+    config.ppo.loss.value_clip_range = 10.0  # off: a critic this young has far to go
+    config.ppo.actor.optimizer.learning_rate = 1.5e-4
+    config.ppo.actor.optimizer.schedule = "linear"
+    config.ppo.actor.optimizer.final_fraction = 0.5
+    config.ppo.actor.optimizer.warmup_steps = 8  # two iterations, while the critic learns most
+    config.ppo.critic.optimizer.learning_rate = 4e-4
     config.ppo.eval_rows = 192
     config.ppo.eval_functions = ("jax_rlhf.examples.movie_reviews:positive",)
     return config

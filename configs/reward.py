@@ -24,9 +24,9 @@ def get_config() -> ConfigDict:
     config.data.max_tokens = 512  # longest prompt + answer
     config.data.packing = False  # several pairs share a row of 2 · max_tokens, without seeing each other
 
-    reward = config.reward_training
-    # reward.path = "HuggingFaceTB/SmolLM2-135M"  # starts as this; default: the SFT policy
-    # reward.revision = "main"  # of a hub id
+    reward = config.reward
+    # reward_model.path = "HuggingFaceTB/SmolLM2-135M"  # starts as this; default: the SFT policy
+    # reward_model.revision = "main"  # of a hub id
     # reward.num_layers = 8  # keep so many of its layers, from the bottom; default: all
     # reward.trainable_layers = 4  # from the top; default: all parameters train
     reward.epochs = 1.0  # passes over the data; a second one overfits
@@ -42,6 +42,6 @@ def get_config() -> ConfigDict:
     reward.optimizer.schedule = "linear"
     reward.optimizer.warmup_steps = 10
     # What those responses are: PPO's prompts and lengths.
-    config.ppo.max_new_tokens = 128  # longest
-    config.ppo.temperature = 1.0  # of sampling
+    config.ppo.sampling.max_new_tokens = 128  # longest
+    config.ppo.sampling.temperature = 1.0  # of sampling
     return config

@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
 
     data = config.data
     data.paths = ()  # .jsonl, .json, .parquet, .csv files, data set ids, "package.module:function" readers
-    data.ptx_paths = ()  # texts of PPO's pretraining loss (ppo.ptx_coef); empty: what the SFT phase learns
+    data.ptx_paths = ()  # texts of PPO's pretraining loss (ppo.loss.ptx_coef); empty: what the SFT phase learns
     data.weights = ()  # the share of each path in the mixture; empty: by size
     data.eval_paths = ()  # held-out rows; empty: eval_rows of each path's (a reader gives its own)
     data.eval_rows = 256  # held out at most: whole prompts, never more than a tenth of each path

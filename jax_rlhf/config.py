@@ -12,7 +12,7 @@ from jax_rlhf.hub.model_config import ModelConfig
 from jax_rlhf.parallel import MeshConfig, RolloutMeshConfig
 from jax_rlhf.ppo.config import CriticConfig, FrozenConfig, PPOConfig
 from jax_rlhf.ppo.engine import RLHFEngine
-from jax_rlhf.reward.config import RewardTrainingConfig
+from jax_rlhf.reward.config import RewardConfig
 from jax_rlhf.runtime.checkpoint import CheckpointConfig
 from jax_rlhf.runtime.run_logger import LogConfig
 from jax_rlhf.runtime.watchdog import WatchdogConfig
@@ -22,42 +22,45 @@ from jax_rlhf.sft.config import SFTConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole run.
-
-    Attributes:
-      phases: of "sft", "reward", "ppo", in that order.
-      seed: of everything random.
-      mesh: how many devices lie along each axis.
-      rollout_mesh: the same devices in another form, for sampling; by default chosen by the model.
-      model: the policy. `path` is the checkpoint that the SFT phase starts from.
-      sft_model_path: the SFT policy, which the reward and PPO phases start from; None = <workdir>/sft/model.
-      reference, critic: of PPO; `path` None = the SFT policy, and the reward model.
-      reward: the reward model of PPO; `path` None = <workdir>/reward/model.
-      data, sft, reward_training, ppo, checkpoint, log, watchdog: see there.
-      max_bad_steps: steps (PPO: iterations) in a row with an update that was not finite, and was left out, before the
-        run stops.
-      debug: stop at the first NaN, at the first transfer between host and devices that nobody asked for, and where an
-        experience is not what it should be; write checkpoints before going on. Slower.
-    """
+    """A whole run."""
 
     phases: tuple[str, ...] = PHASES
+    """Of "sft", "reward", "ppo", in that order."""
     seed: int = 0
+    """Of everything random."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """How many devices lie along each axis."""
     rollout_mesh: RolloutMeshConfig = dataclasses.field(default_factory=RolloutMeshConfig)
+    """The same devices in another form, for sampling; by default chosen by the model."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    """The policy. `path` is the checkpoint that the SFT phase starts from."""
     sft_model_path: str | None = None
+    """The SFT policy, which the reward and PPO phases start from; None = <workdir>/sft/model."""
     reference: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
+    """The reference of PPO; `path` None = the SFT policy."""
     critic: CriticConfig = dataclasses.field(default_factory=CriticConfig)
-    reward: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
+    """The critic of PPO; `path` None = the reward model."""
+    reward_model: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
+    """The reward model of PPO; `path` None = <workdir>/reward/model, or `ppo.reward.functions` alone."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """The data of all phases."""
     sft: SFTConfig = dataclasses.field(default_factory=SFTConfig)
-    reward_training: RewardTrainingConfig = dataclasses.field(default_factory=RewardTrainingConfig)
+    """The SFT phase."""
+    reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
+    """The reward phase."""
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
+    """The PPO phase."""
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    """When checkpoints are written, and which stay."""
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    """Where metrics go, beside metrics.jsonl."""
     watchdog: WatchdogConfig = dataclasses.field(default_factory=WatchdogConfig)
+    """When a run counts as standing still."""
     max_bad_steps: int = 5
+    """Steps (PPO: iterations) in a row with an update that was not finite, and was left out, before the run stops."""
     debug: bool = False
+    """Stop at the first NaN, at the first transfer between host and devices that nobody asked for, and where an
+    experience is not what it should be; write checkpoints before going on. Slower."""
 
     def __post_init__(self) -> None:
         if self.max_bad_steps < 1:
@@ -75,10 +78,10 @@ class RunConfig:
           policy: the policy, what its checkpoint says, or the engine that has it.
 
         Returns:
-          Ids; `ppo.eos_ids` where they are given.
+          Ids; `ppo.sampling.eos_ids` where they are given.
         """
         known = end_ids(policy.tokenizer, policy.generation_config)
-        return known if self.ppo.eos_ids is None else self.ppo.eos_ids
+        return known if self.ppo.sampling.eos_ids is None else self.ppo.sampling.eos_ids
 
     def data_of(self, phase: str) -> DataConfig:
         """The data's settings as a phase uses them.
@@ -89,7 +92,7 @@ class RunConfig:
         Returns:
           `data`, but for packing, which the token loss of pairs does not know.
         """
-        if phase == "reward" and self.reward_training.loss == "token":
+        if phase == "reward" and self.reward.loss == "token":
             return dataclasses.replace(self.data, packing=False)
         return self.data
 

@@ -36,7 +36,8 @@ def from_mapping(kind: type[T], values: Any, where: str = "config") -> T:
     checked = {}
     for name, value in values.items():
         if name not in known:
-            raise ValueError(f"{where}.{name}: there is no such field; {unknown_name(name, known)}")
+            path = f"{where}.{name}".removeprefix("config.")
+            raise ValueError(f"{where}.{name}: there is no such field; {unknown_name(name, known, path=path)}")
         checked[name] = _checked(hints[name], value, f"{where}.{name}")
     return kind(**checked)
 
@@ -54,52 +55,127 @@ _NOT_HERE = {
 """What other frameworks have and this one has not, by a pattern of names."""
 _OTHER_NAMES = {
     "gradient_checkpointing": "model.remat",
-    "gradient_accumulation_steps": "sft.microbatch_size, reward_training.microbatch_size or ppo.microbatch_size",
+    "gradient_accumulation_steps": "sft.microbatch_size, reward.microbatch_size or ppo.microbatch_size",
     "per_device_train_batch_size": "data.sft_batch_size, data.reward_batch_size or data.ppo_batch_size, of all devices",
     "train_batch_size": "data.sft_batch_size, data.reward_batch_size or data.ppo_batch_size",
     "batch_size": "data.sft_batch_size, data.reward_batch_size or data.ppo_batch_size",
-    "learning_rate": "sft.optimizer.learning_rate, reward_training.optimizer.learning_rate or "
-    "ppo.actor_optimizer.learning_rate and ppo.critic_optimizer.learning_rate",
-    "num_train_epochs": "sft.epochs, reward_training.epochs or ppo.iterations",
-    "max_steps": "sft.steps, reward_training.steps or ppo.iterations",
+    "learning_rate": "sft.optimizer.learning_rate, reward.optimizer.learning_rate or "
+    "ppo.actor.optimizer.learning_rate and ppo.critic.optimizer.learning_rate",
+    "num_train_epochs": "sft.epochs, reward.epochs or ppo.iterations",
+    "max_steps": "sft.steps, reward.steps or ppo.iterations",
     "max_length": "data.max_tokens",
     "max_seq_length": "data.max_tokens",
     "max_prompt_length": "data.max_prompt_tokens",
-    "max_completion_length": "ppo.max_new_tokens",
-    "response_length": "ppo.max_new_tokens",
-    "beta": "ppo.kl_coef",
-    "init_kl_coef": "ppo.kl_coef",
-    "cliprange": "ppo.clip_range",
-    "cliprange_value": "ppo.value_clip_range",
+    "max_completion_length": "ppo.sampling.max_new_tokens",
+    "response_length": "ppo.sampling.max_new_tokens",
+    "beta": "ppo.kl.coef",
+    "init_kl_coef": "ppo.kl.coef",
+    "cliprange": "ppo.loss.clip_range",
+    "cliprange_value": "ppo.loss.value_clip_range",
     "vf_coef": "ppo.value_coef",
     "num_ppo_epochs": "ppo.ppo_epochs",
     "num_mini_batches": "ppo.num_minibatches",
     "model_name_or_path": "model.path",
     "dataset_name": "data.paths",
-    "reward_model_path": "reward.path",
+    "reward_model_path": "reward_model.path",
     "sft_model_path": "sft_model_path",
     "output_dir": "--workdir=DIR, which is no field",
     "report_to": "log.tensorboard and log.wandb_project",
     "bf16": "model.dtype",
     "fp16": "model.dtype",
     "save_steps": "checkpoint.every",
-    "eval_steps": "sft.eval_every, reward_training.eval_every or ppo.eval_every",
+    "eval_steps": "sft.eval_every, reward.eval_every or ppo.eval_every",
     "attn_implementation": "model.attention",
 }
 """What users of TRL, OpenRLHF and DeepSpeed-Chat know by another name."""
 
 
-def unknown_name(name: str, known: Iterable[str], prefix: str = "") -> str:
+_RENAMED = {
+    "ppo.max_new_tokens": "ppo.sampling.max_new_tokens",
+    "ppo.min_new_tokens": "ppo.sampling.min_new_tokens",
+    "ppo.temperature": "ppo.sampling.temperature",
+    "ppo.top_k": "ppo.sampling.top_k",
+    "ppo.top_p": "ppo.sampling.top_p",
+    "ppo.eos_ids": "ppo.sampling.eos_ids",
+    "ppo.pad_id": "ppo.sampling.pad_id",
+    "ppo.clip_range": "ppo.loss.clip_range",
+    "ppo.clip_range_high": "ppo.loss.clip_range_high",
+    "ppo.dual_clip": "ppo.loss.dual_clip",
+    "ppo.penalty_coef": "ppo.loss.penalty_coef",
+    "ppo.penalty_target": "ppo.loss.penalty_target",
+    "ppo.value_clip_range": "ppo.loss.value_clip_range",
+    "ppo.entropy_coef": "ppo.loss.entropy_coef",
+    "ppo.entropy_target": "ppo.loss.entropy_target",
+    "ppo.ptx_coef": "ppo.loss.ptx_coef",
+    "ppo.missing_eos_penalty": "ppo.reward.missing_eos_penalty",
+    "ppo.truncation": "ppo.reward.truncation",
+    "ppo.kl_coef": "ppo.kl.coef",
+    "ppo.kl_kind": "ppo.kl.kind",
+    "ppo.kl_reduction": "ppo.kl.reduction",
+    "ppo.kl_target": "ppo.kl.target",
+    "ppo.kl_horizon": "ppo.kl.horizon",
+    "ppo.reward_clip": "ppo.reward.clip",
+    "ppo.reward_timeout": "ppo.reward.timeout",
+    "ppo.reward_isolation": "ppo.reward.isolation",
+    "ppo.reward_memory_gb": "ppo.reward.memory_gb",
+    "ppo.reward_retries": "ppo.reward.retries",
+    "ppo.on_reward_failure": "ppo.reward.on_failure",
+    "ppo.reward_failure_score": "ppo.reward.failure_score",
+    "ppo.whiten_rewards": "ppo.reward.whiten",
+    "ppo.reward_functions": "ppo.reward.functions",
+    "ppo.policy_loss": "ppo.loss.policy",
+    "ppo.critic_warmup_iterations": "ppo.critic.warmup_iterations",
+    "ppo.ema_decay": "ppo.actor.ema_decay",
+    "ppo.actor_optimizer": "ppo.actor.optimizer",
+    "ppo.critic_optimizer": "ppo.critic.optimizer",
+    "ppo.target_kl": "ppo.limits.target_kl",
+    "ppo.kl_limit": "ppo.limits.kl",
+    "ppo.ratio_limit": "ppo.limits.ratio",
+    "ppo.on_limit": "ppo.limits.action",
+    "ppo.limit_lr_factor": "ppo.limits.lr_factor",
+    "reward.path": "reward_model.path (the reward model of PPO), or config.reward.start_from (what the reward phase "
+    "starts from)",
+    "reward.revision": "reward_model.revision, or config.reward.start_revision",
+    "reward.dtype": "reward_model.dtype",
+    "reward.remat": "reward_model.remat",
+    "reward.attention": "reward_model.attention",
+    "reward.offload": "reward_model.offload",
+    "reward_training.path": "reward.start_from",
+    "reward_training.revision": "reward.start_revision",
+}
+"""Names that fields had before version 0.2."""
+
+
+def new_name(path: str) -> str | None:
+    """What a field is called that had another name in an earlier version.
+
+    Args:
+      path: "a.b.c", without "config.".
+
+    Returns:
+      Its name now, or None.
+    """
+    if path in _RENAMED:
+        return _RENAMED[path]
+    section, _, rest = path.partition(".")
+    return f"reward.{rest}".rstrip(".") if section == "reward_training" else None
+
+
+def unknown_name(name: str, known: Iterable[str], prefix: str = "", *, path: str | None = None) -> str:
     """What to say of a field that there is not: what it is called here, that there is no such thing, or what is near.
 
     Args:
       name: as written, "a.b.c".
       known: the names that there are, of the same form.
       prefix: of names in the answer.
+      path: its full name, where `name` is its last part.
 
     Returns:
       A sentence for a message.
     """
+    now = new_name(path or name)
+    if now is not None:
+        return f"it is config.{now} now."
     known, last = list(known), name.lower().rpartition(".")[2]
     for pattern, what in _NOT_HERE.items():
         if re.search(pattern, last):

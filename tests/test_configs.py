@@ -11,7 +11,7 @@ from jax_rlhf.hub.model_config import ModelConfig
 from jax_rlhf.optim.optimizer import OptimizerConfig
 from jax_rlhf.parallel import MeshConfig
 from jax_rlhf.ppo.config import CriticConfig, FrozenConfig, PPOConfig
-from jax_rlhf.reward.config import RewardTrainingConfig
+from jax_rlhf.reward.config import RewardConfig
 from jax_rlhf.runtime.checkpoint import CheckpointConfig
 from jax_rlhf.runtime.run_logger import LogConfig
 from jax_rlhf.sft.config import SFTConfig
@@ -30,14 +30,20 @@ def test_a_config_loads_with_every_field_of_a_known_type(name):
 
 def test_defaults_are_ones_that_work():
     ppo = run_config(default_config()).ppo
-    assert (ppo.temperature, ppo.clip_range, ppo.lam, ppo.gamma, ppo.whiten_advantages) == (1.0, 0.2, 0.95, 1.0, True)
+    assert (ppo.sampling.temperature, ppo.loss.clip_range, ppo.lam, ppo.gamma, ppo.whiten_advantages) == (
+        1.0,
+        0.2,
+        0.95,
+        1.0,
+        True,
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "kinds"),
     [
         ("sft", (SFTConfig, DataConfig, ModelConfig, MeshConfig, LogConfig, OptimizerConfig, CheckpointConfig)),
-        ("reward", (RewardTrainingConfig,)),
+        ("reward", (RewardConfig,)),
         ("ppo", (PPOConfig, CriticConfig, FrozenConfig)),
     ],
 )
@@ -65,7 +71,7 @@ def test_seeds_follow_the_run_s():
 def test_the_quickstart_takes_another_model_and_another_start_of_the_reward_model():
     config = importlib.import_module("configs.quickstart").get_config()
     config.model.path = "x"
-    assert run_config(config).reward_training.path == "x"
-    config.reward_training.path = None
+    assert run_config(config).reward.start_from == "x"
+    config.reward.start_from = None
     assert run_config(config).model.path == "x"
-    assert run_config(config).reward_training.path is None
+    assert run_config(config).reward.start_from is None

@@ -70,7 +70,7 @@ def test_the_command_for_own_data_runs_all_phases(tmp_path):
     for name, place in places.items():
         assert sum(name in word for word in command) == 1
         command = [word.replace(name, place) for word in command]
-    small = "data.max_tokens=16", "data.ppo_batch_size=16", "ppo.max_new_tokens=6", "ppo.iterations=1"
+    small = "data.max_tokens=16", "data.ppo_batch_size=16", "ppo.sampling.max_new_tokens=6", "ppo.iterations=1"
     run = subprocess.run(
         [sys.executable, *command[1:], *(f"--config.{setting}" for setting in small)],
         cwd=ROOT,

@@ -91,11 +91,11 @@ def phase_flops(actor: str, reward: str, rows: int, prompt: int, new: int) -> di
       "generate", "score" and "train", of one device.
     """
     config = default_config()
-    config.model.path, config.reward_training.path, config.phases = actor, reward, ("ppo",)
+    config.model.path, config.reward_model.path, config.phases = actor, reward, ("ppo",)
     config.data.max_prompt_tokens, config.data.max_tokens, config.data.ppo_batch_size = prompt, prompt + new, rows
-    config.ppo.max_new_tokens, config.ppo.ppo_epochs, config.ppo.num_minibatches = new, 1, 2
+    config.ppo.sampling.max_new_tokens, config.ppo.ppo_epochs, config.ppo.num_minibatches = new, 1, 2
     config.ppo.time_phases = True
-    for role in ("model", "reference", "critic", "reward"):
+    for role in ("model", "reference", "critic", "reward_model"):
         config[role].remat = "none"
     settings = run_config(config)
     programs = programs_of(settings, create_layout(settings.mesh, None, jax.devices()[:1]))
@@ -106,13 +106,12 @@ def phase_flops(actor: str, reward: str, rows: int, prompt: int, new: int) -> di
 def _iterations(engine: RLHFEngine, rows: int, prompt: int, new: int, count: int) -> list[dict[str, float]]:
     learning = {"learning_rate": 1e-6}
     settings = {
-        "max_new_tokens": new,
+        "sampling": {"max_new_tokens": new, "eos_ids": ()},
         "ppo_epochs": 1,
         "num_minibatches": 2,
         "time_phases": True,
-        "eos_ids": (),
-        "actor_optimizer": learning,
-        "critic_optimizer": learning,
+        "actor": {"optimizer": learning},
+        "critic": {"optimizer": learning},
     }
     trainer, random, lines = PPOTrainer(engine, settings), np.random.RandomState(0), []
     vocab = engine.models.actor.model.config.vocab_size

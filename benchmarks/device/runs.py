@@ -47,10 +47,10 @@ MEMORY_RUN = {
     "data.eval_rows": 8,
     "sft.microbatch_size": 8,
     "sft.sample_rows": 0,
-    "reward_training.microbatch_size": 8,
-    "reward_training.normalize_rows": 0,
+    "reward.microbatch_size": 8,
+    "reward.normalize_rows": 0,
     "ppo.num_minibatches": 2,
-    "ppo.max_new_tokens": 256,
+    "ppo.sampling.max_new_tokens": 256,
 }
 """What part `memory` changes of configs/llama3_8b.py, so that a card of 80 GB holds it."""
 
@@ -190,11 +190,11 @@ def _train(folder: Path, workdir: str) -> subprocess.Popen[str]:
         "data.max_tokens": 16,
         **{f"data.{phase}_batch_size": 8 for phase in ("sft", "reward", "ppo")},
         "sft.steps": 2,
-        "reward_training.steps": 2,
+        "reward.steps": 2,
         "ppo.iterations": 6,
-        "ppo.max_new_tokens": 8,
+        "ppo.sampling.max_new_tokens": 8,
         "data.eval_rows": 4,
-        "reward_training.normalize_rows": 8,
+        "reward.normalize_rows": 8,
     }
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if device_of_children()[0] == "gpu":
@@ -227,9 +227,9 @@ def quickstart(tiny: bool) -> None:
 
     Where it is tiny: a few steps of a random model, on the same data and with the same judge; nothing is held to a bar.
     """
-    short = ("--config.sft.steps=4", "--config.reward_training.steps=5", "--config.ppo.iterations=3")
+    short = ("--config.sft.steps=4", "--config.reward.steps=5", "--config.ppo.iterations=3")
     few = ("--config.data.sft_batch_size=2", "--config.data.reward_batch_size=2", "--config.data.ppo_batch_size=4")
-    small = ("--config.data.eval_rows=8", "--config.ppo.eval_rows=8", "--config.reward_training.normalize_rows=8")
+    small = ("--config.data.eval_rows=8", "--config.ppo.eval_rows=8", "--config.reward.normalize_rows=8")
     with tempfile.TemporaryDirectory() as name:
         if tiny:
             jax.config.update("jax_platforms", "cpu")  # of this process

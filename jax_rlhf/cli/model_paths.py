@@ -47,16 +47,16 @@ def reward_model(config: RunConfig, workdir: Path) -> str | None:
     Raises:
       WorkdirError: there is neither.
     """
-    if config.reward.path is not None:
-        return config.reward.path
-    if config.ppo.reward_functions and status(workdir, "reward") == "new":
+    if config.reward_model.path is not None:
+        return config.reward_model.path
+    if config.ppo.reward.functions and status(workdir, "reward") == "new":
         return None
     return _result(
         config,
         workdir,
         "reward",
-        "--config.reward.path=… names another reward model; "
-        "--config.ppo.reward_functions=package.module:function scores by a Python function",
+        "--config.reward_model.path=… names another reward model; "
+        "--config.ppo.reward.functions=package.module:function scores by a Python function",
     )
 
 
@@ -91,10 +91,10 @@ def check_inputs(config: RunConfig, workdir: Path, phase: str, *, accept_changes
     Raises:
       WorkdirError: a model is not what the former phase exported.
     """
-    training, paths = config.reward_training, [config.model.path] if phase == "sft" else []
+    training, paths = config.reward, [config.model.path] if phase == "sft" else []
     if phase == "reward":
-        paths.append(training.path)
-    if phase == "ppo" or (phase == "reward" and (not training.path or training.normalize_rows > 0)):
+        paths.append(training.start_from)
+    if phase == "ppo" or (phase == "reward" and (not training.start_from or training.normalize_rows > 0)):
         paths.append(sft_model(config, workdir))
     if phase == "ppo":
         paths += [reward_model(config, workdir), config.reference.path, config.critic.path]

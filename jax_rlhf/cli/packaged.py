@@ -2,12 +2,15 @@
 
 import importlib.machinery
 import importlib.util
+import re
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from ml_collections import ConfigDict
+
+from jax_rlhf.settings import new_name
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -72,6 +75,19 @@ def said_of(file: Path, error: Exception) -> str:
     """
     if isinstance(error, SyntaxError):
         return f"{file}, line {error.lineno}: {error.msg}"
+    hint = _new_name_in(error)
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
     place = f"{file}, line {own[-1].lineno}" if own else str(file)
-    return f"{place}: {type(error).__name__}: {error}"
+    return f"{place}: {type(error).__name__}: {error}" + (f" ({hint})" if hint else "")
+
+
+def _new_name_in(error: Exception) -> str:
+    """What an error in a config file of an earlier version is about; empty where it is no such error."""
+    if isinstance(error, ModuleNotFoundError) and error.name == "jax_rlhf.phases":
+        return "from jax_rlhf.config import default_config"
+    key = re.search(r"[\"'](\w+)[\"']", str(error))
+    if not isinstance(error, AttributeError | KeyError) or key is None:
+        return ""
+    names = (new_name(f"{section}.{key[1]}") for section in ("ppo", "reward"))
+    now = "reward" if key[1] == "reward_training" else next(filter(None, names), None)
+    return f"it is config.{now} now" if now else ""

@@ -16,10 +16,11 @@ from jax_rlhf.hub import Description, describe_pretrained, other_ids
 from jax_rlhf.io.paths import local_path
 from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.optim.microbatches import plan_batch
-from jax_rlhf.optim.optimizer import learning_rate_schedule, with_end
+from jax_rlhf.optim.optimizer import learning_rate_schedule
 from jax_rlhf.parallel import create_layout
+from jax_rlhf.ppo.config import resolve
 from jax_rlhf.ppo.engine import check_roles, headless
-from jax_rlhf.ppo.train import named_functions, ppo_microbatch, ptx_data, with_schedule_ends
+from jax_rlhf.ppo.train import named_functions, ptx_data
 from jax_rlhf.runtime.manifest import ManifestError, check_unused
 from jax_rlhf.runtime.workdir import WorkdirError, check_overwrite, status
 
@@ -57,7 +58,7 @@ def check_run(config: RunConfig, workdir: Path, *, overwrite: bool, accept_chang
         return []
     if overwrite:
         _check_overwrite(config, workdir)
-    check_roles({role: getattr(config, role) for role in ("model", "reference", "critic", "reward")})
+    check_roles({role: getattr(config, role) for role in ("model", "reference", "critic", "reward_model")})
     if config.model.path is None:
         raise ValueError("config.model.path is not set; it names the checkpoint: --config.model.path=FOLDER_OR_HUB_ID")
     inputs = _inputs(config, workdir, phases)
@@ -72,7 +73,7 @@ def check_run(config: RunConfig, workdir: Path, *, overwrite: bool, accept_chang
     _check_positions(config, policy.config, phases, others)
     _check_batches(config, phases)
     _check_schedules(config, phases)
-    for function in named_functions((*config.ppo.reward_functions, *config.ppo.eval_functions), config.ppo):
+    for function in named_functions((*config.ppo.reward.functions, *config.ppo.eval_functions), config.ppo):
         function.asks_for_special_tokens()  # with isolation, what cannot be imported is known then
     seen = _check_data(config, policy, phases, others)
     if jax.process_index() == 0:  # a phase says what it accepts as it begins
@@ -86,23 +87,24 @@ def _check_data(
     config: RunConfig, policy: Description, phases: list[str], others: Mapping[str, Description]
 ) -> list[Datasets]:
     """Reads and tokenizes what each phase will."""
-    if config.data.ptx_paths and not config.ppo.ptx_coef:
-        raise ValueError("config.data.ptx_paths is given, and config.ppo.ptx_coef=0: nothing would be learned of it.")
+    if config.data.ptx_paths and not config.ppo.loss.ptx_coef:
+        raise ValueError("config.data.ptx_paths is given, and config.ppo.loss.ptx_coef=0: nothing would use it.")
     past = [index for index in config.ends(policy) if not 0 <= index < policy.config.vocab_size]
     if past:
         raise ValueError(
-            f"the id {past[0]} ends an answer (so config.ppo.eos_ids, generation_config.json or the tokenizer), and "
-            f"the model's embedding has {policy.config.vocab_size} rows; --config.ppo.eos_ids=… names others."
+            f"the id {past[0]} ends an answer (so config.ppo.sampling.eos_ids, generation_config.json or the "
+            f"tokenizer), and the model's embedding has {policy.config.vocab_size} rows; "
+            "--config.ppo.sampling.eos_ids=… names others."
         )
     needed, seen = dict.fromkeys(phases), []
-    if "reward" in phases and config.reward_training.normalize_rows:
+    if "reward" in phases and config.reward.normalize_rows:
         needed["ppo"] = None  # its prompts are answered, to normalise scores
     for phase in needed:
         models = [policy] if phase == "sft" else [policy, *others.values()]
         how = {"seed": config.seed, "eos_ids": config.ends(policy), "eval_rows": config.eval_rows_of(phase)}
         how["vocab_size"] = min(described.config.vocab_size for described in models)
         seen.append(create_datasets(config.data_of(phase), policy.tokenizer, phase, **how))
-        if phase == "ppo" in phases and config.ppo.ptx_coef:
+        if phase == "ppo" in phases and config.ppo.loss.ptx_coef:
             seen.append(create_datasets(ptx_data(config.data), policy.tokenizer, "sft", **how))
     return seen
 
@@ -133,10 +135,10 @@ def _check_overwrite(config: RunConfig, workdir: Path) -> None:
 def _checkpoints(config: RunConfig) -> list[tuple[str, str | None, str | None]]:
     """Models beside config.model: (field, path or hub id, revision)."""
     return [
-        ("reward.path", config.reward.path, config.reward.revision),
+        ("reward_model.path", config.reward_model.path, config.reward_model.revision),
         ("critic.path", config.critic.path, config.critic.revision),
         ("reference.path", config.reference.path, config.reference.revision),
-        ("reward_training.path", config.reward_training.path, config.reward_training.revision),
+        ("reward.start_from", config.reward.start_from, config.reward.start_revision),
         ("sft_model_path", config.sft_model_path, config.model.revision),
     ]
 
@@ -152,18 +154,18 @@ class _Input(NamedTuple):
 
 def _inputs(config: RunConfig, workdir: Path, phases: list[str]) -> list[_Input]:
     """What the phases start from: a path, or a former phase's result, which must be there."""
-    training, policy, found = config.reward_training, config.model.revision, []
+    training, policy, found = config.reward, config.model.revision, []
     if "sft" in phases:
         found.append(_Input(config.model.path, policy, "lm", "policy"))
-    elif "ppo" in phases or ("reward" in phases and (not training.path or training.normalize_rows > 0)):
+    elif "ppo" in phases or ("reward" in phases and (not training.start_from or training.normalize_rows > 0)):
         found.append(_Input(sft_model(config, workdir), policy, "lm", "policy"))
-    if "reward" in phases and training.path:
-        found.append(_Input(training.path, training.revision, "scalar", "start"))
+    if "reward" in phases and training.start_from:
+        found.append(_Input(training.start_from, training.start_revision, "scalar", "start"))
     if "ppo" not in phases:
         return found
-    path = config.reward.path if "reward" in phases else reward_model(config, workdir)
+    path = config.reward_model.path if "reward" in phases else reward_model(config, workdir)
     if path:
-        found.append(_Input(path, config.reward.revision, "scalar", "reward"))
+        found.append(_Input(path, config.reward_model.revision, "scalar", "reward"))
     if config.critic.path:
         found.append(_Input(config.critic.path, config.critic.revision, "scalar", "critic"))
     if config.reference.path:
@@ -178,16 +180,20 @@ def _check_tensors(path: str, revision: str | None, head: Literal["lm", "scalar"
 
 
 def _check_layers(config: RunConfig, policy: DecoderConfig, phases: list[str], workdir: Path) -> None:
-    training = config.reward_training
-    start = policy if training.path is None else describe_pretrained(training.path, revision=training.revision).config
+    training = config.reward
+    start = (
+        policy
+        if training.start_from is None
+        else describe_pretrained(training.start_from, revision=training.start_revision).config
+    )
     kept = training.num_layers or start.num_layers
     checked = [
         ("model.trainable_layers", config.model.trainable_layers, policy.num_layers),
-        ("reward_training.num_layers", training.num_layers, start.num_layers),
-        ("reward_training.trainable_layers", training.trainable_layers, kept),
+        ("reward.num_layers", training.num_layers, start.num_layers),
+        ("reward.trainable_layers", training.trainable_layers, kept),
     ]
     if "ppo" in phases:
-        reward = config.reward
+        reward = config.reward_model
         if reward.path is None and "reward" not in phases:
             reward = dataclasses.replace(reward, path=reward_model(config, workdir))
         begins = next((model for model in (config.critic, reward) if model.path is not None), None)
@@ -215,7 +221,7 @@ def _check_vocabularies(
             raise ValueError(
                 f"config.{field}={path} has another vocabulary than config.model.path={config.model.path} ({differ}): "
                 "token ids are carried from one to the other. Take a model of the same tokenizer (it may have more "
-                "tokens); a model of another one can score texts as a function: config.ppo.reward_functions."
+                "tokens); a model of another one can score texts as a function: config.ppo.reward.functions."
             )
 
 
@@ -223,14 +229,14 @@ def _check_positions(
     config: RunConfig, policy: DecoderConfig, phases: list[str], others: Mapping[str, Description]
 ) -> None:
     """No row is longer than a learned table of positions, past which a model's outputs are NaN."""
-    data, response = config.data, config.ppo.max_new_tokens
+    data, response = config.data, config.ppo.sampling.max_new_tokens
     prompt = data.max_prompt_tokens if data.prompt_tokens is None else data.prompt_tokens
     wanted = {"sft": ("data.max_tokens", data.max_tokens), "reward": ("data.max_tokens", data.max_tokens)}
-    wanted["ppo"] = ("data.max_prompt_tokens + config.ppo.max_new_tokens", prompt + response)
-    normalizing = "reward" in phases and config.reward_training.normalize_rows > 0  # by responses to PPO's prompts
+    wanted["ppo"] = ("data.max_prompt_tokens + config.ppo.sampling.max_new_tokens", prompt + response)
+    normalizing = "reward" in phases and config.reward.normalize_rows > 0  # by responses to PPO's prompts
     models = [("model.path", policy, list(dict.fromkeys([*phases, "ppo"])) if normalizing else phases)]
     for field, described in others.items():
-        phase = "reward" if field == "reward_training.path" else "ppo"
+        phase = "reward" if field == "reward.start_from" else "ppo"
         models.append((field, described.config, [phase] if phase in phases else []))
     for field, decoder, which in models:
         for phase in which:
@@ -247,30 +253,26 @@ def _check_batches(config: RunConfig, phases: list[str]) -> None:
     if "sft" in phases:
         plan_batch(config.data.sft_batch_size, config.sft.microbatch_size, layout, where="config.sft")
     if "reward" in phases:
-        training = config.reward_training
-        plan = plan_batch(
-            config.data.reward_batch_size, training.microbatch_size, layout, where="config.reward_training"
-        )
+        training = config.reward
+        plan = plan_batch(config.data.reward_batch_size, training.microbatch_size, layout, where="config.reward")
         if training.compare == "all" and plan.microbatches > 1:
-            raise ValueError(
-                'config.reward_training.compare="all" compares within a whole batch: leave microbatch_size out.'
-            )
+            raise ValueError('config.reward.compare="all" compares within a whole batch: leave microbatch_size out.')
     if "ppo" in phases:
-        ppo_microbatch(config, layout)
+        resolve(config.ppo, config.data, layout)
 
 
 def _check_schedules(config: RunConfig, phases: list[str]) -> None:
     """Schedules end after their warm-up (where the number of steps is known before the data is)."""
-    sft, reward = config.sft, config.reward_training
-    ppo = with_schedule_ends(config.ppo) if "ppo" in phases else config.ppo
+    sft, reward = config.sft, config.reward
+    ppo = config.ppo.with_schedule_ends() if "ppo" in phases else config.ppo
     for phase, field, steps, optimizer in (
         ("sft", "sft.optimizer", sft.steps, sft.optimizer),
-        ("reward", "reward_training.optimizer", reward.steps, reward.optimizer),
-        ("ppo", "ppo.actor_optimizer", ppo.actor_optimizer.total_steps, ppo.actor_optimizer),
-        ("ppo", "ppo.critic_optimizer", ppo.critic_optimizer.total_steps, ppo.critic_optimizer),
+        ("reward", "reward.optimizer", reward.steps, reward.optimizer),
+        ("ppo", "ppo.actor.optimizer", ppo.actor.optimizer.total_steps, ppo.actor.optimizer),
+        ("ppo", "ppo.critic.optimizer", ppo.critic.optimizer.total_steps, ppo.critic.optimizer),
     ):
         if phase in phases and steps is not None:
             try:
-                learning_rate_schedule(with_end(optimizer, steps))
+                learning_rate_schedule(optimizer.with_end(steps))
             except ValueError as error:
                 raise ValueError(f"config.{field}: {error}") from error

@@ -6,92 +6,89 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The data of all phases; formats are TRL's, see `formats.py`.
-
-    Sources:
-      paths: each a .jsonl, .json, .parquet or .csv file; a Hugging Face data set, "org/name" or
-        "org/name:configuration", or a folder that `datasets` loads or saved; or "package.module:function", a reader:
-        f(phase=…, split="train" | "eval") → rows as dicts.
-      ptx_paths: texts of the pretraining loss in PPO (`ppo.ptx_coef`); empty = what the SFT phase learns of `paths`.
-      weights: the share of each path in the mixture; empty = by their sizes.
-      eval_paths: held-out rows; empty = what each reader returns for "eval", and `eval_rows` of each other path's. No
-        prompt that is held out is trained on, in any phase (docs/data.md says what a prompt is).
-      split, eval_split: of a Hugging Face data set, for `paths` and `eval_paths`.
-      revision: of a Hugging Face data set.
-      data_split: shares of each path for the phases, such as "2,4,4", drawn by the seed: no prompt is in two; "" = each
-        phase has all rows.
-      eval_rows: held-out rows per path and phase, at most; of `paths` whole prompts, and never more than a tenth of the
-        rows and of the prompts in the phase's share.
-
-    Columns, as they are called in the data:
-      prompt_column, completion_column, chosen_column, rejected_column, text_column, messages_column, margin_column.
-      label_column: a completion whose label is false is not learned.
-      tools_column: what the assistant may call, for the chat template.
-
-    Rows:
-      max_prompt_tokens: longest prompt of the PPO phase, in tokens.
-      max_tokens: longest prompt + completion of the SFT and reward phases, in tokens.
-      too_long: longer ones are left out ("filter") and counted, or cut ("truncate"): prompts from the left, completions
-        from the right.
-      on_bad_row: an empty completion, chosen = rejected, or an answer of which the chat template leaves out a part:
-        stop with an "error", or "drop" and count.
-      as_chat: prompts and answers that are plain texts are written with the tokenizer's chat template, as what the user
-        and the assistant say.
-      parse_special_tokens: the text of a special token, such as <|im_end|>, is read as the token wherever a row has it,
-        as data needs that was written with a chat template beforehand; else as text, which ends and opens no turn.
-      prompt_tokens: prompts of the PPO phase are the first so many tokens of `text` (or of `prompt`); None = whole
-        prompts. Shorter ones are left out and counted. In all phases rows with one opening have one prompt.
-      deduplicate: of rows that are alike, one stays; rows of `paths` that have a prompt of `eval_paths`' or of a
-        reader's "eval" rows are not trained on.
-      pad_token: for a tokenizer that has none; any will do, since masks come from lengths.
-
-    Batches, over all processes together:
-      sft_batch_size: rows per step (packs, with packing).
-      reward_batch_size: pairs a step (packs, with packing).
-      ppo_batch_size: prompts an iteration.
-      packing: SFT texts share a row of max_tokens, reward pairs one of 2 · max_tokens, without seeing each other; the
-        reward phase's token loss takes its pairs one by one all the same.
-      length_buckets: widths that batches are padded to, in tokens; empty = quarter, half and whole of the longest
-        allowed.
-      prefetch: batches made ahead of their use.
-    """
+    """The data of all phases; formats are TRL's, see `formats.py`."""
 
     paths: tuple[str, ...] = ()
+    """Each a .jsonl, .json, .parquet or .csv file; a Hugging Face data set, "org/name" or "org/name:configuration",
+    or a folder that `datasets` loads or saved; or "package.module:function", a reader: f(phase=…, split="train" |
+    "eval") → rows as dicts."""
     ptx_paths: tuple[str, ...] = ()
+    """Texts of the pretraining loss in PPO (`ppo.loss.ptx_coef`); empty = what the SFT phase learns of `paths`."""
     weights: tuple[float, ...] = ()
+    """The share of each path in the mixture; empty = by their sizes."""
     eval_paths: tuple[str, ...] = ()
+    """Held-out rows; empty = what each reader returns for "eval", and `eval_rows` of each other path's. No prompt
+    that is held out is trained on, in any phase (docs/data.md says what a prompt is)."""
     split: str = "train"
+    """The split of a Hugging Face data set, for `paths`."""
     eval_split: str = "test"
+    """The same for `eval_paths`."""
     revision: str | None = None
+    """Of a Hugging Face data set."""
     data_split: str = ""
+    """Shares of each path for the phases, such as "2,4,4", drawn by the seed: no prompt is in two; "" = each phase
+    has all rows."""
     eval_rows: int = 256
+    """Held-out rows per path and phase, at most; of `paths` whole prompts, and never more than a tenth of the rows
+    and of the prompts in the phase's share."""
 
     prompt_column: str = "prompt"
+    """The column of prompts, as it is called in the data."""
     completion_column: str = "completion"
+    """The column of completions."""
     chosen_column: str = "chosen"
+    """The column of the preferred answers."""
     rejected_column: str = "rejected"
+    """The column of the other answers."""
     text_column: str = "text"
+    """The column of plain texts."""
     messages_column: str = "messages"
+    """The column of chats."""
     margin_column: str = "margin"
+    """The column of how much better an answer is."""
     label_column: str = "label"
+    """The column of labels; a completion whose label is false is not learned."""
     tools_column: str = "tools"
+    """The column of what the assistant may call, for the chat template."""
 
     max_prompt_tokens: int = 256
+    """Longest prompt of the PPO phase, in tokens."""
     max_tokens: int = 512
+    """Longest prompt + completion of the SFT and reward phases, in tokens."""
     too_long: Literal["filter", "truncate"] = "filter"
+    """Longer ones are left out ("filter") and counted, or cut ("truncate"): prompts from the left, completions from
+    the right."""
     on_bad_row: Literal["error", "drop"] = "error"
+    """An empty completion, chosen = rejected, or an answer of which the chat template leaves out a part: stop with
+    an "error", or "drop" and count."""
     as_chat: bool = False
+    """Prompts and answers that are plain texts are written with the tokenizer's chat template, as what the user and
+    the assistant say."""
     parse_special_tokens: bool = False
+    """The text of a special token, such as <|im_end|>, is read as the token wherever a row has it, as data needs
+    that was written with a chat template beforehand; else as text, which ends and opens no turn."""
     prompt_tokens: int | None = None
+    """Prompts of the PPO phase are the first so many tokens of `text` (or of `prompt`); None = whole prompts.
+    Shorter ones are left out and counted. In all phases rows with one opening have one prompt."""
     deduplicate: bool = True
+    """Of rows that are alike, one stays; rows of `paths` that have a prompt of `eval_paths`' or of a reader's "eval"
+    rows are not trained on."""
     pad_token: str | None = None
+    """For a tokenizer that has none; any will do, since masks come from lengths."""
 
     sft_batch_size: int = 16
+    """Rows per step (packs, with packing), of all devices together."""
     reward_batch_size: int = 16
+    """Pairs per step (packs, with packing)."""
     ppo_batch_size: int = 64
+    """Prompts per iteration, of all devices together."""
     packing: bool = False
+    """SFT texts share a row of max_tokens, reward pairs one of 2 · max_tokens, without seeing each other; the reward
+    phase's token loss takes its pairs one by one all the same."""
     length_buckets: tuple[int, ...] = ()
+    """Widths that batches are padded to, in tokens; empty = quarter, half and whole of the longest allowed."""
     prefetch: int = 2
+    """Batches made ahead of their use."""
 
     def __post_init__(self) -> None:
         names = ("max_prompt_tokens", "max_tokens", "prompt_tokens", "eval_rows", "prefetch")

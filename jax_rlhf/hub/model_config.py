@@ -19,26 +19,23 @@ from jax_rlhf.parallel import Layout
 class ModelConfig:
     """Where one model comes from, and how it runs.
 
-    Attributes:
-      path: a folder, a .gguf file or a hub id; None = as the module's docstring says.
-      revision: of a hub id.
-      trainable_layers: from the top; None = all parameters train (actor and critic). The reward model is cut where the
-        critic is.
-      dtype: "float32" or "bfloat16", of computing and of saved models; None = bfloat16 on GPU and TPU, float32 on CPU.
-      remat: what the backward pass computes again: "none", "full" or "dots"; None = "dots" on CPU, as fast as "none"
-        in less memory, else "full".
-      attention: "xla", or "flash": cuDNN's or splash, which hold no scores, where it runs on GPU or TPU; None = "xla".
-
     A reference or critic without a path, which starts as another model, has these three as set for it, and where they
     are None, as config.model has them.
     """
 
     path: str | None = None
+    """A folder, a .gguf file or a hub id; None = as the module's docstring says."""
     revision: str | None = None
+    """Of a hub id."""
     trainable_layers: int | None = None
+    """From the top; None = all parameters train (actor and critic). The reward model is cut where the critic is."""
     dtype: Literal["float32", "bfloat16"] | None = None
+    """"float32" or "bfloat16", of computing and of saved models; None = bfloat16 on GPU and TPU, float32 on CPU."""
     remat: RematPolicy | None = None
+    """What the backward pass computes again: "none", "full" or "dots"; None = "dots" on CPU, as fast as "none" in
+    less memory, else "full"."""
     attention: AttentionForm | None = None
+    """"xla", or "flash": cuDNN's or splash, which hold no scores, where it runs on GPU or TPU; None = "xla"."""
 
 
 def load_model(

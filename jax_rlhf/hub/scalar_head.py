@@ -43,7 +43,7 @@ def stored_head(source: TensorSource) -> str | None:
     if deep:
         raise CheckpointError(
             f"{source.where(deep[0])}: its scalar head has several layers ({', '.join(deep)}); one linear layer can be "
-            "read. Such a reward model can score texts as a Python function: config.ppo.reward_functions."
+            "read. Such a reward model can score texts as a Python function: config.ppo.reward.functions."
         )
     tensors = sorted(name for name in source.shapes if HEAD_TENSORS.match(name))
     heads = {name.rpartition(".")[0] for name in tensors}

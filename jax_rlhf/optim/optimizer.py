@@ -11,37 +11,35 @@ from jax import Array
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """One optimizer; actor and critic each have one.
-
-    Attributes:
-      learning_rate: the highest that the schedule reaches.
-      schedule: after the warm-up "constant", or down to `final_fraction` "linear" or as a "cosine".
-      warmup_steps: optimizer steps from learning_rate / warmup_steps up; no step has rate 0.
-      total_steps: steps (iterations × epochs × minibatches) at which "linear" and "cosine" end; None = the phase's last
-        one, where `python -m jax_rlhf` trains. Steps that are left out (not finite, past `target_kl`) count too. The
-        actor's are counted from the end of the critic's warm-up.
-      final_fraction: of learning_rate, where they end.
-      beta1, beta2: decay of Adam's moments.
-      eps: Adam's ε.
-      eps_form: "pytorch": m̂ / (√v̂ + ε); "tensorflow": ε outside the bias correction, m̂ / (√v̂ + ε / √(1 − β₂ᵗ)), which
-        takes smaller first steps where gradients are tiny.
-      weight_decay: decoupled, on matrices only (not norms and biases).
-      max_grad_norm: clips the gradient's global norm; None = never.
-      first_moment_dtype: what Adam's first moment is kept in; "bfloat16" saves 2 bytes per parameter.
-    """
+    """AdamW with a schedule."""
 
     learning_rate: float = 1e-5
+    """The highest that the schedule reaches."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up "constant", or down to `final_fraction` "linear" or as a "cosine"."""
     warmup_steps: int = 0
+    """Optimizer steps from learning_rate / warmup_steps up; no step has rate 0."""
     total_steps: int | None = None
+    """Steps (iterations × epochs × minibatches) at which "linear" and "cosine" end; None = the phase's last one,
+    where `python -m jax_rlhf` trains. Steps that are left out (not finite, past `target_kl`) count too. The
+    actor's are counted from the end of the critic's warm-up."""
     final_fraction: float = 0.0
+    """Of learning_rate, where they end."""
     beta1: float = 0.9
+    """Decay of Adam's first moment."""
     beta2: float = 0.95
+    """Decay of Adam's second moment."""
     eps: float = 1e-8
+    """Adam's ε."""
     eps_form: Literal["pytorch", "tensorflow"] = "pytorch"
+    """"pytorch": m̂ / (√v̂ + ε); "tensorflow": ε outside the bias correction, m̂ / (√v̂ + ε / √(1 − β₂ᵗ)), which
+    takes smaller first steps where gradients are tiny."""
     weight_decay: float = 0.0
+    """Decoupled, on matrices only (not norms and biases)."""
     max_grad_norm: float | None = 1.0
+    """Clips the gradient's global norm; None = never."""
     first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What Adam's first moment is kept in; "bfloat16" saves 2 bytes per parameter."""
 
     def __post_init__(self) -> None:
         if self.schedule not in ("constant", "linear", "cosine"):
@@ -50,6 +48,10 @@ class OptimizerConfig:
             )
         if self.eps_form not in ("pytorch", "tensorflow"):
             raise ValueError(f'eps_form={self.eps_form!r}; "pytorch" and "tensorflow" are the forms there are.')
+
+    def with_end(self, steps: int) -> "OptimizerConfig":
+        """The settings, whose schedule ends after `steps` where they do not say when."""
+        return self if self.total_steps else dataclasses.replace(self, total_steps=steps)
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
@@ -243,16 +245,3 @@ def scale_by_tensorflow_adam(
         return jax.tree.map(direction, state.mu, state.nu), state
 
     return optax.GradientTransformation(plain.init, update)
-
-
-def with_end(optimizer: OptimizerConfig, steps: int) -> OptimizerConfig:
-    """The optimizer's settings, whose schedule ends with the phase where they do not say when.
-
-    Args:
-      optimizer: as configured.
-      steps: of the phase.
-
-    Returns:
-      The settings.
-    """
-    return optimizer if optimizer.total_steps else dataclasses.replace(optimizer, total_steps=steps)

@@ -102,7 +102,7 @@ def _changes(settings: RunConfig, one: Account, devices: int) -> Iterator[dict[s
     mesh = settings.mesh
     if mesh.data != 1:
         yield {"mesh.data": 1, "mesh.fsdp": -1}
-    section = {"sft": "sft", "reward": "reward_training", "ppo": "ppo"}[one.phase]
+    section = {"sft": "sft", "reward": "reward", "ppo": "ppo"}[one.phase]
     rows = {
         "sft": settings.data.sft_batch_size,
         "reward": settings.data.reward_batch_size,
@@ -114,7 +114,7 @@ def _changes(settings: RunConfig, one: Account, devices: int) -> Iterator[dict[s
             micro //= 2
             yield {f"{section}.microbatch_size": micro}
     if one.phase == "ppo":
-        yield {"reference.offload": True, "reward.offload": True}
+        yield {"reference.offload": True, "reward_model.offload": True}
     if one.name.startswith(("rollout", "answers")):
         for tensor in (2, 4, 8, 16):
             if devices % tensor == 0:
@@ -122,9 +122,9 @@ def _changes(settings: RunConfig, one: Account, devices: int) -> Iterator[dict[s
     for tensor in (2, 4, 8):
         if tensor > mesh.tensor and devices % tensor == 0:
             yield {"mesh.tensor": tensor}
-    optimizers = ("sft.optimizer",) if one.phase == "sft" else ("reward_training.optimizer",)
+    optimizers = ("sft.optimizer",) if one.phase == "sft" else ("reward.optimizer",)
     if one.phase == "ppo":
-        optimizers = ("ppo.actor_optimizer", "ppo.critic_optimizer")
+        optimizers = ("ppo.actor.optimizer", "ppo.critic.optimizer")
     yield {f"{name}.first_moment_dtype": "bfloat16" for name in optimizers}
     if one.phase == "ppo" and one.name != "update":
         for fraction in (2, 4):

@@ -25,7 +25,7 @@ from jax_rlhf.plan.abstract import (
 )
 from jax_rlhf.plan.supervised_programs import policy, reward_model
 from jax_rlhf.ppo import state as ppo_state
-from jax_rlhf.ppo.config import PPOConfig
+from jax_rlhf.ppo.config import PPOConfig, resolve
 from jax_rlhf.ppo.initialize import (
     InitialModels,
     create_models,
@@ -35,7 +35,6 @@ from jax_rlhf.ppo.initialize import (
 )
 from jax_rlhf.ppo.models import Models, Params
 from jax_rlhf.ppo.step import make_experience, make_sample, make_score, make_update
-from jax_rlhf.ppo.train import ppo_microbatch, with_schedule_ends
 from jax_rlhf.ppo.trainer import in_one_program
 from jax_rlhf.rl import Batch, Prompts
 from jax_rlhf.sampling import sampling_layout
@@ -47,17 +46,17 @@ def _engine(config: RunConfig, layout: Layout) -> tuple[Models, Params]:
         "actor": policy(config, layout),
         "reference": abstract_model(config.reference, "lm", layout),
         "critic": abstract_model(config.critic, "scalar", layout),
-        "reward": abstract_model(config.reward, "scalar", layout),
+        "reward": abstract_model(config.reward_model, "scalar", layout),
     }
-    if models["reward"] is None and not config.ppo.reward_functions:
+    if models["reward"] is None and not config.ppo.reward.functions:
         trained = as_saved(reward_model(config, layout))
-        config_here = running(trained.model.config, config.reward)
+        config_here = running(trained.model.config, config.reward_model)
         models["reward"] = dataclasses.replace(trained, model=trained.model.clone(config=config_here))
     layers = {
         "trainable_layers": config.model.trainable_layers,
         "critic_trainable_layers": config.critic.trainable_layers,
         "critic_zero_head": config.critic.zero_head,
-        "offloaded": tuple(role for role in ("reference", "reward") if getattr(config, role).offload),
+        "offloaded": ("reference",) * config.reference.offload + ("reward",) * config.reward_model.offload,
         "reference_config": running_as(models["actor"].model.config, config.reference, config.model),
         "critic_config": running_as((models["reward"] or models["actor"]).model.config, config.critic, config.model),
     }
@@ -68,7 +67,7 @@ def _engine(config: RunConfig, layout: Layout) -> tuple[Models, Params]:
         return create_params(models_of_run, InitialModels(**given, **layers))
 
     params = jax.eval_shape(create, {role: model and model.params for role, model in models.items()})
-    moving, trainable = config.ppo.ema_decay is not None, params.trainable
+    moving, trainable = config.ppo.actor.ema_decay is not None, params.trainable
     trainable = dataclasses.replace(trainable, actor_ema=trainable.actor if moving else None)
     shardings = trainable_shardings(models_of_run, layout, moving_average=moving)
     frozen = placed(params.frozen, frozen_shardings(models_of_run, layout))
@@ -77,14 +76,8 @@ def _engine(config: RunConfig, layout: Layout) -> tuple[Models, Params]:
 
 def _settings(config: RunConfig, vocab_size: int, layout: Layout) -> PPOConfig:
     """PPO's settings, with what the tokenizer would say made up: it changes no shape."""
-    settings, data = config.ppo, config.data
-    settings = dataclasses.replace(
-        with_schedule_ends(settings),
-        microbatch_size=ppo_microbatch(config, layout),
-        eos_ids=settings.eos_ids or (vocab_size - 1,),
-        pad_id=settings.pad_id or 0,
-    )
-    plan = settings.batch_plan(data.ppo_batch_size, prompt_width(config), layout, layout.platform)
+    settings = resolve(config.ppo, config.data, layout, eos_ids=(vocab_size - 1,), pad_id=0)
+    plan = settings.batch_plan(config.data.ppo_batch_size, prompt_width(config), layout, layout.platform)
     return dataclasses.replace(settings, microbatch_size=plan.microbatch_size)
 
 
@@ -116,11 +109,11 @@ def ppo_programs(config: RunConfig, layout: Layout) -> list[Program]:
         rollout = sampling_layout(models.actor.model.config) if decode else None
         return Program("ppo", name, function, arguments, resident, passing, layout, decode, waiting, rollout)
 
-    sample, score = make_sample(models, settings.sampler), make_score(models, settings)
+    sample, score = make_sample(models, settings.sampling), make_score(models, settings)
     prompts = (params, Prompts(tokens, mask, ids, columns=None), key)
-    decode = decode_bytes(models.actor.model, rows, width, settings.max_new_tokens)
+    decode = decode_bytes(models.actor.model, rows, width, settings.sampling.max_new_tokens)
     samples = in_rows(sample.eval_shape(*prompts), layout)
-    if settings.reward_functions:
+    if settings.reward.functions:
         scores = rows_of(layout, jnp.float32, rows)
     scored = (params, mask, samples, scores, beta)
     experience = in_rows(score.eval_shape(*scored), layout)
@@ -135,7 +128,7 @@ def ppo_programs(config: RunConfig, layout: Layout) -> list[Program]:
             made("scoring", score, scored, (samples, mask, fetched)),
         ]
     texts = None
-    if settings.ptx_coef:
+    if settings.loss.ptx_coef:
         texts = Batch(*token_rows(layout, config.data.sft_batch_size, config.data.max_tokens))
     update = make_update(models, settings, places_of((trainable, state)))
     updated = (trainable, state, frozen, experience, texts, key)

@@ -100,7 +100,7 @@ def reward_programs(config: RunConfig, layout: Layout) -> list[Program]:
     Returns:
       The programs.
     """
-    data, settings = config.data_of("reward"), config.reward_training
+    data, settings = config.data_of("reward"), config.reward
     pretrained = reward_model(config, layout)
     how = reward.how_to_train(settings, pretrained.model, data.reward_batch_size, settings.steps or _STEPS)
     phase, batch = _phase("reward", how, pretrained, layout), _pairs(config, layout)
@@ -126,7 +126,7 @@ def _pairs(config: RunConfig, layout: Layout) -> PairBatch | PackedPairs:
 def _normalising(config: RunConfig, phase: _Phase, layout: Layout) -> list[Program]:
     """The SFT policy's answers, for which it lies on the devices too, and their scores."""
     answering, ppo, rows = policy(config, layout), config.ppo, config.data.ppo_batch_size
-    sampling = dataclasses.replace(ppo.sampler, eos_ids=(answering.model.config.vocab_size - 1,))
+    sampling = dataclasses.replace(ppo.sampling, eos_ids=(answering.model.config.vocab_size - 1,))
     arguments, passing, read = _answers(answering.model, answering.params, rows, config, sampling, layout)
     resident = phase.resident | {"parameters": (phase.state.trainable, phase.params.frozen, answering.params)}
     answers = phase.program("answers", sample_program, arguments, passing, resident=resident, decode=read)
@@ -173,8 +173,8 @@ def reward_model(config: RunConfig, layout: Layout) -> Pretrained:
     Returns:
       The model.
     """
-    settings, layers, models = config.reward_training, config.reward_training.num_layers, []
-    pretrained = abstract_model(dataclasses.replace(config.model, path=settings.path), "lm", layout)
+    settings, layers, models = config.reward, config.reward.num_layers, []
+    pretrained = abstract_model(dataclasses.replace(config.model, path=settings.start_from), "lm", layout)
     pretrained = pretrained or policy(config, layout)
 
     def cut(params: Any) -> Any:

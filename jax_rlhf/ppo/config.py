@@ -1,9 +1,12 @@
-"""The settings of PPO."""
+"""The settings of PPO: every field with its type, its default and what it means."""
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
+import jax
+
+from jax_rlhf.data import DataConfig
 from jax_rlhf.hub.model_config import ModelConfig
 from jax_rlhf.optim.microbatches import BatchPlan, plan_batch
 from jax_rlhf.optim.optimizer import OptimizerConfig
@@ -13,209 +16,236 @@ from jax_rlhf.sampling import Sampling
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CriticConfig(ModelConfig):
-    """The critic.
-
-    Attributes:
-      zero_head: its values start at 0, and only its trunk is what `path` (or the reward model) says. A reward model
-        learned from whole answers; what its head says of unfinished ones can be a worse baseline than none.
-
-    Source of the zero head: Ziegler et al. 2019, "Fine-tuning language models from human preferences", their code.
-    """
+    """The critic: where it comes from, and how it runs. Without a path it starts as the reward model."""
 
     zero_head: bool = False
+    """Its values start at 0, and only its trunk is what `path` (or the reward model) says. A reward model learned from
+    whole answers; what its head says of unfinished ones can be a worse baseline than none (Ziegler et al. 2019)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FrozenConfig(ModelConfig):
-    """Reference or reward model.
-
-    Attributes:
-      offload: its parameters wait in the host's memory and come to the devices to score; what it shares with the actor
-        or the critic stays there.
-    """
+    """A model that PPO does not train: the reference, or the reward model."""
 
     offload: bool = False
+    """Its parameters wait in the host's memory and come to the devices to score. What it shares with the actor or the
+    critic stays on the devices."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PPOConfig:
-    """Everything that `PPOTrainer` can be told.
+class KLConfig:
+    """The KL penalty in the reward: r_t = −coef · kl_t at every token."""
 
-    Sampling:
-      max_new_tokens: R, response slots, in tokens.
-      min_new_tokens: before so many tokens EOS is not sampled.
-      temperature: τ of sampling and of every log-prob.
-      top_k, top_p: filters of the sampler, off by default: log-probs are of the unfiltered softmax, so that with them
-        PPO's ratios are of a distribution that was not sampled from; `val/kept_mass` says how far off.
-      eos_ids: end a response; None = the tokenizer's and those of the checkpoint's generation_config.
-      pad_id: stands after the end; None = the tokenizer's pad, or else 0.
-      seed: of everything random.
-
-    Rewards:
-      kl_coef: β of the KL penalty in the reward, reward units per nat; the first one where it adapts.
-      kl_kind: its estimate, "k1", "k2", "k3" or "abs".
-      kl_reduction: "sum", or "mean": each response's penalty divided by its length, so that short ones do not pay less.
-      kl_target: nats per response that an adaptive β steers to; None = β is fixed.
-      kl_horizon: episodes over which it adapts.
-      reward_clip: scores are clipped to ± this; None = not.
-      missing_eos_penalty: subtracted from the (clipped) score of a response without EOS.
-      reward_timeout: seconds that a call of a reward function may take; None = for ever.
-      reward_isolation: "process": each reward and evaluation function runs in a process of its own, which is killed
-        after `reward_timeout` and started again where it ends; "none": in the run's.
-      reward_memory_gb: with isolation, address space of each such process, in GB; None = no limit.
-      reward_retries: how often a call is repeated that raised an exception, took too long, or did not return a finite
-        number for each response.
-      on_reward_failure: and then: "fatal", or "penalize": its responses without a score get `reward_failure_score`.
-      reward_failure_score: the score of those, instead of all functions' sum.
-      truncation: a response without EOS is "terminal", or its end is "bootstrap"ped with the critic's value there.
-      whiten_rewards: divides the rewards by their spread, keeping the mean.
-
-    Advantages:
-      gamma, lam: discount and λ of GAE.
-      whiten_advantages: to mean 0 and variance 1 over the batch's tokens.
-
-    Updates:
-      ppo_epochs: passes over the experience.
-      num_minibatches: optimizer steps a pass; rows are reshuffled each pass.
-      microbatch_size: rows whose activations exist at once, in scoring and in updates, on all devices together; None
-        chooses (`microbatch_rows`). It changes memory and speed, not the gradient.
-      policy_loss: "clip" (PPO-clip) or "penalty" (PPO-penalty).
-      clip_range: ε of PPO-clip, below 1, and above where `clip_range_high` is None.
-      dual_clip: c, the cap c |A| on the loss where A < 0; None = none.
-      penalty_coef, penalty_target: PPO-penalty's first β, and the nats per token that it adapts to.
-      value_clip_range: ε of the value loss, in reward units.
-      entropy_coef: entropy bonus, per nat.
-      entropy_target: nats per token; where the last minibatch had more entropy, there is no bonus, so that it holds the
-        entropy up and does not drive it on; None = always a bonus.
-      ptx_coef: weight of the pretraining loss (mean nats per token) where `train_rlhf` is given pretraining rows.
-      critic_warmup_iterations: iterations in which only the critic learns; the coefficients that adapt rest.
-      target_kl: the rest of an iteration's updates, of actor and critic, is left out once the approximate KL of a
-        minibatch exceeds this, in nats per token; None = never.
-      kl_limit: nats per response; a mean KL over it is a fault. None = no limit.
-      ratio_limit: the same for the largest probability ratio of an iteration's updates, 2 or more.
-      on_limit: past a limit the run of `python -m jax_rlhf` "stop"s, its last good checkpoint kept; or each such
-        iteration multiplies the actor's learning rate from then on by `limit_lr_factor` ("lower_lr").
-      ema_decay: of the actor's moving average, a step an iteration; None = none is kept.
-      actor_optimizer, critic_optimizer: see `OptimizerConfig`.
-      logprob_chunk: positions whose logits exist at once; None chooses.
-      time_phases: sample and score as two programs and wait for each, for the metrics time/generate, time/score and
-        time/train.
-
-    The loop of `python -m jax_rlhf`, which `PPOTrainer` does not read:
-      iterations: each samples config.data.ppo_batch_size prompts and updates.
-      eval_every: iterations between evaluations on held-out prompts; 0 = only before the first and after the last.
-      eval_rows: held-out prompts to answer, at most; None = config.data.eval_rows, which says how many are drawn.
-      reward_functions: "package.module:function" each, f(prompts, responses, **columns) → scores, added to the reward
-        model's.
-      eval_functions: the same, only reported.
-      sample_rows: of each iteration's responses, how many go to samples.jsonl; evaluations write all.
-    """
-
-    max_new_tokens: int = 128
-    min_new_tokens: int = 0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    eos_ids: tuple[int, ...] | None = None
-    pad_id: int | None = None
-    seed: int = 0
-
-    kl_coef: float = 0.05
-    kl_kind: Literal["k1", "k2", "k3", "abs"] = "k1"
-    kl_reduction: Literal["sum", "mean"] = "sum"
-    kl_target: float | None = None
-    kl_horizon: float = 10_000.0
-    reward_clip: float | None = None
-    missing_eos_penalty: float = 0.0
-    reward_timeout: float | None = 600.0
-    reward_isolation: Literal["none", "process"] = "none"
-    reward_memory_gb: float | None = None
-    reward_retries: int = 2
-    on_reward_failure: Literal["fatal", "penalize"] = "fatal"
-    reward_failure_score: float = -1.0
-    truncation: Literal["terminal", "bootstrap"] = "terminal"
-    whiten_rewards: bool = False
-
-    gamma: float = 1.0
-    lam: float = 0.95
-    whiten_advantages: bool = True
-
-    ppo_epochs: int = 4
-    num_minibatches: int = 1
-    microbatch_size: int | None = None
-    policy_loss: Literal["clip", "penalty"] = "clip"
-    clip_range: float = 0.2
-    clip_range_high: float | None = None
-    dual_clip: float | None = None
-    penalty_coef: float = 1.0
-    penalty_target: float = 0.01
-    value_clip_range: float = 0.2
-    entropy_coef: float = 0.0
-    entropy_target: float | None = None
-    ptx_coef: float = 0.0
-    critic_warmup_iterations: int = 0
-    target_kl: float | None = None
-    kl_limit: float | None = None
-    ratio_limit: float | None = None
-    on_limit: Literal["stop", "lower_lr"] = "stop"
-    limit_lr_factor: float = 0.5
-    ema_decay: float | None = None
-    actor_optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    critic_optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    logprob_chunk: int | None = None
-    time_phases: bool = False
-
-    iterations: int = 100
-    eval_every: int = 0
-    eval_rows: int | None = None
-    reward_functions: tuple[str, ...] = ()
-    eval_functions: tuple[str, ...] = ()
-    sample_rows: int = 4
+    coef: float = 0.05
+    """β, reward units per nat of KL to the reference; the first one where it adapts."""
+    kind: Literal["k1", "k2", "k3", "abs"] = "k1"
+    """The estimate of kl_t from a sample; "k1" is the log-ratio."""
+    reduction: Literal["sum", "mean"] = "sum"
+    """"sum" over a response, or "mean": each response's penalty is divided by its length, so that short responses do
+    not pay less."""
+    target: float | None = None
+    """Nats per response that an adaptive β steers to; None = β is fixed."""
+    horizon: float = 10_000.0
+    """Episodes over which β adapts."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "ppo_epochs", "num_minibatches", "max_new_tokens", "microbatch_size", "logprob_chunk")
-        _at_least(self, 1, "iterations", "eval_rows")
-        _at_least(self, 0, "eval_every", "sample_rows", "reward_retries")
-        _at_least(self, 0, "clip_range", "clip_range_high", "value_clip_range", "reward_clip", "ptx_coef")
-        _at_least(self, 0, "critic_warmup_iterations", "kl_coef")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie within 0 and 1.")
-        positive = ("kl_target", "kl_horizon", "target_kl", "penalty_coef", "penalty_target", "entropy_target")
-        for name in (*positive, "kl_limit", "reward_timeout", "reward_memory_gb"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
-        if self.kl_target is not None and not self.kl_coef > 0:
-            raise ValueError(f"kl_target={self.kl_target} adapts kl_coef by factors: start it above 0, not at 0.")
-        if self.entropy_target is not None and not self.entropy_coef:
-            raise ValueError(f"entropy_target={self.entropy_target} steers the bonus: set entropy_coef above 0.")
-        _at_least(self, 2, "ratio_limit")
-        if not 0 < self.limit_lr_factor < 1:
-            raise ValueError(f"limit_lr_factor={self.limit_lr_factor} must lie between 0 and 1.")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay} must lie in [0, 1).")
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ValueError(f"dual_clip={self.dual_clip} must be above 1.")
+        _check(self, "config.ppo.kl", at_least_0=("coef",), above_0=("target", "horizon"))
+        if self.target is not None and not self.coef > 0:
+            raise ValueError(
+                f"config.ppo.kl.target={self.target} adapts ppo.kl.coef by factors: start it above 0, not at 0."
+            )
 
-    @property
-    def sampler(self) -> Sampling:
-        """The sampler's settings, once `eos_ids` and `pad_id` are known."""
-        return Sampling(
-            max_new_tokens=self.max_new_tokens,
-            min_new_tokens=self.min_new_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            eos_ids=self.eos_ids or (),
-            pad_id=self.pad_id or 0,
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardSourceConfig:
+    """Where scores come from beside the reward model, and what becomes of them."""
+
+    functions: tuple[str, ...] = ()
+    """"package.module:function" each, f(prompts, responses, **columns) → scores, added to the reward model's."""
+    clip: float | None = None
+    """Scores are clipped to ± this, in reward units; None = not."""
+    missing_eos_penalty: float = 0.0
+    """Subtracted from the (clipped) score of a response without EOS."""
+    truncation: Literal["terminal", "bootstrap"] = "terminal"
+    """A response without EOS is "terminal", or its end is "bootstrap"ped with the critic's value there."""
+    whiten: bool = False
+    """Divides the rewards by their spread, keeping the mean."""
+    timeout: float | None = 600.0
+    """Seconds that a call of a reward function may take; None = for ever."""
+    isolation: Literal["none", "process"] = "none"
+    """"process": each reward and evaluation function runs in a process of its own, which is killed after `timeout` and
+    started again where it ends; "none": in the run's process."""
+    memory_gb: float | None = None
+    """With isolation, address space of each such process, in GB; None = no limit."""
+    retries: int = 2
+    """How often a call is repeated that raised an exception, took too long, or did not return a finite number for each
+    response."""
+    on_failure: Literal["fatal", "penalize"] = "fatal"
+    """And then: "fatal" ends the run; with "penalize" responses without a score get `failure_score`."""
+    failure_score: float = -1.0
+    """The score of those responses, instead of all functions' sum."""
+
+    def __post_init__(self) -> None:
+        _check(self, "config.ppo.reward", at_least_0=("clip", "retries"), above_0=("timeout", "memory_gb"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The losses of actor and critic."""
+
+    policy: Literal["clip", "penalty"] = "clip"
+    """"clip" (PPO-clip) or "penalty" (PPO-penalty)."""
+    clip_range: float = 0.2
+    """ε of PPO-clip, below 1, and above where `clip_range_high` is None."""
+    clip_range_high: float | None = None
+    """ε above 1, where it differs."""
+    dual_clip: float | None = None
+    """c, the cap c |A| on the loss where A < 0; None = none."""
+    penalty_coef: float = 1.0
+    """PPO-penalty's first β."""
+    penalty_target: float = 0.01
+    """Nats per token that PPO-penalty's β adapts to."""
+    value_clip_range: float = 0.2
+    """ε of the value loss, in reward units."""
+    entropy_coef: float = 0.0
+    """Entropy bonus, per nat."""
+    entropy_target: float | None = None
+    """Nats per token. Where the last minibatch had more entropy, there is no bonus, so that it holds the entropy up and
+    does not drive it on; None = always a bonus."""
+    ptx_coef: float = 0.0
+    """Weight of the pretraining loss (PPO-ptx), mean nats per token of the texts of `data.ptx_paths`, or of the SFT
+    data."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            "config.ppo.loss",
+            at_least_0=("clip_range", "clip_range_high", "value_clip_range", "ptx_coef"),
+            above_0=("penalty_coef", "penalty_target", "entropy_target"),
         )
+        if self.entropy_target is not None and not self.entropy_coef:
+            raise ValueError(
+                f"config.ppo.loss.entropy_target={self.entropy_target} steers the bonus: set entropy_coef above 0."
+            )
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(f"config.ppo.loss.dual_clip={self.dual_clip} must be above 1.")
 
     @property
     def clip_ranges(self) -> tuple[float, float]:
         """ε below and above 1; infinite where nothing is clipped."""
-        if self.policy_loss == "penalty":
+        if self.policy == "penalty":
             return math.inf, math.inf
         return self.clip_range, self.clip_range if self.clip_range_high is None else self.clip_range_high
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActorTrainingConfig:
+    """How the actor trains."""
+
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    """The actor's optimizer."""
+    ema_decay: float | None = None
+    """Of the actor's moving average, one step per iteration, saved in <workdir>/ppo/model_ema; None = none is kept."""
+
+    def __post_init__(self) -> None:
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"config.ppo.actor.ema_decay={self.ema_decay} must lie in [0, 1).")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CriticTrainingConfig:
+    """How the critic trains."""
+
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    """The critic's optimizer."""
+    warmup_iterations: int = 0
+    """Iterations in which only the critic learns; the coefficients that adapt rest."""
+
+    def __post_init__(self) -> None:
+        _check(self, "config.ppo.critic", at_least_0=("warmup_iterations",))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LimitsConfig:
+    """When updates end early, and when a run has gone wrong."""
+
+    target_kl: float | None = None
+    """Nats per token. The rest of an iteration's updates, of actor and critic, is left out once the approximate KL of a
+    minibatch exceeds this; None = never."""
+    kl: float | None = None
+    """Nats per response; a mean KL over it is a fault. None = no limit."""
+    ratio: float | None = None
+    """The same for the largest probability ratio of an iteration's updates, 2 or more."""
+    action: Literal["stop", "lower_lr"] = "stop"
+    """Past `kl` or `ratio` the run "stop"s, its last good checkpoint kept; or each such iteration multiplies the
+    actor's learning rate from then on by `lr_factor` ("lower_lr")."""
+    lr_factor: float = 0.5
+    """See `action`."""
+
+    def __post_init__(self) -> None:
+        _check(self, "config.ppo.limits", above_0=("target_kl", "kl"))
+        if self.ratio is not None and not self.ratio >= 2:
+            raise ValueError(f"config.ppo.limits.ratio={self.ratio} must be 2 or more.")
+        if not 0 < self.lr_factor < 1:
+            raise ValueError(f"config.ppo.limits.lr_factor={self.lr_factor} must lie between 0 and 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """The PPO phase. `PPOTrainer` reads all but `iterations`, `eval_…`, `sample_rows` and `reward.functions`."""
+
+    iterations: int = 100
+    """Each samples `data.ppo_batch_size` prompts and updates."""
+    eval_every: int = 0
+    """Iterations between evaluations on held-out prompts; 0 = only before the first and after the last."""
+    eval_rows: int | None = None
+    """Held-out prompts to answer, at most; None = `data.eval_rows`, which says how many are drawn."""
+    eval_functions: tuple[str, ...] = ()
+    """As `reward.functions`, but only reported."""
+    sample_rows: int = 4
+    """Of each iteration's responses, how many go to samples.jsonl; evaluations write all."""
+    seed: int = 0
+    """Of the samples and the row orders; the run's seed where that is set."""
+    time_phases: bool = False
+    """Sample and score as two programs and wait for each, for the metrics time/generate, time/score and time/train."""
+
+    ppo_epochs: int = 4
+    """Passes over the experience of an iteration."""
+    num_minibatches: int = 1
+    """Optimizer steps per pass; rows are reshuffled in each pass."""
+    microbatch_size: int | None = None
+    """Rows whose activations exist at once, in scoring and in updates, on all devices together; None = chosen by the
+    device. It changes memory and speed, not the gradient."""
+    logprob_chunk: int | None = None
+    """Positions whose logits exist at once; None = chosen by vocabulary and device."""
+    gamma: float = 1.0
+    """Discount."""
+    lam: float = 0.95
+    """λ of GAE."""
+    whiten_advantages: bool = True
+    """To mean 0 and variance 1 over the batch's tokens."""
+
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    """How responses are sampled."""
+    reward: RewardSourceConfig = dataclasses.field(default_factory=RewardSourceConfig)
+    """Where scores come from beside the reward model, and what becomes of them."""
+    kl: KLConfig = dataclasses.field(default_factory=KLConfig)
+    """The KL penalty in the reward."""
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    """The losses of actor and critic."""
+    actor: ActorTrainingConfig = dataclasses.field(default_factory=ActorTrainingConfig)
+    """How the actor trains."""
+    critic: CriticTrainingConfig = dataclasses.field(default_factory=CriticTrainingConfig)
+    """How the critic trains."""
+    limits: LimitsConfig = dataclasses.field(default_factory=LimitsConfig)
+    """When updates end early, and when a run has gone wrong."""
+
+    def __post_init__(self) -> None:
+        at_least_1 = ("ppo_epochs", "num_minibatches", "microbatch_size", "logprob_chunk", "iterations", "eval_rows")
+        _check(self, "config.ppo", at_least_1=at_least_1, at_least_0=("eval_every", "sample_rows"))
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"config.ppo.{name}={getattr(self, name)} must lie within 0 and 1.")
 
     def batch_plan(self, rows: int, prompt_tokens: int, layout: Layout | None, platform: str) -> BatchPlan:
         """How the rows of an iteration are cut.
@@ -238,13 +268,90 @@ class PPOConfig:
             layout,
             where="config.ppo",
             num_minibatches=self.num_minibatches,
-            tokens_per_row=prompt_tokens + self.max_new_tokens,
+            tokens_per_row=prompt_tokens + self.sampling.max_new_tokens,
             platform=platform,
         )
 
+    def with_schedule_ends(self) -> "PPOConfig":
+        """The settings, whose learning rates' schedules end with the run where they do not say when.
 
-def _at_least(config: PPOConfig, bound: int, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value >= bound:
-            raise ValueError(f"{name}={value} must be {bound} or more.")
+        Raises:
+          ValueError: the critic's warm-up leaves the actor no iteration.
+        """
+        per_iteration, learning = self.ppo_epochs * self.num_minibatches, self.iterations
+        learning -= self.critic.warmup_iterations
+        if learning < 1:
+            raise ValueError(
+                f"config.ppo.critic.warmup_iterations={self.critic.warmup_iterations} leaves the actor none of "
+                f"config.ppo.iterations={self.iterations}; make it smaller, or have more iterations."
+            )
+        actor = self.actor.optimizer.with_end(learning * per_iteration)
+        critic = self.critic.optimizer.with_end(self.iterations * per_iteration)
+        return dataclasses.replace(
+            self,
+            actor=dataclasses.replace(self.actor, optimizer=actor),
+            critic=dataclasses.replace(self.critic, optimizer=critic),
+        )
+
+
+def resolve(
+    config: PPOConfig,
+    data: DataConfig,
+    layout: Layout | None,
+    *,
+    eos_ids: tuple[int, ...] | None = None,
+    pad_id: int | None = None,
+) -> PPOConfig:
+    """Fills in what the settings leave open and only a run knows: ids, schedules' ends, and with PPO-ptx microbatches.
+
+    Args:
+      config: PPO's.
+      data: the run's, with the sizes of its batches.
+      layout: the mesh; None = one device.
+      eos_ids, pad_id: where the settings say none; None = they stay open.
+
+    Returns:
+      The settings. Without PPO-ptx `microbatch_size` stays None where it is: each width of prompts has its own.
+
+    Raises:
+      ValueError: the sizes do not divide, or the SFT batch cannot be spread over the microbatches; says which would.
+    """
+    given, width = config.sampling, data.max_prompt_tokens if data.prompt_tokens is None else data.prompt_tokens
+    sampling = dataclasses.replace(
+        given,
+        eos_ids=eos_ids if given.eos_ids is None else given.eos_ids,
+        pad_id=pad_id if given.pad_id is None else given.pad_id,
+    )
+    config = dataclasses.replace(config.with_schedule_ends(), sampling=sampling)
+    platform = jax.default_backend() if layout is None else layout.platform
+    micro = config.batch_plan(data.ppo_batch_size, width, layout, platform).microbatch_size
+    if not config.loss.ptx_coef:
+        return config
+    groups = data.ppo_batch_size // micro
+    if data.sft_batch_size % groups:
+        raise ValueError(
+            f"config.data.sft_batch_size={data.sft_batch_size} texts (config.ppo.loss.ptx_coef > 0) cannot be spread "
+            f"over the {groups} microbatches of an iteration; take {groups} or a multiple of it, or a larger "
+            "config.ppo.microbatch_size."
+        )
+    return dataclasses.replace(config, microbatch_size=micro)
+
+
+def _check(
+    config: Any,
+    where: str,
+    *,
+    at_least_0: tuple[str, ...] = (),
+    at_least_1: tuple[str, ...] = (),
+    above_0: tuple[str, ...] = (),
+) -> None:
+    """Raises where a field that is not None is out of range."""
+    for names, wrong, wanted in (
+        (at_least_0, lambda value: not value >= 0, "0 or more"),
+        (at_least_1, lambda value: not value >= 1, "1 or more"),
+        (above_0, lambda value: not value > 0, "above 0"),
+    ):
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and wrong(value):
+                raise ValueError(f"{where}.{name}={value} must be {wanted}.")

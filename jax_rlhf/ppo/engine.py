@@ -37,7 +37,7 @@ from jax_rlhf.rl import Batch, Prompts
 from jax_rlhf.sampling import Samples, Sampling
 from jax_rlhf.settings import from_mapping
 
-_KINDS = {"model": ModelConfig, "reference": FrozenConfig, "critic": CriticConfig, "reward": FrozenConfig}
+_KINDS = {"model": ModelConfig, "reference": FrozenConfig, "critic": CriticConfig, "reward_model": FrozenConfig}
 
 
 class RLHFEngine:
@@ -105,8 +105,8 @@ class RLHFEngine:
         """Loads the models that a config names.
 
         Args:
-          config: a mapping with `model` and, where wanted, `reference`, `critic`, `reward`, each with `ModelConfig`'s
-            fields (`critic` with `CriticConfig`'s); other entries (`ppo`, …) are not looked at.
+          config: a mapping with `model` and, where wanted, `reference`, `critic`, `reward_model`, each with the fields
+            of `ModelConfig` (`critic`: of `CriticConfig`); other entries (`ppo`, …) are not looked at.
           mesh: the mesh; None = one device.
 
         Returns:
@@ -116,19 +116,21 @@ class RLHFEngine:
           ValueError: an unknown field or a wrong value; says which.
           FileNotFoundError, CheckpointError: a checkpoint cannot be used.
         """
+        if "path" in (config.get("reward") or {}):
+            raise ValueError("config.reward.path: the reward model of PPO is config.reward_model.path now.")
         roles = {role: from_mapping(kind, config.get(role) or {}, f"config.{role}") for role, kind in _KINDS.items()}
         if roles["model"].path is None:
             raise ValueError("config.model.path is not set; it names the actor's checkpoint.")
-        if roles["reference"].trainable_layers or roles["reward"].trainable_layers:
+        if roles["reference"].trainable_layers or roles["reward_model"].trainable_layers:
             raise ValueError(
                 "trainable_layers is a field of config.model and config.critic; reference and reward model are frozen "
                 "in PPO and are cut where the actor and the critic are."
             )
         check_roles(roles)
         load = functools.partial(load_model, mesh=mesh)
-        actor, reward = load(roles["model"], "lm"), load(roles["reward"], "scalar")
+        actor, reward = load(roles["model"], "lm"), load(roles["reward_model"], "scalar")
         if reward is not None and reward.new_head:
-            raise CheckpointError(headless(roles["reward"].path))
+            raise CheckpointError(headless(roles["reward_model"].path))
         return cls(
             actor,
             reference=load(roles["reference"], "lm"),
@@ -139,7 +141,7 @@ class RLHFEngine:
             trainable_layers=roles["model"].trainable_layers,
             critic_trainable_layers=roles["critic"].trainable_layers,
             critic_zero_head=roles["critic"].zero_head,
-            offloaded=[role for role in ("reference", "reward") if roles[role].offload],
+            offloaded=["reference"] * roles["reference"].offload + ["reward"] * roles["reward_model"].offload,
             mesh=mesh,
         )
 
@@ -153,7 +155,7 @@ class RLHFEngine:
         """The actor's moving average."""
         average = self.params.trainable.actor_ema
         if average is None:
-            raise ValueError("no moving average is kept; set config.ppo.ema_decay.")
+            raise ValueError("no moving average is kept; set config.ppo.actor.ema_decay.")
         return self._pretrained(self.models.actor, self.params.with_actor(average).actor)
 
     @property
@@ -188,7 +190,7 @@ class RLHFEngine:
     def reward(self, tokens: Array, mask: Array) -> Array:
         """The reward model's score of each text, float32[B]; whether it ends in EOS is not looked at."""
         if self.models.reward is None:
-            raise ValueError("the engine has no reward model; give config.reward.path.")
+            raise ValueError("the engine has no reward model; give config.reward_model.path.")
         return _make_reward(self.models)(self.params, Batch(tokens, mask))
 
 
@@ -234,8 +236,8 @@ def headless(path: str) -> str:
       A message.
     """
     return (
-        f"config.reward.path={path} is a language model: it has no scalar head (score.weight), so every text would "
-        "score 0. The reward phase makes a reward model of it: --config.phases=reward --config.reward_training.path=…"
+        f"config.reward_model.path={path} is a language model: it has no scalar head (score.weight), so every text "
+        "would score 0. The reward phase trains a reward model: --config.phases=reward --config.reward.start_from=…"
     )
 
 
@@ -243,7 +245,7 @@ def check_roles(roles: Mapping[str, ModelConfig]) -> None:
     """Stops where a role has settings that nothing would read.
 
     Args:
-      roles: "model", "reference", "critic", "reward" → settings.
+      roles: "model", "reference", "critic", "reward_model" → settings.
 
     Raises:
       ValueError: says which, and what to do.
@@ -251,6 +253,6 @@ def check_roles(roles: Mapping[str, ModelConfig]) -> None:
     for role, config in roles.items():
         if config.path is None and config.revision is not None:
             raise ValueError(f"config.{role}.revision={config.revision!r} is of a hub id; set config.{role}.path too.")
-    reward = roles["reward"]
+    reward = roles["reward_model"]
     if reward.path is None and (reward.offload or reward.dtype or reward.remat or reward.attention):
-        logging.warning("config.reward has no path, so no reward model runs: its other settings change nothing.")
+        logging.warning("config.reward_model has no path, so no reward model runs: its other settings change nothing.")

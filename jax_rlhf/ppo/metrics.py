@@ -79,7 +79,7 @@ def policy_sums(
       tokens: float32[], real tokens of the minibatch.
     """
     mask, ratio, advantages, zero = batch.response_mask, jnp.exp(log_ratio), batch.advantages, jnp.float32(0)
-    low, high = config.clip_ranges
+    low, high = config.loss.clip_ranges
     clipped = ((advantages < 0) & (ratio < 1 - low)) | ((advantages > 0) & (ratio > 1 + high))
     mean = lambda x: masked_sum(x.astype(jnp.float32), mask) / tokens  # noqa: E731
     return LossSums(
@@ -128,10 +128,10 @@ def experience_metrics(config: PPOConfig, experience: Experience, kl_coef: Array
     log_ratio = jnp.where(mask, experience.logprobs - experience.ref_logprobs, 0)
     kl = jnp.mean(jnp.sum(log_ratio, axis=1))
     scores = jnp.mean(experience.scores)
-    how = {"kl_coef": kl_coef, "kl_kind": config.kl_kind, "kl_reduction": config.kl_reduction}
+    how = {"kl_coef": kl_coef, "kl_kind": config.kl.kind, "kl_reduction": config.kl.reduction}
     none = jnp.zeros_like(experience.scores)
     penalty = jnp.mean(jnp.sum(token_rewards(none, experience.logprobs, experience.ref_logprobs, mask, **how), axis=1))
-    shape = {"clip": config.reward_clip, "missing_eos_penalty": config.missing_eos_penalty}
+    shape = {"clip": config.reward.clip, "missing_eos_penalty": config.reward.missing_eos_penalty}
     optimised = jnp.mean(shaped_scores(experience.scores, experience.ended, **shape))
     ended = experience.ended.astype(jnp.float32)
     spread = masked_variance(experience.returns, mask)

@@ -53,13 +53,13 @@ class PPOState:
     def apply_limits(self, config: PPOConfig, metrics: dict[str, Array]) -> tuple["PPOState", dict[str, Array]]:
         """Where a limit is passed, the learning rate falls, or the run is told to stop; (state, metrics)."""
         state, limits = self, {}
-        if config.kl_limit is not None:
-            limits["limit/kl"] = metrics["objective/kl"] > config.kl_limit
-        if config.ratio_limit is not None:  # the gap |ρ − 1| is above 1 only where ρ is above 2
-            limits["limit/ratio"] = metrics["val/largest_ratio_gap"] + 1 > config.ratio_limit
-        if limits and config.on_limit == "lower_lr":
+        if config.limits.kl is not None:
+            limits["limit/kl"] = metrics["objective/kl"] > config.limits.kl
+        if config.limits.ratio is not None:  # the gap |ρ − 1| is above 1 only where ρ is above 2
+            limits["limit/ratio"] = metrics["val/largest_ratio_gap"] + 1 > config.limits.ratio
+        if limits and config.limits.action == "lower_lr":
             passed = jnp.any(jnp.stack(list(limits.values())))
-            scale = jnp.where(passed, self.lr_scale * config.limit_lr_factor, self.lr_scale)
+            scale = jnp.where(passed, self.lr_scale * config.limits.lr_factor, self.lr_scale)
             state, limits["limit/lr_scale"] = self.replace(lr_scale=scale), scale
         return state, {name: value.astype(jnp.float32) for name, value in limits.items()}
 
@@ -93,10 +93,10 @@ def take_step(
     Returns:
       (trainable, state, learning rates of actor and critic, float32[] each).
     """
-    per_iteration, warmup = config.ppo_epochs * config.num_minibatches, config.critic_warmup_iterations
-    learn_actor, scale = state.iteration >= warmup, state.lr_scale if config.on_limit == "lower_lr" else 1.0
+    per_iteration, warmup = config.ppo_epochs * config.num_minibatches, config.critic.warmup_iterations
+    learn_actor, scale = state.iteration >= warmup, state.lr_scale if config.limits.action == "lower_lr" else 1.0
     actor, actor_optimizer, actor_lr = optimizer_step(
-        config.actor_optimizer,
+        config.actor.optimizer,
         gradients["actor"],
         state.actor_optimizer,
         trainable.actor,
@@ -105,7 +105,7 @@ def take_step(
         scale=scale,
     )
     critic, critic_optimizer, critic_lr = optimizer_step(
-        config.critic_optimizer,
+        config.critic.optimizer,
         gradients["critic"],
         state.critic_optimizer,
         trainable.critic,
@@ -122,9 +122,9 @@ def entropy_coef(config: PPOConfig, state: PPOState) -> Array | float:
 
     Source: He et al. 2025, "Skywork Open Reasoner 1 Technical Report" (adaptive entropy control).
     """
-    if config.entropy_target is None:
-        return config.entropy_coef
-    return jnp.where(state.entropy < config.entropy_target, config.entropy_coef, 0.0)
+    if config.loss.entropy_target is None:
+        return config.loss.entropy_coef
+    return jnp.where(state.entropy < config.loss.entropy_target, config.loss.entropy_coef, 0.0)
 
 
 def create_state(config: PPOConfig, trainable: Trainable, layout: Layout | None = None) -> PPOState:
@@ -159,7 +159,7 @@ def state_places(config: PPOConfig, trainable: Trainable, layout: Layout) -> PPO
     shapes, everywhere = abstract_state(config, trainable), layout.sharding(())
     places = jax.tree.map(lambda _: everywhere, shapes)
     for name in ("actor", "critic"):
-        optimizer, state = create_optimizer(getattr(config, f"{name}_optimizer")), getattr(shapes, f"{name}_optimizer")
+        optimizer, state = create_optimizer(getattr(config, name).optimizer), getattr(shapes, f"{name}_optimizer")
         moments = moment_places(optimizer, state, getattr(trainable, name), everywhere)
         places = places.replace(**{f"{name}_optimizer": moments})
     return places
@@ -179,15 +179,15 @@ def abstract_state(config: PPOConfig, trainable: Trainable) -> PPOState:
 
 
 def _create(config: PPOConfig, trainable: Trainable) -> PPOState:
-    beta = jnp.float32(config.kl_coef)
+    beta = jnp.float32(config.kl.coef)
     kl = FixedKL(beta)
-    if config.kl_target is not None:
-        kl = AdaptiveKL(beta, jnp.float32(config.kl_target), jnp.float32(config.kl_horizon))
+    if config.kl.target is not None:
+        kl = AdaptiveKL(beta, jnp.float32(config.kl.target), jnp.float32(config.kl.horizon))
     return PPOState(
-        actor_optimizer=create_optimizer(config.actor_optimizer).init(trainable.actor),
-        critic_optimizer=create_optimizer(config.critic_optimizer).init(trainable.critic),
+        actor_optimizer=create_optimizer(config.actor.optimizer).init(trainable.actor),
+        critic_optimizer=create_optimizer(config.critic.optimizer).init(trainable.critic),
         kl=kl,
-        penalty=AdaptivePenalty(jnp.float32(config.penalty_coef), jnp.float32(config.penalty_target)),
+        penalty=AdaptivePenalty(jnp.float32(config.loss.penalty_coef), jnp.float32(config.loss.penalty_target)),
         iteration=jnp.int32(0),
         skipped_updates=jnp.int32(0),
         bad_steps=jnp.int32(0),

@@ -57,7 +57,7 @@ _ORDER_ADDRESS = np.uint32(0xFFFFFFFF)  # of the row orders' key; row ids, which
 @functools.cache
 def make_experience(models: Models, config: PPOConfig) -> Callable[[Params, Prompts, Array, Array], Experience]:
     """generate(params, prompts, key, kl_coef): samples and scores in one program."""
-    sample, score = make_sample(models, config.sampler), make_score(models, config)
+    sample, score = make_sample(models, config.sampling), make_score(models, config)
 
     def generate(params: Params, prompts: Prompts, key: Array, kl_coef: Array) -> Experience:
         samples = sample(params, prompts, key)
@@ -102,11 +102,13 @@ def make_score(
             return map_row_groups(function, batch, microbatches, models.layout)
 
         batch = batch.replace(frozen_activations=by_microbatch(models.cache_frozen_activations))  # [B, T, D]
-        logprobs, _ = by_microbatch(models.actor_logprobs, temperature=config.temperature)  # [B, R]
-        ref_logprobs = by_microbatch(models.reference_logprobs, temperature=config.temperature)  # [B, R]
+        logprobs, _ = by_microbatch(models.actor_logprobs, temperature=config.sampling.temperature)  # [B, R]
+        ref_logprobs = by_microbatch(models.reference_logprobs, temperature=config.sampling.temperature)  # [B, R]
         values = by_microbatch(models.values)  # [B, R + 1]
         responses, response_mask = samples.tokens[:, batch.start :], samples.response_mask
-        ended = jnp.any(response_mask & jnp.isin(responses, jnp.asarray(config.eos_ids or (), jnp.int32)), axis=1)
+        ended = jnp.any(
+            response_mask & jnp.isin(responses, jnp.asarray(config.sampling.eos_ids or (), jnp.int32)), axis=1
+        )
         scores = jnp.zeros(len(mask), jnp.float32) if function_scores is None else function_scores  # [B]
         if models.reward is not None:
             scores = scores + by_microbatch(models.scores)
@@ -136,14 +138,14 @@ def make_score(
 def with_advantages(config: PPOConfig, experience: Experience, last_values: Array, kl_coef: Array) -> Experience:
     """Steps 3 and 4; last_values: float32[B], the critic's of the state after the last slot."""
     values, mask, ended = experience.values, experience.response_mask, experience.ended
-    penalty = {"clip": config.reward_clip, "missing_eos_penalty": config.missing_eos_penalty}
+    penalty = {"clip": config.reward.clip, "missing_eos_penalty": config.reward.missing_eos_penalty}
     scores = rl.shaped_scores(experience.scores, ended, **penalty)  # [B]
-    kl = {"kl_coef": kl_coef, "kl_kind": config.kl_kind, "kl_reduction": config.kl_reduction}
+    kl = {"kl_coef": kl_coef, "kl_kind": config.kl.kind, "kl_reduction": config.kl.reduction}
     rewards = rl.token_rewards(scores, experience.logprobs, experience.ref_logprobs, mask, **kl)  # [B, R]
-    if config.whiten_rewards:
+    if config.reward.whiten:
         rewards = rl.masked_whiten(rewards, mask, shift_mean=False)
     # A response without EOS fills all R slots, so the state after its last token is the one after the last slot.
-    bootstrap = jnp.where(ended, 0, last_values) if config.truncation == "bootstrap" else None  # [B]
+    bootstrap = jnp.where(ended, 0, last_values) if config.reward.truncation == "bootstrap" else None  # [B]
     advantages, returns = rl.gae(rewards, values, mask, gamma=config.gamma, lam=config.lam, bootstrap=bootstrap)
     if config.whiten_advantages:
         advantages = rl.masked_whiten(advantages, mask)  # [B, R]
@@ -200,7 +202,7 @@ def make_update(
             activations = models.cache_frozen_activations(Params(trainable, frozen), texts)
             texts = texts.replace(frozen_activations=activations.replace(critic=None))
             texts = jax.tree.map(lambda x: x.reshape(plan.num_minibatches, plan.microbatches, -1, *x.shape[1:]), texts)
-        iteration = _Iteration(frozen, experience, state.iteration >= config.critic_warmup_iterations)
+        iteration = _Iteration(frozen, experience, state.iteration >= config.critic.warmup_iterations)
 
         def row_order(epoch: Array) -> Array:
             rows = jax.random.permutation(jax.random.fold_in(key, epoch), plan.rows)  # int[B]
@@ -219,14 +221,14 @@ def make_update(
         # 8. Coefficients answer to what the actor did: where it did not move, they rest.
         metrics = experience_metrics(config, experience, state.kl.value)
         moved = iteration.learn_actor & jnp.any(measured.taken)
-        if config.policy_loss == "penalty":
+        if config.loss.policy == "penalty":
             params, last_rows = Params(carry.trainable, frozen), row_order(jnp.int32(config.ppo_epochs - 1))[-1]
             measure = lambda: _penalty_kl(models, config, params, experience, last_rows)  # noqa: E731
             state = state.adapt_penalty(jax.lax.cond(moved, measure, lambda: jnp.float32(0)), moved)
         metrics |= update_metrics(state, measured)
         state, limits = state.apply_limits(config, metrics)
         state = state.adapt_kl(metrics["objective/kl"], plan.rows, moved).replace(iteration=state.iteration + 1)
-        trainable, metrics = carry.trainable.with_average(config.ema_decay), metrics | limits
+        trainable, metrics = carry.trainable.with_average(config.actor.ema_decay), metrics | limits
         if shardings is not None:
             trainable, state = kept_in_place((trainable, state), shardings)
         return trainable, state, metrics
@@ -260,13 +262,13 @@ def _make_minibatch(models: Models, config: PPOConfig) -> Callable[..., tuple[_C
             def measure() -> tuple[ModelParams, LossSums]:
                 return models.actor.constrain(jax.tree.map(jnp.zeros_like, trainable.actor)), actor(trainable.actor)[1]
 
-            warms_up = config.critic_warmup_iterations > 0
+            warms_up = config.critic.warmup_iterations > 0
             gradient, sums = jax.lax.cond(iteration.learn_actor, learn, measure) if warms_up else learn()
             critic_gradient, value_sums = jax.grad(critic, has_aux=True)(trainable.critic)
             return (gradient, models.critic.constrain(critic_gradient)), sums.replace(**value_sums)
 
         gradients = functools.partial(accumulate, microbatch, (rows, texts), add=add_gradients_and_sums)
-        if config.target_kl is None:
+        if config.limits.target_kl is None:
             done, ((actor_gradient, critic_gradient), sums) = jnp.ones((), bool), gradients()
         else:  # only the gradients are conditional: a `cond` over parameters and optimizer states would copy them
             done, nothing = ~carry.stopped, functools.partial(zeros_like_result, gradients)
@@ -275,7 +277,7 @@ def _make_minibatch(models: Models, config: PPOConfig) -> Callable[..., tuple[_C
         finite = jnp.isfinite(critic_norm + sums.value_loss)
         finite &= jnp.isfinite(actor_norm + sums.policy_loss) | ~iteration.learn_actor
         finite &= jnp.all(jnp.isfinite(experience.scores[rows]))  # clipped rewards would hide one that is not
-        over = jnp.zeros((), bool) if config.target_kl is None else sums.approx_kl > config.target_kl
+        over = jnp.zeros((), bool) if config.limits.target_kl is None else sums.approx_kl > config.limits.target_kl
         take = finite & done & ~over  # the minibatch that passes target_kl only serves to say so
 
         gradients = {"actor": actor_gradient, "critic": critic_gradient}
@@ -308,21 +310,21 @@ def actor_loss(
     L = Σ_t L_t^{clip or penalty} / tokens − c_H · entropy + c_ptx · (Σ_t −log π(text_t)) / text tokens
     """
     mask = batch.response_mask
-    logprobs, entropy = models.actor_logprobs(params, batch.batch, temperature=config.temperature)  # [b, R]
+    logprobs, entropy = models.actor_logprobs(params, batch.batch, temperature=config.sampling.temperature)  # [b, R]
     log_ratio = jnp.where(mask, logprobs - batch.logprobs, 0)  # [b, R]
     old_to_new = rl.kl_estimate(jnp.zeros_like(log_ratio), log_ratio, "k3")  # [b, R]
-    if config.policy_loss == "penalty":
+    if config.loss.policy == "penalty":
         per_token = rl.penalized_surrogate(log_ratio, batch.advantages, old_to_new, beta=weights.penalty)
     else:
-        clip = {"clip_low": config.clip_ranges[0], "clip_high": config.clip_ranges[1], "dual_clip": config.dual_clip}
-        per_token = rl.clipped_surrogate(log_ratio, batch.advantages, **clip)  # [b, R]
+        (low, high), cap = config.loss.clip_ranges, config.loss.dual_clip
+        per_token = rl.clipped_surrogate(log_ratio, batch.advantages, clip_low=low, clip_high=high, dual_clip=cap)
     measured = {"entropy": entropy, "log_ratio": log_ratio, "old_to_new": old_to_new, "tokens": weights.tokens}
     sums = policy_sums(config, batch, policy_loss=per_token, **measured)
-    loss = sums.policy_loss - weights.entropy * sums.entropy if config.entropy_coef else sums.policy_loss
+    loss = sums.policy_loss - weights.entropy * sums.entropy if config.loss.entropy_coef else sums.policy_loss
     if text is not None:
         text_logprobs, _ = models.actor_logprobs(params, text, temperature=1.0)  # [n, T − 1]
         ptx_loss = -rl.masked_sum(text_logprobs, rl.predicted_tokens(text.mask)) / weights.text_tokens
-        loss, sums = loss + config.ptx_coef * ptx_loss, sums.replace(ptx_loss=ptx_loss)
+        loss, sums = loss + config.loss.ptx_coef * ptx_loss, sums.replace(ptx_loss=ptx_loss)
     return loss, sums
 
 
@@ -331,7 +333,7 @@ def critic_loss(
 ) -> tuple[Array, dict[str, Array]]:
     """Step 7: the critic's loss on a microbatch, float32[], and what is measured of it."""
     values = models.values(params, batch.batch)[:, :-1]  # [b, R]
-    per_token = rl.clipped_value_loss(values, batch.values, batch.returns, clip_range=config.value_clip_range)
+    per_token = rl.clipped_value_loss(values, batch.values, batch.returns, clip_range=config.loss.value_clip_range)
     loss = rl.masked_sum(per_token, batch.response_mask) / tokens
     clipped = (per_token > 0.5 * jnp.square(values - batch.returns)).astype(jnp.float32)  # [b, R]
     return loss, {"value_loss": loss, "value_clipped": rl.masked_sum(clipped, batch.response_mask) / tokens}
@@ -342,7 +344,7 @@ def _penalty_kl(models: Models, config: PPOConfig, params: Params, experience: E
 
     def microbatch(rows: Array) -> tuple[Array, Array]:
         batch = jax.tree.map(lambda leaf: leaf[rows], experience)
-        logprobs, _ = models.actor_logprobs(params, batch.batch, temperature=config.temperature)  # [b, R]
+        logprobs, _ = models.actor_logprobs(params, batch.batch, temperature=config.sampling.temperature)  # [b, R]
         return jnp.where(batch.response_mask, rl.kl_estimate(batch.logprobs, logprobs, "k3"), 0), batch.response_mask
 
     return rl.masked_mean(*jax.lax.map(microbatch, rows))

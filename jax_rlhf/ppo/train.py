@@ -15,9 +15,7 @@ from jax_rlhf.cli.model_paths import reward_model, sft_model
 from jax_rlhf.config import RunConfig
 from jax_rlhf.data import DataConfig, Datasets, checked_name, create_datasets, imported, pad_id
 from jax_rlhf.io.printable import printable
-from jax_rlhf.optim.optimizer import with_end
 from jax_rlhf.parallel import (
-    Layout,
     all_rows,
     create_layout,
     held_rows,
@@ -26,7 +24,7 @@ from jax_rlhf.parallel import (
     same_everywhere,
     together,
 )
-from jax_rlhf.ppo.config import PPOConfig
+from jax_rlhf.ppo.config import PPOConfig, resolve
 from jax_rlhf.ppo.engine import RLHFEngine
 from jax_rlhf.ppo.trainer import PPOTrainer
 from jax_rlhf.rewards import OnFailure, RewardFunction, asks_for_special_tokens_of, score_texts
@@ -60,18 +58,19 @@ def run(
     folder = workdir / "ppo"
     layout = create_layout(config.mesh, config.rollout_mesh)
     actor = dataclasses.replace(config.model, path=sft_model(config, workdir))
-    reward = dataclasses.replace(config.reward, path=reward_model(config, workdir))
+    reward = dataclasses.replace(config.reward_model, path=reward_model(config, workdir))
     with Record(folder, config.log, stop, settings=config) as record:
         record.say(f"loading {actor.path}" + (f" and {reward.path}" if reward.path else ""))
-        roles = {"model": actor, "reference": config.reference, "critic": config.critic, "reward": reward}
+        roles = {"model": actor, "reference": config.reference, "critic": config.critic, "reward_model": reward}
         engine = RLHFEngine.create(roles, layout)  # actor, reference, critic, reward
-        settings = _completed(config, engine)
-        trainer = PPOTrainer(engine, settings, reward_functions=named_functions(settings.reward_functions, settings))
+        pad = pad_id(engine.tokenizer, config.data)
+        settings = resolve(config.ppo, config.data, engine.layout, pad_id=pad)
+        trainer = PPOTrainer(engine, settings, reward_functions=named_functions(settings.reward.functions, settings))
         most = config.eval_rows_of("ppo")
         known = engine.models.actor.model.config.vocab_size
         how = {"seed": config.seed, "eval_rows": most, "vocab_size": known}
         prompts = create_datasets(config.data, engine.tokenizer, "ppo", mesh=layout, **how)
-        texts = _texts(config, engine) if settings.ptx_coef else None
+        texts = _texts(config, engine) if settings.loss.ptx_coef else None
         judges = named_functions(settings.eval_functions, settings)
         same_everywhere(prompts.digest, "the data")
         record.says_of(prompts)
@@ -135,70 +134,6 @@ def _inputs(engine: RLHFEngine, prompts: Datasets, texts: Datasets | None) -> di
     return inputs
 
 
-def _completed(config: RunConfig, engine: RLHFEngine) -> PPOConfig:
-    """PPO's settings with what only the run knows: the pad id, and where the schedules end."""
-    settings = config.ppo
-    return dataclasses.replace(
-        with_schedule_ends(settings),
-        microbatch_size=ppo_microbatch(config, engine.layout),
-        pad_id=pad_id(engine.tokenizer, config.data) if settings.pad_id is None else settings.pad_id,
-    )
-
-
-def with_schedule_ends(settings: PPOConfig) -> PPOConfig:
-    """The settings, whose schedules end with the run where they do not say when.
-
-    Args:
-      settings: PPO's; the actor's steps begin after `critic_warmup_iterations`.
-
-    Returns:
-      The settings.
-
-    Raises:
-      ValueError: no iteration is left to the actor.
-    """
-    per_iteration, learning = settings.ppo_epochs * settings.num_minibatches, settings.iterations
-    learning -= settings.critic_warmup_iterations
-    if learning < 1:
-        raise ValueError(
-            f"config.ppo.critic_warmup_iterations={settings.critic_warmup_iterations} leaves the actor none of "
-            f"config.ppo.iterations={settings.iterations}; make it smaller, or have more iterations."
-        )
-    return dataclasses.replace(
-        settings,
-        actor_optimizer=with_end(settings.actor_optimizer, learning * per_iteration),
-        critic_optimizer=with_end(settings.critic_optimizer, settings.iterations * per_iteration),
-    )
-
-
-def ppo_microbatch(config: RunConfig, layout: Layout | None) -> int | None:
-    """Rows whose activations exist at once, the same in every iteration where texts are learned beside (PPO-ptx).
-
-    Args:
-      config: the run's settings.
-      layout: the mesh; None = one device.
-
-    Returns:
-      As configured; with `ptx_coef`, where None is, what suits the longest prompts.
-
-    Raises:
-      ValueError: the sizes do not divide, or the SFT batch cannot be spread over the microbatches; says which would.
-    """
-    settings, data = config.ppo, config.data
-    width = data.max_prompt_tokens if data.prompt_tokens is None else data.prompt_tokens
-    platform = jax.default_backend() if layout is None else layout.platform
-    micro = settings.batch_plan(data.ppo_batch_size, width, layout, platform).microbatch_size
-    if not settings.ptx_coef:
-        return settings.microbatch_size
-    groups = data.ppo_batch_size // micro
-    if data.sft_batch_size % groups:
-        raise ValueError(
-            f"config.data.sft_batch_size={data.sft_batch_size} texts (ptx_coef > 0) cannot be spread over the {groups} "
-            f"microbatches of an iteration; take {groups} or a multiple of it, or a larger config.ppo.microbatch_size."
-        )
-    return micro
-
-
 def _texts(config: RunConfig, engine: RLHFEngine) -> Datasets:
     """The texts of PPO-ptx, one per row."""
     how = {"seed": config.seed, "eos_ids": config.ends(engine), "mesh": engine.layout}
@@ -233,10 +168,10 @@ def named_functions(names: Sequence[str], config: PPOConfig) -> list[RewardFunct
     Raises:
       ValueError: there is none of that name.
     """
-    how = {"timeout": config.reward_timeout, "isolation": config.reward_isolation, "memory_gb": config.reward_memory_gb}
+    how = {"timeout": config.reward.timeout, "isolation": config.reward.isolation, "memory_gb": config.reward.memory_gb}
     functions = []
     for name in names:
-        own = config.reward_isolation == "process"
+        own = config.reward.isolation == "process"
         function = checked_name(name, "config.ppo") if own else imported(name, "config.ppo")
         functions.append(RewardFunction(function, name=name.partition(":")[2], **how))
     return functions
@@ -328,7 +263,7 @@ def _verdicts(
 ) -> np.ndarray:
     """What a judge says of all responses, NaN where it gives None; each process asks it about those that it owns."""
     config, layout = trainer.config, trainer.engine.layout
-    how = OnFailure(config.reward_retries, config.on_reward_failure, config.reward_failure_score)
+    how = OnFailure(config.reward.retries, config.reward.on_failure, config.reward.failure_score)
     held, mine = held_rows(len(answered), layout), owned_rows(len(answered), layout)
     rows = [answered[row] for row in held[mine]]
     columns = {name: [values[row] for row in np.flatnonzero(mine)] for name, values in prompts.columns.items()}

@@ -74,11 +74,11 @@ class PPOTrainer:
         if functions and engine.tokenizer is None:
             raise ValueError("reward functions score texts, and the actor came without a tokenizer to make them.")
         self.engine = engine
-        self.config = _completed(from_mapping(PPOConfig, config or {}, "config.ppo"), engine)
+        self.config = _with_ids(from_mapping(PPOConfig, config or {}, "config.ppo"), engine)
         self.reward_functions = tuple(
-            f if f.timeout else dataclasses.replace(f, timeout=self.config.reward_timeout) for f in functions
+            f if f.timeout else dataclasses.replace(f, timeout=self.config.reward.timeout) for f in functions
         )
-        self.sampling = self.config.sampler
+        self.sampling = self.config.sampling
         if self.sampling.filtered:
             logging.warning(
                 "top_k=%d, top_p=%g narrow what is sampled, while PPO's log-probs are of the whole softmax: the ratios "
@@ -86,7 +86,7 @@ class PPOTrainer:
                 self.sampling.top_k,
                 self.sampling.top_p,
             )
-        if self.config.ema_decay is not None and engine.params.trainable.actor_ema is None:
+        if self.config.actor.ema_decay is not None and engine.params.trainable.actor_ema is None:
             average = jax.tree.map(jnp.copy, engine.params.trainable.actor)
             engine.params = engine.params.replace(trainable=engine.params.trainable.replace(actor_ema=average))
         self.state = create_state(self.config, engine.params.trainable, engine.layout)
@@ -106,7 +106,7 @@ class PPOTrainer:
 
         Raises:
           ValueError: prompts that cannot be sampled from, or a number of rows that cannot be divided as configured.
-          RewardError: a reward function failed more often than config.reward_retries, and that is fatal.
+          RewardError: a reward function failed more often than config.reward.retries, and that is fatal.
         """
         self._started = time.perf_counter()
         engine, models = self.engine, self.engine.models
@@ -169,10 +169,10 @@ class PPOTrainer:
     def _off(self) -> set[str]:
         """Metrics of what is not in use."""
         penalty = {"policy/penalty_coef", "policy/penalty_kl"}
-        off = penalty if self.config.policy_loss == "clip" else {"policy/clipfrac_avg"}
-        if not self.config.ptx_coef:
+        off = penalty if self.config.loss.policy == "clip" else {"policy/clipfrac_avg"}
+        if not self.config.loss.ptx_coef:
             off = off | {"loss/ptx_avg"}
-        return off if self.sampling.filtered or self.config.min_new_tokens else off | {"val/kept_mass"}
+        return off if self.sampling.filtered or self.config.sampling.min_new_tokens else off | {"val/kept_mass"}
 
     def counted_failures(self, prefix: str) -> dict[str, float]:
         """What went wrong with other people's functions since the last call, in all processes; all must call it.
@@ -195,9 +195,9 @@ class PPOTrainer:
         return dataclasses.replace(self.config, microbatch_size=plan.microbatch_size)
 
     def _check_texts(self, texts: Batch | None, groups: int) -> None:
-        if (texts is not None) != (self.config.ptx_coef > 0):
+        if (texts is not None) != (self.config.loss.ptx_coef > 0):
             raise ValueError(
-                f"ptx_coef={self.config.ptx_coef}, and pretraining rows are "
+                f"ptx_coef={self.config.loss.ptx_coef}, and pretraining rows are "
                 f"{'missing' if texts is None else 'given'}: the pretraining loss needs both or neither."
             )
         if texts is not None and len(texts.tokens) % groups:
@@ -249,7 +249,7 @@ class PPOTrainer:
                 [texts[row] for row in mine],
                 [responses[row] for row in mine],
                 {name: [values[row] for row in mine] for name, values in prompts.columns.items()},
-                OnFailure(config.reward_retries, config.on_reward_failure, config.reward_failure_score),
+                OnFailure(config.reward.retries, config.reward.on_failure, config.reward.failure_score),
                 self.failures,
                 completion_ids=[ids[row] for row in mine],
                 chats=None if prompts.chats is None else [prompts.chats[row] for row in mine],
@@ -269,20 +269,20 @@ def in_one_program(models: Models, config: PPOConfig) -> bool:
     """
     decoders = [each.model.config for each in (models.actor, models.reference, models.critic, models.reward) if each]
     cudnn = any(decoder.attention == "flash" and decoder.platform == "gpu" for decoder in decoders)
-    return not (config.reward_functions or config.time_phases or cudnn)
+    return not (config.reward.functions or config.time_phases or cudnn)
 
 
 _fold_in = jax.jit(jax.random.fold_in)
 
 
-def _completed(config: PPOConfig, engine: RLHFEngine) -> PPOConfig:
-    """The config with the ids that the tokenizer or the checkpoint know."""
-    eos_ids, pad_id = config.eos_ids, config.pad_id
+def _with_ids(config: PPOConfig, engine: RLHFEngine) -> PPOConfig:
+    """The settings with the ids that the tokenizer or the checkpoint know."""
+    eos_ids, pad_id = config.sampling.eos_ids, config.sampling.pad_id
     if eos_ids is None:
         eos_ids = end_ids(engine.tokenizer, engine.generation_config)
         if not eos_ids:
-            logging.warning("no EOS id is known: every response fills max_new_tokens. Set config.ppo.eos_ids.")
+            logging.warning("no EOS id is known: every response fills max_new_tokens. Set ppo.sampling.eos_ids.")
     if pad_id is None:
         pad_id = getattr(engine.tokenizer, "pad_token_id", None)
         pad_id = (eos_ids[0] if eos_ids else 0) if pad_id is None else pad_id
-    return dataclasses.replace(config, eos_ids=eos_ids, pad_id=pad_id)
+    return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, eos_ids=eos_ids, pad_id=pad_id))

@@ -7,39 +7,39 @@ from jax_rlhf.optim.optimizer import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RewardTrainingConfig:
-    """The reward phase.
+class RewardConfig:
+    """The reward phase."""
 
-    Attributes:
-      path: the checkpoint that the reward model starts from; None = the SFT phase's model.
-      revision: of a hub id.
-      num_layers: how many of its layers to keep, from the bottom; None = all.
-      trainable_layers: from the top; None = all parameters train.
-      epochs, steps, microbatch_size, eval_every: as in the SFT phase; a microbatch is of pairs.
-      loss: "bradley_terry", on the scores of whole answers, or "token", DeepSpeed-Chat's.
-      compare: "pairs", or "all": each chosen with every rejected of the batch, for texts with labels.
-      head_learning_rate: of the scalar head; None = as all else.
-      normalize_rows: responses of the SFT policy on which scores are brought to mean 0 and deviation 1; 0 = not.
-      optimizer: see `OptimizerConfig`.
-    """
-
-    path: str | None = None
-    revision: str | None = None
+    start_from: str | None = None
+    """The checkpoint that the reward model starts from; None = the SFT phase's model."""
+    start_revision: str | None = None
+    """Of a hub id."""
     num_layers: int | None = None
+    """How many of its layers to keep, from the bottom; None = all."""
     trainable_layers: int | None = None
+    """From the top; None = all parameters train."""
     epochs: float = 1.0
+    """As in the SFT phase; a microbatch is of pairs."""
     steps: int | None = None
+    """As in the SFT phase; a microbatch is of pairs."""
     microbatch_size: int | None = None
+    """As in the SFT phase; a microbatch is of pairs."""
     eval_every: int = 0
+    """As in the SFT phase; a microbatch is of pairs."""
     loss: Literal["bradley_terry", "token"] = "bradley_terry"
+    """"bradley_terry", on the scores of whole answers, or "token", DeepSpeed-Chat's."""
     compare: Literal["pairs", "all"] = "pairs"
+    """"pairs", or "all": each chosen with every rejected of the batch, for texts with labels."""
     head_learning_rate: float | None = None
+    """Of the scalar head; None = as all else."""
     normalize_rows: int = 256
+    """Responses of the SFT policy on which scores are brought to mean 0 and deviation 1; 0 = not."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
+    """See `OptimizerConfig`."""
 
     def __post_init__(self) -> None:
         if self.loss == "token" and self.compare == "all":
             raise ValueError(
-                'config.reward_training: loss="token" compares the two answers of a pair, token by token; '
+                'config.reward: loss="token" compares the two answers of a pair, token by token; '
                 'compare="all" is for loss="bradley_terry".'
             )

@@ -19,10 +19,9 @@ from jax_rlhf.hub.model_config import load_model, sampled_ids
 from jax_rlhf.models import Decoder, model_jit
 from jax_rlhf.models.split import SplitModel, SplitParams, text_scores
 from jax_rlhf.optim.microbatches import plan_batch
-from jax_rlhf.optim.optimizer import with_end
 from jax_rlhf.optim.supervised import Supervised
 from jax_rlhf.parallel import Layout, create_layout, map_row_groups, put_rows, same_everywhere
-from jax_rlhf.reward.config import RewardTrainingConfig
+from jax_rlhf.reward.config import RewardConfig
 from jax_rlhf.reward.loss import RewardLoss, pair_scores, reward_start
 from jax_rlhf.runtime.manifest import export_model
 from jax_rlhf.runtime.preemption import StopSignals
@@ -34,7 +33,7 @@ from jax_rlhf.sampling import sample
 def run(
     config: RunConfig, workdir: Path, *, stop: StopSignals | None = None, accept_changes: bool = False
 ) -> dict[str, float]:
-    """The reward phase: config.reward_training.path, or the SFT policy → <workdir>/reward/model.
+    """The reward phase: config.reward.start_from, or the SFT policy → <workdir>/reward/model.
 
     Args:
       config: the run's settings.
@@ -48,9 +47,9 @@ def run(
       ValueError, FileNotFoundError, CheckpointError: a setting, the data or a checkpoint cannot be used.
       Stopped: it was asked to stop, and can go on.
     """
-    settings, folder = config.reward_training, workdir / "reward"
+    settings, folder = config.reward, workdir / "reward"
     layout = create_layout(config.mesh, config.rollout_mesh)
-    path = settings.path or sft_model(config, workdir)
+    path = settings.start_from or sft_model(config, workdir)
     policy_path = sft_model(config, workdir) if settings.normalize_rows else None
     with Record(folder, config.log, stop, settings=config) as record:
         record.say(f"loading {path}")
@@ -108,12 +107,12 @@ def run(
 
 def _start(config: RunConfig, path: str, layout: Layout | None) -> Pretrained:
     """The model that becomes a reward model: with its own scalar head, or a new random one."""
-    settings, key = config.reward_training, jax.random.key(config.seed)
-    start = dataclasses.replace(config.model, path=path, revision=settings.revision)
+    settings, key = config.reward, jax.random.key(config.seed)
+    start = dataclasses.replace(config.model, path=path, revision=settings.start_revision)
     return reward_start(load_model(start, "scalar", layout, key=key), settings.num_layers, key)
 
 
-def how_to_train(settings: RewardTrainingConfig, model: Decoder, batch_size: int, steps: int) -> Supervised:
+def how_to_train(settings: RewardConfig, model: Decoder, batch_size: int, steps: int) -> Supervised:
     """The update as the settings want it.
 
     Args:
@@ -128,16 +127,16 @@ def how_to_train(settings: RewardTrainingConfig, model: Decoder, batch_size: int
     Raises:
       ValueError: a batch that cannot be cut as configured.
     """
-    plan = plan_batch(batch_size, settings.microbatch_size, model.config.layout, where="config.reward_training")
+    plan = plan_batch(batch_size, settings.microbatch_size, model.config.layout, where="config.reward")
     how = Supervised(
         network=SplitModel(model, settings.trainable_layers),
         loss=RewardLoss(settings.loss, settings.compare),
-        optimizer=with_end(settings.optimizer, steps),
+        optimizer=settings.optimizer.with_end(steps),
         head_learning_rate=settings.head_learning_rate,
         microbatches=plan.microbatches,
     )
     if settings.compare == "all" and how.microbatches > 1:
-        raise ValueError('config.reward_training.compare="all" compares within a whole batch: no microbatch_size.')
+        raise ValueError('config.reward.compare="all" compares within a whole batch: no microbatch_size.')
     return how
 
 
@@ -179,7 +178,7 @@ def _policy_scores(
     answering = policy.model.clone(config=sampled_ids(policy.model.config, policy.tokenizer, known))  # ids of both
     decode = functools.partial(policy.tokenizer.decode, skip_special_tokens=True)
     scores, ended, rows = [], [], []
-    for step in record.watched(range(-(-config.reward_training.normalize_rows // prompts.batch_size)), "scoring"):
+    for step in record.watched(range(-(-config.reward.normalize_rows // prompts.batch_size)), "scoring"):
         batch = prompts.train[step]
         tokens, mask, row_ids = put_rows((batch.tokens, batch.mask, batch.row_ids), layout)
         samples = sample(
@@ -188,11 +187,11 @@ def _policy_scores(
             tokens,
             mask,
             jax.random.fold_in(jax.random.key(config.seed), step),
-            max_new_tokens=ppo.max_new_tokens,
-            min_new_tokens=ppo.min_new_tokens,
-            temperature=ppo.temperature,
-            top_k=ppo.top_k,
-            top_p=ppo.top_p,
+            max_new_tokens=ppo.sampling.max_new_tokens,
+            min_new_tokens=ppo.sampling.min_new_tokens,
+            temperature=ppo.sampling.temperature,
+            top_k=ppo.sampling.top_k,
+            top_p=ppo.sampling.top_p,
             eos_id=ends,
             row_ids=row_ids,
         )

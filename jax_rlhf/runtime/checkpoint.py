@@ -31,25 +31,22 @@ from jax_rlhf.runtime.notes import DamagedError, first_line, read_notes, reading
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When a phase's state is saved, and what is kept.
-
-    Attributes:
-      every: steps (PPO: iterations) between checkpoints; 0 = by time alone.
-      minutes: so long after the last one comes the next; None = by steps alone. The end of a phase and a stop that was
-        asked for have one in any case.
-      keep: the last so many.
-      keep_every: those of steps that this divides stay as well; 0 = none.
-      best: a metric of evaluations, such as "eval/score": the checkpoint where it was best stays as well; None = none.
-      best_mode: whether the highest ("max") or the lowest ("min") is best; None = the lowest of what is called loss or
-        perplexity, the highest of all else.
-    """
+    """When a phase's state is saved, and what is kept."""
 
     every: int = 0
+    """Steps (PPO: iterations) between checkpoints; 0 = by time alone."""
     minutes: float | None = 15.0
+    """So long after the last one comes the next; None = by steps alone. The end of a phase and a stop that was asked
+    for have one in any case."""
     keep: int = 2
+    """The last so many."""
     keep_every: int = 0
+    """Those of steps that this divides stay as well; 0 = none."""
     best: str | None = None
+    """A metric of evaluations, such as "eval/score": the checkpoint where it was best stays as well; None = none."""
     best_mode: Literal["max", "min"] | None = None
+    """Whether the highest ("max") or the lowest ("min") is best; None = the lowest of what is called loss or
+    perplexity, the highest of all else."""
 
     def __post_init__(self) -> None:
         for name, least in (("every", 0), ("keep", 1), ("keep_every", 0)):

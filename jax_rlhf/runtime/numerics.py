@@ -35,7 +35,7 @@ def check_step(config: RunConfig, record: Record, step: int, metrics: Mapping[st
       Whether the step was a good one, fit for a checkpoint.
 
     Raises:
-      FaultError: bad steps in a row, or a passed limit where config.ppo.on_limit="stop".
+      FaultError: bad steps in a row, or a passed limit where config.ppo.limits.action="stop".
     """
     bad_steps = int(metrics.get("val/bad_steps", metrics.get("bad_steps", 0)))
     passed = [name for name in ("limit/kl", "limit/ratio") if metrics.get(name)]
@@ -44,15 +44,17 @@ def check_step(config: RunConfig, record: Record, step: int, metrics: Mapping[st
             f"{bad_steps} steps in a row had a loss, gradient or reward that is not finite; their updates were left out"
         )
         mend = "a lower learning rate, data and rewards without such numbers; --config.debug=true says where they arise"
-    elif passed and config.ppo.on_limit == "stop":
+    elif passed and config.ppo.limits.action == "stop":
         numbers = {"limit/kl": "objective/kl", "limit/ratio": "val/largest_ratio_gap"}
-        limits = {"limit/kl": config.ppo.kl_limit, "limit/ratio": config.ppo.ratio_limit}
+        limits = {"limit/kl": config.ppo.limits.kl, "limit/ratio": config.ppo.limits.ratio}
         why = "; ".join(
             f"{numbers[name]}={metrics[numbers[name]]:.4g}, config.ppo.{name.replace('limit/', '')}_limit="
             f"{limits[name]:g}"
             for name in passed
         )
-        mend = "a lower learning rate, a higher kl_coef, fewer ppo_epochs; or config.ppo.on_limit=lower_lr"
+        mend = (
+            "a lower learning rate, a higher config.ppo.kl.coef, fewer ppo_epochs; or config.ppo.limits.action=lower_lr"
+        )
     else:
         return not bad_steps
     with together("writing the offending batch"):

@@ -79,7 +79,7 @@ class Progress:
         self._evaluated, self._metric = True, None
         watched = dataclasses.replace(config.watchdog, action="warn") if self._may_pause(config) else config.watchdog
         signs = [lambda: record.beats, self._is_being_put_up, *signs]
-        self.watchdog = Watchdog(watched, record.folder, signs, record.say, longest_call=config.ppo.reward_timeout)
+        self.watchdog = Watchdog(watched, record.folder, signs, record.say, longest_call=config.ppo.reward.timeout)
 
     @staticmethod
     def _may_pause(config: RunConfig) -> bool:

@@ -32,17 +32,14 @@ _CONTROL = re.compile(r"\r|\x1b\[[0-9;]*[A-Za-z]")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """Where metrics go, beside metrics.jsonl.
-
-    Attributes:
-      tensorboard: TensorBoard files under <phase>/tensorboard.
-      wandb_project: Weights & Biases, which must be installed; None = not.
-      table_rows: samples shown on the screen, before and after.
-    """
+    """Where metrics go, beside metrics.jsonl."""
 
     tensorboard: bool = True
+    """TensorBoard files under <phase>/tensorboard."""
     wandb_project: str | None = None
+    """Weights & Biases, which must be installed; None = not."""
     table_rows: int = 4
+    """Samples shown on the screen, before and after."""
 
 
 class Record:

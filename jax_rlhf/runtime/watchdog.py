@@ -32,17 +32,14 @@ STALLED = 75
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WatchdogConfig:
-    """When a run counts as standing still: no step, batch, reward or byte of a checkpoint.
-
-    Attributes:
-      factor: so many times the median of a phase's last steps.
-      minutes: but never sooner; a step compiles when its width first comes.
-      action: "exit": with code 75, after which launch scripts start the run again; "warn": say so and wait; "off".
-    """
+    """When a run counts as standing still: no step, batch, reward or byte of a checkpoint."""
 
     factor: float = 20.0
+    """So many times the median of a phase's last steps."""
     minutes: float = 30.0
+    """But never sooner; a step compiles when its width first comes."""
     action: Literal["exit", "warn", "off"] = "exit"
+    """"exit": with code 75, after which launch scripts start the run again; "warn": say so and wait; "off"."""
 
     def __post_init__(self) -> None:
         if not (self.factor >= 1 and self.minutes > 0):

@@ -29,7 +29,7 @@ _FREE = (
     "max_bad_steps",
     "debug",
 )  # may differ from run to run in one workdir
-_OF_A_PHASE = {"sft": "sft", "reward_training": "reward", "ppo": "ppo"}  # a section → the phase that it alone concerns
+_OF_A_PHASE = {"sft": "sft", "reward": "reward", "ppo": "ppo"}  # a section → the phase that it alone concerns
 _OF_THE_MACHINE = (
     "mesh",
     "rollout_mesh",
@@ -83,8 +83,8 @@ def open_workdir(
         if refused and not accept_changes:
             raise WorkdirError(
                 f"{workdir} belongs to a run of another config: {'; '.join(refused[:8])}. {lost}Take another --workdir "
-                "(earlier results are found with --config.sft_model_path and --config.reward.path), --overwrite to "
-                f"repeat {', '.join(phases)} here, or --accept_changes to go on all the same."
+                "(earlier results are found with --config.sft_model_path and --config.reward_model.path), --overwrite "
+                f"to repeat {', '.join(phases)} here, or --accept_changes to go on all the same."
             )
     workdir.mkdir(parents=True, exist_ok=True)
     if overwrite:

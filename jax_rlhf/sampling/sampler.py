@@ -56,25 +56,24 @@ class Samples:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to sample.
+    """How responses are sampled."""
 
-    Attributes:
-      max_new_tokens: R.
-      min_new_tokens: before so many tokens EOS is not drawn.
-      temperature: τ > 0, what logits are divided by.
-      top_k: draw among the k likeliest tokens; 0 = all, 1 = greedy.
-      top_p: draw among the fewest tokens that hold this probability; 1 = all.
-      eos_ids: any of these ends a response.
-      pad_id: what stands after the end.
-    """
-
-    max_new_tokens: int
+    max_new_tokens: int = 128
+    """R, the longest response, in tokens."""
     min_new_tokens: int = 0
+    """Before so many tokens EOS is not drawn."""
     temperature: float = 1.0
+    """τ > 0, what logits are divided by, in sampling and in every log-prob."""
     top_k: int = 0
+    """Draw among the k likeliest tokens; 0 = all, 1 = greedy. Leave it off in PPO: log-probs are of the unfiltered
+    softmax, so that ratios would be of a distribution that was not sampled from; `val/kept_mass` says how far off."""
     top_p: float = 1.0
-    eos_ids: tuple[int, ...] = ()
-    pad_id: int = 0
+    """Draw among the fewest tokens that hold this probability; 1 = all. Leave it off in PPO, as `top_k`."""
+    eos_ids: tuple[int, ...] | None = None
+    """Any of these ids ends a response; None = those of the tokenizer and of the checkpoint's generation_config (of
+    `jax_rlhf.sample`: none)."""
+    pad_id: int | None = None
+    """Stands after the end of a response; None = the tokenizer's pad, else an EOS (of `jax_rlhf.sample`: 0)."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -182,7 +181,7 @@ def check_prompts(model: Decoder, prompt_mask: np.ndarray, sampling: Sampling) -
     if ragged.any():
         raise ValueError(f"prompt {int(np.argmax(ragged))} is not padded on the left only (tokenizer.padding_side).")
     check_positions(config, lengths, sampling.max_new_tokens, run=sampling.max_new_tokens - 1)  # not over the last one
-    outside = [eos for eos in sampling.eos_ids if not 0 <= eos < config.vocab_size]
+    outside = [eos for eos in sampling.eos_ids or () if not 0 <= eos < config.vocab_size]
     if outside:
         raise ValueError(f"eos_id {outside[0]} is not among the model's {config.vocab_size} tokens.")
 
@@ -288,7 +287,7 @@ def rollout(model: Decoder, params: Params, prompts: Prompts, key: Array, sampli
             cache=cache,
             token=jnp.zeros(batch, jnp.int32),
             real=jnp.zeros(batch, bool),
-            tokens=jnp.full((batch, length), sampling.pad_id, jnp.int32),
+            tokens=jnp.full((batch, length), sampling.pad_id or 0, jnp.int32),
             mask=jnp.zeros((batch, length), bool),
             logprobs=jnp.zeros((batch, length), jnp.float32),
             kept_mass=jnp.zeros((batch, length), jnp.float32),
@@ -307,7 +306,7 @@ def _make_draw(
     head: Callable[[Array], Array], key: Array, row_ids: Array, sampling: Sampling, layout: Layout | None
 ) -> Callable[[_Decoding], _Decoding]:
     """draw(state): draws token `index` of every row from `hidden`."""
-    row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_ids)
+    row_keys, eos_ids = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_ids), sampling.eos_ids or ()
 
     def draw(state: _Decoding) -> _Decoding:
         index, running = state.index, state.running
@@ -316,12 +315,13 @@ def _make_draw(
         logits = constrained(logits, layout, "drawn_rows", None)
         keys = jax.vmap(lambda row_key: jax.random.fold_in(row_key, index))(row_keys)
         ban = index < sampling.min_new_tokens if sampling.min_new_tokens else False
-        drawn = draw_tokens(logits, keys, top_k=sampling.top_k, top_p=sampling.top_p, banned=sampling.eos_ids, ban=ban)
+        filters = {"top_k": sampling.top_k, "top_p": sampling.top_p, "banned": eos_ids, "ban": ban}
+        drawn = draw_tokens(logits, keys, **filters)
         drawn = jax.tree.map(lambda x: constrained(x, layout, "rows"), drawn)
-        tokens = jnp.where(running, drawn.tokens, sampling.pad_id)  # [B]
+        tokens = jnp.where(running, drawn.tokens, sampling.pad_id or 0)  # [B]
         return state.replace(
             index=index + 1,
-            running=running & ~jnp.isin(tokens, jnp.asarray(sampling.eos_ids, jnp.int32)),
+            running=running & ~jnp.isin(tokens, jnp.asarray(eos_ids, jnp.int32)),
             token=tokens,
             real=running,
             tokens=state.tokens.at[:, index].set(tokens),

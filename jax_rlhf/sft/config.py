@@ -8,24 +8,21 @@ from jax_rlhf.optim.optimizer import OptimizerConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTConfig:
-    """The SFT phase.
-
-    Attributes:
-      epochs: passes over the data, where `steps` is None.
-      steps: optimizer steps; None = `epochs`.
-      loss_on: tokens of "completion"s, or "all", prompts too.
-      microbatch_size: rows whose activations exist at once, on all devices together; None = the whole batch.
-      eval_every: steps between evaluations on held-out rows; 0 = only before the first and after the last.
-      sample_rows: held-out prompts that the trained model answers, into samples.jsonl; 0 = none.
-      sample_tokens: longest answer to those, in tokens.
-      optimizer: see `OptimizerConfig`.
-    """
+    """The SFT phase."""
 
     epochs: float = 1.0
+    """Passes over the data, where `steps` is None."""
     steps: int | None = None
+    """Optimizer steps; None = `epochs`."""
     loss_on: Literal["completion", "all"] = "completion"
+    """Tokens of "completion"s, or "all", prompts too."""
     microbatch_size: int | None = None
+    """Rows whose activations exist at once, on all devices together; None = the whole batch."""
     eval_every: int = 0
+    """Steps between evaluations on held-out rows; 0 = only before the first and after the last."""
     sample_rows: int = 8
+    """Held-out prompts that the trained model answers, into samples.jsonl; 0 = none."""
     sample_tokens: int = 64
+    """Longest answer to those, in tokens."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=2e-5))
+    """See `OptimizerConfig`."""

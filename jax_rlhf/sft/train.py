@@ -15,7 +15,6 @@ from jax_rlhf.hub.model_config import load_model, sampled_ids
 from jax_rlhf.models import Decoder
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.optim.microbatches import plan_batch
-from jax_rlhf.optim.optimizer import with_end
 from jax_rlhf.optim.supervised import Supervised
 from jax_rlhf.parallel import create_layout, gather_to_host, same_everywhere
 from jax_rlhf.runtime.manifest import export_model
@@ -115,7 +114,7 @@ def how_to_train(config: RunConfig, model: Decoder, batch_size: int, steps: int)
     return Supervised(
         network=SplitModel(model, config.model.trainable_layers),
         loss=SFTLoss(settings.loss_on),
-        optimizer=with_end(settings.optimizer, steps),
+        optimizer=settings.optimizer.with_end(steps),
         microbatches=plan.microbatches,
     )
 

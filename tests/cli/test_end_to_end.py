@@ -23,8 +23,8 @@ from tests.cli import tiny
 def get_config():
     config = tiny.config(Path({folder!r}))
     # Away from the defaults, so that it shows where a phase takes another phase's setting, or none.
-    config.ppo.temperature, config.ppo.top_k, config.ppo.top_p, config.ppo.min_new_tokens = 1.5, 3, 0.9, 2
-    config.ppo.ema_decay, config.reward_training.normalize_rows, config.sft.sample_rows = 0.75, 64, 3
+    config.ppo.sampling.update(temperature=1.5, top_k=3, top_p=0.9, min_new_tokens=2)
+    config.ppo.actor.ema_decay, config.reward.normalize_rows, config.sft.sample_rows = 0.75, 64, 3
     config.seed = 4
     return config
 """
@@ -256,16 +256,16 @@ def test_the_same_command_again_has_nothing_to_do(whole):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--config.ppo.kl_coef=0.5"], "belongs to a run of another config: config.ppo.kl_coef was 0.05 and is 0.5"),
-        (["--config.ppo.kl_cof=0.5"], "config.ppo.kl_cof: there is no such field; did you mean config.ppo.kl_coef"),
-        pytest.param(["--config.pppo.kl_coef=0.5"], "did you mean config.ppo.kl_coef", marks=pytest.mark.slow),
+        (["--config.ppo.kl.coef=0.5"], "belongs to a run of another config: config.ppo.kl.coef was 0.05 and is 0.5"),
+        (["--config.ppo.kl_cof=0.5"], "config.ppo.kl_cof: there is no such field; did you mean config.ppo.kl.coef"),
+        pytest.param(["--config.pppo.kl_coef=0.5"], "did you mean config.ppo.kl.coef", marks=pytest.mark.slow),
         pytest.param(
             ["--config.sft.steps=many"], "config.sft.steps='many': int or None is expected", marks=pytest.mark.slow
         ),
         (["--config.ppo.iterations=many"], "--config.ppo.iterations=many: invalid literal for int()"),
         pytest.param(
-            ["--config.reward_training.num_layers=None"],
-            "config.reward_training.num_layers was 2 and is None",
+            ["--config.reward.num_layers=None"],
+            "config.reward.num_layers was 2 and is None",
             marks=pytest.mark.slow,
         ),
         (["--config.phases=sft", "--overwrite"], "was made from what --overwrite deletes"),
@@ -281,21 +281,21 @@ def test_a_wrong_command_stops_at_once(whole, flags, message):
     assert message in errors.splitlines()[-1]
 
 
-JUDGED = ("--config.phases=ppo", "--config.ppo.iterations=2", "--config.ppo.reward_retries=0")
+JUDGED = ("--config.phases=ppo", "--config.ppo.iterations=2", "--config.ppo.reward.retries=0")
 
 
 @pytest.mark.parametrize(
     ("judge", "flags", "code", "said"),
     [
-        ("lengths", ["--config.ppo.reward_isolation=process"], 0, ""),
-        ("exits", ["--config.ppo.reward_timeout=None"], 1, "it ended with SystemExit"),
+        ("lengths", ["--config.ppo.reward.isolation=process"], 0, ""),
+        ("exits", ["--config.ppo.reward.timeout=None"], 1, "it ended with SystemExit"),
     ],
 )
 def test_what_a_reward_function_does_to_its_process_is_no_end_of_the_run(tmp_path, judge, flags, code, said):
     tiny.config(tmp_path)
     names = (
         f"--config.sft_model_path={tmp_path / 'base'}",
-        f"--config.ppo.reward_functions=tests.rewards.judges:{judge}",
+        f"--config.ppo.reward.functions=tests.rewards.judges:{judge}",
     )
     found, _, errors = run(tmp_path, *JUDGED, *names, *flags)
     assert found == code, errors[-3000:]
@@ -391,7 +391,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     """In a reward function that never returns."""
     flags = ("--config.phases=ppo", f"--config.sft_model_path={tmp_path / 'base'}")
     process = subprocess.Popen(
-        command(tmp_path, *flags, "--config.ppo.reward_functions=tests.cli.test_end_to_end:never"),
+        command(tmp_path, *flags, "--config.ppo.reward.functions=tests.cli.test_end_to_end:never"),
         cwd=tmp_path,
         env=environment(),
         stdout=subprocess.PIPE,

@@ -89,8 +89,8 @@ def test_lists_of_other_fields(parsed):
     settings = parsed(
         "--config=ppo",
         "--config.phases=sft,reward,ppo",
-        "--config.ppo.reward_functions=a.b:f,c:g",
-        "--config.ppo.eos_ids=2,7",
+        "--config.ppo.reward.functions=a.b:f,c:g",
+        "--config.ppo.sampling.eos_ids=2,7",
         "--config.data.paths=a b.jsonl",
         "--config.data.paths=c.jsonl,d.jsonl",
         "--config.data.weights=3,1.5,1",
@@ -98,13 +98,13 @@ def test_lists_of_other_fields(parsed):
         "--config.mesh.rules=mlp=tensor+fsdp,embed=",
     )
     assert settings.phases == ("sft", "reward", "ppo")
-    assert settings.ppo.reward_functions == ("a.b:f", "c:g")
-    assert settings.ppo.eos_ids == (2, 7)
+    assert settings.ppo.reward.functions == ("a.b:f", "c:g")
+    assert settings.ppo.sampling.eos_ids == (2, 7)
     assert settings.data.paths == ("a b.jsonl", "c.jsonl", "d.jsonl")  # given twice, they add up
     assert settings.data.weights == (3.0, 1.5, 1.0)
     assert settings.data.length_buckets == (64, 128)
     assert settings.mesh.rules == ("mlp=tensor+fsdp", "embed=")
-    assert parsed("--config=ppo", "--config.ppo.eos_ids=None").ppo.eos_ids is None
+    assert parsed("--config=ppo", "--config.ppo.sampling.eos_ids=None").ppo.sampling.eos_ids is None
     assert parsed("--config=ppo").phases == ("ppo",)
 
 
@@ -124,11 +124,11 @@ def test_a_comma_in_a_config_file_s_own_list_is_part_of_the_element():
             ["--config=ppo", "--config.ppo.kl_cof=1"],
             "config.ppo.kl_cof: there is no such field; did you mean config.ppo.kl_",
         ),
-        (["--config=ppo", "--config.kl_coef=1"], "did you mean config.ppo.kl_coef"),
+        (["--config=ppo", "--config.kl_coef=1"], "did you mean config.ppo.kl.coef"),
         (
             ["--config=sft", "--config.learning_rate=1"],
-            "did you mean config.ppo.actor_optimizer.learning_rate or config.ppo.critic_optimizer.learning_rate or "
-            "config.reward_training.optimizer.learning_rate or config.sft.optimizer.learning_rate?",
+            "did you mean config.ppo.actor.optimizer.learning_rate or config.ppo.critic.optimizer.learning_rate or "
+            "config.reward.optimizer.learning_rate or config.sft.optimizer.learning_rate?",
         ),
         (["--config=ppo", "--config.model.lora_rank=8"], "LoRA and other adapters: not in this project yet"),
         (["--config=ppo", "--noconfig.model.load_in_4bit"], "quantized training: not in this project yet"),

@@ -15,7 +15,7 @@ from tests.cli import test_end_to_end as alone
 
 PHASES = ("sft", "reward", "ppo")
 TIMES = ("time", "second", "eps")
-LONG = ("--config.sft.steps=60", "--config.reward_training.steps=60", "--config.ppo.iterations=250")
+LONG = ("--config.sft.steps=60", "--config.reward.steps=60", "--config.ppo.iterations=250")
 
 
 def start(folder, *flags):

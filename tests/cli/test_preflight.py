@@ -61,22 +61,22 @@ def set_field(config, path, value):
     [
         ({"model.path": "/nowhere"}, "/nowhere: no such file or folder"),
         ({"model.trainable_layers": 9}, "config.model.trainable_layers=9 must lie within 1 and the model's 3 layers"),
-        ({"reward_training.num_layers": 5}, "config.reward_training.num_layers=5 must lie"),
-        ({"reward_training.trainable_layers": 3}, "must lie within 1 and the model's 2 layers"),
+        ({"reward.num_layers": 5}, "config.reward.num_layers=5 must lie"),
+        ({"reward.trainable_layers": 3}, "must lie within 1 and the model's 2 layers"),
         ({"critic.trainable_layers": 3}, "config.critic.trainable_layers=3 must lie within 1 and the model's 2 layers"),
         ({"ppo.microbatch_size": 5}, r"config.ppo.microbatch_size=5 does not divide a batch of 8 rows"),
-        ({"reward_training.loss": "token", "reward_training.compare": "all"}, 'compare="all" is for loss="bradley'),
-        ({"ppo.actor_optimizer.schedule": "linear", "ppo.actor_optimizer.warmup_steps": 12}, "config.ppo.actor_optim"),
+        ({"reward.loss": "token", "reward.compare": "all"}, 'compare="all" is for loss="bradley'),
+        ({"ppo.actor.optimizer.schedule": "linear", "ppo.actor.optimizer.warmup_steps": 12}, "config.ppo.actor_optim"),
         ({"phases": ("ppo",)}, r"sft/model is missing: run the sft phase first \(--config.phases=sft,ppo does both\)"),
         ({"phases": ("sft", "ppo")}, "reward/model is missing: run the reward phase first"),
         ({"sft.microbatch_size": 5}, r"config.sft.microbatch_size=5 does not divide a batch of 16 rows.*8, 16"),
         ({"data.ppo_batch_size": 12}, r"ppo_batch_size=12 is no multiple of config.ppo.num_minibatches=2 × .* 16 or"),
         ({"data.ppo_batch_size": 160}, "the ppo phase has 90 rows, fewer than a batch of 160"),
         ({"data.paths": ("gone.jsonl",)}, "'gone.jsonl' is no file or folder here"),
-        ({"ppo.reward_functions": ("tests.cli.tiny:nobody",)}, "cannot be imported"),
+        ({"ppo.reward.functions": ("tests.cli.tiny:nobody",)}, "cannot be imported"),
         ({"mesh.data": 3}, "data=3 × fsdp=-1 × tensor=1 is not the 8 devices that there are"),
-        ({"ppo.clip_range": -1.0}, "clip_range=-1.0 must be 0 or more"),
-        ({"ppo.critic_warmup_iterations": 3}, "critic_warmup_iterations=3 leaves the actor none of .*iterations=3"),
+        ({"ppo.loss.clip_range": -1.0}, "clip_range=-1.0 must be 0 or more"),
+        ({"ppo.critic.warmup_iterations": 3}, "critic_warmup_iterations=3 leaves the actor none of .*iterations=3"),
         ({"critic.revision": "main"}, r"config.critic.revision='main' is of a hub id; set config.critic.path too"),
     ],
 )
@@ -88,9 +88,9 @@ def test_what_cannot_work_is_said_at_the_start(config, tmp_path, changes, messag
 
 
 def test_texts_learned_beside_ppo_must_fit_its_microbatches(config, tmp_path):
-    config.phases, config.sft_model_path, config.reward.path = ("ppo",), config.model.path, None
-    config.reward.path = tiny.checkpoint(tmp_path / "reward", head="scalar")
-    config.ppo.ptx_coef, config.data.sft_batch_size = 1.0, 15
+    config.phases, config.sft_model_path, config.reward_model.path = ("ppo",), config.model.path, None
+    config.reward_model.path = tiny.checkpoint(tmp_path / "reward", head="scalar")
+    config.ppo.loss.ptx_coef, config.data.sft_batch_size = 1.0, 15
     with pytest.raises(ValueError, match=r"sft_batch_size=15 texts .* cannot be spread over the 2 microbatches"):
         check(config, tmp_path)
 
@@ -108,25 +108,25 @@ def test_what_overwriting_would_delete_is_no_input(config, tmp_path):
 
 
 def test_a_reward_model_of_another_vocabulary(config, tmp_path):
-    config.reward.path = tiny.checkpoint(tmp_path / "small", vocabulary=20, head="scalar")
-    with pytest.raises(ValueError, match=r"config.reward.path=.* has another vocabulary than config.model.path"):
+    config.reward_model.path = tiny.checkpoint(tmp_path / "small", vocabulary=20, head="scalar")
+    with pytest.raises(ValueError, match=r"config.reward_model.path=.* has another vocabulary than config.model.path"):
         check(config, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("field", "phases", "message"),
     [
-        ("reward.path", ("ppo",), "config.reward.path=.* is a language model: it has no scalar head"),
-        ("reward.path", ("sft", "reward", "ppo"), "config.reward.path=.* is a language model"),
+        ("reward_model.path", ("ppo",), "config.reward_model.path=.* is a language model: it has no scalar head"),
+        ("reward_model.path", ("sft", "reward", "ppo"), "config.reward_model.path=.* is a language model"),
         ("sft_model_path", ("ppo",), "is a reward model or a critic"),
         ("reference.path", ("sft", "reward", "ppo"), "is a reward model or a critic"),
         ("model.path", ("sft",), "is a reward model or a critic"),
     ],
 )
 def test_a_checkpoint_with_the_wrong_head_is_said_at_the_start(config, tmp_path, field, phases, message):
-    head = "lm" if field == "reward.path" else "scalar"
+    head = "lm" if field == "reward_model.path" else "scalar"
     config.phases, config.sft_model_path = phases, config.model.path
-    config.ppo.reward_functions = ("tests.cli.tiny:count_a",)
+    config.ppo.reward.functions = ("tests.cli.tiny:count_a",)
     set_field(config, field, tiny.checkpoint(tmp_path / "other", head=head, tied=False))
     with pytest.raises((ValueError, CheckpointError), match=message):
         check(config, tmp_path)
@@ -135,13 +135,13 @@ def test_a_checkpoint_with_the_wrong_head_is_said_at_the_start(config, tmp_path,
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_reward_model_is_trained_further_with_its_own_head(config, tmp_path, capsys, tied):
     """Its biases stay where scores are not normalised anew."""
-    config.reward_training.path = tiny.checkpoint(tmp_path / "reward", head="scalar", tied=tied, reward_bias=0.5)
-    config.reward_training.num_layers, config.reward_training.normalize_rows = None, 0
-    config.reward_training.optimizer.learning_rate, config.phases = 0.0, ("reward",)
+    config.reward.start_from = tiny.checkpoint(tmp_path / "reward", head="scalar", tied=tied, reward_bias=0.5)
+    config.reward.num_layers, config.reward.normalize_rows = None, 0
+    config.reward.optimizer.learning_rate, config.phases = 0.0, ("reward",)
     check(config, tmp_path)
     reward.run(run_config(config), tmp_path / "run")
     assert "it is a reward model already: training goes on with its own scalar head" in capsys.readouterr().out
-    before = load_pretrained(config.reward_training.path, head="scalar")
+    before = load_pretrained(config.reward.start_from, head="scalar")
     after = load_pretrained(tmp_path / "run" / "reward" / "model", head="scalar")
     assert after.reward_bias == 0.5
     np.testing.assert_array_equal(after.params["scalar_head"]["kernel"], before.params["scalar_head"]["kernel"])
@@ -165,16 +165,16 @@ def test_a_reward_model_may_have_more_tokens_than_the_policy(config, tmp_path):
     longer = data.tokenizer()
     longer.add_tokens(["<new>"])
     config.phases, config.sft_model_path = ("ppo",), config.model.path
-    config.reward.path = tiny.checkpoint(tmp_path / "reward", head="scalar", tokenizer=longer)
+    config.reward_model.path = tiny.checkpoint(tmp_path / "reward", head="scalar", tokenizer=longer)
     check(config, tmp_path)
     config.model.path = config.sft_model_path = tiny.checkpoint(tmp_path / "policy", tokenizer=longer)
-    config.reward.path = tiny.checkpoint(tmp_path / "other", head="scalar", vocabulary=len(longer))
+    config.reward_model.path = tiny.checkpoint(tmp_path / "other", head="scalar", vocabulary=len(longer))
     with pytest.raises(ValueError, match=r"another vocabulary .*1 of 32 tokens differ, first '<new>': 31 here, not in"):
         check(config, tmp_path)
 
 
 def test_an_end_that_the_model_does_not_know_is_said(config, tmp_path):
-    config.ppo.eos_ids = (data.EOS, 77)
+    config.ppo.sampling.eos_ids = (data.EOS, 77)
     with pytest.raises(ValueError, match=r"the id 77 ends an answer .* has 31 rows"):
         check(config, tmp_path)
 
@@ -192,16 +192,24 @@ def learned_positions(folder, positions, head="lm"):
     [
         ("sft", {"data.max_tokens": 13}, "config.data.max_tokens=13 tokens is more than the 12 positions .* the sft"),
         ("reward", {"data.max_tokens": 13}, "config.data.max_tokens=13 tokens .* the reward phase needs shorter rows"),
-        ("ppo", {"ppo.max_new_tokens": 9}, r"max_prompt_tokens \+ config.ppo.max_new_tokens=13 tokens .* the ppo"),
-        ("reward", {"ppo.max_new_tokens": 9}, r"config.ppo.max_new_tokens=13 tokens .* config.model.path has; the ppo"),
-        ("ppo", {"ppo.max_new_tokens": 8}, None),
+        (
+            "ppo",
+            {"ppo.sampling.max_new_tokens": 9},
+            r"max_prompt_tokens \+ config.ppo.sampling.max_new_tokens=13 tokens .* the ppo",
+        ),
+        (
+            "reward",
+            {"ppo.sampling.max_new_tokens": 9},
+            r"config.ppo.sampling.max_new_tokens=13 tokens .* config.model.path has; the ppo",
+        ),
+        ("ppo", {"ppo.sampling.max_new_tokens": 8}, None),
     ],
 )
 def test_rows_longer_than_a_table_of_positions_are_said_at_the_start(config, tmp_path, phase, changes, message):
     config.model.path = config.sft_model_path = learned_positions(tmp_path / "gpt2", 12)
-    config.reward.path, config.data.max_tokens, config.phases = config.model.path, 12, (phase,)
+    config.reward_model.path, config.data.max_tokens, config.phases = config.model.path, 12, (phase,)
     if phase == "ppo":
-        config.reward.path = learned_positions(tmp_path / "reward", 12, "scalar")
+        config.reward_model.path = learned_positions(tmp_path / "reward", 12, "scalar")
     for path, value in changes.items():
         set_field(config, path, value)
     if message is None:
@@ -212,8 +220,8 @@ def test_rows_longer_than_a_table_of_positions_are_said_at_the_start(config, tmp
 
 
 def test_a_reward_model_of_fewer_positions(config, tmp_path):
-    config.reward.path, config.data.max_tokens = learned_positions(tmp_path / "gpt2", 9, "scalar"), 9
-    with pytest.raises(ValueError, match=r"10 tokens is more than the 9 positions that config.reward.path has"):
+    config.reward_model.path, config.data.max_tokens = learned_positions(tmp_path / "gpt2", 9, "scalar"), 9
+    with pytest.raises(ValueError, match=r"10 tokens is more than the 9 positions that config.reward_model.path has"):
         check(config, tmp_path)
 
 
@@ -222,8 +230,8 @@ def test_a_token_past_the_embedding_is_named_with_its_row_at_the_start(config, t
     """For the first phase too, and before weights are read."""
     known = len(data.WORDS) - 1  # "z" has no row
     config.model.path = config.sft_model_path = tiny.checkpoint(tmp_path / "small", vocabulary=known)
-    config.phases, config.ppo.reward_functions = (phase,), ("tests.cli.tiny:count_a",)
-    config.reward_training.normalize_rows = 0
+    config.phases, config.ppo.reward.functions = (phase,), ("tests.cli.tiny:count_a",)
+    config.reward.normalize_rows = 0
     rows = [json.loads(line) for line in Path(config.data.paths[0]).read_text().splitlines()]
     rows = [row for row in rows if "z" not in row["prompt"]]
     config.data.paths = (data.write(tmp_path / "good.jsonl", rows),)
@@ -245,7 +253,7 @@ def test_a_pad_token_past_the_embedding_is_said(config, tmp_path):
 @pytest.mark.parametrize("phase", ["sft", "reward", "ppo"])
 def test_the_first_phase_s_data_is_read_at_the_start(config, tmp_path, phase):
     config.phases, config.sft_model_path = (phase,), config.model.path
-    config.reward.path = tiny.checkpoint(tmp_path / "reward", head="scalar")
+    config.reward_model.path = tiny.checkpoint(tmp_path / "reward", head="scalar")
     config.data.paths = (data.write(tmp_path / "x.jsonl", [{"question": "a", "answer": "b"}] * 40),)
     with pytest.raises(ValueError, match=rf"x.jsonl, line 1: the {phase} phase needs .* has answer, question"):
         check(config, tmp_path)
@@ -272,11 +280,11 @@ def test_weights_of_a_hub_id_are_downloaded_after_all_else_is_checked(config, tm
 
 def test_texts_of_their_own_for_the_pretraining_loss(config, tmp_path):
     config.phases, config.sft_model_path = ("ppo",), config.model.path
-    config.ppo.reward_functions = ("tests.cli.tiny:count_a",)
+    config.ppo.reward.functions = ("tests.cli.tiny:count_a",)
     config.data.ptx_paths = (data.write(tmp_path / "texts.jsonl", [{"text": text} for text in data.letters(40)]),)
-    with pytest.raises(ValueError, match=r"ptx_paths is given, and config.ppo.ptx_coef=0"):
+    with pytest.raises(ValueError, match=r"ptx_paths is given, and config.ppo.loss.ptx_coef=0"):
         check(config, tmp_path)
-    config.ppo.ptx_coef = 1.0
+    config.ppo.loss.ptx_coef = 1.0
     check(config, tmp_path)
     data.write(tmp_path / "texts.jsonl", [{"words": text} for text in data.letters(40)])
     with pytest.raises(ValueError, match=r"texts.jsonl, line 1: the sft phase needs .* has words"):
@@ -348,8 +356,8 @@ def test_a_workdir_belongs_to_one_config(config, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "refused"),
     [
-        ("ppo.kl_coef", 0.3, False),  # a phase that is under way goes on with another setting
-        ("ppo.actor_optimizer.learning_rate", 1e-6, False),
+        ("ppo.kl.coef", 0.3, False),  # a phase that is under way goes on with another setting
+        ("ppo.actor.optimizer.learning_rate", 1e-6, False),
         ("mesh.fsdp", 2, False),
         ("model.remat", "full", False),
         ("data.prefetch", 7, False),
@@ -359,7 +367,7 @@ def test_a_workdir_belongs_to_one_config(config, tmp_path):
         ("data.paths", ("others.jsonl",), True),
         ("seed", 5, True),
         ("ppo.seed", 5, True),
-        ("reward.path", "/elsewhere", True),
+        ("reward_model.path", "/elsewhere", True),
     ],
 )
 def test_what_may_change_under_way(config, tmp_path, field, value, refused):

@@ -21,8 +21,8 @@ def get_config():
     config = tiny.config(Path({folder!r}))
     config.data.paths = ("preferences.jsonl",)  # of the folder that a process runs in
     config.data.ppo_batch_size, config.ppo.microbatch_size = 16, 8
-    config.sft.steps = config.reward_training.steps = config.ppo.iterations = 2
-    config.ppo.reward_functions = ("tests.cli.test_processes:half_a_point_an_a",)
+    config.sft.steps = config.reward.steps = config.ppo.iterations = 2
+    config.ppo.reward.functions = ("tests.cli.test_processes:half_a_point_an_a",)
     config.ppo.time_phases = False
     return config
 """
@@ -31,7 +31,7 @@ def get_config():
 # 1,000 a step is linear in the gradient.
 LINEAR = [
     f"--config.{phase}optimizer.{setting}"
-    for phase, rate in {"sft.": 100, "reward_training.": 100, "ppo.actor_": 30, "ppo.critic_": 30}.items()
+    for phase, rate in {"sft.": 100, "reward.": 100, "ppo.actor_": 30, "ppo.critic_": 30}.items()
     for setting in ("eps=1e3", f"learning_rate={rate}")
 ]
 MODELS = ("sft/model", "reward/model", "ppo/model", "ppo/critic")
@@ -162,7 +162,7 @@ def test_a_process_with_other_data_is_named_by_all(folder, tmp_path):
 
 
 def test_another_setting_is_named_by_all(folder, tmp_path):
-    processes = start_two(folder, tmp_path / "run", each=((), ("--config.ppo.whiten_rewards=true",)))
+    processes = start_two(folder, tmp_path / "run", each=((), ("--config.ppo.reward.whiten=true",)))
     for output, code in finish(processes, timeout=120):
         assert code == 1
         assert (

@@ -1,6 +1,5 @@
 """Pieces of the recipes by hand: what each phase hands to its update, what it measures, what it shows."""
 
-import dataclasses
 import datetime
 import types
 
@@ -13,12 +12,12 @@ from jax_rlhf.models import Decoder
 from jax_rlhf.optim.microbatches import plan_batch
 from jax_rlhf.optim.optimizer import OptimizerConfig
 from jax_rlhf.ppo import train as ppo
-from jax_rlhf.ppo.config import PPOConfig
 from jax_rlhf.reward import train as reward
 from jax_rlhf.runtime import supervised_phase as supervised
 from jax_rlhf.sft import train as sft
 from tests.data import tiny as data
 from tests.models.test_decoder import tiny_config
+from tests.ppo import tiny
 
 
 def test_sft_hands_every_setting_to_its_update():
@@ -38,7 +37,7 @@ def test_the_reward_phase_hands_every_setting_to_its_update():
     model = Decoder(tiny_config(), head="scalar")
 
     def made(**more):
-        return reward.how_to_train(run_config({"reward_training": settings | more}).reward_training, model, 16, 9)
+        return reward.how_to_train(run_config({"reward": settings | more}).reward, model, 16, 9)
 
     how = made(loss="token")
     assert (how.loss.loss, how.loss.compare) == ("token", "pairs")
@@ -50,18 +49,18 @@ def test_the_reward_phase_hands_every_setting_to_its_update():
 
 
 def test_a_schedule_ends_with_its_phase_unless_it_says_when():
-    assert supervised.with_end(OptimizerConfig(), 7) == OptimizerConfig(total_steps=7)
-    assert supervised.with_end(OptimizerConfig(total_steps=3), 7).total_steps == 3
+    assert OptimizerConfig().with_end(7) == OptimizerConfig(total_steps=7)
+    assert OptimizerConfig(total_steps=3).with_end(7).total_steps == 3
 
 
 def test_the_actors_schedule_begins_after_the_critics_warm_up():
-    settings = PPOConfig(iterations=5, critic_warmup_iterations=2, ppo_epochs=3, num_minibatches=4)
-    ends = ppo.with_schedule_ends(settings)
-    assert (ends.actor_optimizer.total_steps, ends.critic_optimizer.total_steps) == (3 * 12, 5 * 12)
-    told = dataclasses.replace(settings, actor_optimizer=OptimizerConfig(total_steps=8))
-    assert ppo.with_schedule_ends(told).actor_optimizer.total_steps == 8
+    settings = tiny.ppo_config(iterations=5, critic_warmup_iterations=2, ppo_epochs=3, num_minibatches=4)
+    ends = settings.with_schedule_ends()
+    assert (ends.actor.optimizer.total_steps, ends.critic.optimizer.total_steps) == (3 * 12, 5 * 12)
+    told = tiny.changed(settings, actor_optimizer=OptimizerConfig(total_steps=8))
+    assert told.with_schedule_ends().actor.optimizer.total_steps == 8
     with pytest.raises(ValueError, match="leaves the actor none"):
-        ppo.with_schedule_ends(dataclasses.replace(settings, critic_warmup_iterations=5))
+        tiny.changed(settings, critic_warmup_iterations=5).with_schedule_ends()
 
 
 def test_steps_are_counted_by_epochs_or_as_they_are_told():

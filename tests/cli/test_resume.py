@@ -45,13 +45,18 @@ def settings(tmp_path_factory):
     config = tiny.config(folder)
     config.model.trainable_layers = 2
     config.mesh.data = config.mesh.fsdp = config.mesh.tensor = 2
-    config.sft.steps = config.reward_training.steps = 6
-    config.sft.eval_every = config.reward_training.eval_every = 2
-    config.sft.optimizer.schedule, config.reward_training.optimizer.warmup_steps = "cosine", 3
+    config.sft.steps = config.reward.steps = 6
+    config.sft.eval_every = config.reward.eval_every = 2
+    config.sft.optimizer.schedule, config.reward.optimizer.warmup_steps = "cosine", 3
     config.ppo.iterations, config.ppo.eval_every = 4, 2
-    config.ppo.kl_target, config.ppo.kl_horizon, config.ppo.ema_decay, config.ppo.ptx_coef = 0.5, 100.0, 0.9, 0.5
-    config.ppo.entropy_coef, config.ppo.entropy_target, config.ppo.microbatch_size = 0.01, 1.0, 4
-    config.ppo.actor_optimizer.first_moment_dtype = "bfloat16"
+    config.ppo.kl.target, config.ppo.kl.horizon, config.ppo.actor.ema_decay, config.ppo.loss.ptx_coef = (
+        0.5,
+        100.0,
+        0.9,
+        0.5,
+    )
+    config.ppo.loss.entropy_coef, config.ppo.loss.entropy_target, config.ppo.microbatch_size = 0.01, 1.0, 4
+    config.ppo.actor.optimizer.first_moment_dtype = "bfloat16"
     config.checkpoint.every = 2
     return config
 
@@ -202,7 +207,7 @@ def other_reward_model(folder, straight):
         ("ppo", "reference.path", other_model, "the reference: not what"),
         (
             "ppo",
-            "reward.path",
+            "reward_model.path",
             other_reward_model,
             "the reward model, the actor's and the critic's frozen parameters: not what",
         ),
@@ -301,8 +306,8 @@ def test_a_reward_function_that_fails_loses_nothing(settings, straight, tmp_path
     """Mended, the same command goes on with the iteration that it failed in."""
     former_phases(straight, tmp_path, "ppo")
     config = settings.copy_and_resolve_references()
-    config.ppo.reward_functions, config.checkpoint.every = ("tests.cli.test_resume:half_a_point",), 0
-    config.ppo.reward_retries, config.ppo.iterations = 1, 3
+    config.ppo.reward.functions, config.checkpoint.every = ("tests.cli.test_resume:half_a_point",), 0
+    config.ppo.reward.retries, config.ppo.iterations = 1, 3
     wanted = tmp_path / "wanted"
     shutil.copytree(tmp_path, wanted, ignore=lambda *_: ["wanted"])
     ppo.run(run_config(config), wanted)

@@ -58,13 +58,13 @@ def config(folder, **changes):
     config.data.eval_rows = 10
     config.sft.steps, config.sft.optimizer.learning_rate = 12, 1e-2
     config.sft.sample_tokens = 3
-    config.reward_training.steps, config.reward_training.optimizer.learning_rate = 12, 3e-3
-    config.reward_training.num_layers = 2
-    config.reward_training.normalize_rows = 16
+    config.reward.steps, config.reward.optimizer.learning_rate = 12, 3e-3
+    config.reward.num_layers = 2
+    config.reward.normalize_rows = 16
     config.ppo.eval_functions = ("tests.cli.tiny:count_a",)
-    config.ppo.iterations, config.ppo.max_new_tokens = 3, 6
+    config.ppo.iterations, config.ppo.sampling.max_new_tokens = 3, 6
     config.ppo.ppo_epochs = config.ppo.num_minibatches = 2
-    config.ppo.actor_optimizer.learning_rate = config.ppo.critic_optimizer.learning_rate = 1e-3
+    config.ppo.actor.optimizer.learning_rate = config.ppo.critic.optimizer.learning_rate = 1e-3
     with config.unlocked():
         config.update(changes)
     return config

@@ -82,9 +82,9 @@ from pathlib import Path
 from tests.cli import tiny
 def get_config():
     config = tiny.config(Path({folder!r}))
-    config.sft.steps = config.reward_training.steps = config.ppo.iterations = 2
+    config.sft.steps = config.reward.steps = config.ppo.iterations = 2
     config.checkpoint.every, config.watchdog.action = 1, "off"
-    config.reward_training.normalize_rows = 8
+    config.reward.normalize_rows = 8
     config.data.eval_rows = 4
     return config
 """

@@ -108,9 +108,9 @@ def test_rewards_and_advantages(examples):
         done = jax.tree.map(np.asarray, advantages_of(config, made, last, beta))
         check_experience(done)
         mask, real = made.response_mask, made.response_mask.any(axis=1)
-        if not config.whiten_rewards and config.kl_kind == "k1" and config.kl_reduction == "sum":
-            score = made.scores if config.reward_clip is None else np.clip(made.scores, -2.5, 2.5)
-            score = score - config.missing_eos_penalty * ~made.ended
+        if not config.reward.whiten and config.kl.kind == "k1" and config.kl.reduction == "sum":
+            score = made.scores if config.reward.clip is None else np.clip(made.scores, -2.5, 2.5)
+            score = score - config.reward.missing_eos_penalty * ~made.ended
             kl = np.sum(made.logprobs.astype(np.float64) - made.ref_logprobs, axis=1)
             size = 1e-5 * (np.abs(score) + np.abs(made.logprobs - made.ref_logprobs).sum(axis=1)) + 1e-5
             assert np.all(np.abs(np.sum(done.rewards, axis=1) - (score - beta * kl))[real] <= size[real])
@@ -144,7 +144,7 @@ def trainer(loss):
         "entropy_coef": 0.01,
         "time_phases": False,
     }
-    return PPOTrainer(RLHFEngine(tiny.policy(), reward=tiny.policy(3, head="scalar")), how)
+    return PPOTrainer(RLHFEngine(tiny.policy(), reward=tiny.policy(3, head="scalar")), tiny.nested(**how))
 
 
 @few

@@ -15,9 +15,9 @@ from tests.cli import tiny
 def get_config():
     config = tiny.config(Path({folder!r}))
     config.phases, config.sft_model_path = ("ppo",), config.model.path
-    config.ppo.reward_functions = ("tests.hostile.test_soak:watching",)
+    config.ppo.reward.functions = ("tests.hostile.test_soak:watching",)
     config.ppo.iterations, config.ppo.eval_every, config.checkpoint.every = {iterations}, 10, 5
-    config.ppo.ema_decay, config.ppo.kl_target, config.ppo.ptx_coef = 0.9, 1.0, 0.1
+    config.ppo.actor.ema_decay, config.ppo.kl.target, config.ppo.loss.ptx_coef = 0.9, 1.0, 0.1
     return config
 """
 

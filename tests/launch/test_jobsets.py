@@ -93,7 +93,7 @@ def test_where_the_number_of_slices_is_changed_stands_what_two_need():
     assert rows_that_do_not_fit(jobset) == []
     assert rows_that_do_not_fit(documents("tpu")["JobSet"]) == []
     jobset["spec"]["replicatedJobs"][0]["replicas"] = 4  # the flags are those of two slices
-    assert rows_that_do_not_fit(jobset) == ["sft", "reward_training"]
+    assert rows_that_do_not_fit(jobset) == ["sft", "reward"]
 
 
 def rows_that_do_not_fit(jobset):
@@ -104,7 +104,7 @@ def rows_that_do_not_fit(jobset):
     (replicated,) = jobset["spec"]["replicatedJobs"]
     devices = per_pod * job_of(jobset)["completions"] * replicated["replicas"]
     wrong = []
-    for section, batch in (("sft", config.data.sft_batch_size), ("reward_training", config.data.reward_batch_size)):
+    for section, batch in (("sft", config.data.sft_batch_size), ("reward", config.data.reward_batch_size)):
         rows = int(flags.get(f"{section}.microbatch_size", config[section].microbatch_size))
         if rows % devices or batch % rows:
             wrong.append(section)

@@ -127,7 +127,7 @@ def test_programs_are_run_where_there_are_devices_that_report(tmp_path, monkeypa
     assert measure.topology_here().chip.memory == 2**34
     small = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 64}
     monkeypatch.setattr(tiny, "SHAPE", {**tiny.SHAPE, **small})
-    flat = {"phases": ("ppo",), "data.max_prompt_tokens": 4, "data.max_tokens": 8, "ppo.max_new_tokens": 4}
+    flat = {"phases": ("ppo",), "data.max_prompt_tokens": 4, "data.max_tokens": 8, "ppo.sampling.max_new_tokens": 4}
     settings = tiny.settings(tmp_path, **flat)
     layout = create_layout(settings.mesh, settings.rollout_mesh, jax.devices())
     programs = programs_of(settings, layout)

@@ -73,7 +73,12 @@ def moved(text):
 def rollout(request, tmp_path_factory):
     """A rollout of two stages, and its compiled text."""
     topology = tiny.topology(request.param)
-    changes = {"phases": ("ppo",), "data.ppo_batch_size": 8, "ppo.microbatch_size": 4, "ppo.max_new_tokens": 256}
+    changes = {
+        "phases": ("ppo",),
+        "data.ppo_batch_size": 8,
+        "ppo.microbatch_size": 4,
+        "ppo.sampling.max_new_tokens": 256,
+    }
     settings = tiny.settings(tmp_path_factory.mktemp("plan"), **changes)
     layout = layout_on(topology, settings)
     program = next(one for one in programs_of(settings, layout) if one.name.startswith("rollout"))

@@ -32,7 +32,7 @@ def named(programs, name):
 
 def test_a_host_holds_what_waits_there_and_what_is_being_written(tmp_path):
     """Of 2 machines of 4: half of all. Masters and moments take 12 bytes per parameter, what waits 2."""
-    topology, programs = planned(tmp_path, ("reward.offload", True))
+    topology, programs = planned(tmp_path, ("reward_model.offload", True))
     hosts = {host.phase: host for host in host_accounts(programs, topology)}
     assert {host.devices for host in hosts.values()} == {4}
     assert [hosts[phase].offloaded for phase in ("sft", "reward")] == [0, 0]
@@ -49,7 +49,7 @@ def test_a_host_holds_what_waits_there_and_what_is_being_written(tmp_path):
 def test_what_waits_on_the_host_is_on_the_device_only_while_it_scores(tmp_path, chips):
     """Described GPUs have no memory kinds, and XLA counts the copy on TPUs alone."""
     _, there = planned(tmp_path, chips=chips)
-    _, waits = planned(tmp_path, ("reward.offload", True), chips=chips)
+    _, waits = planned(tmp_path, ("reward_model.offload", True), chips=chips)
     size = CRITIC * 2 / 8
     for name in ("rollout", "scoring", "update", "export"):
         before, after = (named(programs, f"ppo {name}") for programs in (there, waits))
@@ -66,7 +66,7 @@ def test_the_policy_lies_there_while_its_answers_are_scored(tmp_path):
     for name in ("answers", "answers' scores"):
         assert sizes[name] - sizes["step"] == pytest.approx(ACTOR * 2, rel=0.01)
     assert sizes["evaluation"] == sizes["export"] == sizes["step"]
-    _, without = planned(tmp_path, ("reward_training.normalize_rows", 0))
+    _, without = planned(tmp_path, ("reward.normalize_rows", 0))
     assert [one.name for one in without if one.phase == "reward"] == ["step", "evaluation", "export"]
 
 

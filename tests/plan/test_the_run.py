@@ -86,11 +86,11 @@ def called(monkeypatch):
     return found
 
 
-ALL = {"ppo.ptx_coef": 0.1}
+ALL = {"ppo.loss.ptx_coef": 0.1}
 TOP = {
     "model.trainable_layers": 1,
     "critic.trainable_layers": 1,
-    "ppo.ema_decay": 0.9,
+    "ppo.actor.ema_decay": 0.9,
     "ppo.time_phases": True,
     "reference.offload": True,
 }
@@ -101,10 +101,10 @@ def test_shapes_dtypes_and_shardings_are_the_runs(stored, changes, tmp_path, cal
     """Computed in bfloat16, whatever the checkpoint has: what trains is float32, what does not is not."""
     config = tiny.config(tmp_path)
     save_pretrained(tmp_path / "base", load_pretrained(tmp_path / "base", dtype=stored))
-    config.model.dtype = config.reference.dtype = config.critic.dtype = config.reward.dtype = "bfloat16"
-    config.sft.steps = config.reward_training.steps = config.ppo.iterations = 1
+    config.model.dtype = config.reference.dtype = config.critic.dtype = config.reward_model.dtype = "bfloat16"
+    config.sft.steps = config.reward.steps = config.ppo.iterations = 1
     config.data.ppo_batch_size = 16
-    config.data.eval_rows, config.sft.sample_rows, config.reward_training.normalize_rows = 2, 8, 8
+    config.data.eval_rows, config.sft.sample_rows, config.reward.normalize_rows = 2, 8, 8
     config.update_from_flattened_dict(changes)
     if config.reference.offload:
         config.reference.path = str(tmp_path / "base")

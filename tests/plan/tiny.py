@@ -31,7 +31,7 @@ def config(folder, **flat):
     config.model.path = str(file)
     config.data.max_prompt_tokens, config.data.max_tokens = 128, 256
     config.data.sft_batch_size = config.data.reward_batch_size = config.data.ppo_batch_size = 32
-    config.ppo.max_new_tokens, config.ppo.num_minibatches, config.ppo.ppo_epochs = 128, 2, 2
+    config.ppo.sampling.max_new_tokens, config.ppo.num_minibatches, config.ppo.ppo_epochs = 128, 2, 2
     config.ppo.microbatch_size = 8
     with config.unlocked():
         config.update_from_flattened_dict(flat)

@@ -33,24 +33,33 @@ def policy(model, params, tokens, mask, start, temperature):
 def sampled(model, params, prompts, config, iteration):
     """(tokens, response mask, log-probs, kept mass), a token at a time over the whole rows."""
     rows, width = prompts.tokens.shape
-    tokens = np.concatenate([prompts.tokens, np.full((rows, config.max_new_tokens), config.pad_id)], axis=1)
-    mask = np.concatenate([prompts.mask, np.zeros((rows, config.max_new_tokens), bool)], axis=1)
-    (logprobs, kept), running = np.zeros((2, rows, config.max_new_tokens)), np.ones(rows, bool)
+    tokens = np.concatenate(
+        [prompts.tokens, np.full((rows, config.sampling.max_new_tokens), config.sampling.pad_id)], axis=1
+    )
+    mask = np.concatenate([prompts.mask, np.zeros((rows, config.sampling.max_new_tokens), bool)], axis=1)
+    (logprobs, kept), running = np.zeros((2, rows, config.sampling.max_new_tokens)), np.ones(rows, bool)
     key = jax.random.fold_in(jax.random.key(config.seed), iteration)
 
     @jax.jit
     def drawn(tokens, mask, index, ban):
-        logits = jnp.take(logits_of(model, params, tokens, mask), width + index - 1, axis=1) / config.temperature
+        logits = (
+            jnp.take(logits_of(model, params, tokens, mask), width + index - 1, axis=1) / config.sampling.temperature
+        )
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), index))(prompts.row_ids)
-        how = {"top_k": config.top_k, "top_p": config.top_p, "banned": config.eos_ids, "ban": ban}
+        how = {
+            "top_k": config.sampling.top_k,
+            "top_p": config.sampling.top_p,
+            "banned": config.sampling.eos_ids,
+            "ban": ban,
+        }
         return draw_tokens(logits, keys, **how)
 
-    for index in range(config.max_new_tokens):
-        draw = jax.device_get(drawn(tokens, mask, index, index < config.min_new_tokens))
+    for index in range(config.sampling.max_new_tokens):
+        draw = jax.device_get(drawn(tokens, mask, index, index < config.sampling.min_new_tokens))
         tokens[running, width + index], logprobs[running, index] = draw.tokens[running], draw.logprobs[running]
         kept[running, index] = draw.kept_mass[running]
         mask[running, width + index] = True
-        running &= ~np.isin(tokens[:, width + index], config.eos_ids)
+        running &= ~np.isin(tokens[:, width + index], config.sampling.eos_ids)
     return tokens, mask[:, width:], logprobs, kept
 
 
@@ -61,27 +70,29 @@ def collected(models, made, config, kl_coef):
     mask = np.concatenate([made.prompt_mask, response], axis=1)
     exact = lambda x: np.asarray(x, np.float64)  # noqa: E731
     logprobs, ref_logprobs = (
-        np.where(response, exact(policy(*models[role], tokens, mask, start, config.temperature)[0]), 0)
+        np.where(response, exact(policy(*models[role], tokens, mask, start, config.sampling.temperature)[0]), 0)
         for role in ("actor", "reference")
     )
     biases = models["biases"]
     states = exact(logits_of(*models["critic"], tokens, mask)) + biases["critic"]
     last = np.array([np.flatnonzero(row)[-1] for row in mask])
-    ended = np.isin(tokens[np.arange(len(tokens)), last], config.eos_ids)
+    ended = np.isin(tokens[np.arange(len(tokens)), last], config.sampling.eos_ids)
     scores = exact(logits_of(*models["reward"], tokens, mask))[np.arange(len(tokens)), last] + biases["reward"]
     scores = scores - biases["missing_eos"] * ~ended
     values, rewards = np.where(response, states[:, start - 1 : -1], 0), np.zeros(response.shape)
     advantages, returns = np.zeros((2, *response.shape))
     for row, length in enumerate(response.sum(axis=1)):
         k1 = logprobs[row] - ref_logprobs[row]
-        kl = {"k1": k1, "k2": k1**2 / 2, "k3": np.exp(-k1) - 1 + k1, "abs": np.abs(k1)}[config.kl_kind]
-        rewards[row] = np.where(response[row], -kl_coef * kl / (length if config.kl_reduction == "mean" else 1), 0)
-        clip = np.inf if config.reward_clip is None else config.reward_clip
-        rewards[row, length - 1] += np.clip(scores[row], -clip, clip) - config.missing_eos_penalty * (not ended[row])
-    if config.whiten_rewards:
+        kl = {"k1": k1, "k2": k1**2 / 2, "k3": np.exp(-k1) - 1 + k1, "abs": np.abs(k1)}[config.kl.kind]
+        rewards[row] = np.where(response[row], -kl_coef * kl / (length if config.kl.reduction == "mean" else 1), 0)
+        clip = np.inf if config.reward.clip is None else config.reward.clip
+        rewards[row, length - 1] += np.clip(scores[row], -clip, clip) - config.reward.missing_eos_penalty * (
+            not ended[row]
+        )
+    if config.reward.whiten:
         rewards = np.where(response, rl.whiten(rewards, response, shift_mean=False), 0)
     for row in range(len(tokens)):
-        bootstrap = states[row, -1] if config.truncation == "bootstrap" and not ended[row] else 0.0
+        bootstrap = states[row, -1] if config.reward.truncation == "bootstrap" and not ended[row] else 0.0
         advantages[row], returns[row] = rl.gae(
             rewards[row], values[row], response[row], config.gamma, config.lam, bootstrap
         )
@@ -99,11 +110,11 @@ def experience_metrics(config, made, kl_coef):
     penalties, optimised = [], []
     for row, length in enumerate(mask.sum(axis=1)):
         k1 = ratio[row, :length]
-        kl = {"k1": k1, "k2": k1**2 / 2, "k3": np.exp(-k1) - 1 + k1, "abs": np.abs(k1)}[config.kl_kind]
-        penalties.append(-kl_coef * (kl.mean() if config.kl_reduction == "mean" else kl.sum()))
-        clip = np.inf if config.reward_clip is None else config.reward_clip
+        kl = {"k1": k1, "k2": k1**2 / 2, "k3": np.exp(-k1) - 1 + k1, "abs": np.abs(k1)}[config.kl.kind]
+        penalties.append(-kl_coef * (kl.mean() if config.kl.reduction == "mean" else kl.sum()))
+        clip = np.inf if config.reward.clip is None else config.reward.clip
         score = np.clip(get("scores")[row], -clip, clip)
-        optimised.append(score - config.missing_eos_penalty * (not made.ended[row]) + penalties[-1])
+        optimised.append(score - config.reward.missing_eos_penalty * (not made.ended[row]) + penalties[-1])
     kl, scores, ended = ratio.sum(axis=1).mean(), get("scores"), get("ended")
     return {
         "objective/kl": kl,
@@ -162,12 +173,12 @@ def rate(config, step):
 
 def surrogate(config, ratio, advantages, penalty):
     """(loss, clipped) a token."""
-    if config.policy_loss == "penalty":
+    if config.loss.policy == "penalty":
         return -advantages * ratio + penalty * (ratio - 1 - jnp.log(ratio)), jnp.zeros(ratio.shape, bool)
-    low, high = 1 - config.clip_range, 1 + (config.clip_range_high or config.clip_range)
+    low, high = 1 - config.loss.clip_range, 1 + (config.loss.clip_range_high or config.loss.clip_range)
     loss = jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, low, high))
-    if config.dual_clip is not None:
-        loss = jnp.where(advantages < 0, jnp.minimum(loss, -config.dual_clip * advantages), loss)
+    if config.loss.dual_clip is not None:
+        loss = jnp.where(advantages < 0, jnp.minimum(loss, -config.loss.dual_clip * advantages), loss)
     return loss, jnp.where(advantages < 0, ratio < low, (ratio > high) & (advantages > 0))
 
 
@@ -182,7 +193,7 @@ def update(networks, frozen, trained, config, made, text, state):
     full = jnp.concatenate([made.prompt_mask, made.response_mask], axis=1)
     text = None if text is None else jax.tree.map(jnp.asarray, text)
     params = [jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree) for tree in trained]
-    adams = [Adam(config.actor_optimizer, params[0]), Adam(config.critic_optimizer, params[1])]
+    adams = [Adam(config.actor.optimizer, params[0]), Adam(config.critic.optimizer, params[1])]
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), state["iteration"]), ORDER)
     measured, entropy, index = [], state["entropy"], 0
 
@@ -190,7 +201,9 @@ def update(networks, frozen, trained, config, made, text, state):
         return jnp.sum(jnp.where(made.response_mask[picked], x, 0)) / made.response_mask[picked].sum()
 
     def actor_loss(actor, picked, texts, coefficient):
-        logprobs, entropies = policy(*networks[0](actor), made.tokens[picked], full[picked], start, config.temperature)
+        logprobs, entropies = policy(
+            *networks[0](actor), made.tokens[picked], full[picked], start, config.sampling.temperature
+        )
         ratio = jnp.where(made.response_mask[picked], jnp.exp(logprobs - made.logprobs[picked]), 1)
         loss, clipped = surrogate(config, ratio, made.advantages[picked], state["penalty"])
         found = {
@@ -208,14 +221,14 @@ def update(networks, frozen, trained, config, made, text, state):
             counted = text.mask[texts][:, 1:] & text.mask[texts][:, :-1]
             chosen, _ = policy(*networks[0](actor), text.tokens[texts], text.mask[texts], 1, 1.0)
             found["loss/ptx_avg"] = -jnp.sum(jnp.where(counted, chosen, 0)) / counted.sum()
-            total = total + config.ptx_coef * found["loss/ptx_avg"]
+            total = total + config.loss.ptx_coef * found["loss/ptx_avg"]
         return total, found
 
     def critic_loss(critic, picked):
         values = logits_of(*networks[1](critic), made.tokens[picked], full[picked])[:, start - 1 : -1]
         values = values + frozen.critic_bias
         plain = (values - made.returns[picked]) ** 2
-        near = jnp.clip(values - made.values[picked], -config.value_clip_range, config.value_clip_range)
+        near = jnp.clip(values - made.values[picked], -config.loss.value_clip_range, config.loss.value_clip_range)
         held = (made.values[picked] + near - made.returns[picked]) ** 2
         loss = mean(jnp.maximum(plain, held) / 2, picked)
         return loss, {"loss/value_avg": loss, "val/clipfrac_avg": mean(held > plain, picked)}
@@ -225,9 +238,9 @@ def update(networks, frozen, trained, config, made, text, state):
         order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), rows))
         for number, picked in enumerate(np.split(order, config.num_minibatches)):
             texts = None if text is None else np.split(np.arange(len(text.tokens)), config.num_minibatches)[number]
-            high = config.entropy_target is not None and entropy >= config.entropy_target
+            high = config.loss.entropy_target is not None and entropy >= config.loss.entropy_target
             single = [jax.tree.map(jnp.float32, tree) for tree in params]
-            actor, found = gradients[0](single[0], picked, texts, 0.0 if high else config.entropy_coef)
+            actor, found = gradients[0](single[0], picked, texts, 0.0 if high else config.loss.entropy_coef)
             critic, more = gradients[1](single[1], picked)
             entropy, found = float(found["policy/entropy_avg"]), found | more
             for each, (gradient, name) in enumerate(((actor, "lr"), (critic, "lr_critic"))):
@@ -244,7 +257,7 @@ def update(networks, frozen, trained, config, made, text, state):
     metrics["val/ratio_var"] = np.var([each["val/ratio"] for each in measured])
     del metrics["gap"]
     after = state | {"entropy": entropy}
-    if config.policy_loss == "penalty":
+    if config.loss.policy == "penalty":
         _, found = gradients[0](jax.tree.map(jnp.float32, params[0]), picked, texts, 0.0)
         after["penalty_kl"] = float(found["policy/penalty_kl"])
     return *params, metrics, after

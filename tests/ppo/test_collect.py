@@ -45,16 +45,16 @@ def by_hand(config, made, last_values, kl_coef):
         length = LENGTHS[row]
         for t in range(length):
             k1 = float(made.logprobs[row, t]) - float(made.ref_logprobs[row, t])
-            kl = {"k1": k1, "k2": k1 * k1 / 2, "k3": np.exp(-k1) - 1 + k1, "abs": abs(k1)}[config.kl_kind]
-            rewards[row, t] = -kl_coef * kl / (length if config.kl_reduction == "mean" else 1)
+            kl = {"k1": k1, "k2": k1 * k1 / 2, "k3": np.exp(-k1) - 1 + k1, "abs": abs(k1)}[config.kl.kind]
+            rewards[row, t] = -kl_coef * kl / (length if config.kl.reduction == "mean" else 1)
         score = float(made.scores[row])
-        if config.reward_clip is not None:
-            score = min(max(score, -config.reward_clip), config.reward_clip)
-        rewards[row, length - 1] += score - (0 if ENDED[row] else config.missing_eos_penalty)
-    if config.whiten_rewards:
+        if config.reward.clip is not None:
+            score = min(max(score, -config.reward.clip), config.reward.clip)
+        rewards[row, length - 1] += score - (0 if ENDED[row] else config.reward.missing_eos_penalty)
+    if config.reward.whiten:
         rewards = np.where(mask, oracle.whiten(rewards, mask, shift_mean=False), 0)
     for row in range(len(mask)):
-        bootstrap = float(last_values[row]) if config.truncation == "bootstrap" and not ENDED[row] else 0.0
+        bootstrap = float(last_values[row]) if config.reward.truncation == "bootstrap" and not ENDED[row] else 0.0
         advantages[row], returns[row] = oracle.gae(
             rewards[row], np.asarray(made.values[row], np.float64), mask[row], config.gamma, config.lam, bootstrap
         )
@@ -76,7 +76,7 @@ OPTIONS = [
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "defaults")
 def test_rewards_advantages_and_returns_are_those_by_hand(options, devices):
-    config = PPOConfig(**options)
+    config = tiny.ppo_config(**options)
     made, last_values = scored()
     wanted = by_hand(config, made, last_values, 0.3)
     if devices == 8:
@@ -88,7 +88,7 @@ def test_rewards_advantages_and_returns_are_those_by_hand(options, devices):
     # The oracle tells options apart: any other one's numbers are not these.
     for other in OPTIONS:
         if other != options:
-            different = by_hand(PPOConfig(**other), made, last_values, 0.3)
+            different = by_hand(tiny.ppo_config(**other), made, last_values, 0.3)
             assert max(np.abs(different[name] - wanted[name]).max() for name in wanted) > 0.01
 
 
@@ -164,7 +164,7 @@ def test_functions_get_the_texts_without_special_tokens_and_the_columns():
     start.tokenizer.add_special_tokens({"eos_token": tiny.WORDS[tiny.EOS], "pad_token": tiny.WORDS[tiny.EOS]})
     prompts = dataclasses.replace(tiny.ragged_prompts(4), columns={"answer": ["a", "b", "c", "d"]})
     trainer = tiny.trainer(RLHFEngine(start), reward=judge, eos_ids=None, pad_id=None)
-    assert (trainer.config.eos_ids, trainer.config.pad_id) == ((tiny.EOS,), tiny.EOS)
+    assert (trainer.config.sampling.eos_ids, trainer.config.sampling.pad_id) == ((tiny.EOS,), tiny.EOS)
     made = trainer.generate_experience(prompts)
     assert made.ended.any()
     assert seen["answer"] == ["a", "b", "c", "d"]

@@ -9,16 +9,19 @@ from jax_rlhf.settings import from_mapping
 
 
 def test_a_mapping_overrides_the_defaults():
-    config = from_mapping(
-        PPOConfig,
-        {"kl_coef": 1, "eos_ids": [2, 3], "reward_clip": None, "actor_optimizer": {"learning_rate": 1e-3}},
-        "config.ppo",
-    )
+    values = {
+        "kl": {"coef": 1},
+        "sampling": {"eos_ids": [2, 3]},
+        "reward": {"clip": None},
+        "actor": {"optimizer": {"learning_rate": 1e-3}},
+    }
+    config, plain = from_mapping(PPOConfig, values, "config.ppo"), PPOConfig()
+    optimizer = dataclasses.replace(plain.actor.optimizer, learning_rate=1e-3)
     assert config == dataclasses.replace(
-        PPOConfig(),
-        kl_coef=1.0,
-        eos_ids=(2, 3),
-        actor_optimizer=dataclasses.replace(PPOConfig().actor_optimizer, learning_rate=1e-3),
+        plain,
+        kl=dataclasses.replace(plain.kl, coef=1.0),
+        sampling=dataclasses.replace(plain.sampling, eos_ids=(2, 3)),
+        actor=dataclasses.replace(plain.actor, optimizer=optimizer),
     )
     assert from_mapping(PPOConfig, config) is config
     assert hash(config) == hash(dataclasses.replace(config))  # a static argument of jit
@@ -27,31 +30,33 @@ def test_a_mapping_overrides_the_defaults():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"kl_coeff": 0.1}, r"config\.ppo\.kl_coeff: there is no such field; did you mean kl_coef"),
-        ({"zzz": 0.1}, "the fields are actor_optimizer, "),
-        ({"actor_optimizer": {"lr": 1.0}}, r"config\.ppo\.actor_optimizer\.lr: there is no such field"),
+        ({"kl": {"coeff": 0.1}}, r"config\.ppo\.kl\.coeff: there is no such field; did you mean coef"),
+        ({"zzz": 0.1}, "the fields are actor, "),
+        ({"actor": {"optimizer": {"lr": 1.0}}}, r"config\.ppo\.actor\.optimizer\.lr: there is no such field"),
+        ({"kl_coef": 0.1}, r"config\.ppo\.kl_coef: there is no such field; it is config\.ppo\.kl\.coef now"),
+        ({"actor_optimizer": {"learning_rate": 0.1}}, r"it is config\.ppo\.actor\.optimizer now"),
         ({"ppo_epochs": 1.5}, r"config\.ppo\.ppo_epochs=1\.5: int is expected"),
         ({"ppo_epochs": True}, "int is expected"),
-        ({"kl_coef": "0.1"}, "float is expected"),
-        ({"kl_coef": True}, "float is expected"),
-        ({"kl_kind": "k4"}, "kl_kind='k4'"),
-        ({"policy_loss": "ppo"}, "policy_loss='ppo'"),
-        ({"eos_ids": 2}, "eos_ids=2"),
-        ({"reward_clip": "5"}, "float or None is expected"),
+        ({"kl": {"coef": "0.1"}}, "float is expected"),
+        ({"kl": {"coef": True}}, "float is expected"),
+        ({"kl": {"kind": "k4"}}, "kl_kind='k4'"),
+        ({"loss": {"policy": "ppo"}}, "policy_loss='ppo'"),
+        ({"sampling": {"eos_ids": 2}}, "eos_ids=2"),
+        ({"reward": {"clip": "5"}}, "float or None is expected"),
         ({"ppo_epochs": 0}, "ppo_epochs=0 must be 1 or more"),
         ({"gamma": 1.1}, r"gamma=1\.1"),
-        ({"ema_decay": 1.0}, "ema_decay"),
-        ({"kl_target": 0.0}, "kl_target"),
-        ({"entropy_target": 2.0}, "set entropy_coef"),
-        ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_target=6.0 adapts kl_coef by factors: start it above 0"),
-        ({"dual_clip": 1.0}, "dual_clip"),
-        ({"clip_range": -0.1}, "clip_range"),
-        ({"value_clip_range": -0.1}, "value_clip_range"),
-        ({"kl_horizon": 0.0}, "kl_horizon"),
+        ({"actor": {"ema_decay": 1.0}}, "ema_decay"),
+        ({"kl": {"target": 0.0}}, "kl_target"),
+        ({"loss": {"entropy_target": 2.0}}, "set entropy_coef"),
+        ({"kl": {"target": 6.0, "kl_coef": 0.0}}, "kl_target=6.0 adapts kl_coef by factors: start it above 0"),
+        ({"loss": {"dual_clip": 1.0}}, "dual_clip"),
+        ({"loss": {"clip_range": -0.1}}, "clip_range"),
+        ({"loss": {"value_clip_range": -0.1}}, "value_clip_range"),
+        ({"kl": {"horizon": 0.0}}, "kl_horizon"),
         ({"microbatch_size": 0}, "microbatch_size"),
         ({"logprob_chunk": 0}, "logprob_chunk"),
-        ({"ptx_coef": -1.0}, "ptx_coef"),
-        ({"reward_clip": -1.0}, "reward_clip"),
+        ({"loss": {"ptx_coef": -1.0}}, "ptx_coef"),
+        ({"reward": {"clip": -1.0}}, "reward_clip"),
         (3, "config.ppo must be a mapping"),
     ],
 )

@@ -38,7 +38,11 @@ def pointers(tree):
 
 
 def test_four_models_from_two_checkpoints(folders):
-    config = {"model": {"path": str(folders / "actor")}, "reward": {"path": str(folders / "reward")}, "ppo": {"any": 1}}
+    config = {
+        "model": {"path": str(folders / "actor")},
+        "reward_model": {"path": str(folders / "reward")},
+        "ppo": {"any": 1},
+    }
     engine = RLHFEngine.create(config)
     tokens, mask = batch()
     actor, reward = load_pretrained(folders / "actor"), load_pretrained(folders / "reward", head="scalar")
@@ -142,7 +146,10 @@ def test_bad_configs_and_models_that_do_not_fit_are_named(folders, tmp_path):
         ({}, r"config\.model\.path is not set"),
         ({"model": {"paht": path}}, r"config\.model\.paht: there is no such field; did you mean path"),
         ({"model": {"path": path, "trainable_layers": 3}}, "trainable_layers=3 must lie within 1 and the model's 2"),
-        ({"model": {"path": path}, "reward": {"path": path, "trainable_layers": 1}}, "reference and reward model are"),
+        (
+            {"model": {"path": path}, "reward_model": {"path": path, "trainable_layers": 1}},
+            "reference and reward model are",
+        ),
         ({"model": {"path": path, "dtype": "float8"}}, r"config\.model\.dtype='float8'"),
         ({"model": {"path": path, "remat": "some"}}, r"config\.model\.remat='some'"),
     ]:
@@ -227,7 +234,7 @@ def test_a_reward_model_without_a_head_is_an_error(folders, tmp_path):
     """Every text would score 0."""
     path = str(folders / "actor")
     with pytest.raises(CheckpointError, match=r"config\.reward\.path=.* is a language model: it has no scalar head"):
-        RLHFEngine.create({"model": {"path": path}, "reward": {"path": path}})
+        RLHFEngine.create({"model": {"path": path}, "reward_model": {"path": path}})
     RLHFEngine.create({"model": {"path": path}, "critic": {"path": path}})  # whose values may start at zero
     save_pretrained(tmp_path / "reward", tiny.policy(5, head="scalar"))
     file = tmp_path / "reward" / "model.safetensors"
@@ -315,7 +322,7 @@ def test_a_model_without_a_path_of_its_own_runs_as_its_own_settings_say(folders)
 def test_models_of_one_trunk_in_two_dtypes_compute_each_in_its_own(folders, trainable_layers):
     """The frozen bottom's parameters are shared, its output only where both would make the same of it."""
     layers = {"trainable_layers": trainable_layers}
-    models = {"model": {"path": str(folders / "actor"), **layers}, "reward": {"path": str(folders / "reward")}}
+    models = {"model": {"path": str(folders / "actor"), **layers}, "reward_model": {"path": str(folders / "reward")}}
     models |= {"critic": layers, "reference": {"dtype": "bfloat16"}}
     models["reward"]["dtype"] = "bfloat16"
     engine = RLHFEngine.create(models)

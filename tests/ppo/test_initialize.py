@@ -11,7 +11,7 @@ import pytest
 from jax_rlhf import PPOTrainer, RewardFunction, RLHFEngine, load_pretrained, save_pretrained
 from jax_rlhf.optim.microbatches import microbatch_rows
 from jax_rlhf.ppo.config import PPOConfig
-from jax_rlhf.ppo.trainer import _completed
+from jax_rlhf.ppo.trainer import _with_ids
 from jax_rlhf.rewards import Failures
 from jax_rlhf.rl import Prompts
 from jax_rlhf.sampling import Samples
@@ -113,7 +113,7 @@ def test_functions_get_prompts_responses_and_columns_of_each_row_without_special
 
     models = types.SimpleNamespace(reward=None)
     engine = types.SimpleNamespace(tokenizer=data.tokenizer(), layout=None, models=models)
-    config = PPOConfig(reward_retries=1)
+    config = tiny.ppo_config(reward_retries=1)
     trainer = types.SimpleNamespace(engine=engine, config=config, failures=Failures())
     trainer.reward_functions = (RewardFunction(judge, weight=2.0),)
     samples = Samples(jnp.asarray(tokens), jnp.asarray(mask[:, 3:]), None, None)
@@ -126,7 +126,7 @@ def test_functions_get_prompts_responses_and_columns_of_each_row_without_special
 
 def test_a_functions_own_time_limit_goes_before_that_of_all():
     functions = [RewardFunction(tiny.fractional_reward, timeout=3.0), RewardFunction(tiny.fractional_reward)]
-    trainer = PPOTrainer(RLHFEngine(tiny.policy()), {"reward_timeout": 9.0}, reward_functions=functions)
+    trainer = PPOTrainer(RLHFEngine(tiny.policy()), tiny.nested(reward_timeout=9.0), reward_functions=functions)
     assert [function.timeout for function in trainer.reward_functions] == [3.0, 9.0]
 
 
@@ -136,7 +136,7 @@ def test_microbatches_keep_to_a_budget_of_tokens_a_device():
     assert microbatch_rows(256, 128, 1, "gpu") == 128  # 16,384
     assert microbatch_rows(60, 128, 1, "cpu") == 6  # the next that divides
     assert microbatch_rows(12, 4096, 4, "cpu") == 4  # one row a device, if that is too much
-    config = PPOConfig(num_minibatches=2, max_new_tokens=64)
+    config = tiny.ppo_config(num_minibatches=2, max_new_tokens=64)
     plan = config.batch_plan(128, 64, None, "cpu")
     assert (plan.microbatch_size, plan.microbatches) == (8, 8)  # of 64 rows of 64 + 64 tokens
     plan = dataclasses.replace(config, microbatch_size=32).batch_plan(128, 64, None, "cpu")
@@ -145,9 +145,8 @@ def test_microbatches_keep_to_a_budget_of_tokens_a_device():
 
 def test_ids_that_are_not_given_are_the_tokenizers():
     engine = types.SimpleNamespace(tokenizer=data.tokenizer(), generation_config=None)
-    config = _completed(PPOConfig(), engine)
-    assert (config.eos_ids, config.pad_id) == ((data.EOS,), data.PAD)
+    ids = lambda config: (config.sampling.eos_ids, config.sampling.pad_id)  # noqa: E731
+    assert ids(_with_ids(PPOConfig(), engine)) == ((data.EOS,), data.PAD)
     engine.tokenizer = data.tokenizer(pad=None)
-    assert _completed(PPOConfig(), engine).pad_id == data.EOS
-    told = _completed(PPOConfig(eos_ids=(9, 8), pad_id=7), engine)
-    assert (told.eos_ids, told.pad_id) == ((9, 8), 7)
+    assert _with_ids(PPOConfig(), engine).sampling.pad_id == data.EOS
+    assert ids(_with_ids(tiny.ppo_config(eos_ids=(9, 8), pad_id=7), engine)) == ((9, 8), 7)

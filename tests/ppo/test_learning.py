@@ -34,7 +34,7 @@ def learned(loss, beta, *, seed, iterations=40, rows=512, shuffled=False):
         "actor_optimizer": {"learning_rate": 5e-3, "schedule": "linear", "total_steps": iterations * 16},
         "critic_optimizer": {"learning_rate": 1e-2},
     }
-    trainer = PPOTrainer(engine, config, reward_functions=tiny.table_reward)
+    trainer = PPOTrainer(engine, tiny.nested(**config), reward_functions=tiny.table_reward)
     for iteration in range(iterations):
         experience = trainer.generate_experience(tiny.prompts(rows))
         if shuffled:

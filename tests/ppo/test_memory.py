@@ -29,7 +29,8 @@ def temporaries(function, *arguments):
 
 
 def scoring(engine, trainer, rows, mesh=None):
-    array, config, length = arrays(rows, mesh), trainer._with_microbatches(rows, WIDTH), trainer.config.max_new_tokens
+    array, config = arrays(rows, mesh), trainer._with_microbatches(rows, WIDTH)
+    length = config.sampling.max_new_tokens
     per_token = [array(jnp.float32, length) for _ in range(2)]
     samples = Samples(array(jnp.int32, WIDTH + length), array(jnp.bool_, length), *per_token)
     arguments = engine.params, array(jnp.bool_, WIDTH), samples, array(jnp.float32)
@@ -48,7 +49,7 @@ def size(tree):
 
 
 def trainer(engine, **config):
-    settings = {"max_new_tokens": LENGTH, "eos_ids": [2], **config}
+    settings = tiny.nested(max_new_tokens=LENGTH, eos_ids=[2], **config)
     return PPOTrainer(engine, settings, reward_functions=tiny.fractional_reward)
 
 

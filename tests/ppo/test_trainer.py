@@ -109,7 +109,7 @@ def test_no_eos_id_warns(caplog):
     with caplog.at_level(logging.WARNING, "absl"):
         trainer = tiny.trainer(eos_ids=None)
     assert "no EOS id is known" in caplog.text
-    assert trainer.config.eos_ids == ()
+    assert trainer.config.sampling.eos_ids == ()
 
 
 def test_metrics_have_trls_names():
@@ -170,9 +170,9 @@ def test_what_cannot_be_trained_is_said_at_once():
     with pytest.raises(ValueError, match="there is no source of rewards"):
         PPOTrainer(engine, {})
     with pytest.raises(ValueError, match=r"config\.ppo\.kl_coeff: there is no such field; did you mean kl_coef"):
-        PPOTrainer(engine, {"kl_coeff": 0.1}, reward_functions=tiny.fractional_reward)
+        PPOTrainer(engine, {"kl": {"coeff": 0.1}}, reward_functions=tiny.fractional_reward)
     with pytest.raises(ValueError, match="temperature=0"):
-        PPOTrainer(engine, {"temperature": 0.0}, reward_functions=tiny.fractional_reward)
+        PPOTrainer(engine, {"sampling": {"temperature": 0.0}}, reward_functions=tiny.fractional_reward)
     silent = RLHFEngine(dataclasses.replace(tiny.policy(), tokenizer=None))
     with pytest.raises(ValueError, match="without a tokenizer"):
         PPOTrainer(silent, {}, reward_functions=tiny.fractional_reward)

@@ -163,10 +163,10 @@ def test_ratios_start_at_one_and_move(temperature):
     assert metrics["policy/clipfrac_avg"] > 0
     assert metrics["val/sampler_logprob_gap"] < 1e-4
     # Sampled at one temperature and scored at another: both numbers tell.
-    trainer.config = dataclasses.replace(trainer.config, temperature=0.8 * temperature)
+    trainer.config = tiny.changed(trainer.config, temperature=0.8 * temperature)
     metrics = trainer.train_rlhf(trainer.generate_experience(tiny.ragged_prompts(ROWS)))
     assert metrics["val/sampler_logprob_gap"] > 1e-2
-    trainer.config = dataclasses.replace(trainer.config, temperature=temperature)
+    trainer.config = tiny.changed(trainer.config, temperature=temperature)
     assert trainer.train_rlhf(made)["val/first_ratio_gap"] > 1e-3
 
 

@@ -3,6 +3,7 @@
 With the KL penalty β the best policy is known: π* ∝ π_ref exp(r / β), and E[r] − β KL of it is β log E_ref[exp(r / β)].
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -14,6 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from jax_rlhf import PPOTrainer, Pretrained, Prompts, RLHFEngine
 from jax_rlhf.hub.families import config_from_hub
 from jax_rlhf.models import Decoder, init_params
+from jax_rlhf.ppo.config import PPOConfig
+from jax_rlhf.settings import from_mapping, new_name
 
 VOCAB, LENGTH = 8, 4
 WORDS = [f"w{index}" for index in range(VOCAB)]
@@ -104,6 +107,30 @@ def gain(pretrained, reference, beta):
 
 
 EOS = 2
+SECTIONS = ("sampling", "reward", "kl", "loss", "actor", "critic", "limits")
+
+
+def nested(**settings):
+    """Settings of PPO by short names, `kl_coef=0.1` or `max_new_tokens=4`, nested as PPOConfig has them."""
+    known, found = {field.name for field in dataclasses.fields(PPOConfig)}, {}
+    for name, value in settings.items():
+        path = name if name in known else new_name(f"ppo.{name}").removeprefix("ppo.")
+        section, _, field = path.rpartition(".")
+        (found.setdefault(section, {}) if section else found)[field] = value
+    return found
+
+
+def ppo_config(**settings):
+    return from_mapping(PPOConfig, nested(**settings))
+
+
+def changed(config, **settings):
+    """The config with other settings, by short names."""
+    for name, value in nested(**settings).items():
+        if isinstance(value, dict) and name in SECTIONS:
+            value = dataclasses.replace(getattr(config, name), **value)
+        config = dataclasses.replace(config, **{name: value})
+    return config
 
 
 def ragged_prompts(rows, width=5, seed=0):
@@ -132,4 +159,4 @@ def trainer(engine=None, *, reward=fractional_reward, **config):
         "critic_optimizer": linear,
     }
     engine = engine or RLHFEngine(policy())
-    return PPOTrainer(engine, {**defaults, **config}, reward_functions=reward or ())
+    return PPOTrainer(engine, nested(**(defaults | config)), reward_functions=reward or ())

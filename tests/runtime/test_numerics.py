@@ -19,8 +19,8 @@ def config(tmp_path_factory):
     config = tiny.config(tmp_path_factory.mktemp("faults"))
     config.mesh.data, config.checkpoint.every, config.max_bad_steps = 8, 1, 2
     config.mesh.fsdp = 1
-    config.reward_training.steps, config.reward_training.normalize_rows = 6, 0
-    config.reward_training.path = config.sft_model_path = config.model.path
+    config.reward.steps, config.reward.normalize_rows = 6, 0
+    config.reward.start_from = config.sft_model_path = config.model.path
     config.ppo.iterations, config.ppo.num_minibatches = 3, 1
     return config
 
@@ -71,16 +71,16 @@ def test_bad_steps_in_a_row_stop_the_run_and_it_goes_on_once_mended(config, tmp_
 @pytest.mark.parametrize(
     ("limit", "message"),
     [
-        ({"kl_limit": 1e-6}, r"ppo, step 2: objective/kl=.*, config.ppo.kl_limit=1e-06"),
-        ({"ratio_limit": 2.0}, r"ppo, step \d: val/largest_ratio_gap=.*, config.ppo.ratio_limit=2"),
+        ({"kl_limit": 1e-6}, r"ppo, step 2: objective/kl=.*, config.ppo.limits.kl=1e-06"),
+        ({"ratio_limit": 2.0}, r"ppo, step \d: val/largest_ratio_gap=.*, config.ppo.limits.ratio=2"),
     ],
 )
 def test_past_a_limit_the_run_stops(config, tmp_path, limit, message):
     other = config.copy_and_resolve_references()
     other.ppo.update(limit)
     other.reward.path = None
-    other.ppo.reward_functions = ("tests.cli.tiny:count_a",)
-    other.ppo.actor_optimizer.learning_rate, other.ppo.ppo_epochs, other.ppo.kl_kind = 0.03, 8, "k1"
+    other.ppo.reward.functions = ("tests.cli.tiny:count_a",)
+    other.ppo.actor.optimizer.learning_rate, other.ppo.ppo_epochs, other.ppo.kl.kind = 0.03, 8, "k1"
     with pytest.raises(FaultError, match=message):
         ppo.run(run_config(other), tmp_path)
     stopped = int(next((tmp_path / "ppo" / "bad_batch").iterdir()).name.removeprefix("step").removesuffix(".npz"))

@@ -224,7 +224,7 @@ def test_a_process_that_hangs_is_ended(tmp_path, where, code):
 def test_a_run_whose_reward_function_hangs_is_ended(tmp_path):
     tiny.config(tmp_path)
     flags = ["--config.phases=ppo", f"--config.sft_model_path={tmp_path / 'base'}", "--config.checkpoint.every=1"]
-    hangs = ["--config.ppo.reward_functions=tests.rewards.judges:hangs", "--config.ppo.reward_timeout=None"]
+    hangs = ["--config.ppo.reward.functions=tests.rewards.judges:hangs", "--config.ppo.reward.timeout=None"]
     code, _, errors = alone.run(tmp_path, *flags, *hangs, "--config.watchdog.minutes=0.1", "--config.ppo.eval_every=0")
     assert code == 75, errors[-3000:]
     assert "judges.py" in (tmp_path / "run" / "ppo" / "stacks.txt").read_text()
