@@ -1,0 +1,58 @@
+"""The loop of PPO in Python, on a tiny model with random weights: under a minute on a laptop's CPU, offline.
+
+    python examples/ppo_loop.py
+
+The model continues "i like hot", "we drink cold" and the like. The reward counts one word, so its mean shows whether
+PPO learns. For a model of your own, take load_pretrained("folder or hub id") instead of tiny_model.create.
+"""
+
+import itertools
+import json
+import tempfile
+from pathlib import Path
+
+import tiny_model
+
+from jax_rlhf import PPOTrainer, RLHFEngine, create_datasets
+
+PROMPTS = (("i", "we", "you", "they"), ("like", "want", "buy", "drink"), ("hot", "cold", "more", "some"))
+WORDS = ["<eos>", *itertools.chain(*PROMPTS), "tea", "coffee", "milk", "water", "please"]
+
+
+def cups_of_tea(prompts: list[str], responses: list[str]) -> list[float]:
+    """One point for each "tea" of a response."""
+    return [float(response.split().count("tea")) for response in responses]
+
+
+def main(iterations: int = 20) -> list[dict[str, float]]:
+    """Trains the model, prints a line per iteration, and returns the metrics."""
+    engine = RLHFEngine(tiny_model.create(WORDS, eos_token="<eos>", pad_token="<eos>"))
+    settings = {
+        "max_new_tokens": 6,  # of a response
+        "kl_coef": 0.1,  # reward units per nat
+        "ppo_epochs": 4,  # passes over the responses of an iteration
+        "num_minibatches": 2,  # optimizer steps per pass
+        "value_clip_range": 1.0,  # reward units
+        "actor_optimizer": {"learning_rate": 3e-3},
+        "critic_optimizer": {"learning_rate": 1e-2},
+    }
+    trainer = PPOTrainer(engine, settings, reward_functions=cups_of_tea)
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "prompts.jsonl"
+        rows = [{"prompt": " ".join(words)} for words in itertools.product(*PROMPTS)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = {"paths": (str(file),), "ppo_batch_size": 32, "max_prompt_tokens": 4}
+        prompts = create_datasets(data, engine.tokenizer, phase="ppo", seed=0)
+
+    history = []
+    for iteration in range(iterations):
+        experience = trainer.generate_experience(prompts.train[iteration])  # sample, score, advantages
+        metrics = trainer.train_rlhf(experience)  # 4 × 2 optimizer steps
+        print(f"{iteration}: reward {metrics['objective/scores']:.2f}, KL {metrics['objective/kl']:.2f} nats")
+        history.append(metrics)
+    return history
+
+
+if __name__ == "__main__":
+    main()

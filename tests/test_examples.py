@@ -1,0 +1,87 @@
+"""The examples run, and what they train becomes better.
+
+`python -m tests.test_examples` runs the notebook, and stores it with its output.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import nbclient
+import nbformat
+
+from tests.processes import COMPILED, PYTHONPATH, ROOT
+
+EXAMPLES = ROOT / "examples"
+NOTEBOOK = EXAMPLES / "eight_tokens.ipynb"
+GAIN = 0.8  # of the possible gain in the objective; an unlearned policy has 0, and the stored run 0.96
+LARGEST = 150_000  # bytes of a stored notebook
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": PYTHONPATH, "JAX_COMPILATION_CACHE_DIR": str(COMPILED)}
+
+
+def run(example, *arguments):
+    """What an example prints, line by line."""
+    command = [sys.executable, str(EXAMPLES / example), *map(str, arguments)]
+    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ended.stdout.splitlines()
+
+
+def executed(notebook):
+    """A notebook with the output of a run; what libraries write to stderr is left out, since it names folders."""
+    client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(EXAMPLES)}})
+    client.execute(env=ENVIRONMENT)
+    for cell in code_cells(notebook):
+        cell.metadata.pop("execution", None)  # times
+        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    return notebook
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def gain_of(notebook):
+    """The share of the possible gain that the notebook's output says."""
+    text = "".join(output.get("text", "") for cell in code_cells(notebook) for output in cell.outputs)
+    (percent,) = re.findall(r"([\d.-]+)% of the possible gain", text)
+    return float(percent) / 100
+
+
+def test_the_loop_in_python_learns_within_its_iterations():
+    lines = run("ppo_loop.py")
+    rewards, kls = zip(*(map(float, re.findall(r"reward (\S+), KL (\S+)", line)[0]) for line in lines), strict=True)
+    assert len(lines) == 20
+    assert kls[0] == 0  # no KL before the first update
+    assert kls[-1] > 1
+    assert rewards[-1] > rewards[0] + 1  # cups of tea
+
+
+def test_the_reward_function_is_called_by_a_run_and_learned(tmp_path):
+    run("custom_reward.py", tmp_path)
+    summary = json.loads((tmp_path / "run" / "ppo" / "summary.json").read_text())
+    assert summary["eval/score"] > summary["eval/score_before"] + 0.3  # of 1, on held-out prompts
+    assert (tmp_path / "run" / "ppo" / "model" / "model.safetensors").is_file()
+
+
+def test_the_notebook_comes_near_the_known_optimum():
+    assert GAIN <= gain_of(executed(nbformat.read(NOTEBOOK, as_version=4))) <= 1
+
+
+def test_the_stored_notebook_is_the_output_of_one_whole_run():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    cells = code_cells(notebook)
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert {output.output_type for output in outputs} == {"stream", "display_data"}
+    assert all(output.get("name") != "stderr" for output in outputs)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
+    assert GAIN <= gain_of(notebook) <= 1
+    assert NOTEBOOK.stat().st_size < LARGEST
+
+
+if __name__ == "__main__":
+    nbformat.write(executed(nbformat.read(NOTEBOOK, as_version=4)), NOTEBOOK)
