@@ -28,13 +28,13 @@ def main(iterations: int = 20) -> list[dict[str, float]]:
     """Trains the model, prints a line per iteration, and returns the metrics."""
     engine = RLHFEngine(tiny_model.create(WORDS, eos_token="<eos>", pad_token="<eos>"))
     settings = {
-        "max_new_tokens": 6,  # of a response
-        "kl_coef": 0.1,  # reward units per nat
+        "sampling": {"max_new_tokens": 6},  # of a response
+        "kl": {"coef": 0.1},  # reward units per nat
         "ppo_epochs": 4,  # passes over the responses of an iteration
         "num_minibatches": 2,  # optimizer steps per pass
-        "value_clip_range": 1.0,  # reward units
-        "actor_optimizer": {"learning_rate": 3e-3},
-        "critic_optimizer": {"learning_rate": 1e-2},
+        "loss": {"value_clip_range": 1.0},  # reward units
+        "actor": {"optimizer": {"learning_rate": 3e-3}},
+        "critic": {"optimizer": {"learning_rate": 1e-2}},
     }
     trainer = PPOTrainer(engine, settings, reward_functions=cups_of_tea)
 

@@ -121,8 +121,8 @@ def test_a_comma_in_a_config_file_s_own_list_is_part_of_the_element():
         (["--config=nosuch.py"], "--config=nosuch.py: 'nosuch.py' is no file here; the package has "),
         (["--config=elsewhere/ppo.py"], "'elsewhere/ppo.py' is no file here; --config=ppo is the package's"),
         (
-            ["--config=ppo", "--config.ppo.kl_cof=1"],
-            "config.ppo.kl_cof: there is no such field; did you mean config.ppo.kl_",
+            ["--config=ppo", "--config.ppo.kl.cof=1"],
+            "config.ppo.kl.cof: there is no such field; did you mean config.ppo.kl.",
         ),
         (["--config=ppo", "--config.kl_coef=1"], "did you mean config.ppo.kl.coef"),
         (

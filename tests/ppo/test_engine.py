@@ -148,7 +148,7 @@ def test_bad_configs_and_models_that_do_not_fit_are_named(folders, tmp_path):
         ({"model": {"path": path, "trainable_layers": 3}}, "trainable_layers=3 must lie within 1 and the model's 2"),
         (
             {"model": {"path": path}, "reward_model": {"path": path, "trainable_layers": 1}},
-            "reference and reward model are",
+            "and reward model are",
         ),
         ({"model": {"path": path, "dtype": "float8"}}, r"config\.model\.dtype='float8'"),
         ({"model": {"path": path, "remat": "some"}}, r"config\.model\.remat='some'"),
@@ -168,7 +168,7 @@ def test_bad_configs_and_models_that_do_not_fit_are_named(folders, tmp_path):
     small = dataclasses.replace(tiny.policy(5, head="scalar", vocab_size=7), tokenizer=None)
     with pytest.raises(ValueError, match="critic knows 7 tokens, the tokenizer has 8"):
         RLHFEngine(tiny.policy(), critic=small)
-    with pytest.raises(ValueError, match=r"config\.reward\.path"):
+    with pytest.raises(ValueError, match=r"config\.reward_model\.path"):
         RLHFEngine(tiny.policy()).reward(*batch())
 
 
@@ -233,13 +233,13 @@ def test_a_reward_model_may_have_more_tokens_than_the_policy():
 def test_a_reward_model_without_a_head_is_an_error(folders, tmp_path):
     """Every text would score 0."""
     path = str(folders / "actor")
-    with pytest.raises(CheckpointError, match=r"config\.reward\.path=.* is a language model: it has no scalar head"):
+    with pytest.raises(CheckpointError, match=r"config\.reward_model\.path=.* it has no scalar head"):
         RLHFEngine.create({"model": {"path": path}, "reward_model": {"path": path}})
     RLHFEngine.create({"model": {"path": path}, "critic": {"path": path}})  # whose values may start at zero
     save_pretrained(tmp_path / "reward", tiny.policy(5, head="scalar"))
     file = tmp_path / "reward" / "model.safetensors"
     save_file({name: array for name, array in load_file(file).items() if name != "score.weight"}, file)
-    for role in ("reward", "critic"):
+    for role in ("reward_model", "critic"):
         with pytest.raises(CheckpointError, match=r"LlamaForSequenceClassification, and has no score\.weight"):
             RLHFEngine.create({"model": {"path": path}, role: {"path": str(tmp_path / "reward")}})
 
@@ -304,12 +304,12 @@ def test_a_model_without_a_path_of_its_own_runs_as_its_own_settings_say(folders)
     """Unset ones are the policy's; what the reward model is set to is not passed on to the critic."""
     model = {"path": str(folders / "actor"), "remat": "none"}
     reward = {"path": str(folders / "reward"), "dtype": "bfloat16", "remat": "full"}
-    engine = RLHFEngine.create({"model": model, "reward": reward})
+    engine = RLHFEngine.create({"model": model, "reward_model": reward})
     runs = {role: how_it_runs(getattr(engine.models, role)) for role in ("actor", "reference", "critic", "reward")}
     plain = "float32", "none", "xla"
     assert runs == {"actor": plain, "reference": plain, "critic": plain, "reward": ("bfloat16", "full", "xla")}
     own = {"critic": {"dtype": "bfloat16", "remat": "full"}, "reference": {"dtype": "bfloat16", "attention": "flash"}}
-    for models in ({"model": model, "reward": reward}, {"model": model}):
+    for models in ({"model": model, "reward_model": reward}, {"model": model}):
         engine = RLHFEngine.create(models | own)
         assert how_it_runs(engine.models.critic) == ("bfloat16", "full", "xla")
         assert how_it_runs(engine.models.reference) == ("bfloat16", "none", "flash")
@@ -324,7 +324,7 @@ def test_models_of_one_trunk_in_two_dtypes_compute_each_in_its_own(folders, trai
     layers = {"trainable_layers": trainable_layers}
     models = {"model": {"path": str(folders / "actor"), **layers}, "reward_model": {"path": str(folders / "reward")}}
     models |= {"critic": layers, "reference": {"dtype": "bfloat16"}}
-    models["reward"]["dtype"] = "bfloat16"
+    models["reward_model"]["dtype"] = "bfloat16"
     engine = RLHFEngine.create(models)
     tokens, mask = batch()
     made = tiny.trainer(engine, reward=None).generate_experience(tiny.ragged_prompts(4))

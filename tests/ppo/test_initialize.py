@@ -78,7 +78,8 @@ def test_what_trains_is_a_copy_and_the_reference_stays(models, trainable_layers)
 def test_checkpoints_go_to_the_roles_that_name_them(models, tmp_path):
     for name, model in models.items():
         save_pretrained(tmp_path / name, model)
-    config = {name: {"path": str(tmp_path / name)} for name in ("reference", "critic", "reward")}
+    config = {name: {"path": str(tmp_path / name)} for name in ("reference", "critic")}
+    config["reward_model"] = {"path": str(tmp_path / "reward")}
     config["model"] = {"path": str(tmp_path / "actor")}
     config["critic"]["trainable_layers"] = 1
     engine = RLHFEngine.create(config)
