@@ -52,7 +52,7 @@ class KLConfig:
         _check(self, "config.ppo.kl", at_least_0=("coef",), above_0=("target", "horizon"))
         if self.target is not None and not self.coef > 0:
             raise ValueError(
-                f"config.ppo.kl.target={self.target} adapts ppo.kl.coef by factors: start it above 0, not at 0."
+                f"config.ppo.kl.target={self.target} adapts config.ppo.kl.coef by factors: start it above 0, not at 0."
             )
 
 
