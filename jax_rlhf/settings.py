@@ -181,7 +181,7 @@ def unknown_name(name: str, known: Iterable[str], prefix: str = "", *, path: str
         if re.search(pattern, last):
             return f"{what}: not in this project yet."
     same = [path for path in known if path.lower().rpartition(".")[2] == last]
-    near = list(dict.fromkeys([*same, *difflib.get_close_matches(name, known, n=3)]))
+    near = same or difflib.get_close_matches(name, known, n=3)
     if last in _OTHER_NAMES and not same:
         return f"here it is config.{_OTHER_NAMES[last]}." if "=" not in _OTHER_NAMES[last] else _OTHER_NAMES[last]
     if near:

@@ -112,7 +112,7 @@ def test_texts_of_the_pretraining_loss_stand_one_to_a_row_where_the_sft_phase_pa
     rows = [{"prompt": text, "completion": "a b"} for text in data.letters(20)]
     how = {"paths": (data.write(tmp_path / "x.jsonl", rows),), "packing": True, "sft_batch_size": 2, "max_tokens": 24}
     engine = types.SimpleNamespace(tokenizer=data.tokenizer(), generation_config=None, layout=None)
-    batch = ppo._texts(run_config({"data": how, "ppo": {"eos_ids": (data.ASSISTANT,)}}), engine).train[0]
+    batch = ppo._texts(run_config({"data": how, "ppo": {"sampling": {"eos_ids": (data.ASSISTANT,)}}}), engine).train[0]
     assert batch.mask.sum(axis=1).tolist() == [6, 6]
     assert [row[5] for row in batch.tokens] == [data.ASSISTANT] * 2
 

@@ -12,11 +12,11 @@ import re
 import jax
 import pytest
 
+from jax_rlhf.hub import config_from_hub
 from jax_rlhf.plan.abstract import device_bytes
 from jax_rlhf.plan.all_programs import programs_of
 from jax_rlhf.plan.collectives import collectives, computations_of
 from jax_rlhf.plan.topology import layout_on
-from jax_rlhf.sampling import sampling_layout
 from tests.plan import tiny
 
 pytestmark = pytest.mark.usefixtures("full_compile")
@@ -77,10 +77,10 @@ def test_state_lies_in_eighths_and_is_updated_in_place(compiled):
 
 def test_the_cache_is_never_copied_while_tokens_are_drawn(compiled):
     _, programs, done, _ = compiled
-    config = programs["rollout"].arguments[0].actor.model.config
+    config = config_from_hub(tiny.SHAPE)
     shape = (config.num_layers, 32, config.num_kv_heads, 128 + 128 - 1, config.head_dim)
     axes = ("layers", "rows", "kv_heads", "length", "head_dim")
-    local = sampling_layout(config).sharding(axes, shape).shard_shape(shape)
+    local = programs["rollout"].rollout.sharding(axes, shape).shard_shape(shape)
     assert math.prod(local) * 8 == math.prod(shape)
     pattern = re.compile(rf"bf16\[{','.join(map(str, local))}\]\S* (copy|copy-start)\(")
     text = done["rollout"].as_text()

@@ -49,7 +49,7 @@ def size(tree):
 
 
 def trainer(engine, **config):
-    settings = tiny.nested(max_new_tokens=LENGTH, eos_ids=[2], **config)
+    settings = tiny.nested(**({"max_new_tokens": LENGTH, "eos_ids": [2]} | config))
     return PPOTrainer(engine, settings, reward_functions=tiny.fractional_reward)
 
 

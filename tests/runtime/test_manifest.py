@@ -210,10 +210,10 @@ def test_a_model_that_changed_since_its_export_is_not_taken(workdir):
     ("field", "spell"),
     [
         ("sft_model_path", lambda folder, here: f"{folder}/"),
-        ("reward", lambda folder, here: folder.relative_to(here)),
+        ("reward_model", lambda folder, here: folder.relative_to(here)),
         ("reference", lambda folder, here: folder / ".." / "model"),
         ("critic", lambda folder, here: linked(here / "link", folder)),
-        ("reward", lambda folder, here: linked(here / "link", folder.parent) / "model"),
+        ("reward_model", lambda folder, here: linked(here / "link", folder.parent) / "model"),
     ],
 )
 def test_a_model_of_a_run_is_compared_however_it_is_named(workdir, tmp_path, monkeypatch, spell, field):
@@ -229,8 +229,8 @@ def test_a_model_of_a_run_is_compared_however_it_is_named(workdir, tmp_path, mon
     other.mkdir()
     if field != "sft_model_path":
         config["sft_model_path"] = config["model"]["path"]
-    if field != "reward":
-        config["reward"]["path"] = str(shutil.copytree(workdir / "reward" / "model", tmp_path / "plain"))
+    if field != "reward_model":
+        config["reward_model"]["path"] = str(shutil.copytree(workdir / "reward" / "model", tmp_path / "plain"))
     assert check_inputs(run_config(config), other, "ppo", accept_changes=False) == []
     (workdir / phase / "model" / "added_tokens.json").write_text("{}")
     with pytest.raises(WorkdirError, match=r"added_tokens.json was not exported with it"):

@@ -71,13 +71,13 @@ def test_bad_steps_in_a_row_stop_the_run_and_it_goes_on_once_mended(config, tmp_
 @pytest.mark.parametrize(
     ("limit", "message"),
     [
-        ({"kl_limit": 1e-6}, r"ppo, step 2: objective/kl=.*, config.ppo.limits.kl=1e-06"),
-        ({"ratio_limit": 2.0}, r"ppo, step \d: val/largest_ratio_gap=.*, config.ppo.limits.ratio=2"),
+        ({"kl": 1e-6}, r"ppo, step 2: objective/kl=.*, config.ppo.limits.kl=1e-06"),
+        ({"ratio": 2.0}, r"ppo, step \d: val/largest_ratio_gap=.*, config.ppo.limits.ratio=2"),
     ],
 )
 def test_past_a_limit_the_run_stops(config, tmp_path, limit, message):
     other = config.copy_and_resolve_references()
-    other.ppo.update(limit)
+    other.ppo.limits.update(limit)
     other.reward.path = None
     other.ppo.reward.functions = ("tests.cli.tiny:count_a",)
     other.ppo.actor.optimizer.learning_rate, other.ppo.ppo_epochs, other.ppo.kl.kind = 0.03, 8, "k1"
