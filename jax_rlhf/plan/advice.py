@@ -92,27 +92,26 @@ def _again(config: ConfigDict, topology: Topology, one: Account) -> Account | No
 
 def _changes(settings: RunConfig, one: Account, devices: int) -> Iterator[dict[str, Any]]:
     """From those that change nothing but speed to those that change what is computed."""
-    for role in ("model", "critic", "reward", "reference"):
+    for role in ("model", "critic", "reward_model", "reference"):
         if getattr(settings, role).remat in ("none", "dots"):
             yield {f"{role}.remat": "full"}
-    roles = ("model", "critic", "reward", "reference")
+    roles = ("model", "critic", "reward_model", "reference")
     plain = [role for role in roles if getattr(settings, role).attention in (None, "xla")]
     if plain:
         yield {f"{role}.attention": "flash" for role in plain}
     mesh = settings.mesh
     if mesh.data != 1:
         yield {"mesh.data": 1, "mesh.fsdp": -1}
-    section = {"sft": "sft", "reward": "reward", "ppo": "ppo"}[one.phase]
     rows = {
         "sft": settings.data.sft_batch_size,
         "reward": settings.data.reward_batch_size,
         "ppo": settings.data.ppo_batch_size // settings.ppo.num_minibatches,
     }[one.phase]
     if one.name not in ("rollout", "answers", "export"):
-        micro = getattr(settings, section).microbatch_size or rows
+        micro = getattr(settings, one.phase).microbatch_size or rows
         while micro > 1:
             micro //= 2
-            yield {f"{section}.microbatch_size": micro}
+            yield {f"{one.phase}.microbatch_size": micro}
     if one.phase == "ppo":
         yield {"reference.offload": True, "reward_model.offload": True}
     if one.name.startswith(("rollout", "answers")):

@@ -29,7 +29,6 @@ _FREE = (
     "max_bad_steps",
     "debug",
 )  # may differ from run to run in one workdir
-_OF_A_PHASE = {"sft": "sft", "reward": "reward", "ppo": "ppo"}  # a section → the phase that it alone concerns
 _OF_THE_MACHINE = (
     "mesh",
     "rollout_mesh",
@@ -183,8 +182,8 @@ def _can_change(name: str, states: Mapping[str, str]) -> bool:
     _, section, *rest = name.split(".")
     if {section, *rest[-1:]} & set(_OF_THE_MACHINE):
         return True
-    phase = _OF_A_PHASE.get(section)
-    return phase is not None and name != "config.ppo.seed" and states[phase] != "finished"
+    # A section that has a phase's name concerns that phase alone.
+    return section in PHASES and name != "config.ppo.seed" and states[section] != "finished"
 
 
 def lock_workdir(workdir: Path) -> BaseFileLock:

@@ -78,7 +78,7 @@ def test_bad_steps_in_a_row_stop_the_run_and_it_goes_on_once_mended(config, tmp_
 def test_past_a_limit_the_run_stops(config, tmp_path, limit, message):
     other = config.copy_and_resolve_references()
     other.ppo.limits.update(limit)
-    other.reward.path = None
+    other.reward_model.path = None
     other.ppo.reward.functions = ("tests.cli.tiny:count_a",)
     other.ppo.actor.optimizer.learning_rate, other.ppo.ppo_epochs, other.ppo.kl.kind = 0.03, 8, "k1"
     with pytest.raises(FaultError, match=message):
