@@ -156,7 +156,7 @@ def ptx_data(data: DataConfig) -> DataConfig:
 
 
 def named_functions(names: Sequence[str], config: PPOConfig) -> list[RewardFunction]:
-    """Reward functions by their names; with `reward_isolation` they are imported in their processes alone.
+    """Reward functions by their names; with `isolation="process"` they are imported in their processes alone.
 
     Args:
       names: "package.module:function" each.
