@@ -14,93 +14,181 @@ from jax_rlhf.config import default_config
 
 def get_config() -> ConfigDict:
     """The settings."""
-    config = default_config()  # has every field, so that flags can set any: --config.sft.epochs=3
-    config.phases = ("sft",)  # of "sft", "reward", "ppo"
-    config.seed = 0  # of everything random: data order, new heads, samples
-    config.checkpoint.minutes = 15.0  # after so long comes the next one; None: by steps alone
-    config.checkpoint.every = 0  # steps (PPO: iterations) between checkpoints; 0: by time alone
-    config.checkpoint.keep = 2  # the last so many
-    config.checkpoint.keep_every = 0  # those of steps that this divides stay as well
-    # config.checkpoint.best = "eval/loss"  # the one where this was best is saved, and stays as well; needs eval_every
-    # config.checkpoint.best_mode = "min"  # the lowest is best, or "max"; default: of a loss or perplexity the lowest
-    config.watchdog.factor = 20.0  # a run stands still if nothing is done for so many times a step's time (the median),
-    config.watchdog.minutes = 30.0  # and for so long; then all threads' stacks are written, and
-    config.watchdog.action = "exit"  # it ends with code 75, to be started again; or "warn", "off"
-    config.max_bad_steps = 5  # steps in a row that are not finite, and left out, before the run stops
-    config.debug = False  # stop at the first NaN and say where; slower
-
-    config.log.tensorboard = True  # files under <workdir>/sft/tensorboard
-    # config.log.wandb_project = "my-project"  # Weights & Biases too, if it is installed
-    config.log.table_rows = 4  # samples shown on the screen
-
-    mesh = config.mesh  # how many devices lie along each axis; one of them may be -1, the rest
-    mesh.data = 1  # copies of everything (with -1, what pmap did)
-    mesh.fsdp = -1  # rows, and parameters cut along their width
-    mesh.tensor = 1  # heads, MLP width, vocabulary
-    mesh.rules = ()  # lines of the table in jax_rlhf/parallel/layout.py that differ: "mlp=tensor+fsdp", "embed="
-    # config.rollout_mesh.tensor = 8  # another form to sample in, with .data and .fsdp; default: chosen by the model
-
-    model = config.model  # the policy
-    model.path = "HuggingFaceTB/SmolLM2-135M"  # folder, .gguf file or hub id
-    # model.revision = "main"  # of a hub id
-    # model.trainable_layers = 10  # from the top, the rest is frozen and shared; default: all parameters train
-    # model.dtype = "bfloat16"  # of computing and saved models; default: bfloat16 on GPU and TPU, float32 on CPU
-    # model.remat = "full"  # what the backward pass computes again: "none", "dots", "full"; default: by the device
-    # model.attention = "flash"  # holds no scores: cuDNN on GPU, splash on TPU; for long texts; default: "xla"
-
-    data = config.data
-    data.paths = ()  # .jsonl, .json, .parquet, .csv files, data set ids, "package.module:function" readers
-    data.ptx_paths = ()  # texts of PPO's pretraining loss (ppo.loss.ptx_coef); empty: what the SFT phase learns
-    data.weights = ()  # the share of each path in the mixture; empty: by size
-    data.eval_paths = ()  # held-out rows; empty: eval_rows of each path's (a reader gives its own)
-    data.eval_rows = 256  # held out at most: whole prompts, never more than a tenth of each path
-    data.split = "train"  # of a Hugging Face data set, for paths
-    data.eval_split = "test"  # the same for eval_paths
-    # data.revision = "main"  # of a Hugging Face data set
-    data.data_split = ""  # "2,4,4": shares of each path for SFT, reward and PPO, no prompt in two; empty: all to each
-    data.prompt_column = "prompt"  # columns, as they are called in the data
-    data.completion_column = "completion"
-    data.chosen_column = "chosen"
-    data.rejected_column = "rejected"
-    data.text_column = "text"
-    data.messages_column = "messages"
-    data.margin_column = "margin"
-    data.label_column = "label"  # a completion whose label is false is not learned
-    data.tools_column = "tools"  # what the assistant may call, for the chat template
-    data.max_tokens = 512  # longest prompt + completion
-    data.max_prompt_tokens = 256  # longest prompt of PPO, and what truncation leaves of one
-    data.too_long = "filter"  # leave longer rows out and count them, or "truncate": prompts left, completions right
-    data.on_bad_row = "error"  # at an empty answer, chosen = rejected, an answer that the template cuts; or "drop" them
-    data.as_chat = False  # write plain prompts and answers with the tokenizer's chat template
-    data.parse_special_tokens = False  # read <|im_end|> and its like in rows as tokens: for data templated beforehand
-    # data.prompt_tokens = 8  # PPO's prompts are the first so many tokens of a text
-    data.deduplicate = True  # of rows that are alike, one stays; prompts of eval_paths are not trained on
-    # data.pad_token = "<|endoftext|>"  # for a tokenizer without one; any will do
-    data.sft_batch_size = 16  # rows per step, of all devices together
-    data.packing = False  # several texts share a row, without seeing each other
-    data.length_buckets = ()  # widths that batches are padded to; empty: quarter, half, whole of max_tokens
-    data.prefetch = 2  # batches made ahead
-
-    sft = config.sft
-    sft.epochs = 1.0  # passes over the data
-    # sft.steps = 1000  # optimizer steps, instead
-    sft.loss_on = "completion"  # or "all": prompts too
-    # sft.microbatch_size = 4  # rows whose activations exist at once; changes memory, not the result
-    sft.eval_every = 0  # steps between evaluations; 0: before and after only
-    sft.sample_rows = 8  # held-out prompts that the result answers, into samples.jsonl
-    sft.sample_tokens = 64  # longest of those answers
-
-    optimizer = sft.optimizer  # AdamW
-    optimizer.learning_rate = 2e-5  # the highest
-    optimizer.schedule = "cosine"  # then down to final_fraction: "cosine", "linear"; or "constant"
-    optimizer.warmup_steps = 10  # up to it; no step has rate 0
-    # optimizer.total_steps = 1000  # where the schedule ends; default: with the phase
-    optimizer.final_fraction = 0.1  # of learning_rate, at the end
-    optimizer.beta1 = 0.9
-    optimizer.beta2 = 0.95
-    optimizer.eps = 1e-8
-    optimizer.eps_form = "pytorch"  # or "tensorflow": ε outside the bias correction
-    optimizer.weight_decay = 0.0  # of matrices, decoupled
-    optimizer.max_grad_norm = 1.0  # clips the gradient's global norm
-    optimizer.first_moment_dtype = "float32"  # "bfloat16" saves 2 bytes per parameter
+    config = default_config()  # has every field, so that flags can set any
+    config.phases = ("sft",)  # The phases to run, of "sft", "reward" and "ppo", in that order.
+    config.seed = 0  # The seed of everything random.
+    # Steps (PPO: iterations) in a row with an update that was not finite, and was left out, before the run stops.
+    config.max_bad_steps = 5
+    # Stop at the first NaN, at the first transfer between host and devices that nobody asked for, and where an
+    # experience is not what it should be; write checkpoints before going on. Slower.
+    config.debug = False
+    _checkpoint(config.checkpoint)
+    _watchdog(config.watchdog)
+    _log(config.log)
+    _mesh(config.mesh)
+    _rollout_mesh(config.rollout_mesh)
+    _model(config.model)
+    _data(config.data)
+    _sft(config.sft)
     return config
+
+
+def _checkpoint(checkpoint: ConfigDict) -> None:
+    """When checkpoints are written, and which stay."""
+    checkpoint.every = 0  # Steps (PPO: iterations) between checkpoints; 0 = by time alone.
+    # Minutes between checkpoints; None = by steps alone. The end of a phase and a stop that was asked for have one in
+    # any case.
+    checkpoint.minutes = 15.0
+    checkpoint.keep = 2  # How many of the last checkpoints stay.
+    checkpoint.keep_every = 0  # Checkpoints of steps that this divides stay as well; 0 = none.
+    # A metric of evaluations, such as "eval/score": the checkpoint where it was best stays as well; None = none.
+    # checkpoint.best = None
+    # Whether the highest ("max") or the lowest ("min") is best; None = the lowest of what is called loss or perplexity,
+    # the highest of all else.
+    # checkpoint.best_mode = None
+
+
+def _watchdog(watchdog: ConfigDict) -> None:
+    """When a run counts as standing still."""
+    watchdog.factor = 20.0  # A run stands still after this many times the median duration of a phase's last steps.
+    watchdog.minutes = 30.0  # But never sooner than after so many minutes; a step compiles when its width first comes.
+    # "exit": with code 75, after which launch scripts start the run again; "warn": say so and wait; "off".
+    watchdog.action = "exit"
+
+
+def _log(log: ConfigDict) -> None:
+    """Where metrics go, beside metrics.jsonl."""
+    log.tensorboard = True  # TensorBoard files under <phase>/tensorboard.
+    # log.wandb_project = None  # Weights & Biases, which must be installed; None = not.
+    log.table_rows = 4  # Samples shown on the screen, before and after.
+
+
+def _mesh(mesh: ConfigDict) -> None:
+    """How many devices lie along each axis."""
+    mesh.data = 1  # Copies of everything, each with its own rows. Of several TPU slices each has its own copies.
+    mesh.fsdp = -1  # Rows, and parameters cut along their width.
+    mesh.tensor = 1  # Heads, MLP width and vocabulary.
+    mesh.rules = ()  # Lines of the table in `parallel/layout.py` that differ, "logical=mesh+mesh" each.
+
+
+def _rollout_mesh(rollout_mesh: ConfigDict) -> None:
+    """The same devices in another form, for sampling; by default chosen by the model."""
+    # rollout_mesh.data = None  # As in `MeshConfig`; None = 1 where another is given.
+    # rollout_mesh.fsdp = None  # As in `MeshConfig`; None = 1 where another is given.
+    # rollout_mesh.tensor = None  # As in `MeshConfig`; None = 1 where another is given.
+
+
+def _model(model: ConfigDict) -> None:
+    """The policy. `path` is the checkpoint that the SFT phase starts from."""
+    # The checkpoint: a folder, a .gguf file or a hub id; None = another model's, or none.
+    model.path = "HuggingFaceTB/SmolLM2-135M"
+    # model.revision = None  # The revision of a hub id.
+    # How many layers train, counted from the top; None = all parameters train. Of the actor and the critic; reference
+    # and reward model are frozen.
+    # model.trainable_layers = None
+    # "float32" or "bfloat16", of computing and of saved models; None = bfloat16 on GPU and TPU, float32 on CPU.
+    # model.dtype = None
+    # What the backward pass computes again: "none", "full" or "dots"; None = "dots" on CPU, as fast as "none" in less
+    # memory, else "full".
+    # model.remat = None
+    # "xla", or "flash": cuDNN's or splash, which keep no T × T scores, on GPU and TPU; None = "xla".
+    # model.attention = None
+
+
+def _data(data: ConfigDict) -> None:
+    """The data of all phases."""
+    # Each a .jsonl, .json, .parquet or .csv file; a Hugging Face data set, "org/name" or "org/name:configuration", or a
+    # folder that `datasets` loads or saved; or "package.module:function", a reader: f(phase=…, split="train" | "eval")
+    # → rows as dicts.
+    data.paths = ()
+    # Texts of the pretraining loss in PPO (`ppo.loss.ptx_coef`); empty = what the SFT phase learns of `paths`.
+    data.ptx_paths = ()
+    data.weights = ()  # The share of each path in the mixture; empty = by their sizes.
+    # Held-out rows; empty = what each reader returns for "eval", and `eval_rows` of each other path's. No prompt that
+    # is held out is trained on, in any phase (docs/data.md says what a prompt is).
+    data.eval_paths = ()
+    data.split = "train"  # The split of a Hugging Face data set, for `paths`.
+    data.eval_split = "test"  # The same for `eval_paths`.
+    # data.revision = None  # The revision of a Hugging Face data set.
+    # Shares of each path for the phases, such as "2,4,4", drawn by the seed: no prompt is in two; "" = each phase has
+    # all rows.
+    data.data_split = ""
+    # Held-out rows per path and phase, at most; of `paths` whole prompts, and never more than a tenth of the rows and
+    # of the prompts in the phase's share.
+    data.eval_rows = 256
+    data.prompt_column = "prompt"  # The column of prompts, as it is called in the data.
+    data.completion_column = "completion"  # The column of completions.
+    data.chosen_column = "chosen"  # The column of the preferred answers.
+    data.rejected_column = "rejected"  # The column of the other answers.
+    data.text_column = "text"  # The column of plain texts.
+    data.messages_column = "messages"  # The column of chats.
+    data.margin_column = "margin"  # The column of how much better an answer is.
+    data.label_column = "label"  # The column of labels; a completion whose label is false is not learned.
+    data.tools_column = "tools"  # The column of what the assistant may call, for the chat template.
+    data.max_prompt_tokens = 256  # Longest prompt of the PPO phase, in tokens.
+    data.max_tokens = 512  # Longest prompt + completion of the SFT and reward phases, in tokens.
+    # What happens to longer rows: they are left out ("filter") and counted, or cut ("truncate"): prompts from the left,
+    # completions from the right.
+    data.too_long = "filter"
+    # What happens at an empty completion, chosen = rejected, or an answer of which the chat template leaves out a part:
+    # stop with an "error", or "drop" and count.
+    data.on_bad_row = "error"
+    # Prompts and answers that are plain texts are written with the tokenizer's chat template, as what the user and the
+    # assistant say.
+    data.as_chat = False
+    # The text of a special token, such as <|im_end|>, is read as the token wherever a row has it, as data needs that
+    # was written with a chat template beforehand; else as text, which ends and opens no turn.
+    data.parse_special_tokens = False
+    # Prompts of the PPO phase are the first so many tokens of `text` (or of `prompt`); None = whole prompts. Shorter
+    # ones are left out and counted. In all phases rows with one opening have one prompt.
+    # data.prompt_tokens = None
+    # Of rows that are alike, one stays; rows of `paths` that have a prompt of `eval_paths`' or of a reader's "eval"
+    # rows are not trained on.
+    data.deduplicate = True
+    # data.pad_token = None  # The pad token of a tokenizer that has none; any will do, since masks come from lengths.
+    data.sft_batch_size = 16  # Rows per step (packs, with packing), of all devices together.
+    data.reward_batch_size = 16  # Pairs per step (packs, with packing).
+    data.ppo_batch_size = 64  # Prompts per iteration, of all devices together.
+    # SFT texts share a row of max_tokens, reward pairs one of 2 · max_tokens, without seeing each other; the reward
+    # phase's token loss takes its pairs one by one all the same.
+    data.packing = False
+    # Widths that batches are padded to, in tokens; empty = quarter, half and whole of the longest allowed.
+    data.length_buckets = ()
+    data.prefetch = 2  # Batches made ahead of their use.
+
+
+def _sft(sft: ConfigDict) -> None:
+    """The SFT phase."""
+    sft.epochs = 1.0  # Passes over the data, where `steps` is None.
+    # sft.steps = None  # Optimizer steps; None = `epochs`.
+    sft.loss_on = "completion"  # The tokens that count: those of the "completion", or "all", prompts too.
+    # Rows whose activations exist at once, on all devices together; None = the whole batch.
+    # sft.microbatch_size = None
+    sft.eval_every = 0  # Steps between evaluations on held-out rows; 0 = only before the first and after the last.
+    sft.sample_rows = 8  # Held-out prompts that the trained model answers, into samples.jsonl; 0 = none.
+    sft.sample_tokens = 64  # The longest of these answers, in tokens.
+    _sft_optimizer(sft.optimizer)
+
+
+def _sft_optimizer(optimizer: ConfigDict) -> None:
+    """The optimizer."""
+    optimizer.learning_rate = 2e-05  # The highest learning rate of the schedule.
+    # The learning rate after the warm-up: "constant", or down to `final_fraction` "linear" or as a "cosine".
+    optimizer.schedule = "cosine"
+    # Optimizer steps over which the rate rises from learning_rate / warmup_steps; no step has rate 0.
+    optimizer.warmup_steps = 10
+    # Steps (iterations × epochs × minibatches) at which "linear" and "cosine" end; None = the phase's last one, where
+    # `python -m jax_rlhf` trains. Steps that are left out (not finite, past `target_kl`) count too. The actor's are
+    # counted from the end of the critic's warm-up.
+    # optimizer.total_steps = None
+    optimizer.final_fraction = 0.1  # Where the schedule ends, as a fraction of `learning_rate`.
+    optimizer.beta1 = 0.9  # Decay of Adam's first moment.
+    optimizer.beta2 = 0.95  # Decay of Adam's second moment.
+    optimizer.eps = 1e-08  # Adam's ε.
+    # "pytorch": m̂ / (√v̂ + ε); "tensorflow": ε outside the bias correction, m̂ / (√v̂ + ε / √(1 − β₂ᵗ)), which takes
+    # smaller first steps where gradients are tiny.
+    optimizer.eps_form = "pytorch"
+    optimizer.weight_decay = 0.0  # Decoupled weight decay, on matrices only (not norms and biases).
+    optimizer.max_grad_norm = 1.0  # Clips the gradient's global norm; None = never.
+    # The dtype of Adam's first moment; "bfloat16" saves 2 bytes per parameter.
+    optimizer.first_moment_dtype = "float32"

@@ -25,9 +25,9 @@ class RunConfig:
     """A whole run."""
 
     phases: tuple[str, ...] = PHASES
-    """Of "sft", "reward", "ppo", in that order."""
+    """The phases to run, of "sft", "reward" and "ppo", in that order."""
     seed: int = 0
-    """Of everything random."""
+    """The seed of everything random."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """How many devices lie along each axis."""
     rollout_mesh: RolloutMeshConfig = dataclasses.field(default_factory=RolloutMeshConfig)

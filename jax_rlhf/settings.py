@@ -1,8 +1,13 @@
 """Settings: dataclasses that say what fields there are, and the mappings and flags that fill them in."""
 
+import ast
 import dataclasses
 import difflib
+import functools
+import inspect
+import itertools
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -267,6 +272,31 @@ def _named(option: Any) -> str:
     if typing.get_origin(option) is tuple:
         return f"a tuple of {typing.get_args(option)[0].__name__}"
     return "None" if option is type(None) else getattr(option, "__name__", str(option))
+
+
+@functools.cache
+def field_docs(kind: type) -> dict[str, str]:
+    """What the fields of a dataclass mean: the docstring below each, as it stands in the source.
+
+    Args:
+      kind: the dataclass.
+
+    Returns:
+      field → one line of text; fields of a parent class too.
+    """
+    docs: dict[str, str] = {}
+    for parent in reversed(kind.__mro__):
+        if not dataclasses.is_dataclass(parent):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(parent))).body[0].body
+        for field, after in itertools.pairwise(body):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
+                docs[field.target.id] = " ".join(str(after.value.value).split())
+    return docs
 
 
 def to_config_dict(settings: Any) -> ConfigDict:

@@ -24,7 +24,7 @@ class DataConfig:
     eval_split: str = "test"
     """The same for `eval_paths`."""
     revision: str | None = None
-    """Of a Hugging Face data set."""
+    """The revision of a Hugging Face data set."""
     data_split: str = ""
     """Shares of each path for the phases, such as "2,4,4", drawn by the seed: no prompt is in two; "" = each phase
     has all rows."""
@@ -56,10 +56,10 @@ class DataConfig:
     max_tokens: int = 512
     """Longest prompt + completion of the SFT and reward phases, in tokens."""
     too_long: Literal["filter", "truncate"] = "filter"
-    """Longer ones are left out ("filter") and counted, or cut ("truncate"): prompts from the left, completions from
+    """What happens to longer rows: they are left out ("filter") and counted, or cut ("truncate"): prompts from the left, completions from
     the right."""
     on_bad_row: Literal["error", "drop"] = "error"
-    """An empty completion, chosen = rejected, or an answer of which the chat template leaves out a part: stop with
+    """What happens at an empty completion, chosen = rejected, or an answer of which the chat template leaves out a part: stop with
     an "error", or "drop" and count."""
     as_chat: bool = False
     """Prompts and answers that are plain texts are written with the tokenizer's chat template, as what the user and
@@ -74,7 +74,7 @@ class DataConfig:
     """Of rows that are alike, one stays; rows of `paths` that have a prompt of `eval_paths`' or of a reader's "eval"
     rows are not trained on."""
     pad_token: str | None = None
-    """For a tokenizer that has none; any will do, since masks come from lengths."""
+    """The pad token of a tokenizer that has none; any will do, since masks come from lengths."""
 
     sft_batch_size: int = 16
     """Rows per step (packs, with packing), of all devices together."""

@@ -24,18 +24,19 @@ class ModelConfig:
     """
 
     path: str | None = None
-    """A folder, a .gguf file or a hub id; None = as the module's docstring says."""
+    """The checkpoint: a folder, a .gguf file or a hub id; None = another model's, or none."""
     revision: str | None = None
-    """Of a hub id."""
+    """The revision of a hub id."""
     trainable_layers: int | None = None
-    """From the top; None = all parameters train (actor and critic). The reward model is cut where the critic is."""
+    """How many layers train, counted from the top; None = all parameters train. Of the actor and the critic; reference
+    and reward model are frozen."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """"float32" or "bfloat16", of computing and of saved models; None = bfloat16 on GPU and TPU, float32 on CPU."""
     remat: RematPolicy | None = None
     """What the backward pass computes again: "none", "full" or "dots"; None = "dots" on CPU, as fast as "none" in
     less memory, else "full"."""
     attention: AttentionForm | None = None
-    """"xla", or "flash": cuDNN's or splash, which hold no scores, where it runs on GPU or TPU; None = "xla"."""
+    """"xla", or "flash": cuDNN's or splash, which keep no T × T scores, on GPU and TPU; None = "xla"."""
 
 
 def load_model(

@@ -81,7 +81,7 @@ class RewardSourceConfig:
     """How often a call is repeated that raised an exception, took too long, or did not return a finite number for each
     response."""
     on_failure: Literal["fatal", "penalize"] = "fatal"
-    """And then: "fatal" ends the run; with "penalize" responses without a score get `failure_score`."""
+    """After the last retry "fatal" ends the run; with "penalize" responses without a score get `failure_score`."""
     failure_score: float = -1.0
     """The score of those responses, instead of all functions' sum."""
 
@@ -180,7 +180,7 @@ class LimitsConfig:
     """Past `kl` or `ratio` the run "stop"s, its last good checkpoint kept; or each such iteration multiplies the
     actor's learning rate from then on by `lr_factor` ("lower_lr")."""
     lr_factor: float = 0.5
-    """See `action`."""
+    """What `action="lower_lr"` multiplies the learning rate by."""
 
     def __post_init__(self) -> None:
         _check(self, "config.ppo.limits", above_0=("target_kl", "kl"))
@@ -219,7 +219,7 @@ class PPOConfig:
     logprob_chunk: int | None = None
     """Positions whose logits exist at once; None = chosen by vocabulary and device."""
     gamma: float = 1.0
-    """Discount."""
+    """The discount factor of future rewards."""
     lam: float = 0.95
     """λ of GAE."""
     whiten_advantages: bool = True

@@ -36,12 +36,12 @@ class CheckpointConfig:
     every: int = 0
     """Steps (PPO: iterations) between checkpoints; 0 = by time alone."""
     minutes: float | None = 15.0
-    """So long after the last one comes the next; None = by steps alone. The end of a phase and a stop that was asked
+    """Minutes between checkpoints; None = by steps alone. The end of a phase and a stop that was asked
     for have one in any case."""
     keep: int = 2
-    """The last so many."""
+    """How many of the last checkpoints stay."""
     keep_every: int = 0
-    """Those of steps that this divides stay as well; 0 = none."""
+    """Checkpoints of steps that this divides stay as well; 0 = none."""
     best: str | None = None
     """A metric of evaluations, such as "eval/score": the checkpoint where it was best stays as well; None = none."""
     best_mode: Literal["max", "min"] | None = None

@@ -35,9 +35,9 @@ class WatchdogConfig:
     """When a run counts as standing still: no step, batch, reward or byte of a checkpoint."""
 
     factor: float = 20.0
-    """So many times the median of a phase's last steps."""
+    """A run stands still after this many times the median duration of a phase's last steps."""
     minutes: float = 30.0
-    """But never sooner; a step compiles when its width first comes."""
+    """But never sooner than after so many minutes; a step compiles when its width first comes."""
     action: Literal["exit", "warn", "off"] = "exit"
     """"exit": with code 75, after which launch scripts start the run again; "warn": say so and wait; "off"."""
 

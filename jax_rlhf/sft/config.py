@@ -15,7 +15,7 @@ class SFTConfig:
     steps: int | None = None
     """Optimizer steps; None = `epochs`."""
     loss_on: Literal["completion", "all"] = "completion"
-    """Tokens of "completion"s, or "all", prompts too."""
+    """The tokens that count: those of the "completion", or "all", prompts too."""
     microbatch_size: int | None = None
     """Rows whose activations exist at once, on all devices together; None = the whole batch."""
     eval_every: int = 0
@@ -23,6 +23,6 @@ class SFTConfig:
     sample_rows: int = 8
     """Held-out prompts that the trained model answers, into samples.jsonl; 0 = none."""
     sample_tokens: int = 64
-    """Longest answer to those, in tokens."""
+    """The longest of these answers, in tokens."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=2e-5))
-    """See `OptimizerConfig`."""
+    """The optimizer."""

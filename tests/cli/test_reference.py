@@ -1,0 +1,52 @@
+"""What is written of the settings is what their dataclasses say: the reference page and the commented configs."""
+
+import ast
+
+import pytest
+
+from jax_rlhf.cli import reference
+from tests.processes import ROOT
+
+
+def every(fields):
+    for field in fields:
+        yield field
+        yield from every(field.fields)
+
+
+@pytest.mark.parametrize("name", sorted(reference.PRESETS))
+def test_a_commented_config_is_what_the_fields_say(name):
+    """Else: python -m jax_rlhf.cli.reference."""
+    assert (ROOT / "configs" / f"{name}.py").read_text() == reference.commented_config(reference.PRESETS[name])
+
+
+def test_the_page_is_what_the_fields_say():
+    """Else: python -m jax_rlhf.cli.reference."""
+    assert (ROOT / "docs" / "config.md").read_text() == reference.markdown()
+
+
+def test_every_setting_says_what_it_means():
+    known = list(every(reference.all_fields()))
+    assert len(known) > 120
+    for field in known:
+        assert len(field.doc.split()) >= 2, field.path
+        assert field.doc.endswith((".", ")")), field.path
+    assert {field.path: field for field in known}["ppo.kl.coef"].default == 0.05
+
+
+def test_every_setting_stands_in_a_commented_config():
+    """Of each preset the assignments, those in comments too; sections as their functions name them."""
+    written = set()
+    for preset in reference.PRESETS.values():
+        chosen = [field for field in every(reference.all_fields()) if field.path in preset.sections]
+        written |= {field.path for field in every(chosen)}
+    assert {field.path for field in every(reference.all_fields()) if not field.fields} <= written
+
+
+def test_values_that_differ_from_the_defaults_are_written():
+    for preset in reference.PRESETS.values():
+        text = reference.commented_config(preset)
+        assigned = {ast.unparse(node) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Assign)}
+        for path, value in preset.values.items():
+            name = path.rpartition(".")[2]
+            assert any(line.endswith(f"{name} = {value!r}") for line in assigned), path
