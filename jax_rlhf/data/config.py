@@ -56,11 +56,11 @@ class DataConfig:
     max_tokens: int = 512
     """Longest prompt + completion of the SFT and reward phases, in tokens."""
     too_long: Literal["filter", "truncate"] = "filter"
-    """What happens to longer rows: they are left out ("filter") and counted, or cut ("truncate"): prompts from the left, completions from
-    the right."""
+    """What happens to longer rows: they are left out ("filter") and counted, or cut ("truncate"): prompts from the
+    left, completions from the right."""
     on_bad_row: Literal["error", "drop"] = "error"
-    """What happens at an empty completion, chosen = rejected, or an answer of which the chat template leaves out a part: stop with
-    an "error", or "drop" and count."""
+    """What happens at an empty completion, chosen = rejected, or an answer of which the chat template leaves out a
+    part: stop with an "error", or "drop" and count."""
     as_chat: bool = False
     """Prompts and answers that are plain texts are written with the tokenizer's chat template, as what the user and
     the assistant say."""
