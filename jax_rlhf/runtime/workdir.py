@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from jax_rlhf.io.json_files import JSONFileError, read_object
 from jax_rlhf.runtime.manifest import ManifestError, check_deletable
 from jax_rlhf.runtime.notes import last_notes
 from jax_rlhf.runtime.remote import checkpoints_of, delete, put_up, remote_of
+from jax_rlhf.settings import new_name
 
 _CONFIG = "config.json"
 _LOCK = ".lock"
@@ -110,6 +111,18 @@ def _changes(
         before, why = {}, "it is missing"
     except JSONFileError as error:
         before, why = {}, str(error)
+    former = next((path for path in _paths(before) if new_name(path)), None)
+    if former is not None:
+        what = (
+            f"{file} is of an earlier version of this program, in which config.{new_name(former)} was config.{former}"
+        )
+        if not accept_changes:
+            raise WorkdirError(
+                f"{what}. Take another --workdir (its models are found with --config.sft_model_path and "
+                "--config.reward_model.path), finish the run with that version, or go on with the settings that are "
+                "given: --accept_changes."
+            )
+        return f"{what}; the settings that are given are taken. ", {}
     if not why:
         return "", dict(_differences(before, wanted))
     for phase in reversed(PHASES):
@@ -253,6 +266,13 @@ def check_shared(workdir: Path) -> None:
         f"{workdir} is not the folder that process 0 writes to, and all processes write their parts of checkpoints "
         "there: take a folder on a file system that all machines share, or a bucket (gs://)."
     )
+
+
+def _paths(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in config.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _paths(value, f"{prefix}{name}.")
 
 
 def _differences(before: Any, now: Any, where: str = "config") -> Any:

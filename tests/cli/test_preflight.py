@@ -390,6 +390,21 @@ def test_what_may_change_under_way(config, tmp_path, field, value, refused):
         assert line.startswith(f"config.{field} was ")
 
 
+def test_a_workdir_of_an_earlier_version_is_refused_by_its_names(config, tmp_path):
+    workdir = tmp_path / "run"
+    open_workdir(workdir, config, ("sft",), overwrite=False)
+    finished(workdir, "sft")
+    now = json.loads((workdir / "config.json").read_text())
+    assert open_workdir(workdir, config, ("sft",), overwrite=False) == []
+    now["ppo"]["kl_coef"] = now["ppo"].pop("kl")["coef"]
+    (workdir / "config.json").write_text(json.dumps(now))
+    with pytest.raises(ValueError, match=r"an earlier version .* config\.ppo\.kl\.coef was config\.ppo\.kl_coef"):
+        open_workdir(workdir, config, ("sft",), overwrite=False)
+    assert json.loads((workdir / "config.json").read_text()) == now
+    (line,) = open_workdir(workdir, config, ("sft",), overwrite=False, accept_changes=True)
+    assert "the settings that are given are taken" in line
+
+
 def test_a_run_that_overwrote_and_was_stopped_goes_on(config, tmp_path):
     """With the same command, --overwrite and all; with another config, or once it has ended, it is meant anew."""
     workdir = tmp_path / "run"
