@@ -51,7 +51,7 @@ MUTANTS = [
         _HOST,
         ("**dict.fromkeys(waiting))", ")"),
         ('if leaf.sharding.memory_kind != "pinned_host"]', 'if leaf.sharding.memory_kind == "pinned_host"]'),
-        ("resident, passing, layout, decode, waiting)", "resident, passing, layout, decode)"),
+        ("layout, decode, waiting, rollout)", "layout, decode, (), rollout)"),
     ),
     *variants(
         "plan/supervised_programs.py",
