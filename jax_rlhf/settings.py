@@ -160,9 +160,10 @@ def new_name(path: str) -> str | None:
     Returns:
       Its name now, or None.
     """
-    if path in _RENAMED:
-        return _RENAMED[path]
     section, _, rest = path.partition(".")
+    for former, now in _RENAMED.items():
+        if path == former or path.startswith(f"{former}."):
+            return now + path[len(former) :]
     return f"reward.{rest}".rstrip(".") if section == "reward_training" else None
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from benchmarks.device.lines import attempt, chip_here, llama, random_model, say
 from jax_rlhf.models import Decoder, DecoderConfig, model_jit, unstack_layers
 from jax_rlhf.plan.shapes import model_shape
+from jax_rlhf.rl import Prompts
 from jax_rlhf.sampling import Sampling, decodes_unrolled, rollout
 
 PROMPT, NEW = 128, 256
@@ -94,11 +95,11 @@ def _measure(name: str, rows: int, scanned: bool, tiny: bool) -> None:
 
 
 def _compiled(model: Decoder, params: Any, tokens: jax.Array, length: int) -> tuple[Callable[[int], Any], float]:
-    sampling, mask, ids = Sampling(length), jnp.ones(tokens.shape, bool), jnp.arange(len(tokens))
+    prompts = Prompts(tokens, jnp.ones(tokens.shape, bool), jnp.arange(len(tokens)), columns=None)
 
     @model_jit  # as sampling in a run is compiled
     def draw(params: Any, key: jax.Array) -> Any:
-        return rollout(model, params, tokens, mask, key, ids, sampling)
+        return rollout(model, params, prompts, key, Sampling(length))
 
     start = time.perf_counter()
     jax.block_until_ready(draw(params, jax.random.key(0)))

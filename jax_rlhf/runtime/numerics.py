@@ -48,7 +48,7 @@ def check_step(config: RunConfig, record: Record, step: int, metrics: Mapping[st
         numbers = {"limit/kl": "objective/kl", "limit/ratio": "val/largest_ratio_gap"}
         limits = {"limit/kl": config.ppo.limits.kl, "limit/ratio": config.ppo.limits.ratio}
         why = "; ".join(
-            f"{numbers[name]}={metrics[numbers[name]]:.4g}, config.ppo.{name.replace('limit/', '')}_limit="
+            f"{numbers[name]}={metrics[numbers[name]]:.4g}, config.ppo.limits.{name.removeprefix('limit/')}="
             f"{limits[name]:g}"
             for name in passed
         )

@@ -123,7 +123,7 @@ COUNTED = """
 import collections, sys
 from absl import app
 from jax import monitoring
-from jax_rlhf import __main__ as command
+from jax_rlhf.cli import run as command
 
 events = collections.Counter()
 monitoring.register_event_listener(lambda name, **_: events.update([name]))

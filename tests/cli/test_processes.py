@@ -31,7 +31,7 @@ def get_config():
 # 1,000 a step is linear in the gradient.
 LINEAR = [
     f"--config.{phase}optimizer.{setting}"
-    for phase, rate in {"sft.": 100, "reward.": 100, "ppo.actor_": 30, "ppo.critic_": 30}.items()
+    for phase, rate in {"sft.": 100, "reward.": 100, "ppo.actor.": 30, "ppo.critic.": 30}.items()
     for setting in ("eps=1e3", f"learning_rate={rate}")
 ]
 MODELS = ("sft/model", "reward/model", "ppo/model", "ppo/critic")
@@ -165,10 +165,7 @@ def test_another_setting_is_named_by_all(folder, tmp_path):
     processes = start_two(folder, tmp_path / "run", each=((), ("--config.ppo.reward.whiten=true",)))
     for output, code in finish(processes, timeout=120):
         assert code == 1
-        assert (
-            """the settings: process 1 has '"whiten_rewards": true', process 0 has '"whiten_rewards": false'"""
-            in output
-        )
+        assert """the settings: process 1 has '"whiten": true', process 0 has '"whiten": false'""" in output
 
 
 def test_an_input_that_one_process_lacks_ends_both_with_its_words(folder, tmp_path):

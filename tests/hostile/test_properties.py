@@ -14,7 +14,6 @@ from hypothesis import strategies as some
 from hypothesis.extra import numpy as arrays
 
 from jax_rlhf import Experience, PPOTrainer, Prompts, RLHFEngine
-from jax_rlhf.ppo.config import PPOConfig
 from jax_rlhf.ppo.step import with_advantages
 from jax_rlhf.rl import FrozenActivations, check_experience, masked_mean
 from tests.ppo import tiny
@@ -74,7 +73,7 @@ def experiences(draw):
 
 
 how_scored = some.builds(
-    PPOConfig,
+    tiny.ppo_config,
     kl_kind=some.sampled_from(["k1", "k2", "abs"]),
     kl_reduction=some.sampled_from(["sum", "mean"]),
     reward_clip=some.sampled_from([None, 2.5]),
@@ -154,7 +153,8 @@ def test_an_iteration(examples, loss):
     start = jax.tree.map(np.array, (ppo.engine.params.trainable, ppo.state))
 
     def check(asked, empty):
-        ppo.engine.params.trainable, ppo.state = jax.device_put(start)
+        trainable, ppo.state = jax.device_put(start)
+        ppo.engine.params = ppo.engine.params.replace(trainable=trainable)
         made = ppo.generate_experience(asked)
         check_experience(jax.tree.map(np.asarray, made))
         tokens, mask = np.asarray(made.tokens[:, P:]), np.asarray(made.response_mask)

@@ -72,7 +72,8 @@ def test_ppo_on_a_mesh_is_ppo_on_one_device(form, run):
     assert len(set(lengths.tolist())) > 2  # responses of unequal lengths
     for field in dataclasses.fields(one["made"]):
         wanted, got = (jax.device_get(getattr(side["made"], field.name)) for side in (one, mesh))
-        if wanted is None:
+        if field.name == "frozen_activations":  # all layers train here
+            assert jax.tree.leaves((wanted, got)) == []
             continue
         if wanted.dtype.kind == "f":
             np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=2e-5, err_msg=field.name)
