@@ -178,19 +178,21 @@ class Decoder(nn.Module):
         mask: Array | None = None,
         *,
         segments: Array | None = None,
-        boundary: Array | None = None,
+        frozen_activations: Array | None = None,
         first_layer: int = 0,
     ) -> Array:
         """What the head reads: arguments as in `__call__` → float[B, T, E].
 
         `segments`, int[B, T], keeps texts apart that are packed into one row; `positions` then count within each.
 
-        With `boundary`, float[B, T, D], the output of the layers below `first_layer` (`lower_layers`), only those from
-        there on run, and `params["layers"]` holds only them.
+        With `frozen_activations`, float[B, T, D], the output of the layers below `first_layer` (`lower_layers`), only
+        the layers from there on run, and `params["layers"]` has only them.
         """
         tokens, mask = _checked(tokens, positions, mask)
         query_order, key_order = token_order(mask)
-        x, context = self._enter(tokens, positions, mask, query_order, key_order, boundary=boundary, segments=segments)
+        x, context = self._enter(
+            tokens, positions, mask, query_order, key_order, frozen_activations=frozen_activations, segments=segments
+        )
         x, _ = self._run_layers(x, None, context, range(first_layer, self.config.num_layers))
         return self._leave(x)
 
@@ -205,7 +207,7 @@ class Decoder(nn.Module):
     ) -> Array:
         """The output of the first `layers` layers, float[B, T, D], for which `params["layers"]` need hold only those.
 
-        Arguments as in `hidden_states`; `hidden_states(..., boundary=this, first_layer=layers)` goes on from it.
+        Arguments as in `hidden_states`, which goes on from it: `frozen_activations=this, first_layer=layers`.
         """
         tokens, mask = _checked(tokens, positions, mask)
         query_order, key_order = token_order(mask)
@@ -267,7 +269,7 @@ class Decoder(nn.Module):
         *,
         slot: Array | None = None,
         segments: Array | None = None,
-        boundary: Array | None = None,
+        frozen_activations: Array | None = None,
         angles: tuple[Angles | None, Angles | None] | None = None,
     ) -> tuple[Array, AttentionContext]:
         config = self.config
@@ -278,8 +280,8 @@ class Decoder(nn.Module):
         rows = lambda x: constrained(x, config.layout, "rows", *(None,) * (x.ndim - 1))  # noqa: E731
         query_order, key_order, angles = jax.tree.map(rows, (query_order, key_order, angles))
         context = AttentionContext(query_order, key_order, *angles, slot, segments)
-        if boundary is not None:
-            return boundary.astype(config.dtype), context
+        if frozen_activations is not None:
+            return frozen_activations.astype(config.dtype), context
         # A pad's id is replaced, so that whatever stands there (−100, pad = EOS, an id past the table) has no effect.
         return self.embedding(jnp.where(mask, tokens, 0), positions), context
 

@@ -1,10 +1,10 @@
-"""A model of which only the top trains: the layers below are frozen, held once, and run once a rollout.
+"""A model of which only the top trains: the layers below are frozen, exist once, and run once per rollout.
 
-    frozen      embedding, layers 0 … L − k − 1      runs once: tokens → boundary, float[B, T, D]
-    trainable   layers L − k … L − 1, final norm, head      runs from the boundary on
+    frozen      embedding, layers 0 … L − k − 1      runs once: tokens → frozen activations, float[B, T, D]
+    trainable   layers L − k … L − 1, final norm, head      runs from the frozen activations on
 
-With `trainable_layers=None` all parameters are trainable, `frozen` is an empty dict, and there is no boundary: the same
-code trains everything.
+With `trainable_layers=None` all parameters are trainable, `frozen` is an empty dict, and the frozen
+activations are None: the same code trains everything.
 """
 
 import dataclasses
@@ -163,7 +163,7 @@ class SplitModel:
         positions: Array | None = None,
         segments: Array | None = None,
     ) -> Array:
-        """Runs the top from the boundary (or, where everything trains, from the tokens) to what the head reads.
+        """Runs the top from the frozen activations, or where everything trains from the tokens, to what the head reads.
 
         Args:
           params: the parameters.
@@ -181,7 +181,7 @@ class SplitModel:
             positions,
             mask,
             segments=segments,
-            boundary=frozen_activations,
+            frozen_activations=frozen_activations,
             first_layer=self.first_layer,
             method="hidden_states",
         )

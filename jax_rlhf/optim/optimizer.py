@@ -177,7 +177,7 @@ def optimizer_step(
     return params, state, jnp.asarray(learning_rate_schedule(config)(step) * scale, jnp.float32)
 
 
-def moment_places(
+def moment_shardings(
     optimizer: optax.GradientTransformation,
     state: optax.OptState,
     params: optax.Params,

@@ -25,10 +25,10 @@ from jax_rlhf.optim.microbatches import accumulate
 from jax_rlhf.optim.optimizer import (
     OptimizerConfig,
     create_optimizer,
-    moment_places,
+    moment_shardings,
     optimizer_step,
 )
-from jax_rlhf.parallel import Layout, as_layout, kept_in_place, places_of, row_groups
+from jax_rlhf.parallel import Layout, as_layout, constrain_to, row_groups, shardings_of
 
 Sums = dict[str, Array]
 Loss = Callable[[SplitModel, SplitParams, Any], Sums]
@@ -89,7 +89,7 @@ def create_state(
     params, create = split_params(how, pretrained.params), functools.partial(_create, how)
     if mesh is None:
         return jax.jit(create)(params.trainable), params.frozen
-    return jax.jit(create, out_shardings=state_places(how, params.trainable, as_layout(mesh)))(
+    return jax.jit(create, out_shardings=state_shardings(how, params.trainable, as_layout(mesh)))(
         params.trainable
     ), params.frozen
 
@@ -108,7 +108,7 @@ def split_params(how: Supervised, params: Params) -> SplitParams:
     return parts.replace(frozen=narrowed(parts.frozen, how.network.compute_dtypes().frozen))
 
 
-def state_places(how: Supervised, trainable: Params, layout: Layout) -> SupervisedState:
+def state_shardings(how: Supervised, trainable: Params, layout: Layout) -> SupervisedState:
     """Where the state goes.
 
     Args:
@@ -122,7 +122,7 @@ def state_places(how: Supervised, trainable: Params, layout: Layout) -> Supervis
     everywhere = layout.sharding(())
     return SupervisedState(
         trainable=jax.tree.map(lambda leaf: leaf.sharding, trainable),
-        optimizer=moment_places(_optimizer(how), abstract_state(how, trainable).optimizer, trainable, everywhere),
+        optimizer=moment_shardings(_optimizer(how), abstract_state(how, trainable).optimizer, trainable, everywhere),
         step=everywhere,
         skipped_updates=everywhere,
         bad_steps=everywhere,
@@ -163,7 +163,7 @@ def update(
     """
     # JAX's NaN checks run a program again to find the place, and must find its arguments.
     run = _step_kept if jax.config.jax_debug_nans else step
-    return run(how, places_of(state), state, frozen, batch)
+    return run(how, shardings_of(state), state, frozen, batch)
 
 
 def evaluate(how: Supervised, state: SupervisedState, frozen: Params, batch: Any) -> Sums:
@@ -193,9 +193,9 @@ def evaluation_sums(
 
 @functools.partial(model_jit, static_argnums=(0, 1), donate_argnums=2)
 def step(
-    how: Supervised, places: tuple, state: SupervisedState, frozen: Params, batch: Any
+    how: Supervised, shardings: tuple, state: SupervisedState, frozen: Params, batch: Any
 ) -> tuple[SupervisedState, dict[str, Array]]:
-    """`update`, with the places where the state comes out again."""
+    """`update`, with the shardings that the state comes out in."""
 
     def gradients(part: Any) -> tuple[Params, Sums]:
         def total(trainable: Params) -> tuple[Array, Sums]:
@@ -229,7 +229,7 @@ def step(
         "bad_steps": bad_steps.astype(jnp.float32),
     }
     state = SupervisedState(trainable, optimizer, state.step + 1, state.skipped_updates + ~finite, bad_steps)
-    return kept_in_place(state, places), metrics
+    return constrain_to(state, shardings), metrics
 
 
 _step_kept = model_jit(step.__wrapped__, static_argnums=(0, 1))

@@ -13,11 +13,11 @@ from jax_rlhf.parallel.layout import (
 )
 from jax_rlhf.parallel.mesh import MeshConfig, RolloutMeshConfig, create_layout, create_mesh
 from jax_rlhf.parallel.partition import (
+    constrain_to,
     gather_to_host,
-    kept_in_place,
     padded_vocab_size,
-    places_of,
     shardings,
+    shardings_of,
     take_replicated,
 )
 from jax_rlhf.parallel.processes import (
@@ -52,13 +52,13 @@ __all__ = [
     "any_process",
     "as_layout",
     "batch_rows",
+    "constrain_to",
     "constrained",
     "create_layout",
     "create_mesh",
     "gather_to_host",
     "held_rows",
     "joined_groups",
-    "kept_in_place",
     "leave",
     "local_rows",
     "lookup_layout",
@@ -66,7 +66,6 @@ __all__ = [
     "map_row_groups",
     "owned_rows",
     "padded_vocab_size",
-    "places_of",
     "put_rows",
     "reshard_steps",
     "rollout_layout",
@@ -74,6 +73,7 @@ __all__ = [
     "row_shards",
     "same_everywhere",
     "shardings",
+    "shardings_of",
     "start_processes",
     "summed",
     "take_replicated",

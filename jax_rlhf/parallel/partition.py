@@ -60,8 +60,8 @@ def shardings(axes: Any, shapes: Any, mesh: Mesh | Layout) -> Any:
     return jax.tree_util.tree_map_with_path(place, axes, shapes, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
-def places_of(tree: Any) -> tuple:
-    """Where each leaf lies: hashable, a static argument for `kept_in_place`.
+def shardings_of(tree: Any) -> tuple:
+    """The sharding of each leaf: hashable, for `constrain_to`.
 
     Args:
       tree: arrays.
@@ -72,18 +72,18 @@ def places_of(tree: Any) -> tuple:
     return tuple(leaf.sharding for leaf in jax.tree.leaves(tree))
 
 
-def kept_in_place(tree: Any, places: tuple) -> Any:
-    """Leaves a jitted update where they came from: elsewhere, the next call would be another program.
+def constrain_to(tree: Any, shardings: tuple) -> Any:
+    """The results of a jitted update with the shardings of its arguments: else the next call would be another program.
 
     Args:
       tree: the result, inside jit.
-      places: `places_of` the argument that it replaces.
+      shardings: `shardings_of` the argument that it replaces.
 
     Returns:
       The tree.
     """
     leaves, form = jax.tree.flatten(tree)
-    kept = [jax.lax.with_sharding_constraint(leaf, place) for leaf, place in zip(leaves, places, strict=True)]
+    kept = [jax.lax.with_sharding_constraint(leaf, one) for leaf, one in zip(leaves, shardings, strict=True)]
     return jax.tree.unflatten(form, kept)
 
 

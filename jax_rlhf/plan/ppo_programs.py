@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jax_rlhf.config import RunConfig
 from jax_rlhf.hub.model_config import running, running_as
-from jax_rlhf.parallel import Layout, places_of
+from jax_rlhf.parallel import Layout, shardings_of
 from jax_rlhf.plan.abstract import (
     Program,
     abstract_model,
@@ -94,7 +94,9 @@ def ppo_programs(config: RunConfig, layout: Layout) -> list[Program]:
     models, params = _engine(config, layout)
     trainable, frozen = params.trainable, params.frozen
     settings = _settings(config, models.actor.model.config.vocab_size, layout)
-    state = placed(ppo_state.abstract_state(settings, trainable), ppo_state.state_places(settings, trainable, layout))
+    state = placed(
+        ppo_state.abstract_state(settings, trainable), ppo_state.state_shardings(settings, trainable, layout)
+    )
     rows, width = config.data.ppo_batch_size, prompt_width(config)
     tokens, mask = token_rows(layout, rows, width)
     ids, key = rows_of(layout, jnp.int32, rows), everywhere(layout, jax.random.key(0))
@@ -130,7 +132,7 @@ def ppo_programs(config: RunConfig, layout: Layout) -> list[Program]:
     texts = None
     if settings.loss.ptx_coef:
         texts = Batch(*token_rows(layout, config.data.sft_batch_size, config.data.max_tokens))
-    update = make_update(models, settings, places_of((trainable, state)))
+    update = make_update(models, settings, shardings_of((trainable, state)))
     updated = (trainable, state, frozen, experience, texts, key)
     trained_models = [(models.actor, params.actor), (models.critic, params.critic)]
     exported = export_program("ppo", trained_models, resident, layout)

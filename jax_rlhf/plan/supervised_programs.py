@@ -14,7 +14,7 @@ from jax_rlhf.models import Decoder
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.optim import supervised
-from jax_rlhf.parallel import Layout, places_of
+from jax_rlhf.parallel import Layout, shardings_of
 from jax_rlhf.plan.abstract import (
     Program,
     abstract_model,
@@ -57,7 +57,7 @@ class _Phase:
         return Program(self.name, name, function, arguments, passing=passing, layout=self.layout, **how)
 
     def step(self, batch: Any) -> Program:
-        arguments = self.how, places_of(self.state), self.state, self.params.frozen, batch
+        arguments = self.how, shardings_of(self.state), self.state, self.params.frozen, batch
         return self.program("step", supervised.step, arguments, batch)
 
     def export(self) -> list[Program]:
@@ -192,6 +192,6 @@ def _phase(name: str, how: supervised.Supervised, pretrained: Pretrained, layout
     shapes = jax.eval_shape(functools.partial(supervised.split_params, how), pretrained.params)
     params = SplitParams(placed(shapes.frozen, places.frozen), placed(shapes.trainable, places.trainable))
     state = placed(
-        supervised.abstract_state(how, params.trainable), supervised.state_places(how, params.trainable, layout)
+        supervised.abstract_state(how, params.trainable), supervised.state_shardings(how, params.trainable, layout)
     )
     return _Phase(name, how, state, SplitParams(params.frozen, state.trainable), layout)

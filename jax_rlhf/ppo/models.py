@@ -134,13 +134,24 @@ class Models:
         fetched = {role: jax.device_put(getattr(frozen, role), jax.memory.Space.Device) for role in self.offloaded}
         return params.replace(frozen=frozen.replace(**fetched))
 
-    def cache_frozen_activations(self, params: Params, batch: Batch) -> FrozenActivations:
-        """Runs the frozen bottoms of actor and critic, once for all that is asked later of the same tokens."""
+    def cache_frozen_activations(self, params: Params, batch: Batch, *, critic: bool = True) -> FrozenActivations:
+        """Runs the frozen bottoms of actor and critic, once for all that is asked later of the same tokens.
+
+        Args:
+          params: of the four models.
+          batch: B rows.
+          critic: whether the critic will be asked at all.
+
+        Returns:
+          The activations, None for a model that trains as a whole or is not asked.
+        """
         actor = self.actor.frozen_activations(SplitParams(params.frozen.actor, {}), batch.tokens, batch.mask)
+        if not critic:
+            return FrozenActivations(actor)
         if self.critic_shares and _same_forward(self.critic, self.actor):
             return FrozenActivations(actor, actor)
-        critic = SplitParams(params.frozen.critic, {})
-        return FrozenActivations(actor, self.critic.frozen_activations(critic, batch.tokens, batch.mask))
+        bottom = SplitParams(params.frozen.critic, {})
+        return FrozenActivations(actor, self.critic.frozen_activations(bottom, batch.tokens, batch.mask))
 
     def actor_logprobs(self, params: Params, batch: Batch, *, temperature: float) -> tuple[Array, Array]:
         """Log-probs of the tokens from slot `batch.start` on, and the entropy of the distributions they are from.

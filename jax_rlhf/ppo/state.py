@@ -10,7 +10,7 @@ from flax import struct
 from jax import Array
 
 from jax_rlhf.models.decoder import Params
-from jax_rlhf.optim.optimizer import create_optimizer, moment_places, optimizer_step
+from jax_rlhf.optim.optimizer import create_optimizer, moment_shardings, optimizer_step
 from jax_rlhf.parallel import Layout
 from jax_rlhf.ppo.config import PPOConfig
 from jax_rlhf.ppo.models import Trainable
@@ -142,10 +142,10 @@ def create_state(config: PPOConfig, trainable: Trainable, layout: Layout | None 
     create = functools.partial(_create, config)
     if layout is None:  # held to their device, as an update leaves it: else the next one would compile anew
         return jax.device_put(jax.jit(create)(trainable), jax.tree.leaves(trainable.actor)[0].sharding)
-    return jax.jit(create, out_shardings=state_places(config, trainable, layout))(trainable)
+    return jax.jit(create, out_shardings=state_shardings(config, trainable, layout))(trainable)
 
 
-def state_places(config: PPOConfig, trainable: Trainable, layout: Layout) -> PPOState:
+def state_shardings(config: PPOConfig, trainable: Trainable, layout: Layout) -> PPOState:
     """Where the state goes.
 
     Args:
@@ -160,7 +160,7 @@ def state_places(config: PPOConfig, trainable: Trainable, layout: Layout) -> PPO
     places = jax.tree.map(lambda _: everywhere, shapes)
     for name in ("actor", "critic"):
         optimizer, state = create_optimizer(getattr(config, name).optimizer), getattr(shapes, f"{name}_optimizer")
-        moments = moment_places(optimizer, state, getattr(trainable, name), everywhere)
+        moments = moment_shardings(optimizer, state, getattr(trainable, name), everywhere)
         places = places.replace(**{f"{name}_optimizer": moments})
     return places
 

@@ -34,7 +34,7 @@ from jax_rlhf import rl
 from jax_rlhf.models import model_jit
 from jax_rlhf.models.decoder import Params as ModelParams
 from jax_rlhf.optim.microbatches import BatchPlan, accumulate, zeros_like_result
-from jax_rlhf.parallel import kept_in_place, map_row_groups
+from jax_rlhf.parallel import constrain_to, map_row_groups
 from jax_rlhf.ppo.config import PPOConfig
 from jax_rlhf.ppo.metrics import (
     LossSums,
@@ -179,7 +179,7 @@ def make_update(
 ) -> Callable[..., tuple[Trainable, PPOState, dict[str, Array]]]:
     """update(trainable, state, frozen, experience, texts, seed_key) → (trainable, state, metrics): steps 5 to 8.
 
-    shardings: `places_of` (trainable, state), in which they come out again; None = one device.
+    shardings: `shardings_of` (trainable, state), in which they come out again; None = one device.
     donate: trainable and state are overwritten. Otherwise they stay valid, and exist twice.
     texts: N rows for the pretraining loss of PPO-ptx, a multiple of minibatches × microbatches; or None.
     seed_key: of the run; an iteration's row orders are drawn from it and `state.iteration`.
@@ -199,8 +199,8 @@ def make_update(
         plan = BatchPlan(len(experience.tokens), config.num_minibatches, config.microbatch_size)
         skipped_before = state.skipped_updates
         if texts is not None:
-            activations = models.cache_frozen_activations(Params(trainable, frozen), texts)
-            texts = texts.replace(frozen_activations=activations.replace(critic=None))
+            activations = models.cache_frozen_activations(Params(trainable, frozen), texts, critic=False)
+            texts = texts.replace(frozen_activations=activations)
             texts = jax.tree.map(lambda x: x.reshape(plan.num_minibatches, plan.microbatches, -1, *x.shape[1:]), texts)
         iteration = _Iteration(frozen, experience, state.iteration >= config.critic.warmup_iterations)
 
@@ -230,7 +230,7 @@ def make_update(
         state = state.adapt_kl(metrics["objective/kl"], plan.rows, moved).replace(iteration=state.iteration + 1)
         trainable, metrics = carry.trainable.with_average(config.actor.ema_decay), metrics | limits
         if shardings is not None:
-            trainable, state = kept_in_place((trainable, state), shardings)
+            trainable, state = constrain_to((trainable, state), shardings)
         return trainable, state, metrics
 
     return model_jit(update, donate_argnums=(0, 1) if donate else ())

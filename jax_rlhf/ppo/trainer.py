@@ -23,8 +23,8 @@ from jax_rlhf.parallel import (
     held_rows,
     local_rows,
     owned_rows,
-    places_of,
     put_rows,
+    shardings_of,
     summed,
     together,
 )
@@ -148,7 +148,7 @@ class PPOTrainer:
         config = self._with_microbatches(rows, experience.prompt_mask.shape[1])
         self._check_texts(texts, rows // config.microbatch_size)
         texts = None if texts is None else put_rows(texts, engine.layout)
-        shardings = None if engine.layout is None else places_of((engine.params.trainable, self.state))
+        shardings = None if engine.layout is None else shardings_of((engine.params.trainable, self.state))
         # JAX's NaN checks run a program again to find the place, and must find its arguments.
         update = make_update(engine.models, config, shardings, donate=not jax.config.jax_debug_nans)
         trainable, self.state, metrics = update(

@@ -22,7 +22,7 @@ FAMILY = {"sliding_window": 3, "sliding_layers": (True, False, True)}
         {"scale_by_layer": True, "parallel_residual": True},
     ],
 )
-def test_boundary_and_top_are_the_whole(changes, trainable_layers):
+def test_frozen_activations_and_top_are_the_whole(changes, trainable_layers):
     model = Decoder(tiny_config(**FAMILY, **changes))
     params = init_params(model, jax.random.key(0))
     network = SplitModel(model, trainable_layers)
@@ -30,16 +30,16 @@ def test_boundary_and_top_are_the_whole(changes, trainable_layers):
 
     @jax.jit
     def both(parts, params):
-        boundary = network.frozen_activations(parts, TOKENS, MASK)
-        assert (boundary is None) == (trainable_layers is None)
-        hidden = network.hidden_states(parts, TOKENS, MASK, boundary)
-        other = hidden if boundary is None else network.hidden_states(parts, TOKENS, MASK, boundary + 1)
+        activations = network.frozen_activations(parts, TOKENS, MASK)
+        assert (activations is None) == (trainable_layers is None)
+        hidden = network.hidden_states(parts, TOKENS, MASK, activations)
+        other = hidden if activations is None else network.hidden_states(parts, TOKENS, MASK, activations + 1)
         logits = model.apply({"params": network.head_params(parts)}, hidden, method="apply_head")
         return logits, model.apply({"params": params}, TOKENS, mask=MASK), other - hidden
 
     logits, wanted, moved = (np.asarray(x)[np.asarray(MASK)] for x in both(parts, params))
     np.testing.assert_allclose(logits, wanted, atol=1e-6)
-    assert (np.abs(moved).max() > 1e-3) == (trainable_layers is not None)  # the boundary is read
+    assert (np.abs(moved).max() > 1e-3) == (trainable_layers is not None)  # the activations is read
 
 
 @pytest.mark.parametrize("trainable_layers", [None, 1, 2, 3])

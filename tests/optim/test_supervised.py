@@ -12,7 +12,7 @@ from jax_rlhf.data.tokens import Example
 from jax_rlhf.models.split import SplitModel
 from jax_rlhf.optim.optimizer import OptimizerConfig
 from jax_rlhf.optim.supervised import Supervised, create_state, evaluate, step, update
-from jax_rlhf.parallel import places_of
+from jax_rlhf.parallel import shardings_of
 from jax_rlhf.reward.loss import RewardLoss, pair_scores, reward_start
 from jax_rlhf.sft.loss import SFTLoss
 from tests.ppo import tiny
@@ -114,7 +114,7 @@ def test_microbatches_give_the_same_update():
     assert float(metrics["grad_norm"]) > 0
     for how, loops in ((whole, 0), (parts, 1)):  # of four; those over the layers are of two
         state, frozen = create_state(how, policy)
-        traced = step.trace(how, places_of(state), state, frozen, batch)
+        traced = step.trace(how, shardings_of(state), state, frozen, batch)
         assert sum(each.params.get("length") == 4 for each in equations(traced.jaxpr.jaxpr)) == loops
 
 

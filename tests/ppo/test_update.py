@@ -225,7 +225,7 @@ def test_only_the_top_layers_train_and_the_bottom_runs_once():
     jax.tree.map(np.testing.assert_array_equal, after["embedding"], start.params["embedding"])
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[0]), after["layers"], start.params["layers"])
     assert distance(after["layers"], jax.device_get(start.params["layers"])) > 1e-4
-    # Scores are those of the joined tree: the boundary was the right one.
+    # Scores are those of the joined tree: the frozen activations were the right ones.
     again = RLHFEngine(engine.actor)
     mask = np.concatenate([made.prompt_mask, made.response_mask], axis=1)
     np.testing.assert_allclose(engine.score(made.tokens, mask)[0], again.score(made.tokens, mask)[0], atol=1e-5)
@@ -253,7 +253,7 @@ def test_pretraining_loss_is_mixed_in():
     assert_close(added, jax.tree.map(lambda leaf: 0.5 * np.asarray(leaf), gradient), 5e-3)
     assert_close(step[1], alone[1], 1e-6)
     np.testing.assert_allclose(metrics["loss/ptx_avg"], value, rtol=1e-5)
-    # With a frozen bottom it goes through the boundary.
+    # With a frozen bottom it goes through its activations.
     top = tiny.trainer(RLHFEngine(tiny.policy(), trainable_layers=1), microbatch_size=4, ptx_coef=0.5)
     made = top.generate_experience(tiny.ragged_prompts(ROWS))
     np.testing.assert_allclose(top.train_rlhf(made, text)["loss/ptx_avg"], value, rtol=1e-5)
