@@ -1,11 +1,13 @@
 """A config from outside becomes settings, or an error that says which field and what would do."""
 
 import dataclasses
+import math
 
 import pytest
 
 from jax_rlhf.ppo.config import PPOConfig
 from jax_rlhf.settings import from_mapping
+from tests.ppo import tiny
 
 
 def test_a_mapping_overrides_the_defaults():
@@ -66,3 +68,9 @@ def test_a_mapping_overrides_the_defaults():
 def test_bad_values_are_named(values, message):
     with pytest.raises(ValueError, match=message):
         from_mapping(PPOConfig, values, "config.ppo")
+
+
+def test_what_is_clipped():
+    assert tiny.ppo_config(clip_range=0.1).loss.clip_ranges == (0.1, 0.1)
+    assert tiny.ppo_config(clip_range=0.1, clip_range_high=0.3).loss.clip_ranges == (0.1, 0.3)
+    assert tiny.ppo_config(policy_loss="penalty").loss.clip_ranges == (math.inf, math.inf)

@@ -13,6 +13,7 @@ from jax_rlhf.parallel import as_layout
 from jax_rlhf.ppo.step import make_score, make_update
 from jax_rlhf.sampling import Samples
 from tests.ppo import tiny
+from tests.programs import equations
 
 WIDTH, LENGTH = 128, 128  # of prompts and responses, in tokens
 
@@ -81,3 +82,21 @@ def test_the_update_never_holds_the_logits_of_all_positions():
     start = tiny.policy(vocab_size=50_000, hidden_size=16, intermediate_size=16, num_heads=2, num_kv_heads=2)
     engine = RLHFEngine(start)
     assert temporaries(*updating(engine, trainer(engine, max_new_tokens=512 - WIDTH), 8)) < 8 * 512 * 50_000 * 4 / 4
+
+
+@pytest.mark.parametrize("program", [scoring, updating])
+def test_logits_exist_for_as_many_positions_as_the_settings_say(program):
+    """Of all positions of a microbatch at once, or of 3 at a time."""
+    engine = RLHFEngine(tiny.policy())
+
+    def logits(**settings):
+        function, *arguments = program(engine, trainer(engine, max_new_tokens=9, microbatch_size=4, **settings), 8)
+        shapes = [
+            variable.aval.shape
+            for equation in equations(function.trace(*arguments).jaxpr.jaxpr)
+            for variable in equation.outvars
+        ]
+        return {shape[1] for shape in shapes if len(shape) == 3 and shape[0] == 4 and shape[2] == tiny.VOCAB}
+
+    assert logits() == {9}
+    assert logits(logprob_chunk=3) == {3}
