@@ -278,7 +278,7 @@ MUTANTS = [
         _ISOLATION,
         ('os.environ | {"JAX_PLATFORMS": "cpu"}', "os.environ"),
         ("if self._process is None or self._process.poll() is not None:", "if self._process is None:"),
-        ("weakref.finalize(self, _end, self._process, ours)", "pass"),
+        ("weakref.finalize(self, _end, self._process, ours)", "None"),
         ("self._one_at_a_time = threading.Lock()", "self._one_at_a_time = contextlib.nullcontext()"),
         ("if length > most:", "if False:"),
         ('reply.keys() & {what, "error"}', 'reply.keys() & {"returned", "special", "error"}'),

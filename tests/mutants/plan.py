@@ -51,7 +51,8 @@ MUTANTS = [
         _HOST,
         ("**dict.fromkeys(waiting))", ")"),
         ('if leaf.sharding.memory_kind != "pinned_host"]', 'if leaf.sharding.memory_kind == "pinned_host"]'),
-        ("layout, decode, waiting, rollout)", "layout, decode, (), rollout)"),
+        ("passing, layout, decode, waiting, rollout)", "passing, layout, decode, rollout=rollout)"),
+        ("[dataclasses.replace(one, waiting=waiting) for one in exported]", "list(exported)"),
     ),
     *variants(
         "plan/supervised_programs.py",

@@ -45,6 +45,13 @@ def test_a_host_holds_what_waits_there_and_what_is_being_written(tmp_path):
     assert hosts["ppo"].peak == hosts["ppo"].offloaded + hosts["ppo"].checkpoint + hosts["ppo"].file
 
 
+def test_one_card_has_no_export_and_its_host_holds_what_waits_all_the_same(tmp_path):
+    topology, programs = planned(tmp_path, ("reward_model.offload", True), chips="h100:1")
+    assert [one.name for one in programs if one.phase == "ppo"][-1] == "update"
+    (host,) = (host for host in host_accounts(programs, topology) if host.phase == "ppo")
+    assert host.offloaded == pytest.approx(CRITIC * 2, rel=0.01)
+
+
 @pytest.mark.parametrize("chips", ["h100:2x4", "v5e:2x4"])
 def test_what_waits_on_the_host_is_on_the_device_only_while_it_scores(tmp_path, chips):
     """Described GPUs have no memory kinds, and XLA counts the copy on TPUs alone."""

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from jax_rlhf.ppo.config import PPOConfig
-from jax_rlhf.settings import from_mapping
+from jax_rlhf.settings import from_mapping, new_name
 from tests.ppo import tiny
 
 
@@ -74,3 +74,21 @@ def test_what_is_clipped():
     assert tiny.ppo_config(clip_range=0.1).loss.clip_ranges == (0.1, 0.1)
     assert tiny.ppo_config(clip_range=0.1, clip_range_high=0.3).loss.clip_ranges == (0.1, 0.3)
     assert tiny.ppo_config(policy_loss="penalty").loss.clip_ranges == (math.inf, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("former", "now"),
+    [
+        ("ppo.kl_coef", "ppo.kl.coef"),
+        ("ppo.actor_optimizer.eps", "ppo.actor.optimizer.eps"),
+        ("reward_training.path", "reward.start_from"),
+        ("reward_training.optimizer.eps", "reward.optimizer.eps"),
+        ("reward_training", "reward"),
+        ("reward.offload", "reward_model.offload"),
+        ("ppo.kl_coefficient", None),
+        ("ppo.kl.coef", None),
+        ("reward.steps", None),
+    ],
+)
+def test_former_names_are_known(former, now):
+    assert new_name(former) == now
