@@ -23,7 +23,7 @@ from jax_rlhf.data import DataError
 from jax_rlhf.hub import CheckpointError
 from jax_rlhf.io.printable import printable_lines
 from jax_rlhf.io.terminal import make_output_harmless
-from jax_rlhf.parallel import ProcessError, any_process, leave, same_everywhere, start_processes, together
+from jax_rlhf.parallel import ProcessError, any_process, barrier, check_same_on_all_processes, leave, start_processes
 from jax_rlhf.rewards import RewardError
 from jax_rlhf.runtime.checkpoint import RestoreError
 from jax_rlhf.runtime.numerics import FaultError
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str]) -> int:
     except _EXPECTED as error:
         logging.debug("where it came from", exc_info=True)
         print(f"error: {printable_lines(str(error))}", file=sys.stderr)
-        return leave(FAILED if getattr(error, "ours", False) else 1, error)
+        return leave(FAILED if getattr(error, "internal", False) else 1, error)
     except Stopped as error:
         print(f"stopped ({printable_lines(str(error))}); the same command goes on.", file=sys.stderr)
         return leave(SAVED, error)
@@ -208,7 +208,7 @@ def _run_phases(config: ConfigDict, workdir: Path, stop: StopSignals, locks: lis
         overwrite = False
         if first:
             print(f"--overwrite was done when this run began in {workdir}; it goes on.", flush=True)
-    with together("checking settings, data and checkpoints"):
+    with barrier("checking settings, data and checkpoints"):
         settings = run_config(config)
         if first:
             print("checking settings, data and checkpoints", flush=True)
@@ -218,16 +218,16 @@ def _run_phases(config: ConfigDict, workdir: Path, stop: StopSignals, locks: lis
         for line in seen if first else ():
             print(printable_lines(line))
         return 0
-    same_everywhere(config.to_json_best_effort(sort_keys=True, indent=1), "the settings")
+    check_same_on_all_processes(config.to_json_best_effort(sort_keys=True, indent=1), "the settings")
     changed = []
-    with together(f"writing to {workdir}"):
+    with barrier(f"writing to {workdir}"):
         if first:
             locks.append(lock_workdir(workdir))
             how = {"overwrite": overwrite, "accept_changes": accept_changes}
             changed = open_workdir(workdir, config, settings.phases, **how)
     for line in changed:
         print(f"changed: {printable_lines(line)}")
-    with together(f"looking at {workdir}"):
+    with barrier(f"looking at {workdir}"):
         refresh(workdir)
         check_shared(workdir)
     results = {}
@@ -237,13 +237,13 @@ def _run_phases(config: ConfigDict, workdir: Path, stop: StopSignals, locks: lis
             if first:
                 print(f"{phase}: finished before, in {workdir / phase}; --overwrite repeats it.")
             continue
-        with together(f"looking at what {phase} begins with"):
+        with barrier(f"looking at what {phase} begins with"):
             for line in check_inputs(settings, workdir, phase, accept_changes=accept_changes) if first else ():
                 print(f"changed: {printable_lines(line)}")
         results[phase] = phases[phase](settings, workdir, stop=stop, accept_changes=accept_changes)
-        with together(f"putting {phase} up"):
+        with barrier(f"putting {phase} up"):
             put_up(workdir, phase, models=True)
-        with together(f"fetching what {phase} made"):
+        with barrier(f"fetching what {phase} made"):
             refresh(workdir)
     if first:
         print(closing(results, workdir, tensorboard=settings.log.tensorboard))

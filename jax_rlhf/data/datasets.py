@@ -21,7 +21,7 @@ from jax_rlhf.data.sources import Row, is_reader, read_rows
 from jax_rlhf.data.splits import ONE_IN, Group, Source, drawn, grouped, share
 from jax_rlhf.data.tokens import Example, pad_id, tokenized
 from jax_rlhf.hub import end_ids
-from jax_rlhf.parallel import Layout, held_rows
+from jax_rlhf.parallel import Layout, local_row_indices
 from jax_rlhf.settings import from_mapping
 
 Phase = Literal["sft", "reward", "ppo"]
@@ -386,7 +386,7 @@ def _columns(examples: Sequence[Example | None], buckets: list[int]) -> int:
 
 def _my_rows(batch_size: int, mesh: Mesh | Layout | None) -> np.ndarray:
     if mesh is not None:
-        return held_rows(batch_size, mesh)
+        return local_row_indices(batch_size, mesh)
     processes = jax.process_count()
     if batch_size % processes:
         raise ValueError(f"a batch of {batch_size} rows cannot be shared by {processes} processes; give a multiple.")

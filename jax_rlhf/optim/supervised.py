@@ -28,7 +28,7 @@ from jax_rlhf.optim.optimizer import (
     moment_shardings,
     optimizer_step,
 )
-from jax_rlhf.parallel import Layout, as_layout, constrain_to, row_groups, shardings_of
+from jax_rlhf.parallel import Layout, as_layout, constrain_to, shardings_of, split_row_groups
 
 Sums = dict[str, Array]
 Loss = Callable[[SplitModel, SplitParams, Any], Sums]
@@ -187,7 +187,7 @@ def evaluation_sums(
 ) -> Sums:
     """`evaluate`, jitted: arguments as there, each of `how`'s that it takes by itself."""
     params = SplitParams(frozen, trainable)
-    parts = row_groups(batch, microbatches, network.model.config.layout)
+    parts = split_row_groups(batch, microbatches, network.model.config.layout)
     return accumulate(lambda part: loss(network, params, part), parts)
 
 
@@ -205,7 +205,7 @@ def step(
         (_, sums), gradient = jax.value_and_grad(total, has_aux=True)(state.trainable)
         return how.network.constrain(gradient), sums
 
-    gradient, sums = accumulate(gradients, row_groups(batch, how.microbatches, how.network.model.config.layout))
+    gradient, sums = accumulate(gradients, split_row_groups(batch, how.microbatches, how.network.model.config.layout))
     count = jnp.maximum(sums["count"], 1)
     gradient = jax.tree.map(lambda leaf: leaf / count, gradient)
     norm = optax.tree.norm(gradient)

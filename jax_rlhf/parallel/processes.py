@@ -28,12 +28,12 @@ class ProcessError(RuntimeError):
     """Another process failed; the message says which, and what it said.
 
     Attributes:
-      ours: it failed by something that was not given to it: a bug, a lost machine.
+      internal: whether the cause is a bug or a lost machine, rather than what the user gave.
     """
 
-    def __init__(self, message: str, *, ours: bool = False) -> None:
+    def __init__(self, message: str, *, internal: bool = False) -> None:
         super().__init__(message)
-        self.ours = ours
+        self.internal = internal
 
 
 def start_processes(
@@ -128,7 +128,7 @@ def _wait_for_name(host: str, seconds: float = 300.0) -> None:
             socket.getaddrinfo(host, None)
         except OSError as error:
             if time.monotonic() > end:
-                raise ProcessError(f"the coordinator {host} is not known here: {error}.", ours=True) from error
+                raise ProcessError(f"the coordinator {host} is not known here: {error}.", internal=True) from error
             time.sleep(1.0)
         else:
             return
@@ -224,7 +224,7 @@ def _has_tpu(environment: Mapping[str, str]) -> bool:
 
 
 @contextlib.contextmanager
-def together(what: str) -> Iterator[None]:
+def barrier(what: str) -> Iterator[None]:
     """A part that each process does by itself, at whose end all know whether all did.
 
     Args:
@@ -234,7 +234,7 @@ def together(what: str) -> Iterator[None]:
       Nothing.
 
     Raises:
-      ProcessError: another process failed in it. Where this one fails, its own error goes on, marked `agreed`.
+      ProcessError: another process failed in it. Where this one fails, its own error goes on, marked `on_any_process`.
     """
     failure = None
     try:
@@ -243,19 +243,19 @@ def together(what: str) -> Iterator[None]:
         failure = error
     if jax.process_count() > 1:
         given = isinstance(failure, ValueError | OSError) or type(failure).__module__.startswith("jax_rlhf.")
-        kind = "given" if given else "ours"
-        texts = gathered_texts("" if failure is None else f"{kind} {type(failure).__name__}: {failure}")
+        kind = "given" if given else "internal"
+        texts = gather_texts("" if failure is None else f"{kind} {type(failure).__name__}: {failure}")
         failed = [index for index, text in enumerate(texts) if text]
         if failure is None and failed:
             kind, _, text = texts[failed[0]].partition(" ")
-            failure = ProcessError(f"process {failed[0]}, {what}: {text}", ours=kind == "ours")
+            failure = ProcessError(f"process {failed[0]}, {what}: {text}", internal=kind == "internal")
         if failure is not None:
-            failure.agreed = True
+            failure.on_all_processes = True
     if failure is not None:
         raise failure
 
 
-def gathered_texts(text: str) -> list[str]:
+def gather_texts(text: str) -> list[str]:
     """A text of every process; all must call it.
 
     Args:
@@ -271,7 +271,7 @@ def gathered_texts(text: str) -> list[str]:
     return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
 
 
-def same_everywhere(text: str, what: str) -> None:
+def check_same_on_all_processes(text: str, what: str) -> None:
     """Raises on all processes where they do not agree.
 
     Args:
@@ -283,7 +283,7 @@ def same_everywhere(text: str, what: str) -> None:
     """
     if jax.process_count() == 1:
         return
-    texts = gathered_texts(f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}\n{text}")
+    texts = gather_texts(f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}\n{text}")
     other = next((index for index, one in enumerate(texts) if one != texts[0]), None)
     if other is not None:
         lines = [one.splitlines()[1:] for one in (texts[other], texts[0])]
@@ -294,7 +294,7 @@ def same_everywhere(text: str, what: str) -> None:
             f"{what}: process {other} has {shown[0].strip()!r}, process 0 has {shown[1].strip()!r}. All processes need "
             "the same files and the same command."
         )
-        error.agreed = True
+        error.on_all_processes = True
         raise error
 
 
@@ -312,7 +312,7 @@ def any_process(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
-def summed(counts: np.ndarray) -> np.ndarray:
+def sum_over_processes(counts: np.ndarray) -> np.ndarray:
     """Counts of all processes together; all must call it.
 
     Args:
@@ -342,7 +342,7 @@ def leave(code: int, error: BaseException | None = None) -> int:
     """
     # Before the others are joined there are none; to count them would start the devices, which may wait for them.
     alone = not jax.distributed.is_initialized() or jax.process_count() == 1
-    if error is None or alone or getattr(error, "agreed", False):
+    if error is None or alone or getattr(error, "on_all_processes", False):
         return code
     sys.stdout.flush()
     sys.stderr.flush()

@@ -29,7 +29,7 @@ def row_shards(mesh: Mesh | Layout | None) -> int:
     return 1 if mesh is None else as_layout(mesh).cuts("rows")
 
 
-def held_rows(batch: int, mesh: Mesh | Layout | None) -> np.ndarray:
+def local_row_indices(batch: int, mesh: Mesh | Layout | None) -> np.ndarray:
     """The rows of a batch that this process's devices hold, which it has to lay out.
 
     Args:
@@ -46,7 +46,7 @@ def held_rows(batch: int, mesh: Mesh | Layout | None) -> np.ndarray:
 
 
 def owned_rows(batch: int, mesh: Mesh | Layout | None) -> np.ndarray:
-    """Which of `held_rows` no earlier process holds.
+    """Which of `local_row_indices` no earlier process holds.
 
     Args:
       batch: B, rows of all processes.
@@ -90,7 +90,7 @@ def batch_rows(held: int, mesh: Mesh | Layout | None) -> int:
     return held * shards // len(_parts(shards, mesh)[0])
 
 
-def row_groups(rows: Any, count: int, mesh: Mesh | Layout | None) -> Any:
+def split_row_groups(rows: Any, count: int, mesh: Mesh | Layout | None) -> Any:
     """Rows of a batch in groups, each with as many rows of every device as any other: nothing moves between devices.
 
     Args:
@@ -110,8 +110,8 @@ def row_groups(rows: Any, count: int, mesh: Mesh | Layout | None) -> Any:
     return jax.tree.map(split, rows)
 
 
-def joined_groups(groups: Any, mesh: Mesh | Layout | None) -> Any:
-    """What `row_groups` was given.
+def join_row_groups(groups: Any, mesh: Mesh | Layout | None) -> Any:
+    """What `split_row_groups` was given.
 
     Args:
       groups: a tree of arrays [n, B / n, ...].
@@ -136,21 +136,21 @@ def map_row_groups(function: Callable[[Any], Any], rows: Any, count: int, mesh: 
       function: a tree of arrays [b, ...] → a tree of arrays [b, ...], each row of it by itself; under `jit`.
       rows: a tree of arrays [B, ...].
       count: of groups.
-      mesh: as in `row_groups`.
+      mesh: as in `split_row_groups`.
 
     Returns:
       The function's results, [B, ...].
     """
     if count == 1:
         return function(rows)
-    return joined_groups(jax.lax.map(function, row_groups(rows, count, mesh)), mesh)
+    return join_row_groups(jax.lax.map(function, split_row_groups(rows, count, mesh)), mesh)
 
 
 def put_rows(rows: Any, mesh: Mesh | Layout | None) -> Any:
     """This process's rows, as arrays of all processes' rows on the mesh.
 
     Args:
-      rows: a tree of arrays [b, ...] on the host, the `held_rows` of a batch.
+      rows: a tree of arrays [b, ...] on the host, the `local_row_indices` of a batch.
       mesh: the mesh; None = the default device.
 
     Returns:
@@ -199,6 +199,6 @@ def all_rows(rows: np.ndarray, mesh: Mesh | Layout | None) -> np.ndarray:
     batch = batch_rows(len(rows), mesh)
     whole = np.zeros((batch, *rows.shape[1:]), rows.dtype)
     mine = owned_rows(batch, mesh)
-    whole[held_rows(batch, mesh)[mine]] = rows[mine]
+    whole[local_row_indices(batch, mesh)[mine]] = rows[mine]
     parts = multihost_utils.process_allgather(whole)  # [processes, B, ...], each row from one of them
     return parts.sum(axis=0).astype(rows.dtype) if rows.dtype != bool else parts.any(axis=0)

@@ -17,12 +17,12 @@ from jax_rlhf.data import DataConfig, Datasets, checked_name, create_datasets, i
 from jax_rlhf.io.printable import printable
 from jax_rlhf.parallel import (
     all_rows,
+    barrier,
+    check_same_on_all_processes,
     create_layout,
-    held_rows,
+    local_row_indices,
     local_rows,
     owned_rows,
-    same_everywhere,
-    together,
 )
 from jax_rlhf.ppo.config import PPOConfig, resolve
 from jax_rlhf.ppo.engine import RLHFEngine
@@ -72,7 +72,7 @@ def run(
         prompts = create_datasets(config.data, engine.tokenizer, "ppo", mesh=layout, **how)
         texts = _texts(config, engine) if settings.loss.ptx_coef else None
         judges = named_functions(settings.eval_functions, settings)
-        same_everywhere(prompts.digest, "the data")
+        check_same_on_all_processes(prompts.digest, "the data")
         record.says_of(prompts)
         if texts is not None and config.data.ptx_paths:
             record.says_of(texts)
@@ -264,11 +264,11 @@ def _verdicts(
     """What a judge says of all responses, NaN where it gives None; each process asks it about those that it owns."""
     config, layout = trainer.config, trainer.engine.layout
     how = OnFailure(config.reward.retries, config.reward.on_failure, config.reward.failure_score)
-    held, mine = held_rows(len(answered), layout), owned_rows(len(answered), layout)
+    held, mine = local_row_indices(len(answered), layout), owned_rows(len(answered), layout)
     rows = [answered[row] for row in held[mine]]
     columns = {name: [values[row] for row in np.flatnonzero(mine)] for name, values in prompts.columns.items()}
     verdicts = np.zeros(len(held), np.float32)
-    with together(f"asking {judge.name}"):
+    with barrier(f"asking {judge.name}"):
         texts = [row["prompt"] for row in rows], [row["response"] for row in rows]
         tokens, mask = (local_rows(part)[mine] for part in (experience.tokens, experience.response_mask))
         ids = [row[-len(real) :][real].tolist() for row, real in zip(tokens, mask, strict=True)]

@@ -19,14 +19,14 @@ from jax import Array
 from jax_rlhf.hub import end_ids
 from jax_rlhf.parallel import (
     all_rows,
+    barrier,
     batch_rows,
-    held_rows,
+    local_row_indices,
     local_rows,
     owned_rows,
     put_rows,
     shardings_of,
-    summed,
-    together,
+    sum_over_processes,
 )
 from jax_rlhf.ppo.config import PPOConfig
 from jax_rlhf.ppo.engine import RLHFEngine
@@ -185,7 +185,7 @@ class PPOTrainer:
         """
         found, self.failures = self.failures, Failures()
         names = ("failed_calls", "timeouts", "penalized")
-        counts = summed(np.array([getattr(found, name) for name in names], np.int32))
+        counts = sum_over_processes(np.array([getattr(found, name) for name in names], np.int32))
         return {f"{prefix}/{name}": float(count) for name, count in zip(names, counts, strict=True)}
 
     def _with_microbatches(self, rows: int, width: int) -> PPOConfig:
@@ -243,7 +243,7 @@ class PPOTrainer:
         scores, config = np.zeros(len(texts), np.float32), self.config
         # What they all leave alone is the reward model's.
         unscored = None if self.engine.models.reward is None else 0.0
-        with together("scoring responses"):
+        with barrier("scoring responses"):
             scores[mine] = score_texts(
                 self.reward_functions,
                 [texts[row] for row in mine],
@@ -258,7 +258,7 @@ class PPOTrainer:
                 unscored=unscored,
             )
         everywhere = all_rows(scores, self.engine.layout)
-        return put_rows(everywhere[held_rows(len(everywhere), self.engine.layout)], self.engine.layout)
+        return put_rows(everywhere[local_row_indices(len(everywhere), self.engine.layout)], self.engine.layout)
 
 
 def in_one_program(models: Models, config: PPOConfig) -> bool:

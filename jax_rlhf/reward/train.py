@@ -20,7 +20,7 @@ from jax_rlhf.models import Decoder, model_jit
 from jax_rlhf.models.split import SplitModel, SplitParams, text_scores
 from jax_rlhf.optim.microbatches import plan_batch
 from jax_rlhf.optim.supervised import Supervised
-from jax_rlhf.parallel import Layout, create_layout, map_row_groups, put_rows, same_everywhere
+from jax_rlhf.parallel import Layout, check_same_on_all_processes, create_layout, map_row_groups, put_rows
 from jax_rlhf.reward.config import RewardConfig
 from jax_rlhf.reward.loss import RewardLoss, pair_scores, reward_start
 from jax_rlhf.runtime.manifest import export_model
@@ -64,7 +64,7 @@ def run(
         data, ends = config.data_of("reward"), config.ends(policy)
         how = {"seed": config.seed, "eos_ids": ends, "vocab_size": pretrained.model.config.vocab_size}
         datasets = create_datasets(data, policy.tokenizer, "reward", mesh=layout, **how)
-        same_everywhere(datasets.digest, "the data")
+        check_same_on_all_processes(datasets.digest, "the data")
         record.says_of(datasets)
         steps = total_steps(settings.steps, settings.epochs, datasets)
         how = how_to_train(settings, pretrained.model, datasets.batch_size, steps)

@@ -23,7 +23,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from jax_rlhf.hub import CheckpointError
-from jax_rlhf.parallel import ProcessError, together
+from jax_rlhf.parallel import ProcessError, barrier
 from jax_rlhf.runtime.checksum import checksums
 from jax_rlhf.runtime.completeness import can_be_read, mark_synced, of_checkpoint, was_synced
 from jax_rlhf.runtime.notes import DamagedError, first_line, read_notes, reading, with_digest
@@ -259,7 +259,7 @@ class Checkpoints:
             except _OtherArraysError as error:
                 raise RestoreError(f"{self.folder / str(step)}: {error}") from error
             except (DamagedError, ProcessError) as error:
-                if getattr(error, "ours", False):  # of another process, and no damage
+                if getattr(error, "internal", False):  # of another process, and no damage
                     raise
                 logging.debug("where it came from", exc_info=True)
                 self._say(f"{self.folder / str(step)} is damaged: {first_line(error)}")
@@ -275,7 +275,7 @@ class Checkpoints:
 
     def _read(self, step: int, like: Any) -> Restored:
         """In two parts, since one process may find its files damaged while the others' are whole."""
-        with together(f"reading the checkpoint of step {step}"):
+        with barrier(f"reading the checkpoint of step {step}"):
             try:
                 content, leaves = self._read_files(step, like)
             except DamagedError:  # once more: a network's file system may have been away for a moment
@@ -312,7 +312,7 @@ class Checkpoints:
         remote = "://" in str(self.folder)
         folder = self.folder if remote else epath.Path(Path(self.folder).resolve())  # a link may lead to another disk
         aside = folder.with_name(f"{folder.name}.damaged")
-        with together("moving damaged checkpoints away"):
+        with barrier("moving damaged checkpoints away"):
             for step in steps if jax.process_index() == 0 else ():
                 target = aside / str(step)
                 aside.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jax_rlhf.parallel import summed
+from jax_rlhf.parallel import sum_over_processes
 
 _ROW = 1024  # words that are summed at once, at least
 _CHUNK = 65_536  # words whose products stay in the cache
@@ -77,7 +77,7 @@ def _on_host(leaves: dict[str, Array]) -> dict[str, int]:
     for (name, _), value in zip(parts, found, strict=True):
         totals[name] += int(value)
     mine = np.array([total % 2**32 for total in totals.values()], np.uint32)
-    return dict(zip(totals, (int(total) % 2**32 for total in summed(mine.astype(np.uint32))), strict=True))
+    return dict(zip(totals, (int(total) % 2**32 for total in sum_over_processes(mine.astype(np.uint32))), strict=True))
 
 
 def _of_part(shape: tuple[int, ...], shard: Any) -> np.uint32:

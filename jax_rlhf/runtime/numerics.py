@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from jax_rlhf.config import RunConfig
-from jax_rlhf.parallel import local_rows, together
+from jax_rlhf.parallel import barrier, local_rows
 from jax_rlhf.runtime.run_logger import Record
 
 T = TypeVar("T")
@@ -18,7 +18,7 @@ T = TypeVar("T")
 class FaultError(RuntimeError):
     """Training does not go on like this: updates are not finite, or a limit is passed. The last checkpoint stays."""
 
-    agreed = True  # metrics are the same in all processes
+    on_all_processes = True  # metrics are the same in all processes
 
 
 def check_step(config: RunConfig, record: Record, step: int, metrics: Mapping[str, float], batch: Any) -> bool:
@@ -57,7 +57,7 @@ def check_step(config: RunConfig, record: Record, step: int, metrics: Mapping[st
         )
     else:
         return not bad_steps
-    with together("writing the offending batch"):
+    with barrier("writing the offending batch"):
         file = write_batch(record.folder / "bad_batch", step, batch)
     raise FaultError(
         f"{record.phase}, step {step}: {why}. The batch is in {file}. What may help: {mend}. The same command goes on "

@@ -14,14 +14,14 @@ from jax.experimental import multihost_utils
 class Stopped(Exception):
     """The run stops since it was asked to, in all processes alike; what was trained is saved."""
 
-    agreed = True
+    on_all_processes = True
 
 
 class StopSignals:
     """Hears that the run is asked to stop.
 
-    Ctrl-C, SIGTERM and SIGHUP (a closed terminal) are noted, and the program asks `agreed` where it can stop. The same
-    signal once more ends it at once, but for SIGHUP. Of several processes JAX's preemption service has SIGTERM, on TPUs
+    Ctrl-C, SIGTERM and SIGHUP (a closed terminal) are noted. The program calls `on_any_process` where it can stop. A
+    second signal ends it at once, except SIGHUP. Of several processes JAX's preemption service has SIGTERM, on TPUs
     maintenance notices too, and names a point that all reach.
 
     Attributes:
@@ -62,7 +62,7 @@ class StopSignals:
         with contextlib.suppress(OSError):  # not print: what it interrupts may be printing
             os.write(2, f"\n{self.reason}: this step is finished and saved{once_more}.\n".encode())
 
-    def agreed(self, *others: bool) -> tuple[bool, ...]:
+    def on_any_process(self, *others: bool) -> tuple[bool, ...]:
         """Whether any process was asked to stop; all must call it, equally often.
 
         Args:
@@ -87,5 +87,5 @@ class StopSignals:
         Raises:
           Stopped: any process was asked to.
         """
-        if self.agreed()[0]:
+        if self.on_any_process()[0]:
             raise Stopped(self.reason or "another process was asked to stop")

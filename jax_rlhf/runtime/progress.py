@@ -18,7 +18,7 @@ from jax_rlhf.config import RunConfig
 from jax_rlhf.hub import CheckpointError
 from jax_rlhf.io.durable import write_json
 from jax_rlhf.io.json_files import read_object
-from jax_rlhf.parallel import together
+from jax_rlhf.parallel import barrier
 from jax_rlhf.runtime.checkpoint import Checkpoints, RestoreError, abstract, named
 from jax_rlhf.runtime.checksum import checksums
 from jax_rlhf.runtime.costs import COSTS, Costs
@@ -186,7 +186,7 @@ class Progress:
             self._metric = metric
         waited = time.monotonic() - self._saved_at
         due = minutes is not None and waited >= 60 * minutes and not self._checkpoints.saving
-        stop, due = self._record.stop.agreed(due or self._checkpoints.improves(self._metric))
+        stop, due = self._record.stop.on_any_process(due or self._checkpoints.improves(self._metric))
         if last or (good and (due or (every and self.step % every == 0))):
             self._save()
         if stop and not last:
@@ -213,7 +213,7 @@ class Progress:
             "config": dataclasses.asdict(self._run),
         }
         with self.costs.taking("saving"):
-            with together("writing metrics and samples"):  # what a checkpoint's position speaks of is there before it
+            with barrier("writing metrics and samples"):  # what a checkpoint's position speaks of is there before it
                 self._record.sync()
                 put_up(self._record.folder.parent, self._record.phase)
             self._checkpoints.save(self.step, self.state, notes, self._metric)
@@ -259,7 +259,7 @@ class Progress:
             with self.watchdog:
                 yield
         except BaseException as error:
-            if jax.process_count() == 1 or getattr(error, "agreed", False):
+            if jax.process_count() == 1 or getattr(error, "on_all_processes", False):
                 try:
                     self._rescue(error, export)
                 except Exception as second:  # its update may have eaten the parameters

@@ -16,7 +16,7 @@ from jax_rlhf.models import Decoder
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.optim.microbatches import plan_batch
 from jax_rlhf.optim.supervised import Supervised
-from jax_rlhf.parallel import create_layout, gather_to_host, same_everywhere
+from jax_rlhf.parallel import check_same_on_all_processes, create_layout, gather_to_host
 from jax_rlhf.runtime.manifest import export_model
 from jax_rlhf.runtime.preemption import StopSignals
 from jax_rlhf.runtime.run_logger import Record, sample_row
@@ -51,7 +51,7 @@ def run(
         ends = config.ends(pretrained)
         how = {"seed": config.seed, "eos_ids": ends, "vocab_size": pretrained.model.config.vocab_size}
         datasets = create_datasets(config.data, pretrained.tokenizer, "sft", mesh=layout, **how)
-        same_everywhere(datasets.digest, "the data")
+        check_same_on_all_processes(datasets.digest, "the data")
         record.says_of(datasets)
         steps = total_steps(settings.steps, settings.epochs, datasets)
         how = how_to_train(config, pretrained.model, datasets.batch_size, steps)

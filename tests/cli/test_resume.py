@@ -32,7 +32,7 @@ class StopAt(StopSignals):
         super().__init__()
         self.left = point
 
-    def agreed(self, *others):
+    def on_any_process(self, *others):
         self.left -= 1
         self.reason = "SIGTERM" if self.left <= 0 else None
         return (self.left <= 0, *others)

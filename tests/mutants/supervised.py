@@ -220,7 +220,7 @@ MUTANTS = [
     *variants(
         "optim/supervised.py",
         f"{_LOSSES} -k microbatches",
-        ("row_groups(batch, how.microbatches, how", "row_groups(batch, max(1, how.microbatches // 2), how"),
+        ("split_row_groups(batch, how.microbatches, how", "split_row_groups(batch, max(1, how.microbatches // 2), how"),
     ),
     *variants(
         "optim/microbatches.py",

@@ -19,8 +19,8 @@ from jax_rlhf.parallel import (
     MeshConfig,
     RolloutMeshConfig,
     create_layout,
-    held_rows,
     layout,
+    local_row_indices,
     machine_of,
     owned_rows,
     rollout_layout,
@@ -167,10 +167,10 @@ def test_which_rows_a_process_lays_out_follows_from_the_mesh(sizes, held, owned,
     mesh = create_layout(MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))), None, machines)
     for process in range(2):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        assert held_rows(8, mesh).tolist() == held[process]
+        assert local_row_indices(8, mesh).tolist() == held[process]
         assert owned_rows(8, mesh).sum() == owned[process]
     with pytest.raises(ValueError, match="a batch of 9 rows cannot be cut over the mesh's"):
-        held_rows(9, create_layout(MeshConfig(), None, machines))
+        local_row_indices(9, create_layout(MeshConfig(), None, machines))
 
 
 def test_only_data_goes_over_the_network_between_slices():

@@ -15,17 +15,18 @@ pretrained = jax_rlhf.load_pretrained(sys.argv[3], mesh=mesh)
 kernel = pretrained.params["layers"]["attention"]["query"]["kernel"]
 assert not kernel.is_fully_addressable
 assert sum(shard.data.size for shard in kernel.addressable_shards) == kernel.size // 2
-from jax_rlhf.parallel import ProcessError, together
-for fault, ours in ((KeyError("a bug"), True), (ValueError("a setting"), False), (jax_rlhf.RewardError("x"), False)):
+from jax_rlhf.parallel import ProcessError, barrier
+faults = (KeyError("a bug"), True), (ValueError("a setting"), False), (jax_rlhf.RewardError("x"), False)
+for fault, internal in faults:
     try:
-        with together("a part"):
+        with barrier("a part"):
             if sys.argv[2] == "1":
                 raise fault
         raise SystemExit("nobody failed")
     except ProcessError as error:
-        assert sys.argv[2] == "0" and error.ours == ours, (fault, error.ours)
+        assert sys.argv[2] == "0" and error.internal == internal, (fault, error.internal)
     except type(fault):
-        assert sys.argv[2] == "1" and fault.agreed
+        assert sys.argv[2] == "1" and fault.on_all_processes
 try:
     jax_rlhf.save_pretrained(sys.argv[4], pretrained, max_shard_bytes=40_000)
 except OSError as error:

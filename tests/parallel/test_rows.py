@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from jax_rlhf.parallel import joined_groups, map_row_groups, put_rows, row_groups
+from jax_rlhf.parallel import join_row_groups, map_row_groups, put_rows, split_row_groups
 
 
 @pytest.mark.parametrize("shards", [1, 4])
@@ -13,13 +13,13 @@ from jax_rlhf.parallel import joined_groups, map_row_groups, put_rows, row_group
 def test_groups_are_made_of_the_rows_that_a_device_holds(shards, count):
     mesh = None if shards == 1 else Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "fsdp"))
     rows = np.arange(24 * 5, dtype=np.float32).reshape(24, 5)
-    groups = np.asarray(row_groups(put_rows(rows, mesh), count, mesh))
+    groups = np.asarray(split_row_groups(put_rows(rows, mesh), count, mesh))
     assert groups.shape == (count, 24 // count, 5)
     np.testing.assert_array_equal(np.sort(groups.reshape(24, 5), axis=0), rows)
     for group in groups:
         for shard, part in enumerate(np.split(group[:, 0] // 5, shards)):
             assert set(part // (24 // shards)) == {shard}
-    np.testing.assert_array_equal(joined_groups(row_groups(put_rows(rows, mesh), count, mesh), mesh), rows)
+    np.testing.assert_array_equal(join_row_groups(split_row_groups(put_rows(rows, mesh), count, mesh), mesh), rows)
 
 
 @pytest.mark.parametrize("shards", [1, 4])

@@ -210,7 +210,7 @@ def test_a_coordinator_whose_name_is_not_known_yet_is_waited_for(asked, monkeypa
     answers = [OSError("Name or service not known")] * 1000
     with pytest.raises(ProcessError, match="the coordinator rlhf-0 is not known here: Name or service") as error:
         start_processes("rlhf-0:8476", 2, 1)
-    assert error.value.ours  # exit code 70: launchers start it again
+    assert error.value.internal  # exit code 70: launchers start it again
     assert 300 < clock.now < 310
 
 
