@@ -15,7 +15,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jax_rlhf.runtime.checkpoint import CheckpointConfig, Checkpoints, abstract
+from jax_rlhf.runtime.checkpoint import Checkpoints, abstract
+from jax_rlhf.runtime.config import CheckpointConfig
 
 
 @jax.jit

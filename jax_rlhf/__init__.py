@@ -10,7 +10,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch 
 if TYPE_CHECKING:
     from jax_rlhf.data import DataConfig, DataError, Datasets, create_datasets
     from jax_rlhf.hub import CheckpointError, Pretrained, load_pretrained, save_pretrained
-    from jax_rlhf.optim.optimizer import OptimizerConfig
+    from jax_rlhf.optim.config import OptimizerConfig
     from jax_rlhf.ppo.config import PPOConfig
     from jax_rlhf.ppo.engine import RLHFEngine
     from jax_rlhf.ppo.trainer import PPOTrainer

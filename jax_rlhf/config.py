@@ -5,17 +5,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jax_rlhf.data import DataConfig
-from jax_rlhf.data.formats import PHASES
-from jax_rlhf.hub import Description, Pretrained, end_ids
-from jax_rlhf.hub.model_config import ModelConfig
-from jax_rlhf.parallel import MeshConfig, RolloutMeshConfig
+from jax_rlhf.data.config import PHASES, DataConfig
+from jax_rlhf.hub.config import ModelConfig
+from jax_rlhf.parallel.config import MeshConfig, RolloutMeshConfig
 from jax_rlhf.ppo.config import CriticConfig, FrozenConfig, PPOConfig
-from jax_rlhf.ppo.engine import RLHFEngine
 from jax_rlhf.reward.config import RewardConfig
-from jax_rlhf.runtime.checkpoint import CheckpointConfig
-from jax_rlhf.runtime.run_logger import LogConfig
-from jax_rlhf.runtime.watchdog import WatchdogConfig
+from jax_rlhf.runtime.config import CheckpointConfig, LogConfig, PhaseConfig, WatchdogConfig
 from jax_rlhf.settings import from_mapping, one_of, to_config_dict
 from jax_rlhf.sft.config import SFTConfig
 
@@ -71,41 +66,28 @@ class RunConfig:
         if not self.phases or sorted(self.phases, key=PHASES.index) != list(self.phases):
             raise ValueError(f"config.phases={self.phases}: one or more of {', '.join(PHASES)} in this order.")
 
-    def ends(self, policy: Description | Pretrained | RLHFEngine) -> tuple[int, ...]:
-        """The tokens that end the policy's answers, in all phases.
-
-        Args:
-          policy: the policy, what its checkpoint says, or the engine that has it.
-
-        Returns:
-          Ids; `ppo.sampling.eos_ids` where they are given.
-        """
-        known = end_ids(policy.tokenizer, policy.generation_config)
-        return known if self.ppo.sampling.eos_ids is None else self.ppo.sampling.eos_ids
-
     def data_of(self, phase: str) -> DataConfig:
-        """The data's settings as a phase uses them.
-
-        Args:
-          phase: its name.
-
-        Returns:
-          `data`, but for packing, which the token loss of pairs does not know.
-        """
+        """The data's settings for a phase: without packing for `reward.loss="token"`, which does not support it."""
         if phase == "reward" and self.reward.loss == "token":
             return dataclasses.replace(self.data, packing=False)
         return self.data
 
     def eval_rows_of(self, phase: str) -> int:
-        """How many held-out rows a phase evaluates on, at most; what is held out is the same in all phases.
-
-        Args:
-          phase: its name.
-
-        Returns:
-          `data.eval_rows`, or that of PPO.
-        """
+        """How many held-out rows a phase evaluates on at most: `data.eval_rows`, or `ppo.eval_rows` if it is set."""
         return self.ppo.eval_rows if phase == "ppo" and self.ppo.eval_rows is not None else self.data.eval_rows
+
+    @property
+    def phase(self) -> PhaseConfig:
+        """What every phase reads."""
+        return PhaseConfig(
+            checkpoint=self.checkpoint,
+            log=self.log,
+            watchdog=self.watchdog,
+            max_bad_steps=self.max_bad_steps,
+            debug=self.debug,
+            longest_call=self.ppo.reward.timeout,
+            run=dataclasses.asdict(self),
+        )
 
 
 def default_config() -> ConfigDict:

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from absl import app, logging
 
-from jax_rlhf.data.formats import PHASES
+from jax_rlhf.data.config import PHASES
 from jax_rlhf.io.json_files import JSONFileError, read_object
 from jax_rlhf.io.printable import printable
 from jax_rlhf.io.terminal import make_output_harmless

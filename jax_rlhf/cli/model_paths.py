@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from jax_rlhf.config import RunConfig
-from jax_rlhf.data.formats import PHASES
+from jax_rlhf.data.config import PHASES
 from jax_rlhf.io.paths import local_path
 from jax_rlhf.runtime.manifest import ManifestError, check_model, listed_models
 from jax_rlhf.runtime.workdir import WorkdirError, status

@@ -11,15 +11,15 @@ from transformers import PreTrainedTokenizerBase
 from jax_rlhf.cli.model_paths import check_exported, reward_model, sft_model
 from jax_rlhf.config import RunConfig
 from jax_rlhf.data import DataError, Datasets, create_datasets
-from jax_rlhf.data.formats import PHASES
-from jax_rlhf.hub import Description, describe_pretrained, other_ids
+from jax_rlhf.data.config import PHASES
+from jax_rlhf.hub import Description, describe_pretrained, other_ids, response_end_ids
 from jax_rlhf.io.paths import local_path
 from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.optim.microbatches import plan_batch
 from jax_rlhf.optim.optimizer import learning_rate_schedule
 from jax_rlhf.parallel import create_layout
-from jax_rlhf.ppo.config import resolve
 from jax_rlhf.ppo.engine import check_roles, headless
+from jax_rlhf.ppo.resolve import resolve
 from jax_rlhf.ppo.train import named_functions, ptx_data
 from jax_rlhf.runtime.manifest import ManifestError, check_unused
 from jax_rlhf.runtime.workdir import WorkdirError, check_overwrite, status
@@ -89,7 +89,8 @@ def _check_data(
     """Reads and tokenizes what each phase will."""
     if config.data.ptx_paths and not config.ppo.loss.ptx_coef:
         raise ValueError("config.data.ptx_paths is given, and config.ppo.loss.ptx_coef=0: nothing would use it.")
-    past = [index for index in config.ends(policy) if not 0 <= index < policy.config.vocab_size]
+    ends = response_end_ids(policy, config.ppo.sampling.eos_ids)
+    past = [index for index in ends if not 0 <= index < policy.config.vocab_size]
     if past:
         raise ValueError(
             f"the id {past[0]} ends an answer (so config.ppo.sampling.eos_ids, generation_config.json or the "
@@ -101,11 +102,11 @@ def _check_data(
         needed["ppo"] = None  # its prompts are answered, to normalise scores
     for phase in needed:
         models = [policy] if phase == "sft" else [policy, *others.values()]
-        how = {"seed": config.seed, "eos_ids": config.ends(policy), "eval_rows": config.eval_rows_of(phase)}
-        how["vocab_size"] = min(described.config.vocab_size for described in models)
-        seen.append(create_datasets(config.data_of(phase), policy.tokenizer, phase, **how))
+        keywords = {"seed": config.seed, "eos_ids": ends, "eval_rows": config.eval_rows_of(phase)}
+        keywords["vocab_size"] = min(described.config.vocab_size for described in models)
+        seen.append(create_datasets(config.data_of(phase), policy.tokenizer, phase, **keywords))
         if phase == "ppo" in phases and config.ppo.loss.ptx_coef:
-            seen.append(create_datasets(ptx_data(config.data), policy.tokenizer, "sft", **how))
+            seen.append(create_datasets(ptx_data(config.data), policy.tokenizer, "sft", **keywords))
     return seen
 
 

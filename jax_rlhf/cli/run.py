@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from jax_rlhf.cli.flags import CONFIG, parse_flags
 from jax_rlhf.cli.model_paths import check_inputs
+from jax_rlhf.cli.phases import run_phase
 from jax_rlhf.cli.preflight import check_run
 from jax_rlhf.cli.summary import closing
 from jax_rlhf.config import run_config
@@ -28,7 +29,7 @@ from jax_rlhf.rewards import RewardError
 from jax_rlhf.runtime.checkpoint import RestoreError
 from jax_rlhf.runtime.numerics import FaultError
 from jax_rlhf.runtime.preemption import Stopped, StopSignals
-from jax_rlhf.runtime.remote import open_workdir_at, put_up, refresh
+from jax_rlhf.runtime.remote import open_workdir_at, refresh, upload
 from jax_rlhf.runtime.workdir import (
     check_shared,
     forget_failed_start,
@@ -198,11 +199,6 @@ def _run(config: ConfigDict, workdir: Path, stop: StopSignals) -> int:
 
 
 def _run_phases(config: ConfigDict, workdir: Path, stop: StopSignals, locks: list[BaseFileLock]) -> int:
-    from jax_rlhf.ppo import train as ppo
-    from jax_rlhf.reward import train as reward
-    from jax_rlhf.sft import train as sft
-
-    phases = {"sft": sft.run, "reward": reward.run, "ppo": ppo.run}
     first, overwrite, accept_changes = jax.process_index() == 0, _OVERWRITE.value, _ACCEPT_CHANGES.value
     if overwrite and any_process(first and overwritten(workdir, config)):
         overwrite = False
@@ -240,9 +236,9 @@ def _run_phases(config: ConfigDict, workdir: Path, stop: StopSignals, locks: lis
         with barrier(f"looking at what {phase} begins with"):
             for line in check_inputs(settings, workdir, phase, accept_changes=accept_changes) if first else ():
                 print(f"changed: {printable_lines(line)}")
-        results[phase] = phases[phase](settings, workdir, stop=stop, accept_changes=accept_changes)
+        results[phase] = run_phase(phase, settings, workdir, stop=stop, accept_changes=accept_changes)
         with barrier(f"putting {phase} up"):
-            put_up(workdir, phase, models=True)
+            upload(workdir, phase, models=True)
         with barrier(f"fetching what {phase} made"):
             refresh(workdir)
     if first:

@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Literal
 
+PHASES = ("sft", "reward", "ppo")
+"""In the order in which they run."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:

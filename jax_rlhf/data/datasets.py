@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from jax_rlhf.data.batches import FIRST_EVAL_ROW, packed, packed_pairs, pair_batch, prompt_batch, text_batch, width
-from jax_rlhf.data.config import DataConfig, shares
+from jax_rlhf.data.config import PHASES, DataConfig, shares
 from jax_rlhf.data.data_error import DataError
 from jax_rlhf.data.digests import examples_digest, row_digest
-from jax_rlhf.data.formats import PHASES, row_texts
+from jax_rlhf.data.formats import row_texts
 from jax_rlhf.data.sources import Row, is_reader, read_rows
 from jax_rlhf.data.splits import ONE_IN, Group, Source, drawn, grouped, share
 from jax_rlhf.data.tokens import Example, pad_id, tokenized

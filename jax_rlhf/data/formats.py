@@ -42,7 +42,6 @@ from jax_rlhf.data.shared_prompt import shared_prompt
 from jax_rlhf.data.sources import Row
 from jax_rlhf.data.special_tokens import MARK, first_special, marked, marked_text, without_marks
 
-PHASES = ("sft", "reward", "ppo")
 _NEEDED = {
     "sft": "text, or messages, or prompt and completion, or (prompt,) chosen and rejected",
     "reward": "(prompt,) chosen and rejected",

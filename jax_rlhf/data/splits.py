@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from jax_rlhf.data.config import DataConfig
-from jax_rlhf.data.formats import PHASES, own_prompt, row_texts
+from jax_rlhf.data.config import PHASES, DataConfig
+from jax_rlhf.data.formats import own_prompt, row_texts
 from jax_rlhf.data.sources import Row, is_reader
 from jax_rlhf.data.tokens import openings
 

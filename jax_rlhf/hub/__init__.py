@@ -3,7 +3,7 @@
 from jax_rlhf.hub.checkpoint_error import CheckpointError
 from jax_rlhf.hub.families import config_from_hub
 from jax_rlhf.hub.pretrained import Description, Pretrained, describe_pretrained, load_pretrained, save_pretrained
-from jax_rlhf.hub.tokenizer import end_ids, ids_of, other_ids
+from jax_rlhf.hub.tokenizer import end_ids, ids_of, other_ids, response_end_ids
 
 __all__ = [
     "CheckpointError",
@@ -15,5 +15,6 @@ __all__ = [
     "ids_of",
     "load_pretrained",
     "other_ids",
+    "response_end_ids",
     "save_pretrained",
 ]

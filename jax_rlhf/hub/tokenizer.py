@@ -7,7 +7,7 @@ without the digit splitting that SmolLM was trained with.
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from absl import logging
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -63,6 +63,30 @@ def end_ids(
     stored = stored if isinstance(stored, list) else [stored]
     ids = (*stored, getattr(tokenizer, "eos_token_id", None))
     return tuple(dict.fromkeys(index for index in ids if index is not None))
+
+
+class _WithTokenizer(Protocol):
+    """A policy, the description of its checkpoint, or an engine."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Its tokenizer."""
+        ...
+
+    @property
+    def generation_config(self) -> Mapping[str, Any] | None:
+        """The checkpoint's generation_config."""
+        ...
+
+
+def response_end_ids(policy: _WithTokenizer, eos_ids: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The tokens that end the policy's responses, in all phases.
+
+    Args:
+      policy: the policy, its checkpoint's description, or the engine.
+      eos_ids: the setting `ppo.sampling.eos_ids`; None = those of `end_ids`.
+    """
+    return end_ids(policy.tokenizer, policy.generation_config) if eos_ids is None else eos_ids
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, tuple[int, ...]]:

@@ -12,12 +12,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jax_rlhf.models.options import AttentionForm, RematPolicy
 from jax_rlhf.models.rotary import Rotary
 from jax_rlhf.parallel import Layout
 
 NormPlacement = Literal["before", "after", "both"]
-RematPolicy = Literal["none", "full", "dots"]
-AttentionForm = Literal["xla", "flash"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ from jax_rlhf.parallel.processes import (
 from jax_rlhf.parallel.rows import (
     all_rows,
     batch_rows,
+    gather_rows,
     join_row_groups,
     local_row_indices,
     local_rows,
@@ -58,6 +59,7 @@ __all__ = [
     "constrained",
     "create_layout",
     "create_mesh",
+    "gather_rows",
     "gather_to_host",
     "join_row_groups",
     "leave",

@@ -1,6 +1,5 @@
 """The mesh of devices."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,33 +9,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from jax_rlhf.parallel.config import MeshConfig, RolloutMeshConfig
 from jax_rlhf.parallel.layout import MESH_AXES, Layout, parse_rules
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """How many devices lie along each axis; −1, once, means the rest."""
-
-    data: int = 1
-    """Copies of everything, each with its own rows. Of several TPU slices each has its own copies."""
-    fsdp: int = -1
-    """Rows, and parameters cut along their width."""
-    tensor: int = 1
-    """Heads, MLP width and vocabulary."""
-    rules: tuple[str, ...] = ()
-    """Lines of the table in `parallel/layout.py` that differ, "logical=mesh+mesh" each."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RolloutMeshConfig:
-    """The same devices in another form, for sampling; all None = chosen by the model (`parallel.rollout_layout`)."""
-
-    data: int | None = None
-    """As in `MeshConfig`; None = 1 where another is given."""
-    fsdp: int | None = None
-    """As in `MeshConfig`; None = 1 where another is given."""
-    tensor: int | None = None
-    """As in `MeshConfig`; None = 1 where another is given."""
 
 
 def create_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh | None:

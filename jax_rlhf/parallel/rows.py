@@ -202,3 +202,17 @@ def all_rows(rows: np.ndarray, mesh: Mesh | Layout | None) -> np.ndarray:
     whole[local_row_indices(batch, mesh)[mine]] = rows[mine]
     parts = multihost_utils.process_allgather(whole)  # [processes, B, ...], each row from one of them
     return parts.sum(axis=0).astype(rows.dtype) if rows.dtype != bool else parts.any(axis=0)
+
+
+def gather_rows(array: Array) -> np.ndarray:
+    """All rows of an array on a mesh, on every process. All processes must call it.
+
+    Args:
+      array: [B, ...].
+
+    Returns:
+      A NumPy array [B, ...].
+    """
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

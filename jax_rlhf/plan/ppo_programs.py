@@ -25,7 +25,7 @@ from jax_rlhf.plan.abstract import (
 )
 from jax_rlhf.plan.supervised_programs import policy, reward_model
 from jax_rlhf.ppo import state as ppo_state
-from jax_rlhf.ppo.config import PPOConfig, resolve
+from jax_rlhf.ppo.config import PPOConfig
 from jax_rlhf.ppo.initialize import (
     InitialModels,
     create_models,
@@ -34,6 +34,7 @@ from jax_rlhf.ppo.initialize import (
     trainable_shardings,
 )
 from jax_rlhf.ppo.models import Models, Params
+from jax_rlhf.ppo.resolve import batch_plan, resolve
 from jax_rlhf.ppo.step import make_experience, make_sample, make_score, make_update
 from jax_rlhf.ppo.trainer import in_one_program
 from jax_rlhf.rl import Batch, Prompts
@@ -77,7 +78,7 @@ def _engine(config: RunConfig, layout: Layout) -> tuple[Models, Params]:
 def _settings(config: RunConfig, vocab_size: int, layout: Layout) -> PPOConfig:
     """PPO's settings, with what the tokenizer would say made up: it changes no shape."""
     settings = resolve(config.ppo, config.data, layout, eos_ids=(vocab_size - 1,), pad_id=0)
-    plan = settings.batch_plan(config.data.ppo_batch_size, prompt_width(config), layout, layout.platform)
+    plan = batch_plan(settings, config.data.ppo_batch_size, prompt_width(config), layout, layout.platform)
     return dataclasses.replace(settings, microbatch_size=plan.microbatch_size)
 
 

@@ -29,6 +29,8 @@ from jax_rlhf.plan.abstract import (
     rows_of,
     token_rows,
 )
+from jax_rlhf.ppo.resolve import batch_plan
+from jax_rlhf.reward import calibration
 from jax_rlhf.reward import train as reward
 from jax_rlhf.reward.loss import reward_start
 from jax_rlhf.rl import Prompts
@@ -75,7 +77,13 @@ def sft_programs(config: RunConfig, layout: Layout) -> list[Program]:
       The programs.
     """
     data, pretrained = config.data, abstract_model(config.model, "lm", layout)
-    how = sft.how_to_train(config, pretrained.model, data.sft_batch_size, config.sft.steps or _STEPS)
+    how = sft.training_spec(
+        config.sft,
+        pretrained.model,
+        data.sft_batch_size,
+        config.sft.steps or _STEPS,
+        trainable_layers=config.model.trainable_layers,
+    )
     phase = _phase("sft", how, pretrained, layout)
     ids, flags = token_rows(layout, data.sft_batch_size, data.max_tokens)
     batch = TextBatch(ids, flags, flags, ids, ids)
@@ -102,7 +110,7 @@ def reward_programs(config: RunConfig, layout: Layout) -> list[Program]:
     """
     data, settings = config.data_of("reward"), config.reward
     pretrained = reward_model(config, layout)
-    how = reward.how_to_train(settings, pretrained.model, data.reward_batch_size, settings.steps or _STEPS)
+    how = reward.training_spec(settings, pretrained.model, data.reward_batch_size, settings.steps or _STEPS)
     phase, batch = _phase("reward", how, pretrained, layout), _pairs(config, layout)
     arguments = how.network, how.microbatches, phase.params, batch
     made = [phase.step(batch), phase.program("evaluation", reward.batch_pair_scores, arguments, batch)]
@@ -132,9 +140,9 @@ def _normalising(config: RunConfig, phase: _Phase, layout: Layout) -> list[Progr
     answers = phase.program("answers", sample_program, arguments, passing, resident=resident, decode=read)
     samples, width = in_rows(sample_program.eval_shape(*arguments), layout), prompt_width(config)
     mask = rows_of(layout, jnp.bool_, *samples.tokens.shape)
-    groups = rows // ppo.batch_plan(rows, width, layout, layout.platform).microbatch_size
+    groups = rows // batch_plan(ppo, rows, width, layout, layout.platform).microbatch_size
     scored = phase.how.network, groups, phase.params, samples.tokens, mask
-    scores = phase.program("answers' scores", reward.batch_text_scores, scored, (samples, mask), resident=resident)
+    scores = phase.program("answers' scores", calibration.batch_text_scores, scored, (samples, mask), resident=resident)
     return [answers, scores]
 
 

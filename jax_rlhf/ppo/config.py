@@ -4,14 +4,9 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-import jax
-
-from jax_rlhf.data import DataConfig
-from jax_rlhf.hub.model_config import ModelConfig
-from jax_rlhf.optim.microbatches import BatchPlan, plan_batch
-from jax_rlhf.optim.optimizer import OptimizerConfig
-from jax_rlhf.parallel import Layout
-from jax_rlhf.sampling import Sampling
+from jax_rlhf.hub.config import ModelConfig
+from jax_rlhf.optim.config import OptimizerConfig
+from jax_rlhf.sampling.config import Sampling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -247,31 +242,6 @@ class PPOConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"config.ppo.{name}={getattr(self, name)} must lie within 0 and 1.")
 
-    def batch_plan(self, rows: int, prompt_tokens: int, layout: Layout | None, platform: str) -> BatchPlan:
-        """How the rows of an iteration are cut.
-
-        Args:
-          rows: of the iteration, of all processes.
-          prompt_tokens: P.
-          layout: the mesh; None = one device.
-          platform: "cpu", "gpu" or "tpu".
-
-        Returns:
-          The plan.
-
-        Raises:
-          ValueError: the rows do not divide; the message says how many would.
-        """
-        return plan_batch(
-            rows,
-            self.microbatch_size,
-            layout,
-            where="config.ppo",
-            num_minibatches=self.num_minibatches,
-            tokens_per_row=prompt_tokens + self.sampling.max_new_tokens,
-            platform=platform,
-        )
-
     def with_schedule_ends(self) -> "PPOConfig":
         """The settings, whose learning rates' schedules end with the run where they do not say when.
 
@@ -292,49 +262,6 @@ class PPOConfig:
             actor=dataclasses.replace(self.actor, optimizer=actor),
             critic=dataclasses.replace(self.critic, optimizer=critic),
         )
-
-
-def resolve(
-    config: PPOConfig,
-    data: DataConfig,
-    layout: Layout | None,
-    *,
-    eos_ids: tuple[int, ...] | None = None,
-    pad_id: int | None = None,
-) -> PPOConfig:
-    """Fills in what the settings leave open and only a run knows: ids, schedules' ends, and with PPO-ptx microbatches.
-
-    Args:
-      config: PPO's.
-      data: the run's, with the sizes of its batches.
-      layout: the mesh; None = one device.
-      eos_ids, pad_id: where the settings say none; None = they stay open.
-
-    Returns:
-      The settings. Without PPO-ptx `microbatch_size` stays None where it is: each width of prompts has its own.
-
-    Raises:
-      ValueError: the sizes do not divide, or the SFT batch cannot be spread over the microbatches; says which would.
-    """
-    given, width = config.sampling, data.max_prompt_tokens if data.prompt_tokens is None else data.prompt_tokens
-    sampling = dataclasses.replace(
-        given,
-        eos_ids=eos_ids if given.eos_ids is None else given.eos_ids,
-        pad_id=pad_id if given.pad_id is None else given.pad_id,
-    )
-    config = dataclasses.replace(config.with_schedule_ends(), sampling=sampling)
-    platform = jax.default_backend() if layout is None else layout.platform
-    micro = config.batch_plan(data.ppo_batch_size, width, layout, platform).microbatch_size
-    if not config.loss.ptx_coef:
-        return config
-    groups = data.ppo_batch_size // micro
-    if data.sft_batch_size % groups:
-        raise ValueError(
-            f"config.data.sft_batch_size={data.sft_batch_size} texts (config.ppo.loss.ptx_coef > 0) cannot be spread "
-            f"over the {groups} microbatches of an iteration; take {groups} or a multiple of it, or a larger "
-            "config.ppo.microbatch_size."
-        )
-    return dataclasses.replace(config, microbatch_size=micro)
 
 
 def _check(

@@ -31,6 +31,7 @@ from jax_rlhf.parallel import (
 from jax_rlhf.ppo.config import PPOConfig
 from jax_rlhf.ppo.engine import RLHFEngine
 from jax_rlhf.ppo.models import Models
+from jax_rlhf.ppo.resolve import batch_plan
 from jax_rlhf.ppo.state import create_state
 from jax_rlhf.ppo.step import make_experience, make_sample, make_score, make_update
 from jax_rlhf.rewards import Failures, OnFailure, RewardFunction, asks_for_special_tokens_of, score_texts
@@ -191,7 +192,7 @@ class PPOTrainer:
     def _with_microbatches(self, rows: int, width: int) -> PPOConfig:
         """The settings, with the microbatches that rows of such prompts are cut into."""
         platform = self.engine.models.actor.model.config.platform
-        plan = self.config.batch_plan(rows, width, self.engine.layout, platform)
+        plan = batch_plan(self.config, rows, width, self.engine.layout, platform)
         return dataclasses.replace(self.config, microbatch_size=plan.microbatch_size)
 
     def _check_texts(self, texts: Batch | None, groups: int) -> None:

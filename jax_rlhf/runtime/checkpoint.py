@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -26,41 +26,8 @@ from jax_rlhf.hub import CheckpointError
 from jax_rlhf.parallel import ProcessError, barrier
 from jax_rlhf.runtime.checksum import checksums
 from jax_rlhf.runtime.completeness import can_be_read, mark_synced, of_checkpoint, was_synced
+from jax_rlhf.runtime.config import CheckpointConfig
 from jax_rlhf.runtime.notes import DamagedError, first_line, read_notes, reading, with_digest
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When a phase's state is saved, and what is kept."""
-
-    every: int = 0
-    """Steps (PPO: iterations) between checkpoints; 0 = by time alone."""
-    minutes: float | None = 15.0
-    """Minutes between checkpoints; None = by steps alone. The end of a phase and a stop that was asked
-    for have one in any case."""
-    keep: int = 2
-    """How many of the last checkpoints stay."""
-    keep_every: int = 0
-    """Checkpoints of steps that this divides stay as well; 0 = none."""
-    best: str | None = None
-    """A metric of evaluations, such as "eval/score": the checkpoint where it was best stays as well; None = none."""
-    best_mode: Literal["max", "min"] | None = None
-    """Whether the highest ("max") or the lowest ("min") is best; None = the lowest of what is called loss or
-    perplexity, the highest of all else."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("every", 0), ("keep", 1), ("keep_every", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"config.checkpoint.{name}={getattr(self, name)} must be {least} or more.")
-        if self.minutes is not None and self.minutes <= 0:
-            raise ValueError(f"config.checkpoint.minutes={self.minutes} must be above 0, or None.")
-
-    @property
-    def lowest_is_best(self) -> bool:
-        """Of the metric `best`."""
-        if self.best_mode is None:
-            return self.best is not None and self.best.endswith(("loss", "perplexity"))
-        return self.best_mode == "min"
 
 
 class RestoreError(CheckpointError):

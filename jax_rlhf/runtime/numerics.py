@@ -1,77 +1,85 @@
-"""When numbers go wrong: how long that is borne, what is written down of it, and the mode that looks more closely."""
+"""Numbers that are not finite: when a run stops, what is written for diagnosis, and the debug mode."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax import Array
 
-from jax_rlhf.config import RunConfig
 from jax_rlhf.parallel import barrier, local_rows
-from jax_rlhf.runtime.run_logger import Record
+from jax_rlhf.runtime.run_logger import RunLogger
 
 T = TypeVar("T")
 
 
 class FaultError(RuntimeError):
-    """Training does not go on like this: updates are not finite, or a limit is passed. The last checkpoint stays."""
+    """Training stops: updates are not finite, or a limit is exceeded. The last checkpoint stays."""
 
     on_all_processes = True  # metrics are the same in all processes
 
 
-def check_step(config: RunConfig, record: Record, step: int, metrics: Mapping[str, float], batch: Any) -> bool:
-    """Looks at what a step's metrics say of it.
+class Fault(NamedTuple):
+    """Why a run must stop.
+
+    Attributes:
+      cause: what happened, with the numbers.
+      remedy: settings that may help.
+    """
+
+    cause: str
+    remedy: str
+
+
+def check_step(
+    logger: RunLogger,
+    step: int,
+    metrics: Mapping[str, float],
+    batch: Any,
+    *,
+    max_bad_steps: int,
+    fault: Fault | None = None,
+) -> bool:
+    """Stops the run if too many updates in a row were not finite, or after another fault.
 
     Args:
-      config: the run's.
-      record: of the phase.
+      logger: the phase's.
       step: steps done.
-      metrics: of the step: "bad_steps" in a row so far, and "limit/…", 1 where one is passed.
-      batch: what the step was made from: dataclasses of arrays with a row an entry.
+      metrics: of the step: "bad_steps", updates in a row that were not finite.
+      batch: what the step was computed from, a tree of arrays [rows, …]. It is written to <phase>/bad_batch.
+      max_bad_steps: bad steps in a row after which the run stops.
+      fault: another reason to stop.
 
     Returns:
-      Whether the step was a good one, fit for a checkpoint.
+      Whether the update was finite, so that a checkpoint may be written.
 
     Raises:
-      FaultError: bad steps in a row, or a passed limit where config.ppo.limits.action="stop".
+      FaultError: the run must stop.
     """
     bad_steps = int(metrics.get("val/bad_steps", metrics.get("bad_steps", 0)))
-    passed = [name for name in ("limit/kl", "limit/ratio") if metrics.get(name)]
-    if bad_steps >= config.max_bad_steps:
-        why = (
-            f"{bad_steps} steps in a row had a loss, gradient or reward that is not finite; their updates were left out"
+    if bad_steps >= max_bad_steps:
+        fault = Fault(
+            f"{bad_steps} steps in a row had a loss, gradient or reward that is not finite; their updates were skipped",
+            "a lower learning rate, data and rewards without such numbers; --config.debug=true finds where they arise",
         )
-        mend = "a lower learning rate, data and rewards without such numbers; --config.debug=true says where they arise"
-    elif passed and config.ppo.limits.action == "stop":
-        numbers = {"limit/kl": "objective/kl", "limit/ratio": "val/largest_ratio_gap"}
-        limits = {"limit/kl": config.ppo.limits.kl, "limit/ratio": config.ppo.limits.ratio}
-        why = "; ".join(
-            f"{numbers[name]}={metrics[numbers[name]]:.4g}, config.ppo.limits.{name.removeprefix('limit/')}="
-            f"{limits[name]:g}"
-            for name in passed
-        )
-        mend = (
-            "a lower learning rate, a higher config.ppo.kl.coef, fewer ppo_epochs; or config.ppo.limits.action=lower_lr"
-        )
-    else:
+    if fault is None:
         return not bad_steps
     with barrier("writing the offending batch"):
-        file = write_batch(record.folder / "bad_batch", step, batch)
+        file = write_batch(logger.folder / "bad_batch", step, batch)
     raise FaultError(
-        f"{record.phase}, step {step}: {why}. The batch is in {file}. What may help: {mend}. The same command goes on "
-        "from the last checkpoint."
+        f"{logger.phase}, step {step}: {fault.cause}. The batch is in {file}. What may help: {fault.remedy}. The same "
+        "command continues from the last checkpoint."
     )
 
 
 def write_batch(folder: Path, step: int, batch: Any) -> Path:
-    """Writes a batch's arrays to look at: `numpy.load(file)`, no pickle.
+    """Writes a batch's arrays to a file for `numpy.load`, without pickle.
 
     Args:
-      folder: is made.
-      step: of the batch.
-      batch: a tree of arrays with a row an entry; each process writes its own rows.
+      folder: is created.
+      step: names the file.
+      batch: a tree of arrays [rows, …]; each process writes its own rows.
 
     Returns:
       The file.
@@ -88,17 +96,17 @@ def write_batch(folder: Path, step: int, batch: Any) -> Path:
 
 
 def debugged(on: bool, step: Callable[[], T]) -> T:
-    """The mode of --config.debug=true: slower, and it stops where something first goes wrong.
+    """Runs a step; with --config.debug=true in a slower mode which raises at the first NaN or implicit transfer.
 
-    A NaN that a program makes raises FloatingPointError with the place in the code; a transfer between host and devices
-    that the code does not ask for is an error; programs run one after the other.
+    A NaN in a program's results raises FloatingPointError with the line of code. An implicit transfer between host and
+    devices is an error. Programs run one after the other.
 
     Args:
-      on: whether.
+      on: the debug mode.
       step: may be called twice.
 
     Returns:
-      What the step does.
+      The step's result.
 
     Raises:
       FloatingPointError: a NaN.

@@ -19,7 +19,7 @@ from jax_rlhf.hub.folder import MODEL_FILES
 from jax_rlhf.io.paths import local_path
 from jax_rlhf.runtime import manifest
 
-_REMOTE = ".remote"  # in the local folder: where it is mirrored
+_REMOTE = ".remote"  # in the local folder: where it is download
 CHECKPOINTS = "checkpoints"
 _COMPILED = "compile_cache"  # where launch scripts let JAX keep compiled programs: it reads them from the bucket itself
 
@@ -49,7 +49,7 @@ def open_workdir_at(workdir: str) -> tuple[Path, BaseFileLock | None]:
     except Timeout as error:
         raise ValueError(f"--workdir={workdir}: another run on this machine writes to it.") from error
     try:
-        return mirrored(epath.Path(workdir), local), lock
+        return download(epath.Path(workdir), local), lock
     except Exception as error:  # of gcsfs, s3fs, their absence, the network …
         raise ValueError(
             f"--workdir={workdir} cannot be read: {type(error).__name__}: {error}. gs:// needs `pip install gcsfs`, "
@@ -58,7 +58,7 @@ def open_workdir_at(workdir: str) -> tuple[Path, BaseFileLock | None]:
         ) from error
 
 
-def mirrored(remote: epath.Path, local: Path) -> Path:
+def download(remote: epath.Path, local: Path) -> Path:
     """Makes a local folder like a remote one, but for checkpoints, of which it has empty folders.
 
     Args:
@@ -97,11 +97,11 @@ def refresh(workdir: Path) -> None:
     """
     remote = remote_of(workdir)
     if remote is not None and jax.process_index() > 0:
-        mirrored(remote, workdir)
+        download(remote, workdir)
 
 
 def remote_of(workdir: Path) -> epath.Path | None:
-    """Where a workdir is mirrored.
+    """Where a workdir is download.
 
     Args:
       workdir: a local folder.
@@ -128,7 +128,7 @@ def checkpoints_of(folder: Path) -> epath.Path:
     return epath.Path(folder.resolve()) / CHECKPOINTS if remote is None else remote / folder.name / CHECKPOINTS
 
 
-def put_up(workdir: Path, phase: str | None = None, *, models: bool = False) -> None:
+def upload(workdir: Path, phase: str | None = None, *, models: bool = False) -> None:
     """Makes the mirror like the workdir, where it has one; process 0 does it.
 
     Args:

@@ -1,7 +1,6 @@
-"""What a phase leaves behind while it runs: a progress bar, metrics.jsonl, samples.jsonl, TensorBoard, W&B."""
+"""The log of a phase: a progress bar, metrics.jsonl, samples.jsonl, summary.json, TensorBoard, Weights & Biases."""
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from jax_rlhf.data import Datasets
 from jax_rlhf.io.durable import file_errors, sync, write_text
 from jax_rlhf.io.printable import printable_lines
+from jax_rlhf.runtime.config import LogConfig
 from jax_rlhf.runtime.json_lines import end_of_step, line_before, line_digest, seconds_of
 from jax_rlhf.runtime.manifest import begin_manifest
 from jax_rlhf.runtime.preemption import StopSignals
@@ -30,43 +30,36 @@ _LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed} so far, {remaining} left{post
 _CONTROL = re.compile(r"\r|\x1b\[[0-9;]*[A-Za-z]")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LogConfig:
-    """Where metrics go, beside metrics.jsonl."""
+class RunLogger:
+    """Logs a phase; a context manager. Only process 0 writes.
 
-    tensorboard: bool = True
-    """TensorBoard files under <phase>/tensorboard."""
-    wandb_project: str | None = None
-    """Weights & Biases, which must be installed; None = not."""
-    table_rows: int = 4
-    """Samples shown on the screen, before and after."""
-
-
-class Record:
-    """Writes down a phase; a context manager. Only process 0 writes.
-
-    Files are opened by the first line that they get, so that a phase that fails before leaves them as they were.
+    A file is opened when its first line is written. So a phase that fails earlier leaves existing files unchanged.
 
     Attributes:
       folder: <workdir>/<phase>.
       phase: its name.
-      stop: tells of Ctrl-C and the like.
-      beats: steps and batches so far, of training and of evaluations.
+      stop: the signal handlers that ask the run to stop.
+      heartbeats: steps and batches so far, of training and of evaluations.
     """
 
     def __init__(
-        self, folder: Path, config: LogConfig, stop: StopSignals | None = None, *, settings: Any = None
+        self,
+        folder: Path,
+        config: LogConfig,
+        stop: StopSignals | None = None,
+        *,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         """Makes the folder.
 
         Args:
           folder: <workdir>/<phase>.
           config: where metrics go.
-          stop: the run's; None = its own, while it is open.
-          settings: the run's, a dataclass, for Weights & Biases.
+          stop: the run's signal handlers; None = the logger installs its own while it is open.
+          settings: all settings of the run, for Weights & Biases.
 
         Raises:
-          ValueError: Weights & Biases is wanted, and not installed.
+          ValueError: the settings ask for Weights & Biases, which is not installed.
           OSError: the folder cannot be written.
         """
         self.folder, self.phase, self.stop = folder, folder.name, stop or StopSignals()
@@ -75,15 +68,15 @@ class Record:
         self._wandb = _import_wandb() if config.wandb_project else None
         self._bar: tqdm | None = None
         self._files: dict[str, BinaryIO] = {}
-        self._board, self._run, self._begun, self.beats = None, None, {}, 0
+        self._board, self._run, self._resumed_at, self.heartbeats = None, None, {}, 0
         self._last = dict.fromkeys(_FILES, line_digest(b""))
         self._widths: set[int] = set()
         if self._writes:
             folder.mkdir(parents=True, exist_ok=True)
             begin_manifest(folder)
 
-    def __enter__(self) -> "Record":
-        """Listens for Ctrl-C, where nobody does yet."""
+    def __enter__(self) -> "RunLogger":
+        """Installs signal handlers, if the run has none."""
         if self._own_stop:
             self.stop.listen()
         return self
@@ -91,12 +84,12 @@ class Record:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Closes the files, whatever happened."""
+        """Closes all files, also after an error."""
         if self._own_stop:
             self.stop.leave()
         if self._bar is not None:
             self._bar.close()
-        with contextlib.ExitStack() as stack:  # each is closed, whatever the others say
+        with contextlib.ExitStack() as stack:  # closes each, even if closing another one fails
             if self._run is not None:
                 stack.callback(self._run.finish, exit_code=int(error is not None))
             if self._board is not None:
@@ -106,11 +99,11 @@ class Record:
                 stack.callback(file.close)
 
     def position(self) -> dict[str, Any]:
-        """How far the files are, for `continue_from`.
+        """The current ends of the files, for `continue_from`.
 
         Returns:
-          What JSON can hold: bytes of each file, a digest of its last line, seconds since the phase began. Only process
-          0's is of use.
+          JSON values: bytes of each file, a digest of its last line, seconds since the phase began. Empty except on
+          process 0.
         """
         if not self._writes:
             return {}
@@ -119,17 +112,17 @@ class Record:
         return {"seconds": self._seconds(), "bytes": sizes, "last": dict(self._last)} | run
 
     def continue_from(self, position: Mapping[str, Any], step: int, *, evaluated: bool = True) -> float:
-        """Goes on where a checkpoint was saved; what was written after it is dropped.
+        """Continues from a checkpoint: removes the lines that were written after it.
 
         Args:
-          position: as it was then.
-          step: steps done then.
-          evaluated: the evaluation of that step was written down before.
+          position: the files' ends at the checkpoint.
+          step: steps done at the checkpoint.
+          evaluated: whether the evaluation of that step was already logged then.
 
         Returns:
-          Seconds of steps that were written down after it, and are done again.
+          Seconds of the logged steps that are removed and will be repeated.
         """
-        self._begun = dict(position) | {"step": step}
+        self._resumed_at = dict(position) | {"step": step}
         self._started = time.perf_counter() - position.get("seconds", 0.0)
         lost = {}
         for name in _FILES if self._writes else ():
@@ -138,20 +131,20 @@ class Record:
         return lost.get("metrics", 0.0)
 
     def _cut(self, name: str, position: Mapping[str, Any], step: int, *, evaluated: bool) -> float:
-        """Drops a file's lines after a place; returns the seconds from then to the last of them."""
+        """Removes a file's lines after a position. Returns the seconds from the position to the last of them."""
         size, file, lost = position["bytes"][name], self._file(name), 0.0
         end = file.seek(0, os.SEEK_END)
         last = line_digest(line_before(file, size))
-        if size <= end and last == position.get("last", {}).get(name, last):  # older checkpoints say none
+        if size <= end and last == position.get("last", {}).get(name, last):  # older checkpoints have none
             line = line_before(file, end)
-            if not line.endswith(b"\n"):  # half a line, of a process that was killed
+            if not line.endswith(b"\n"):  # half a line, which a killed process left
                 line = line_before(file, end - len(line))
             lost = max(0.0, seconds_of(line) - position.get("seconds", 0.0))
-        else:  # lines were lost once: bytes say nothing of where a step's lines are
+        else:  # the file has changed since, so bytes do not tell where a step's lines end
             size = end_of_step(file, step, evaluated=evaluated)
-            self.say(
-                f"{self.folder / name}.jsonl is not what it was when step {step} was saved; it goes on after its "
-                "last whole line of the steps before."
+            self.info(
+                f"{self.folder / name}.jsonl has changed since step {step} was saved. Logging continues after its last "
+                "complete line of an earlier step."
             )
         file.truncate(size)
         self._last[name] = line_digest(line_before(file, size))
@@ -159,7 +152,7 @@ class Record:
         return lost
 
     def sync(self) -> None:
-        """Waits until what was written is on the disk."""
+        """Flushes all files to the disk."""
         for name in _FILES if self._writes else ():
             with file_errors(self.folder / f"{name}.jsonl"):
                 os.fsync(self._file(name).fileno())
@@ -172,7 +165,7 @@ class Record:
     def _file(self, name: str) -> BinaryIO:
         if name not in self._files:
             path = self.folder / f"{name}.jsonl"
-            self._files[name] = path.open("r+b" if self._begun and path.is_file() else "w+b")
+            self._files[name] = path.open("r+b" if self._resumed_at and path.is_file() else "w+b")
         return self._files[name]
 
     def steps(self, start: int, total: int, unit: str = "step") -> Iterator[int]:
@@ -180,8 +173,8 @@ class Record:
 
         Args:
           start: steps done before.
-          total: of the phase.
-          unit: what the bar calls them.
+          total: steps of the phase.
+          unit: name of a step on the progress bar.
 
         Yields:
           The step.
@@ -189,17 +182,17 @@ class Record:
         self._bar = self._progress(total, self.phase, unit, done=start)
         for step in range(start, total):
             yield step
-            self.beats += 1
+            self.heartbeats += 1
             self._bar.update()
         self._bar.close()
         self._bar = None
 
-    def watched(self, batches: Sequence[Any], what: str) -> Iterator[Any]:
-        """The batches, with a progress bar that goes when they end.
+    def progress_bar(self, batches: Sequence[Any], what: str) -> Iterator[Any]:
+        """Iterates over batches with a progress bar, which disappears at the end.
 
         Args:
-          batches: any.
-          what: happens to them.
+          batches: any sequence.
+          what: the bar's label, e.g. "evaluating".
 
         Yields:
           Each batch.
@@ -211,7 +204,7 @@ class Record:
             for batch in batches:
                 self.stop.check()
                 yield batch
-                self.beats += 1
+                self.heartbeats += 1
                 bar.update()
 
     def _progress(self, total: int, title: str, unit: str, *, done: int = 0, leave: bool = True) -> tqdm:
@@ -221,13 +214,13 @@ class Record:
         seldom = {"mininterval": _LINE_EVERY, "delay": _LINE_EVERY}
         return tqdm(leave=False, file=_Lines(sys.stderr), bar_format=_LINE, **seldom, **shown)
 
-    def metrics(self, step: int, values: Mapping[str, float], **shown: float) -> None:
-        """Writes metrics, and shows some of them beside the bar.
+    def log_metrics(self, step: int, values: Mapping[str, float], **shown: float) -> None:
+        """Writes metrics, and shows some of them on the progress bar.
 
         Args:
           step: steps (or iterations) done.
           values: name → number.
-          shown: for the progress bar.
+          shown: values for the progress bar.
         """
         numbers = {name: float(value) for name, value in values.items()}
         seconds = self._seconds()
@@ -240,7 +233,7 @@ class Record:
         if self._bar is not None and shown:
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
 
-    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def log_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes samples.
 
         Args:
@@ -255,20 +248,20 @@ class Record:
             table = self._wandb.Table(columns=names, data=[[row.get(name) for name in names] for row in written])
             self._run.log({f"samples/{written[0]['split']}": table}, step=written[0]["step"])
 
-    def compiles_for(self, step: int, batch: Any) -> None:
-        """Says that a step will take longer: its batch has a width that no former one had, for which XLA compiles.
+    def note_width(self, step: int, batch: Any) -> None:
+        """Announces that XLA compiles again, if no earlier batch had this batch's width.
 
         Args:
           step: steps done.
           batch: a tree of arrays, the first of them [rows, tokens, …].
         """
-        self.beats += 1  # a batch is there
+        self.heartbeats += 1  # reading a batch is a sign of activity
         width = jax.tree.leaves(batch)[0].shape[1]
         if self._widths and width not in self._widths:
-            self.say(f"step {step}: compiling for batches that are {width} tokens wide")
+            self.info(f"step {step}: compiling for batches that are {width} tokens wide")
         self._widths.add(width)
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """Prints a line above the progress bar.
 
         Args:
@@ -278,32 +271,28 @@ class Record:
             tqdm.write(f"[{time.strftime('%H:%M:%S')}] {self.phase}: {printable_lines(text)}", file=sys.stdout)
             sys.stdout.flush()
 
-    def says_of(self, datasets: Datasets) -> None:
-        """Prints what became of the rows of a data set.
-
-        Args:
-          datasets: the phase's.
-        """
+    def log_datasets(self, datasets: Datasets) -> None:
+        """Prints how many rows each data set has, how many were left out and why, and an example."""
         for line in (datasets.report, *datasets.notes, datasets.example):
-            self.say(line.removeprefix(f"{self.phase} "))  # which say() puts before it
+            self.info(line.removeprefix(f"{self.phase} "))  # which info() adds
 
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Writes summary.json, which says that the phase is finished, and how.
+    def write_summary(self, values: Mapping[str, Any]) -> None:
+        """Writes summary.json, which marks the phase as finished.
 
         Args:
-          values: what to tell of it.
+          values: results of the phase, JSON values.
         """
         if self._writes:
             content = {"finished": True, "seconds": round(self._seconds(), 1)}
             content |= {k: _json_number(v) if isinstance(v, float) else v for k, v in values.items()}
-            self.sync()  # what it speaks of is on the disk before it is
+            self.sync()  # the files that it summarises reach the disk first
             write_text(self.folder / "summary.json", json.dumps(content, indent=2) + "\n")
 
     def _line(self, name: str, content: Mapping[str, Any]) -> None:
         if self._writes:
             file = self._file(name)
             line = json.dumps(content, ensure_ascii=False)
-            # What a terminal would obey, and what UTF-8 cannot hold, becomes the escape that JSON has for it.
+            # Control characters and lone surrogates become JSON escapes: a terminal would interpret the former.
             written = ("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line) + "\n").encode()
             with file_errors(self.folder / f"{name}.jsonl"):
                 file.write(written)
@@ -314,24 +303,24 @@ class Record:
         if not self._writes:
             return
         if self._config.tensorboard and self._board is None:
-            first = self._begun["step"] + 1 if self._begun else 0
+            first = self._resumed_at["step"] + 1 if self._resumed_at else 0
             self._board = TensorBoard(self.folder / "tensorboard", first)
         if self._wandb is not None and self._run is None:
-            again = {"id": self._begun["wandb"], "resume": "allow"} if "wandb" in self._begun else {}
+            again = {"id": self._resumed_at["wandb"], "resume": "allow"} if "wandb" in self._resumed_at else {}
             run = self.folder.resolve().parent.name
             names = {"project": self._config.wandb_project, "name": f"{run}/{self.phase}", "group": run}
-            config = {} if self._settings is None else dataclasses.asdict(self._settings)
+            config = dict(self._settings or {})
             where = {"job_type": self.phase, "dir": str(self.folder)}
             self._run = self._wandb.init(config=json.loads(json.dumps(config, default=str)), **names, **where, **again)
 
 
 def _json_number(value: float) -> float | None:
-    """Seven digits, as many as float32 has; JSON knows no NaN."""
+    """Rounded to the seven digits of float32. None for NaN and infinities, which JSON does not have."""
     return float(f"{value:.7g}") if math.isfinite(value) else None
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold of a value."""
+    """A JSON value: others become text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -342,19 +331,19 @@ def _plain(value: Any) -> Any:
 
 
 class _Lines:
-    """What a progress bar writes to where nobody looks at it live: plain lines."""
+    """A stream for progress bars in log files: writes plain lines only."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> None:
-        """Leaves out what moves the cursor or only wipes a line."""
+        """Drops control sequences and empty lines."""
         line = _CONTROL.sub("", text).strip()
         if line:
             self._stream.write(f"{line}\n")
 
     def flush(self) -> None:
-        """As a stream."""
+        """Flushes the stream."""
         self._stream.flush()
 
 
@@ -370,7 +359,7 @@ def sample_row(
     kl: float | None = None,
     columns: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A line of samples.jsonl, of the same form in all phases.
+    """A line of samples.jsonl; all phases write the same form.
 
     Args:
       step: steps (PPO: iterations) done.
@@ -378,12 +367,12 @@ def sample_row(
       prompt, response: texts, without special tokens.
       length: of the response, in tokens, EOS included.
       ended: whether it has its EOS.
-      score: in reward units; None = there is none.
-      kl: to the reference, in nats per response; None = it is not known.
-      columns: the row's own.
+      score: in reward units; None = not scored.
+      kl: KL to the reference, in nats per response; None = not computed.
+      columns: the other columns of the data's row.
 
     Returns:
-      What JSON can hold.
+      JSON values.
     """
     own = {str(name): _plain(value) for name, value in (columns or {}).items()}
     content = {"step": step, "split": split, "prompt": prompt, "response": response}

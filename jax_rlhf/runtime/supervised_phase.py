@@ -1,5 +1,6 @@
-"""What the SFT and the reward phase have in common: the loop over batches, and evaluation on held-out ones."""
+"""What the SFT and the reward phase share: the loop over batches, and the loss on held-out rows."""
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping
@@ -7,149 +8,124 @@ from typing import Any
 
 import jax
 
-from jax_rlhf.config import RunConfig
 from jax_rlhf.data import Datasets
 from jax_rlhf.hub import Pretrained
 from jax_rlhf.models.decoder import Params
+from jax_rlhf.models.split import SplitParams
 from jax_rlhf.optim.supervised import Supervised, SupervisedState, create_state, evaluate, update
 from jax_rlhf.parallel import Layout, put_rows
 from jax_rlhf.runtime.numerics import check_step, debugged
-from jax_rlhf.runtime.progress import Progress, digest, tokenizer_digest
-from jax_rlhf.runtime.run_logger import Record
+from jax_rlhf.runtime.phase import Phase, digest, tokenizer_digest
+
+
+@dataclasses.dataclass(frozen=True)
+class SupervisedTraining:
+    """A supervised phase that has been started.
+
+    Attributes:
+      phase: its log and checkpoints; `phase.state` is a `SupervisedState`.
+      spec: model, loss and optimizer.
+      frozen: the parameters that do not train.
+      datasets: its data.
+      layout: the mesh; None = one device.
+    """
+
+    phase: Phase
+    spec: Supervised
+    frozen: Params
+    datasets: Datasets
+    layout: Layout | None
+
+    @property
+    def params(self) -> SplitParams:
+        """The model's parameters after the last step."""
+        return SplitParams(self.frozen, self.phase.state.trainable)
 
 
 def total_steps(steps: int | None, epochs: float, datasets: Datasets) -> int:
-    """Optimizer steps of a phase.
-
-    Args:
-      steps: as configured; None = by epochs.
-      epochs: passes over the data.
-      datasets: the data.
-
-    Returns:
-      1 or more.
-    """
+    """Optimizer steps of a phase, 1 or more: `steps`, or `epochs` passes over the data if `steps` is None."""
     return max(1, round(epochs * datasets.steps_per_epoch)) if steps is None else steps
 
 
 def other_widths(datasets: Datasets) -> str:
-    """What is said of a phase whose batches have several widths.
-
-    Args:
-      datasets: the data.
-
-    Returns:
-      The end of a sentence; empty where all batches have one width.
-    """
+    """The end of a log line that names the widths of batches; empty if all batches have the same width."""
     if len(datasets.widths) == 1:
         return ""
     widths = ", ".join(map(str, datasets.widths))
-    return f"; batches may be {widths} tokens wide, and the first of each width compiles anew"
+    return f"; batches may be {widths} tokens wide, and XLA compiles once per width"
 
 
-def evaluated(
-    how: Supervised, state: SupervisedState, frozen: Params, datasets: Datasets, record: Record, layout: Layout | None
-) -> dict[str, float]:
-    """The loss's means over all held-out rows.
+def start(
+    phase: Phase, spec: Supervised, pretrained: Pretrained, datasets: Datasets, layout: Layout | None
+) -> SupervisedTraining:
+    """Creates the training state, or restores it from the phase's last checkpoint.
 
     Args:
-      how: what.
-      state: the parameters.
-      frozen: the frozen ones.
+      phase: the phase.
+      spec: model, loss and optimizer.
+      pretrained: the model to start from. Its trainable parameters are copied.
       datasets: the data.
-      record: shows how far it is.
       layout: the mesh; None = one device.
 
-    Returns:
-      name → mean; empty without held-out rows.
+    Raises:
+      RestoreError: the checkpoint cannot be used, or the data, the tokenizer or the frozen parameters have changed.
     """
+    state, frozen = create_state(spec, pretrained, layout)
+    inputs = {
+        "the data": datasets.digest,
+        "the tokenizer": tokenizer_digest(pretrained.tokenizer),
+        f"the frozen parameters of the {phase.name} phase": digest(frozen),
+    }
+    phase.restore(state, inputs)
+    return SupervisedTraining(phase, spec, frozen, datasets, layout)
+
+
+def mean_losses(training: SupervisedTraining) -> dict[str, float]:
+    """Name → mean over all held-out rows of what the loss measures; empty without held-out rows."""
     totals: dict[str, float] = {}
-    for batch in record.watched(datasets.eval, "evaluating"):
-        sums = jax.device_get(evaluate(how, state, frozen, put_rows(batch, layout)))
+    for batch in training.phase.logger.progress_bar(training.datasets.eval, "evaluating"):
+        rows = put_rows(batch, training.layout)
+        sums = jax.device_get(evaluate(training.spec, training.phase.state, training.frozen, rows))
         totals = {name: totals.get(name, 0.0) + float(value) for name, value in sums.items()}
     count = totals.pop("count", 0.0)
     return {name: total / max(count, 1) for name, total in totals.items()}
 
 
-def begun(
-    record: Record,
-    config: RunConfig,
-    how: Supervised,
-    pretrained: Pretrained,
-    datasets: Datasets,
-    layout: Layout | None,
-    *,
-    accept_changes: bool,
-) -> tuple[Progress, Params]:
-    """The phase's state: that of its last checkpoint, where there is one.
-
-    Args:
-      record: of the phase.
-      config: the run's.
-      how: what and how.
-      pretrained: the model that the phase starts from.
-      datasets: the data.
-      layout: the mesh; None = one device.
-      accept_changes: go on with other data, tokenizer or frozen parameters.
-
-    Returns:
-      (progress, whose state is a `SupervisedState`; frozen parameters).
-    """
-    state, frozen = create_state(how, pretrained, layout)
-    inputs = {"the data": datasets.digest, "the tokenizer": tokenizer_digest(pretrained.tokenizer)}
-    inputs[f"the frozen parameters of the {record.phase} phase"] = digest(frozen)
-    progress = Progress(record, config, inputs, accept_changes=accept_changes)
-    progress.restore(state)
-    return progress, frozen
-
-
 def train(
-    config: RunConfig,
-    how: Supervised,
-    progress: Progress,
-    frozen: Params,
-    datasets: Datasets,
+    training: SupervisedTraining,
     steps: int,
-    record: Record,
-    layout: Layout | None,
     *,
     evaluate: Callable[[int], Mapping[str, float]],
     eval_every: int,
     export: Callable[[], None],
 ) -> None:
-    """Runs the steps that are left, and saves the model; the state is donated from step to step.
+    """Runs the remaining steps, then exports the model. Each step donates the state to the next.
 
     Args:
-      config: the run's.
-      how: what and how.
-      progress: where to go on, and what saves.
-      frozen: the frozen parameters.
-      datasets: the data.
-      steps: of the phase.
-      record: writes metrics down.
-      layout: the mesh; None = one device.
-      evaluate: (steps done) → metrics of `progress.state`.
-      eval_every: steps between evaluations; 0 = only after the last.
+      training: the phase.
+      steps: steps of the phase, those before a restart included.
+      evaluate: (steps done) → metrics of the current parameters.
+      eval_every: steps between evaluations; 0 = only after the last step.
       export: writes the model.
     """
-    record.say(f"compiling the first step{other_widths(datasets)}")
-    batches = datasets.batches(progress.step, steps)
-    with progress.saving(export):
-        for step in progress.steps(steps, "step", evaluate, eval_every):
+    phase, logger = training.phase, training.phase.logger
+    logger.info(f"compiling the first step{other_widths(training.datasets)}")
+    batches = training.datasets.batches(phase.step, steps)
+    with phase.saving(export):
+        for step in phase.steps(steps, "step", evaluate, eval_every):
             started = time.perf_counter()
             batch = next(batches)
-            record.compiles_for(step, batch)
-            one_step = functools.partial(_step, how, progress.state, frozen, batch, layout)
-            state, numbers = debugged(config.debug, one_step)
-            numbers["tokens_per_second"] = numbers["tokens"] / (time.perf_counter() - started)
-            shown = {name: numbers[name] for name in ("loss", "accuracy") if name in numbers}
-            shown["tokens/s"] = numbers["tokens_per_second"]
-            record.metrics(step + 1, {f"train/{name}": value for name, value in numbers.items()}, **shown)
-            progress.done(state, good=check_step(config, record, step + 1, numbers, batch))
+            logger.note_width(step, batch)
+            state, metrics = debugged(phase.config.debug, functools.partial(_step, training, batch))
+            metrics["tokens_per_second"] = metrics["tokens"] / (time.perf_counter() - started)
+            shown = {name: metrics[name] for name in ("loss", "accuracy") if name in metrics}
+            shown["tokens/s"] = metrics["tokens_per_second"]
+            logger.log_metrics(step + 1, {f"train/{name}": value for name, value in metrics.items()}, **shown)
+            good = check_step(logger, step + 1, metrics, batch, max_bad_steps=phase.config.max_bad_steps)
+            phase.done(state, good=good)
 
 
-def _step(
-    how: Supervised, state: SupervisedState, frozen: Params, batch: Any, layout: Layout | None
-) -> tuple[SupervisedState, dict[str, Any]]:
-    state, metrics = update(how, state, frozen, put_rows(batch, layout))
+def _step(training: SupervisedTraining, batch: Any) -> tuple[SupervisedState, dict[str, Any]]:
+    rows = put_rows(batch, training.layout)
+    state, metrics = update(training.spec, training.phase.state, training.frozen, rows)
     return state, jax.device_get(metrics)

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import dataclasses
 import faulthandler
 import os
 import statistics
@@ -13,11 +12,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from absl import logging
 
 from jax_rlhf.runtime import guard
+from jax_rlhf.runtime.config import WatchdogConfig
 
 _STACKS = "stacks.txt"
 _STEPS = 50  # whose median counts
@@ -28,25 +28,6 @@ _GOODBYE = 5.0  # seconds in which that process ends
 _A_CALL = 1.25  # the limit is at least so many times what a call may take
 STALLED = 75
 """The exit code: the same command goes on from the last checkpoint."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WatchdogConfig:
-    """When a run counts as standing still: no step, batch, reward or byte of a checkpoint."""
-
-    factor: float = 20.0
-    """A run stands still after this many times the median duration of a phase's last steps."""
-    minutes: float = 30.0
-    """But never sooner than after so many minutes; a step compiles when its width first comes."""
-    action: Literal["exit", "warn", "off"] = "exit"
-    """"exit": with code 75, after which launch scripts start the run again; "warn": say so and wait; "off"."""
-
-    def __post_init__(self) -> None:
-        if not (self.factor >= 1 and self.minutes > 0):
-            raise ValueError(
-                f"config.watchdog.factor={self.factor} must be 1 or more, minutes={self.minutes} above 0; "
-                'action="off" watches nothing.'
-            )
 
 
 class Watchdog:

@@ -11,12 +11,12 @@ from filelock import BaseFileLock, FileLock, Timeout
 from ml_collections import ConfigDict
 
 from jax_rlhf.config import run_config
-from jax_rlhf.data.formats import PHASES
+from jax_rlhf.data.config import PHASES
 from jax_rlhf.io.durable import sync, write_json, write_text
 from jax_rlhf.io.json_files import JSONFileError, read_object
 from jax_rlhf.runtime.manifest import ManifestError, check_deletable
 from jax_rlhf.runtime.notes import last_notes
-from jax_rlhf.runtime.remote import checkpoints_of, delete, put_up, remote_of
+from jax_rlhf.runtime.remote import checkpoints_of, delete, remote_of, upload
 from jax_rlhf.settings import new_name
 
 _CONFIG = "config.json"
@@ -95,7 +95,7 @@ def open_workdir(
     sync(workdir.parent)
     if overwrite:  # all is done
         write_text(workdir / _OVERWRITTEN, _as_text(config))
-    put_up(workdir)
+    upload(workdir)
     return [*said, *changed.values()]
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from jax_rlhf.optim.optimizer import OptimizerConfig
+from jax_rlhf.optim.config import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,151 +3,153 @@
 import dataclasses
 import functools
 import math
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from jax_rlhf.config import RunConfig
-from jax_rlhf.data import Datasets, Example, create_datasets
-from jax_rlhf.hub import Pretrained
+from jax_rlhf.data import DataConfig, Example
+from jax_rlhf.hub import Pretrained, response_end_ids
+from jax_rlhf.hub.config import ModelConfig
 from jax_rlhf.hub.model_config import load_model, sampled_ids
 from jax_rlhf.models import Decoder
-from jax_rlhf.models.split import SplitModel, SplitParams
+from jax_rlhf.models.split import SplitModel
 from jax_rlhf.optim.microbatches import plan_batch
 from jax_rlhf.optim.supervised import Supervised
-from jax_rlhf.parallel import check_same_on_all_processes, create_layout, gather_to_host
+from jax_rlhf.parallel import Layout, gather_to_host
 from jax_rlhf.runtime.manifest import export_model
-from jax_rlhf.runtime.preemption import StopSignals
-from jax_rlhf.runtime.run_logger import Record, sample_row
-from jax_rlhf.runtime.supervised_phase import begun, evaluated, total_steps, train
+from jax_rlhf.runtime.phase import Phase
+from jax_rlhf.runtime.run_logger import sample_row
+from jax_rlhf.runtime.supervised_phase import SupervisedTraining, mean_losses, start, total_steps, train
 from jax_rlhf.sampling import sample
+from jax_rlhf.sft.config import SFTConfig
 from jax_rlhf.sft.loss import SFTLoss
 
 
 def run(
-    config: RunConfig, workdir: Path, *, stop: StopSignals | None = None, accept_changes: bool = False
+    phase: Phase,
+    config: SFTConfig,
+    *,
+    model: ModelConfig,
+    data: DataConfig,
+    layout: Layout | None,
+    seed: int,
+    eos_ids: tuple[int, ...] | None = None,
 ) -> dict[str, float]:
-    """The SFT phase: config.model → <workdir>/sft/model. Goes on from its last checkpoint, where there is one.
+    """The SFT phase: a checkpoint → <workdir>/sft/model. Continues from the phase's last checkpoint.
 
     Args:
-      config: the run's settings.
-      workdir: its folder.
-      stop: the run's; None = Ctrl-C and SIGTERM are listened for here.
-      accept_changes: go on although data, tokenizer or frozen parameters are not those that the phase began with.
+      phase: its log and checkpoints.
+      config: its settings.
+      model: the checkpoint to start from.
+      data: the data.
+      layout: the mesh; None = one device.
+      seed: the seed of the order of rows and of the samples.
+      eos_ids: tokens that end a response; None = those of the tokenizer and of the checkpoint's generation_config.
 
     Returns:
-      What it came to, also in <workdir>/sft/summary.json: held-out loss (nats per token) before and after.
+      The results, also in <workdir>/sft/summary.json: held-out loss (nats per token) before and after.
 
     Raises:
       ValueError, FileNotFoundError, CheckpointError: a setting, the data or a checkpoint cannot be used.
-      Stopped: it was asked to stop, and can go on.
+      Stopped: the run was asked to stop. It can continue.
     """
-    settings, folder = config.sft, workdir / "sft"
-    layout = create_layout(config.mesh, config.rollout_mesh)
-    with Record(folder, config.log, stop, settings=config) as record:
-        record.say(f"loading {config.model.path}")
-        pretrained = load_model(config.model, "lm", layout)
-        ends = config.ends(pretrained)
-        how = {"seed": config.seed, "eos_ids": ends, "vocab_size": pretrained.model.config.vocab_size}
-        datasets = create_datasets(config.data, pretrained.tokenizer, "sft", mesh=layout, **how)
-        check_same_on_all_processes(datasets.digest, "the data")
-        record.says_of(datasets)
-        steps = total_steps(settings.steps, settings.epochs, datasets)
-        how = how_to_train(config, pretrained.model, datasets.batch_size, steps)
-        progress, frozen = begun(record, config, how, pretrained, datasets, layout, accept_changes=accept_changes)
-        pretrained = dataclasses.replace(pretrained, params={})  # those that train have been copied
+    phase.logger.info(f"loading {model.path}")
+    policy = load_model(model, "lm", layout)
+    ends, vocab_size = response_end_ids(policy, eos_ids), policy.model.config.vocab_size
+    datasets = phase.create_datasets(
+        data, policy.tokenizer, seed=seed, eos_ids=ends, vocab_size=vocab_size, mesh=layout
+    )
+    steps = total_steps(config.steps, config.epochs, datasets)
+    spec = training_spec(config, policy.model, datasets.batch_size, steps, trainable_layers=model.trainable_layers)
+    training = start(phase, spec, policy, datasets, layout)
+    policy = dataclasses.replace(policy, params={})  # frees the trainable parameters, which `start` has copied
 
-        def trained() -> Pretrained:
-            params = how.network.join(SplitParams(frozen, progress.state.trainable))
-            return dataclasses.replace(pretrained, params=params)
+    def trained() -> Pretrained:
+        return dataclasses.replace(policy, params=spec.network.join(training.params))
 
-        def report(step: int) -> dict[str, float]:
-            held_out = evaluated(how, progress.state, frozen, datasets, record, layout)
-            if not held_out:
-                return {}
-            held_out["perplexity"] = math.exp(min(held_out["loss"], 700.0))
-            metrics = {f"eval/{name}": value for name, value in held_out.items()}
-            record.metrics(step, metrics)
-            record.say(
-                f"step {step}: held-out loss {held_out['loss']:.3f} nats/token, perplexity {held_out['perplexity']:.1f}"
-            )
-            progress.notes.setdefault("eval/loss_before", held_out["loss"])
-            progress.notes["eval/loss"] = held_out["loss"]
-            return metrics
-
-        if progress.step == 0:
-            with progress.watchdog:
-                report(0)
-
-        def save() -> None:
-            export_model(folder / "model", trained())
-
-        how_often = {"evaluate": report, "eval_every": settings.eval_every}
-        train(config, how, progress, frozen, datasets, steps, record, layout, **how_often, export=save)
-        if settings.sample_rows and datasets.held_out:
-            record.stop.check()
-            with progress.watchdog:
-                _write_samples(config, trained(), datasets, progress.step, record)
-        result = {"steps": progress.step} | progress.notes
-        record.summary(result | progress.costs.summary())
-    return result
+    evaluate = functools.partial(_evaluate, training)
+    if phase.step == 0:
+        with phase.watchdog:
+            evaluate(0)
+    export = lambda: export_model(phase.folder / "model", trained())  # noqa: E731
+    train(training, steps, evaluate=evaluate, eval_every=config.eval_every, export=export)
+    if config.sample_rows and datasets.held_out:
+        phase.stop.check()
+        with phase.watchdog:
+            _log_samples(phase, config, trained(), datasets.held_out[: config.sample_rows], ends, seed)
+    return phase.finish({"steps": phase.step} | phase.notes)
 
 
-def how_to_train(config: RunConfig, model: Decoder, batch_size: int, steps: int) -> Supervised:
-    """The update as the settings want it.
+def training_spec(
+    config: SFTConfig, model: Decoder, batch_size: int, steps: int, *, trainable_layers: int | None
+) -> Supervised:
+    """What the update is made of: model, loss, optimizer, microbatches.
 
     Args:
-      config: the run's.
+      config: the phase's settings.
       model: the policy.
-      batch_size: rows.
-      steps: of the phase, at whose end the schedule ends.
-
-    Returns:
-      What and how.
+      batch_size: rows per step.
+      steps: steps of the phase, at whose end the learning rate's schedule ends.
+      trainable_layers: how many layers train, counted from the top; None = all parameters.
 
     Raises:
-      ValueError: a batch that cannot be cut as configured.
+      ValueError: the batch does not divide into the configured microbatches.
     """
-    settings = config.sft
-    plan = plan_batch(batch_size, settings.microbatch_size, model.config.layout, where="config.sft")
+    plan = plan_batch(batch_size, config.microbatch_size, model.config.layout, where="config.sft")
     return Supervised(
-        network=SplitModel(model, config.model.trainable_layers),
-        loss=SFTLoss(settings.loss_on),
-        optimizer=settings.optimizer.with_end(steps),
+        network=SplitModel(model, trainable_layers),
+        loss=SFTLoss(config.loss_on),
+        optimizer=config.optimizer.with_end(steps),
         microbatches=plan.microbatches,
     )
 
 
-def _write_samples(config: RunConfig, pretrained: Pretrained, datasets: Datasets, steps: int, record: Record) -> None:
-    """The model's answers to held-out prompts (to the first 8 tokens of texts without a prompt)."""
-    tokenizer, examples = pretrained.tokenizer, datasets.held_out[: config.sft.sample_rows]
+def _evaluate(training: SupervisedTraining, step: int) -> dict[str, float]:
+    """Logs loss and perplexity on the held-out rows."""
+    phase, means = training.phase, mean_losses(training)
+    if not means:
+        return {}
+    means["perplexity"] = math.exp(min(means["loss"], 700.0))
+    metrics = {f"eval/{name}": value for name, value in means.items()}
+    phase.logger.log_metrics(step, metrics)
+    phase.logger.info(
+        f"step {step}: held-out loss {means['loss']:.3f} nats/token, perplexity {means['perplexity']:.1f}"
+    )
+    phase.notes.setdefault("eval/loss_before", means["loss"])
+    phase.notes["eval/loss"] = means["loss"]
+    return metrics
+
+
+def _log_samples(
+    phase: Phase, config: SFTConfig, policy: Pretrained, examples: list[Example], ends: tuple[int, ...], seed: int
+) -> None:
+    """Logs the model's responses to held-out prompts, or to the first 8 tokens of texts without a prompt."""
+    tokenizer, decoder = policy.tokenizer, policy.model.config
     rows = [example.prompt if example.has_prompt else _opening(example) for example in examples]
-    most, decoder = config.sft.sample_tokens, pretrained.model.config
-    if decoder.position_kind == "learned":  # a long prompt leaves less to answer, or is cut
-        most = max(1, min(most, decoder.max_positions - max(map(len, rows))))
-        rows = [row[-(decoder.max_positions - most) :] for row in rows]
+    max_new_tokens = config.sample_tokens
+    if decoder.position_kind == "learned":  # a long prompt leaves room for fewer new tokens, or is cut
+        max_new_tokens = max(1, min(max_new_tokens, decoder.max_positions - max(map(len, rows))))
+        rows = [row[-(decoder.max_positions - max_new_tokens) :] for row in rows]
     width = max(map(len, rows))
-    prompts, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
+    prompts, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)  # [B, P] each
     for index, row in enumerate(rows):
         prompts[index, width - len(row) :], mask[index, width - len(row) :] = row, True
-    ends = config.ends(pretrained)
     samples = sample(
-        pretrained.model.clone(config=sampled_ids(pretrained.model.config, tokenizer)),
-        pretrained.params,
+        policy.model.clone(config=sampled_ids(decoder, tokenizer)),
+        policy.params,
         prompts,
         mask,
-        jax.random.key(config.seed),
-        max_new_tokens=most,
+        jax.random.key(seed),
+        max_new_tokens=max_new_tokens,
         eos_id=ends,
     )
     decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
-    answers, written = (gather_to_host(samples.tokens), gather_to_host(samples.response_mask)), []
+    answers, lines = (gather_to_host(samples.tokens), gather_to_host(samples.response_mask)), []
     for example, row, tokens, real in zip(examples, rows, *answers, strict=True):
         response = tokens[width:][real]
-        how = {"length": len(response), "ended": bool(np.isin(response, ends).any()), "columns": example.columns}
-        written.append(sample_row(steps, "eval", decode(row), decode(response), **how))
-    record.samples(written)
+        facts = {"length": len(response), "ended": bool(np.isin(response, ends).any()), "columns": example.columns}
+        lines.append(sample_row(phase.step, "eval", decode(row), decode(response), **facts))
+    phase.logger.log_samples(lines)
 
 
 def _opening(example: Example) -> np.ndarray:

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 
 from jax_rlhf import CheckpointError, Pretrained, load_pretrained, save_pretrained
+from jax_rlhf.cli.phases import run_phase
 from jax_rlhf.cli.preflight import check_run
 from jax_rlhf.config import run_config
 from jax_rlhf.hub import config_from_hub
 from jax_rlhf.hub import locate as place
 from jax_rlhf.io.printable import printable, printable_lines
 from jax_rlhf.models import Decoder, init_params
-from jax_rlhf.reward import train as reward
+from jax_rlhf.runtime.config import LogConfig
 from jax_rlhf.runtime.manifest import begin_manifest
-from jax_rlhf.runtime.run_logger import LogConfig, Record
+from jax_rlhf.runtime.run_logger import RunLogger
 from jax_rlhf.runtime.workdir import (
     forget_failed_start,
     forget_overwritten,
@@ -27,7 +28,6 @@ from jax_rlhf.runtime.workdir import (
     overwritten,
     status,
 )
-from jax_rlhf.sft import train as sft
 from tests.cli import tiny
 from tests.data import tiny as data
 from tests.processes import ROOT
@@ -142,7 +142,7 @@ def test_a_reward_model_is_trained_further_with_its_own_head(config, tmp_path, c
     config.reward.num_layers, config.reward.normalize_rows = None, 0
     config.reward.optimizer.learning_rate, config.phases = 0.0, ("reward",)
     check(config, tmp_path)
-    reward.run(run_config(config), tmp_path / "run")
+    run_phase("reward", run_config(config), tmp_path / "run")
     assert "it is a reward model already: training goes on with its own scalar head" in capsys.readouterr().out
     before = load_pretrained(config.reward.start_from, head="scalar")
     after = load_pretrained(tmp_path / "run" / "reward" / "model", head="scalar")
@@ -158,7 +158,7 @@ def test_samples_of_the_sft_phase_fit_a_table_of_positions(config, tmp_path):
     rows = [{"prompt": f"a b {text}", "completion": "c"} for text in data.letters(40)]
     config.data.paths = (data.write(tmp_path / "long.jsonl", rows),)
     check(config, tmp_path)
-    sft.run(run_config(config), tmp_path / "run")
+    run_phase("sft", run_config(config), tmp_path / "run")
     samples = [json.loads(line) for line in (tmp_path / "run" / "sft" / "samples.jsonl").read_text().splitlines()]
     assert [row["length"] for row in samples] == [1] * 4
     assert status(tmp_path / "run", "sft") == "finished"
@@ -428,7 +428,7 @@ def test_a_model_without_a_checkpoint_is_not_overwritten_in_silence(config, tmp_
 
 def test_weights_and_biases_must_be_installed(tmp_path):
     with pytest.raises(ValueError, match="pip install wandb"):
-        Record(tmp_path, LogConfig(wandb_project="x"))
+        RunLogger(tmp_path, LogConfig(wandb_project="x"))
 
 
 def test_control_characters_do_not_reach_the_terminal():

@@ -9,8 +9,9 @@ import pytest
 
 from jax_rlhf.config import run_config
 from jax_rlhf.models import Decoder
+from jax_rlhf.optim.config import OptimizerConfig
 from jax_rlhf.optim.microbatches import plan_batch
-from jax_rlhf.optim.optimizer import OptimizerConfig
+from jax_rlhf.ppo import evaluate
 from jax_rlhf.ppo import train as ppo
 from jax_rlhf.reward import train as reward
 from jax_rlhf.runtime import supervised_phase as supervised
@@ -23,12 +24,12 @@ from tests.ppo import tiny
 def test_sft_hands_every_setting_to_its_update():
     optimizer = {"learning_rate": 3e-4, "schedule": "cosine", "warmup_steps": 2}
     settings = {"loss_on": "all", "microbatch_size": 4, "optimizer": optimizer}
-    config, model = run_config({"model": {"trainable_layers": 1}, "sft": settings}), Decoder(tiny_config())
-    how = sft.how_to_train(config, model, 16, 9)
+    config, model = run_config({"sft": settings}), Decoder(tiny_config())
+    spec = sft.training_spec(config.sft, model, 16, 9, trainable_layers=1)
     frozen = model.config.num_layers - 1
-    assert (how.loss.loss_on, how.microbatches, how.network.first_layer) == ("all", 4, frozen)
-    assert how.optimizer == OptimizerConfig(**optimizer, total_steps=9)
-    assert how.head_learning_rate is None
+    assert (spec.loss.loss_on, spec.microbatches, spec.network.first_layer) == ("all", 4, frozen)
+    assert spec.optimizer == OptimizerConfig(**optimizer, total_steps=9)
+    assert spec.head_learning_rate is None
 
 
 def test_the_reward_phase_hands_every_setting_to_its_update():
@@ -37,12 +38,16 @@ def test_the_reward_phase_hands_every_setting_to_its_update():
     model = Decoder(tiny_config(), head="scalar")
 
     def made(**more):
-        return reward.how_to_train(run_config({"reward": settings | more}).reward, model, 16, 9)
+        return reward.training_spec(run_config({"reward": settings | more}).reward, model, 16, 9)
 
-    how = made(loss="token")
-    assert (how.loss.loss, how.loss.compare) == ("token", "pairs")
-    assert (how.microbatches, how.network.first_layer, how.head_learning_rate) == (2, model.config.num_layers - 1, 0.1)
-    assert how.optimizer == OptimizerConfig(**optimizer, total_steps=9)
+    spec = made(loss="token")
+    assert (spec.loss.loss, spec.loss.compare) == ("token", "pairs")
+    assert (spec.microbatches, spec.network.first_layer, spec.head_learning_rate) == (
+        2,
+        model.config.num_layers - 1,
+        0.1,
+    )
+    assert spec.optimizer == OptimizerConfig(**optimizer, total_steps=9)
     assert made(compare="all", microbatch_size=None).loss.compare == "all"
     with pytest.raises(ValueError, match="no microbatch_size"):
         made(compare="all")
@@ -82,10 +87,21 @@ def test_held_out_pairs_are_measured_over_all_real_ones(monkeypatch):
     batches = [tuple(np.asarray(part) for part in batch) for batch in scores]
     monkeypatch.setattr(reward, "batch_pair_scores", lambda network, groups, params, batch: batch)
     monkeypatch.setattr(reward, "put_rows", lambda batch, layout: batch)
-    monkeypatch.setattr(reward, "_everywhere", np.asarray)
-    how = types.SimpleNamespace(network=None, microbatches=1)
-    record = types.SimpleNamespace(watched=lambda batches, what: batches)
-    found = reward._held_out(how, None, types.SimpleNamespace(eval=batches), record, None)
+    monkeypatch.setattr(reward, "gather_rows", np.asarray)
+    logged, notes = [], {}
+    logger = types.SimpleNamespace(
+        progress_bar=lambda batches, label: batches,
+        log_metrics=lambda *line: logged.append(line),
+        info=lambda line: None,
+    )
+    training = types.SimpleNamespace(
+        phase=types.SimpleNamespace(logger=logger, notes=notes),
+        spec=types.SimpleNamespace(network=None, microbatches=1),
+        datasets=types.SimpleNamespace(eval=batches),
+        params=None,
+        layout=None,
+    )
+    found = reward._evaluate(training, 3)
     chosen, rejected = [3.0, 1.0, 0.5], [1.0, 2.0, -1.0]
     wins = sum((c > r) + 0.5 * (c == r) for c in chosen for r in rejected)
     assert found == {
@@ -95,24 +111,28 @@ def test_held_out_pairs_are_measured_over_all_real_ones(monkeypatch):
         "eval/score_mean": pytest.approx(6.5 / 6),
         "eval/score_std": pytest.approx(np.std(chosen + rejected)),
     }
-    assert reward._held_out(how, None, types.SimpleNamespace(eval=[]), record, None) == {}
+    assert (logged, notes) == ([(3, found)], found)
+    training.datasets.eval = []
+    assert reward._evaluate(training, 4) == {}
+    assert len(logged) == 1
 
 
 def test_texts_of_the_pretraining_loss_are_those_of_the_iteration_prompts_too():
     batch = types.SimpleNamespace(tokens=np.array([[4, 5, 6, 0]]), mask=np.array([[True, True, True, False]]))
     other = types.SimpleNamespace(tokens=batch.tokens + 1, mask=batch.mask)
     texts = types.SimpleNamespace(train=[other, other, batch])
-    rows = ppo._pretraining(texts, 2)
+    rows = ppo._pretraining_batch(texts, 2)
     np.testing.assert_array_equal(rows.tokens, batch.tokens)
     np.testing.assert_array_equal(rows.mask, batch.mask)
-    assert ppo._pretraining(None, 2) is None
+    assert ppo._pretraining_batch(None, 2) is None
 
 
 def test_texts_of_the_pretraining_loss_stand_one_to_a_row_where_the_sft_phase_packs_them(tmp_path):
     rows = [{"prompt": text, "completion": "a b"} for text in data.letters(20)]
     how = {"paths": (data.write(tmp_path / "x.jsonl", rows),), "packing": True, "sft_batch_size": 2, "max_tokens": 24}
     engine = types.SimpleNamespace(tokenizer=data.tokenizer(), generation_config=None, layout=None)
-    batch = ppo._texts(run_config({"data": how, "ppo": {"sampling": {"eos_ids": (data.ASSISTANT,)}}}), engine).train[0]
+    config = run_config({"data": how, "ppo": {"sampling": {"eos_ids": (data.ASSISTANT,)}}})
+    batch = ppo._pretraining_texts(None, config.ppo, config.data, engine, 0).train[0]
     assert batch.mask.sum(axis=1).tolist() == [6, 6]
     assert [row[5] for row in batch.tokens] == [data.ASSISTANT] * 2
 
@@ -133,20 +153,29 @@ def test_a_sample_has_the_words_of_prompt_and_response_alone():
     first = {"step": 3, "split": "eval", "prompt": "a", "response": "b c", "score": 0.5, "kl": 1.5, "length": 3}
     first |= {"ended": True, "columns": {}}
     other = first | {"prompt": "d", "response": "z", "score": 1.5, "kl": 2.0, "length": 1, "ended": False}
-    assert ppo._rows(trainer, experience, 3, "eval") == [first, other]
+    assert evaluate.response_rows(trainer, experience, 3, "eval") == [first, other]
     own = [{"answer": 7}, {"answer": datetime.date(2026, 1, 2)}]
-    rows = ppo._rows(trainer, experience, 3, "eval", columns=own)
+    rows = evaluate.response_rows(trainer, experience, 3, "eval", columns=own)
     assert [row["columns"] for row in rows] == [{"answer": 7}, {"answer": "2026-01-02"}]  # what JSON can hold
-    assert ppo._rows(trainer, experience, 3, "eval", count=1) == [first]
+    assert evaluate.response_rows(trainer, experience, 3, "eval", count=1) == [first]
 
 
-def test_what_is_shown_and_the_shares_of_an_iteration():
+def test_what_is_shown_and_the_shares_of_an_iteration(monkeypatch):
     metrics = {"objective/scores": 1.0, "objective/rlhf_reward": 2.0, "objective/kl": 3.0, "eps": 4.0}
     metrics |= {"objective/response_length": 5.0, "time/generate": 1.0, "time/train": 3.0, "time/iteration": 8.0}
-    assert ppo._shown(metrics) == {"reward": 1.0, "kl": 3.0, "length": 5.0, "samples/s": 4.0}
-    assert ppo._shares(metrics) == {
+    logged = []
+    monkeypatch.setattr(ppo, "response_rows", lambda trainer, experience, step, split, **_: [(step, split)])
+    logger = types.SimpleNamespace(
+        log_metrics=lambda step, values, **shown: logged.append((step, values, shown)), log_samples=logged.append
+    )
+    trainer = types.SimpleNamespace(config=types.SimpleNamespace(sample_rows=1))
+    prompts = types.SimpleNamespace(columns={}, mask=[])
+    ppo._log(types.SimpleNamespace(logger=logger), trainer, 7, prompts, None, metrics)
+    shares = {
         "time/generate_share": 1 / 8,
         "time/train_share": 3 / 8,
         "tokens_per_second": 20.0,
         "tokens_per_second/generate": 160.0,  # all of an iteration's tokens come in an eighth of it
     }
+    shown = {"reward": 1.0, "kl": 3.0, "length": 5.0, "samples/s": 4.0}
+    assert logged == [(7, metrics | shares, shown), [(7, "train")]]

@@ -10,13 +10,15 @@ import pytest
 from etils import epath
 from safetensors.numpy import load_file
 
+from jax_rlhf.cli.phases import run_phase
 from jax_rlhf.config import run_config
 from jax_rlhf.hub import CheckpointError
 from jax_rlhf.ppo import train as ppo
 from jax_rlhf.reward import train as reward
-from jax_rlhf.runtime.checkpoint import CheckpointConfig, Checkpoints
+from jax_rlhf.runtime.checkpoint import Checkpoints
+from jax_rlhf.runtime.config import CheckpointConfig
 from jax_rlhf.runtime.preemption import Stopped, StopSignals
-from jax_rlhf.runtime.remote import mirrored, put_up
+from jax_rlhf.runtime.remote import download, upload
 from jax_rlhf.runtime.workdir import open_workdir, status
 from jax_rlhf.sft import train as sft
 from tests.cli import tiny
@@ -235,25 +237,25 @@ def test_another_tokenizer_is_named(settings, straight, tmp_path):
     file = tmp_path / "renamed" / "tokenizer.json"
     file.write_text(file.read_text().replace('"z": ', '"Z": '))
     with pytest.raises(CheckpointError, match="the tokenizer"):
-        sft.run(run_config(other), tmp_path)
+        run_phase("sft", run_config(other), tmp_path)
 
 
 def test_another_machine_goes_on_from_a_bucket(settings, straight, tmp_path):
     """PPO, stopped on one machine and ended on another that has nothing but the bucket, here a folder."""
     bucket = epath.Path(tmp_path / "bucket")
-    workdir = mirrored(bucket, tmp_path / "first")
+    workdir = download(bucket, tmp_path / "first")
     open_workdir(workdir, settings, ("ppo",), overwrite=False)
     former_phases(straight, workdir, "ppo")
     for former in ("sft", "reward"):
-        put_up(workdir, former, models=True)
+        upload(workdir, former, models=True)
     with pytest.raises(Stopped):
-        ppo.run(run_config(settings), workdir, stop=StopAt(8))
+        run_phase("ppo", run_config(settings), workdir, stop=StopAt(8))
     shutil.rmtree(workdir)
-    workdir = mirrored(bucket, tmp_path / "second")
+    workdir = download(bucket, tmp_path / "second")
     assert [status(workdir, phase) for phase in PHASES] == ["finished", "finished", "interrupted"]
     assert open_workdir(workdir, settings, ("ppo",), overwrite=False) == []
-    ppo.run(run_config(settings), workdir)
-    put_up(workdir, "ppo", models=True)
+    run_phase("ppo", run_config(settings), workdir)
+    upload(workdir, "ppo", models=True)
     wanted, got = results(straight / "ppo"), results(tmp_path / "bucket" / "ppo")
     assert wanted.keys() == got.keys()
     for name, value in wanted.items():
@@ -264,7 +266,7 @@ def test_a_changed_setting_of_its_own_is_taken(settings, straight, tmp_path):
     stopped("sft", settings, straight, tmp_path)
     other = settings.copy_and_resolve_references()
     other.sft.optimizer.learning_rate, other.sft.steps = 5e-3, 8
-    sft.run(run_config(other), tmp_path)
+    run_phase("sft", run_config(other), tmp_path)
     rows = [row for row in lines(tmp_path / "sft" / "metrics.jsonl") if "train/lr" in row]
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert rows[-1]["train/lr"] < rows[-2]["train/lr"] < 5e-3
@@ -276,7 +278,7 @@ def test_the_best_is_saved_whenever_it_is(settings, tmp_path):
     config = settings.copy_and_resolve_references()
     config.checkpoint.every, config.checkpoint.keep = 0, 1
     config.checkpoint.best, config.checkpoint.best_mode = "eval/loss", "max"
-    sft.run(run_config(config), tmp_path)
+    run_phase("sft", run_config(config), tmp_path)
     losses = {row["step"]: row["eval/loss"] for row in lines(tmp_path / "sft" / "metrics.jsonl") if "eval/loss" in row}
     assert max((2, 4, 6), key=losses.__getitem__) == 2
     assert sorted(file.name for file in (tmp_path / "sft" / "checkpoints").iterdir()) == ["2", "6"]
@@ -296,7 +298,7 @@ def test_a_stop_does_not_say_saved_where_the_write_failed(settings, tmp_path, mo
     config = settings.copy_and_resolve_references()
     config.checkpoint.every = 1
     with pytest.raises(Stopped if failures == 1 else CheckpointError):  # in the first case it is written once more
-        sft.run(run_config(config), tmp_path, stop=StopAt(8))
+        run_phase("sft", run_config(config), tmp_path, stop=StopAt(8))
     assert max(int(f.name) for f in (tmp_path / "sft" / "checkpoints").iterdir() if f.name.isdigit()) == (
         3 if failures == 1 else 2
     )
@@ -310,7 +312,7 @@ def test_a_reward_function_that_fails_loses_nothing(settings, straight, tmp_path
     config.ppo.reward.retries, config.ppo.iterations = 1, 3
     wanted = tmp_path / "wanted"
     shutil.copytree(tmp_path, wanted, ignore=lambda *_: ["wanted"])
-    ppo.run(run_config(config), wanted)
+    run_phase("ppo", run_config(config), wanted)
     calls = []
 
     def broken(prompts, responses, **columns):
@@ -322,12 +324,12 @@ def test_a_reward_function_that_fails_loses_nothing(settings, straight, tmp_path
     half_a_point_again = half_a_point
     monkeypatch.setattr("tests.cli.test_resume.half_a_point", broken)
     with pytest.raises(Exception, match="not at home"):
-        ppo.run(run_config(config), tmp_path)
+        run_phase("ppo", run_config(config), tmp_path)
     monkeypatch.undo()
     assert [file.name for file in (tmp_path / "ppo" / "checkpoints").iterdir()] == ["2"]
     evaluated, first, *_ = lines(tmp_path / "ppo" / "metrics.jsonl")
     assert (evaluated["eval/failed_calls"], first["reward/failed_calls"]) == (1, 0)
-    ppo.run(run_config(config), tmp_path)
+    run_phase("ppo", run_config(config), tmp_path)
     assert results(wanted / "ppo")["arrays"] == results(tmp_path / "ppo")["arrays"]
 
 

@@ -21,13 +21,14 @@ from jax_rlhf.cli.model_paths import check_inputs, sft_model
 from jax_rlhf.config import run_config
 from jax_rlhf.hub import CheckpointError
 from jax_rlhf.hub.folder import replaced_folder
-from jax_rlhf.runtime import manifest, progress
+from jax_rlhf.runtime import manifest
+from jax_rlhf.runtime import phase as phases
 from jax_rlhf.runtime.checkpoint import RestoreError
 from jax_rlhf.runtime.completeness import mark_synced, was_synced
 from jax_rlhf.runtime.manifest import export_model
 from jax_rlhf.runtime.notes import with_digest
 from jax_rlhf.runtime.preemption import Stopped, StopSignals
-from jax_rlhf.runtime.run_logger import Record, sample_row
+from jax_rlhf.runtime.run_logger import sample_row
 from jax_rlhf.runtime.workdir import WorkdirError, forget_failed_start, forget_overwritten, open_workdir, status
 
 PHASES = ("sft", "reward", "ppo")
@@ -265,24 +266,24 @@ def run_phase(phase: str, config, workdir: Path, stop: StopSignals) -> None:
     """A phase's recipe, with a number for the parameters: a chain of hashes from the former phase's model."""
     former = {"sft": None, "reward": "sft", "ppo": "reward"}[phase]
     began = "base" if former is None else model_of(workdir / former / "model")
-    with Record(workdir / phase, config.log, stop, settings=config) as record:
-        how = progress.Progress(record, config, {"the data": "d"})
-        how.restore({"number": Leaf(began)})
+    with phases.Phase(workdir / phase, config.phase, stop) as running:
+        logger = running.logger
+        running.restore({"number": Leaf(began)}, {"the data": "d"})
 
         def evaluate(step):
-            for _ in record.watched([1, 2], "evaluating"):
+            for _ in logger.progress_bar([1, 2], "evaluating"):
                 pass
-            record.metrics(step, {"eval/number": int(how.state["number"], 36) % 1e6 if step else 0.0})
-            record.samples([sample_row(step, "eval", "p", how.state["number"], length=1, ended=True)])
+            logger.log_metrics(step, {"eval/number": int(running.state["number"], 36) % 1e6 if step else 0.0})
+            logger.log_samples([sample_row(step, "eval", "p", running.state["number"], length=1, ended=True)])
             return {}
 
-        with how.saving(lambda: export_model(workdir / phase / "model", how.state["number"])):
-            for step in how.steps(STEPS, "step", evaluate, 2):
-                assert not how.state["number"].deleted
-                number = digest(how.state["number"], phase, step)
-                record.metrics(step + 1, {"train/loss": float(step)})
-                how.done({"number": Leaf(number)})
-        record.summary({"steps": how.step} | how.costs.summary())
+        with running.saving(lambda: export_model(workdir / phase / "model", running.state["number"])):
+            for step in running.steps(STEPS, "step", evaluate, 2):
+                assert not running.state["number"].deleted
+                number = digest(running.state["number"], phase, step)
+                logger.log_metrics(step + 1, {"train/loss": float(step)})
+                running.done({"number": Leaf(number)})
+        running.finish({"steps": running.step})
 
 
 def expected() -> str:
@@ -358,8 +359,8 @@ def simulated(disk: Disk, clock: random.Random):
             (time, "time", jumping),
             (time, "perf_counter", jumping),
             (time, "monotonic", monotonic),
-            (progress, "Checkpoints", FakeCheckpoints),
-            (progress, "abstract", lambda state: state),
+            (phases, "Checkpoints", FakeCheckpoints),
+            (phases, "abstract", lambda state: state),
             (manifest, "save_pretrained", fake_save),
             (FakeCheckpoints, "disk", disk),
         ):

@@ -12,7 +12,8 @@ from safetensors.numpy import save_file
 from jax_rlhf import CheckpointError, load_pretrained, save_pretrained
 from jax_rlhf.data import DataError
 from jax_rlhf.data.sources import read_rows
-from jax_rlhf.runtime.run_logger import LogConfig, Record
+from jax_rlhf.runtime.config import LogConfig
+from jax_rlhf.runtime.run_logger import RunLogger
 from tests.cli import tiny
 from tests.hub import tiny as hub
 from tests.processes import ROOT
@@ -93,9 +94,9 @@ def test_what_is_saved_has_no_code(tmp_path):
 
 
 def test_texts_do_not_steer_the_terminal(tmp_path, capsys):
-    with Record(tmp_path / "ppo", LogConfig(tensorboard=False)) as record:
-        record.say("harmless \x1b]0;title\x07\x1b[2J\u202e\r text")
-        record.samples([{"response": "\x1b[31m</script>\ud800\x9b\u202eö€😀"}])
+    with RunLogger(tmp_path / "ppo", LogConfig(tensorboard=False)) as logger:
+        logger.info("harmless \x1b]0;title\x07\x1b[2J\u202e\r text")
+        logger.log_samples([{"response": "\x1b[31m</script>\ud800\x9b\u202eö€😀"}])
     assert "\x1b" not in capsys.readouterr().out
     (line,) = (tmp_path / "ppo" / "samples.jsonl").read_bytes().splitlines()
     assert line.decode().isprintable()  # JSON has escapes for what is not

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jax_rlhf.config import default_config
-from jax_rlhf.runtime.run_logger import Record
+from jax_rlhf.runtime.run_logger import RunLogger
 from tests.hostile import simulator
 from tests.hostile.fuzzing import SEED
 from tests.hostile.simulator import scenario
@@ -48,7 +48,7 @@ def test_a_run_ends_right_or_stops_with_a_word(folder, count):
 
 def test_a_disk_that_fails_while_a_step_is_marked_costs_no_line(folder, monkeypatch):
     """How far metrics and samples are is asked after each step; a checkpoint that saves what was trained asks anew."""
-    asked, position = 0, Record.position
+    asked, position = 0, RunLogger.position
 
     def failing(record):
         nonlocal asked
@@ -57,7 +57,7 @@ def test_a_disk_that_fails_while_a_step_is_marked_costs_no_line(folder, monkeypa
             raise OSError(errno.EDQUOT, "Disk quota exceeded", "samples.jsonl")
         return position(record)
 
-    monkeypatch.setattr(Record, "position", failing)
+    monkeypatch.setattr(RunLogger, "position", failing)
     for at in range(1, 100):
         disk, asked = simulator.Disk(folder / str(at), random.Random(0)), 0
         with simulator.simulated(disk, random.Random(0)):

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from jax_rlhf.models import Decoder, init_params
-from jax_rlhf.optim.optimizer import OptimizerConfig, create_optimizer, decayed, learning_rate_schedule, optimizer_step
+from jax_rlhf.optim.config import OptimizerConfig
+from jax_rlhf.optim.optimizer import create_optimizer, decayed, learning_rate_schedule, optimizer_step
 from tests.models.test_decoder import tiny_config
 
 

@@ -10,7 +10,7 @@ import pytest
 from jax_rlhf.data.batches import packed_pairs, pair_batch, text_batch
 from jax_rlhf.data.tokens import Example
 from jax_rlhf.models.split import SplitModel
-from jax_rlhf.optim.optimizer import OptimizerConfig
+from jax_rlhf.optim.config import OptimizerConfig
 from jax_rlhf.optim.supervised import Supervised, create_state, evaluate, step, update
 from jax_rlhf.parallel import shardings_of
 from jax_rlhf.reward.loss import RewardLoss, pair_scores, reward_start

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec
 from jax_rlhf import RLHFEngine
 from jax_rlhf.models import Decoder, init_params
 from jax_rlhf.models.split import SplitModel
-from jax_rlhf.optim.optimizer import OptimizerConfig, create_optimizer
+from jax_rlhf.optim.config import OptimizerConfig
+from jax_rlhf.optim.optimizer import create_optimizer
 from jax_rlhf.parallel import (
     LOGICAL_TO_MESH,
     MeshConfig,

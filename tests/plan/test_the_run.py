@@ -8,15 +8,15 @@ import pytest
 from safetensors import safe_open
 
 from jax_rlhf import load_pretrained, save_pretrained
+from jax_rlhf.cli.phases import run_phase
 from jax_rlhf.config import run_config
 from jax_rlhf.optim import supervised
 from jax_rlhf.parallel import create_layout, partition
 from jax_rlhf.plan.all_programs import programs_of
-from jax_rlhf.ppo import train as ppo
 from jax_rlhf.ppo import trainer
+from jax_rlhf.reward import calibration
 from jax_rlhf.reward import train as reward
 from jax_rlhf.sampling import sampler
-from jax_rlhf.sft import train as sft
 from tests.cli import tiny
 
 
@@ -78,7 +78,7 @@ def called(monkeypatch):
     watch(supervised, "step", lambda arguments: f"{arguments[0].network.model.head} step")
     watch(supervised, "evaluation_sums", lambda _: "sft evaluation")
     watch(reward, "batch_pair_scores", lambda _: "reward evaluation")
-    watch(reward, "batch_text_scores", lambda _: "reward answers' scores")
+    watch(calibration, "batch_text_scores", lambda _: "reward answers' scores")
     watch(sampler, "sample_program", lambda arguments: f"answers of {len(arguments[2].tokens)}")
     watch(partition, "take_replicated", lambda arguments: ("export", str(leaves(arguments[:1]))))
     for name in ("experience", "sample", "score", "update"):
@@ -123,9 +123,9 @@ def test_shapes_dtypes_and_shardings_are_the_runs(stored, changes, tmp_path, cal
             planned[names.get(f"{one.phase} {one.name}", f"{one.phase} {one.name}")] = arguments
 
     workdir = tmp_path / "run"
-    for phase, run in (("sft", sft.run), ("reward", reward.run), ("ppo", ppo.run)):
+    for phase in ("sft", "reward", "ppo"):
         (workdir / phase).mkdir(parents=True)
-        run(settings, workdir)
+        run_phase(phase, settings, workdir)
     assert set(exports) <= called.keys()
     assert {name for name in called if isinstance(name, str)} == planned.keys()
     for program, arguments in planned.items():

@@ -11,6 +11,7 @@ import pytest
 from jax_rlhf import PPOTrainer, RewardFunction, RLHFEngine, load_pretrained, save_pretrained
 from jax_rlhf.optim.microbatches import microbatch_rows
 from jax_rlhf.ppo.config import PPOConfig
+from jax_rlhf.ppo.resolve import batch_plan
 from jax_rlhf.ppo.trainer import _with_ids
 from jax_rlhf.rewards import Failures
 from jax_rlhf.rl import Prompts
@@ -138,9 +139,9 @@ def test_microbatches_keep_to_a_budget_of_tokens_a_device():
     assert microbatch_rows(60, 128, 1, "cpu") == 6  # the next that divides
     assert microbatch_rows(12, 4096, 4, "cpu") == 4  # one row a device, if that is too much
     config = tiny.ppo_config(num_minibatches=2, max_new_tokens=64)
-    plan = config.batch_plan(128, 64, None, "cpu")
+    plan = batch_plan(config, 128, 64, None, "cpu")
     assert (plan.microbatch_size, plan.microbatches) == (8, 8)  # of 64 rows of 64 + 64 tokens
-    plan = dataclasses.replace(config, microbatch_size=32).batch_plan(128, 64, None, "cpu")
+    plan = batch_plan(dataclasses.replace(config, microbatch_size=32), 128, 64, None, "cpu")
     assert (plan.microbatch_size, plan.microbatches) == (32, 2)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jax_rlhf.reward.train import calibration
+from jax_rlhf.reward.calibration import calibration
 
 
 def calibrated(scores, ended):

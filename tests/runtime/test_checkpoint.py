@@ -17,8 +17,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax_rlhf.hub import CheckpointError
 from jax_rlhf.parallel import MeshConfig, create_mesh
 from jax_rlhf.runtime import checksum
-from jax_rlhf.runtime.checkpoint import CheckpointConfig, Checkpoints, abstract, named
+from jax_rlhf.runtime.checkpoint import Checkpoints, abstract, named
 from jax_rlhf.runtime.checksum import checksums
+from jax_rlhf.runtime.config import CheckpointConfig
 from jax_rlhf.runtime.notes import DamagedError, read_notes
 
 

@@ -6,10 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from jax_rlhf.cli.phases import run_phase
 from jax_rlhf.config import run_config
 from jax_rlhf.parallel import put_rows
-from jax_rlhf.ppo import train as ppo
-from jax_rlhf.reward import train as reward
 from jax_rlhf.runtime.numerics import FaultError
 from tests.cli import tiny
 
@@ -44,7 +43,7 @@ def train_lines(folder):
 
 def test_a_bad_step_is_left_out_and_counted(config, tmp_path, monkeypatch):
     poisoned(monkeypatch, {2, 4})
-    reward.run(run_config(config), tmp_path)
+    run_phase("reward", run_config(config), tmp_path)
     rows = train_lines(tmp_path / "reward")
     assert [row["train/bad_steps"] for row in rows] == [0, 0, 1, 0, 1, 0]
     assert [row["train/skipped_updates"] for row in rows] == [0, 0, 1, 1, 2, 2]
@@ -52,18 +51,18 @@ def test_a_bad_step_is_left_out_and_counted(config, tmp_path, monkeypatch):
 
 
 def test_bad_steps_in_a_row_stop_the_run_and_it_goes_on_once_mended(config, tmp_path, monkeypatch):
-    reward.run(run_config(config), tmp_path / "wanted")
+    run_phase("reward", run_config(config), tmp_path / "wanted")
     poisoned(monkeypatch, {2, 3, 4})
     with pytest.raises(
         FaultError, match=r"reward, step 4: 2 steps in a row .* The batch is in .*step4.npz.*debug=true"
     ):
-        reward.run(run_config(config), tmp_path)
+        run_phase("reward", run_config(config), tmp_path)
     batch = np.load(tmp_path / "reward" / "bad_batch" / "step4.npz", allow_pickle=False)
     assert batch["chosen"].shape == (8, 16)
     assert sorted(file.name for file in (tmp_path / "reward" / "checkpoints").iterdir()) == ["1", "2"]  # the good ones
     assert not (tmp_path / "reward" / "model").exists()
     monkeypatch.undo()
-    reward.run(run_config(config), tmp_path)
+    run_phase("reward", run_config(config), tmp_path)
     wanted, got = (train_lines(folder / "reward") for folder in (tmp_path / "wanted", tmp_path))
     assert [row["train/loss"] for row in got] == [row["train/loss"] for row in wanted]
 
@@ -82,7 +81,7 @@ def test_past_a_limit_the_run_stops(config, tmp_path, limit, message):
     other.ppo.reward.functions = ("tests.cli.tiny:count_a",)
     other.ppo.actor.optimizer.learning_rate, other.ppo.ppo_epochs, other.ppo.kl.kind = 0.03, 8, "k1"
     with pytest.raises(FaultError, match=message):
-        ppo.run(run_config(other), tmp_path)
+        run_phase("ppo", run_config(other), tmp_path)
     stopped = int(next((tmp_path / "ppo" / "bad_batch").iterdir()).name.removeprefix("step").removesuffix(".npz"))
     kept = [int(file.name) for file in (tmp_path / "ppo" / "checkpoints").iterdir()]
     assert max(kept, default=0) == stopped - 1
@@ -93,6 +92,6 @@ def test_debug_stops_at_the_first_nan(config, tmp_path, monkeypatch):
     other.debug = True
     poisoned(monkeypatch, {1, 2})  # it is done twice
     with pytest.raises(FloatingPointError, match="nan"):
-        reward.run(run_config(other), tmp_path)
+        run_phase("reward", run_config(other), tmp_path)
     assert len(train_lines(tmp_path / "reward")) == 1
     assert not jax.config.jax_debug_nans

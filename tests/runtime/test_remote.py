@@ -8,7 +8,7 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
-from jax_rlhf.runtime.remote import checkpoints_of, delete, open_workdir_at, put_up, remote_of
+from jax_rlhf.runtime.remote import checkpoints_of, delete, open_workdir_at, remote_of, upload
 from jax_rlhf.runtime.workdir import status
 
 
@@ -46,15 +46,15 @@ def test_files_go_to_the_bucket_and_come_back(bucket):
         (workdir / "sft" / name).write_text(name)
     (workdir / "config.json").write_text("{}")
     remote = epath.Path(bucket)
-    put_up(workdir)
-    put_up(workdir, "sft")
+    upload(workdir)
+    upload(workdir, "sft")
     assert (remote / "sft" / "metrics.jsonl").read_text() == "metrics.jsonl"
     assert not (remote / "sft" / "model").exists()
-    put_up(workdir, "sft", models=True)
+    upload(workdir, "sft", models=True)
     (remote / "sft" / "checkpoints" / "7").mkdir(parents=True)
     (remote / "sft" / "checkpoints" / "7" / "large").write_text("…")
     (workdir / "sft" / "model" / "b.safetensors").unlink()
-    put_up(workdir, "sft", models=True)
+    upload(workdir, "sft", models=True)
     (workdir / "sft" / "metrics.jsonl").write_text("lost with the machine")
 
     workdir, _ = open_workdir_at(bucket)  # as another machine does
@@ -76,7 +76,7 @@ def test_compiled_programs_in_the_bucket_are_not_fetched_for_jax_reads_them_ther
     lock.release()
     files = {str(path.relative_to(workdir)) for path in workdir.rglob("*") if path.is_file()}
     assert files == {".remote", "sft/compile_cache/a-cache"}
-    put_up(workdir)
+    upload(workdir)
     assert (remote / "compile_cache" / "a-cache").exists()
 
 

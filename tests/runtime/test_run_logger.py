@@ -13,7 +13,8 @@ import pytest
 from jax_rlhf.rl import Prompts
 from jax_rlhf.runtime import json_lines as lines
 from jax_rlhf.runtime import run_logger as records
-from jax_rlhf.runtime.run_logger import LogConfig, Record, sample_row
+from jax_rlhf.runtime.config import LogConfig
+from jax_rlhf.runtime.run_logger import RunLogger, sample_row
 
 
 def prompts(width):
@@ -21,9 +22,9 @@ def prompts(width):
 
 
 def test_a_width_that_comes_in_mid_run_is_said_once(tmp_path, capsys):
-    with Record(tmp_path / "ppo", LogConfig(tensorboard=False)) as record:
+    with RunLogger(tmp_path / "ppo", LogConfig(tensorboard=False)) as logger:
         for step, width in enumerate([16, 16, 32, 16, 32, 64]):
-            record.compiles_for(step, prompts(width))
+            logger.note_width(step, prompts(width))
     lines = [line for line in capsys.readouterr().out.splitlines() if "compiling" in line]
     assert [line.partition("ppo: ")[2] for line in lines] == [
         "step 2: compiling for batches that are 32 tokens wide",
@@ -36,11 +37,11 @@ def test_in_a_log_file_progress_is_plain_lines(tmp_path, monkeypatch):
     log = io.StringIO()
     monkeypatch.setattr(sys, "stderr", log)
     monkeypatch.setattr(records, "_LINE_EVERY", 0.0)
-    with Record(tmp_path / "sft", LogConfig(tensorboard=False)) as record:
-        for step in record.steps(2, 5):
-            record.metrics(step + 1, {"train/loss": 0.5}, loss=0.5)
+    with RunLogger(tmp_path / "sft", LogConfig(tensorboard=False)) as logger:
+        for step in logger.steps(2, 5):
+            logger.log_metrics(step + 1, {"train/loss": 0.5}, loss=0.5)
             if step == 3:
-                list(record.watched([1, 2], "evaluating"))
+                list(logger.progress_bar([1, 2], "evaluating"))
     lines = log.getvalue().splitlines()
     assert any(line.startswith("sft: 4 of 5, 00:0") and line.endswith("left, loss=0.5") for line in lines)
     assert any(line.startswith("sft: evaluating: 1 of 2, ") for line in lines)
@@ -51,9 +52,9 @@ def test_lines_are_synced_with_their_files_names(tmp_path, monkeypatch):
     """A file whose name is not on the disk is gone after a power cut, whatever it holds."""
     happened = []
     monkeypatch.setattr(os, "fsync", lambda handle: happened.append(os.readlink(f"/proc/self/fd/{handle}")))
-    with Record(tmp_path / "sft", LogConfig(tensorboard=False)) as record:
-        record.metrics(1, {"train/loss": 0.5})
-        record.sync()
+    with RunLogger(tmp_path / "sft", LogConfig(tensorboard=False)) as logger:
+        logger.log_metrics(1, {"train/loss": 0.5})
+        logger.sync()
         assert {str(tmp_path / "sft" / "metrics.jsonl"), str(tmp_path / "sft" / "samples.jsonl")} < set(happened)
         assert happened[-1] == str(tmp_path / "sft")
 
@@ -90,10 +91,10 @@ def test_weights_and_biases_has_the_config_the_run_s_name_and_tables(tmp_path, m
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     log = LogConfig(tensorboard=False, wandb_project="mine")
-    with Record(tmp_path / "my-run" / "ppo", log, settings=Settings()) as record:
-        record.metrics(1, {"loss": 0.1 + 0.2, "gone": float("nan")})
+    with RunLogger(tmp_path / "my-run" / "ppo", log, settings=Settings()) as logger:
+        logger.log_metrics(1, {"loss": 0.1 + 0.2, "gone": float("nan")})
         row = {"score": 1 / 3, "length": 2, "ended": True, "columns": {"answer": 7}}
-        record.samples([sample_row(1, "eval", "a", "b", **row)])
+        logger.log_samples([sample_row(1, "eval", "a", "b", **row)])
     assert wandb.begun["config"] == {"seed": 7, "paths": ["a.jsonl"]}
     assert (wandb.begun["project"], wandb.begun["name"]) == ("mine", "my-run/ppo")
     (_, metrics), (step, samples) = wandb.logged
@@ -129,19 +130,19 @@ LINES = [b'{"step": 1, "seconds": 3.5}\n', b'{"step": 2, "seconds": 4.5}\n', b'{
 def test_a_file_that_was_cut_goes_on_after_its_last_whole_line(tmp_path, capsys, left, kept, lost):
     folder = tmp_path / "sft"
     folder.mkdir()
-    with Record(folder, LogConfig(tensorboard=False)) as record:
-        record.samples([{"step": 2, "x": "y"}])
-        record._file("metrics")
-        position = record.position()
+    with RunLogger(folder, LogConfig(tensorboard=False)) as logger:
+        logger.log_samples([{"step": 2, "x": "y"}])
+        logger._file("metrics")
+        position = logger.position()
     position["bytes"]["metrics"] = len(LINES[0]) * 2
     position["last"]["metrics"] = lines.line_digest(LINES[1])
     position["seconds"] = 4.5
     (folder / "metrics.jsonl").unlink()
     if left is not None:
         (folder / "metrics.jsonl").write_bytes(b"".join(left))
-    with Record(folder, LogConfig(tensorboard=False)) as record:
-        found = record.continue_from(position, 2)
-        record.metrics(3, {"loss": 0.5})
+    with RunLogger(folder, LogConfig(tensorboard=False)) as logger:
+        found = logger.continue_from(position, 2)
+        logger.log_metrics(3, {"loss": 0.5})
     *before, last = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     assert before == [line for line in left or () if line.endswith(b"\n")][:kept]
     assert json.loads(last)["loss"] == 0.5
