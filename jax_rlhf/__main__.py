@@ -1,6 +1,6 @@
 """`python -m jax_rlhf`: the command `jax-rlhf`."""
 
-from jax_rlhf.cli.run import run
+from jax_rlhf.cli.main import run
 
 if __name__ == "__main__":
     run()

@@ -116,5 +116,10 @@ def main(arguments: Sequence[str]) -> int:
     raise AssertionError("unreachable")
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command `jax-rlhf chat MODEL`."""
     app.run(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -142,5 +142,10 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if damaged else 0
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command `jax-rlhf verify WORKDIR`."""
     app.run(main)
+
+
+if __name__ == "__main__":
+    run()

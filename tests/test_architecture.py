@@ -17,15 +17,6 @@ SHARED_NAMES = {"__init__.py", "__main__.py", "config.py", "loss.py", "train.py"
 KNOWN = {
     ("optim/supervised.py", "data"),  # counts a batch's tokens
     ("optim/supervised.py", "hub"),  # names a type
-    ("ppo/train.py", "cli"),  # finds the models that the phase starts from
-    ("ppo/train.py", "config"),  # the settings of the whole run, and so below
-    ("reward/train.py", "cli"),
-    ("reward/train.py", "config"),
-    ("runtime/numerics.py", "config"),
-    ("runtime/progress.py", "config"),
-    ("runtime/supervised_phase.py", "config"),
-    ("runtime/workdir.py", "config"),
-    ("sft/train.py", "config"),
 }
 
 

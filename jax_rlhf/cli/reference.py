@@ -94,17 +94,17 @@ def _tables(title: str, doc: str, fields: tuple[Field, ...]) -> Iterator[str]:
     if single:
         yield from ("", "| field | type | default | meaning |", "|---|---|---|---|")
         for field in single:
-            cells = (f"`{field.path.rpartition('.')[2]}`", field.kind, f"`{_text(field.default)}`", field.doc)
+            cells = (f"`{field.path.rpartition('.')[2]}`", field.kind, f"`{value_text(field.default)}`", field.doc)
             yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
     for field in fields:
         if field.fields:
             yield from _tables(f"config.{field.path}", field.doc, field.fields)
 
 
-def _text(value: Any) -> str:
+def value_text(value: Any) -> str:
     """A value as ruff formats it."""
     if isinstance(value, tuple):
-        return f"({', '.join(map(_text, value))}{',' * (len(value) == 1)})"
+        return f"({', '.join(map(value_text, value))}{',' * (len(value) == 1)})"
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
@@ -244,7 +244,7 @@ def _section(field: Field, values: Mapping[str, Any]) -> list[str]:
 
 def _assignment(field: Field, variable: str, path: str, values: Mapping[str, Any]) -> list[str]:
     value = values.get(field.path, field.default)
-    line = f"{'# ' if value is None else ''}{variable}.{path} = {_text(value)}"
+    line = f"{'# ' if value is None else ''}{variable}.{path} = {value_text(value)}"
     if len(f"    {line}  # {field.doc}") <= _WIDTH:
         return [f"    {line}  # {field.doc}"]
     return [*textwrap.wrap(field.doc, _WIDTH, initial_indent="    # ", subsequent_indent="    # "), f"    {line}"]

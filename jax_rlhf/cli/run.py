@@ -10,14 +10,26 @@ from pathlib import Path
 from types import TracebackType
 
 import jax
-from absl import app, flags, logging
+from absl import app, logging
 from filelock import BaseFileLock
 from ml_collections import ConfigDict
 
 from jax_rlhf.cli.flags import CONFIG, parse_flags
 from jax_rlhf.cli.model_paths import check_inputs
+from jax_rlhf.cli.open_workdir import forget_failed_start, forget_overwritten, open_workdir, overwritten
 from jax_rlhf.cli.phases import run_phase
 from jax_rlhf.cli.preflight import check_run
+from jax_rlhf.cli.run_flags import (
+    ACCEPT_CHANGES,
+    CHECK,
+    COMPILE_CACHE,
+    COORDINATOR,
+    NUM_PROCESSES,
+    OVERWRITE,
+    PROCESS_ID,
+    PROCESS_TIMEOUT,
+    WORKDIR,
+)
 from jax_rlhf.cli.summary import closing
 from jax_rlhf.config import run_config
 from jax_rlhf.data import DataError
@@ -30,36 +42,7 @@ from jax_rlhf.runtime.checkpoint import RestoreError
 from jax_rlhf.runtime.numerics import FaultError
 from jax_rlhf.runtime.preemption import Stopped, StopSignals
 from jax_rlhf.runtime.remote import open_workdir_at, refresh, upload
-from jax_rlhf.runtime.workdir import (
-    check_shared,
-    forget_failed_start,
-    forget_overwritten,
-    lock_workdir,
-    open_workdir,
-    overwritten,
-    status,
-)
-
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The folder for checkpoints, models, metrics and samples; or gs://bucket/folder."
-)
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Repeat phases that the workdir has; what they left is deleted.")
-_COMPILE_CACHE = flags.DEFINE_string(
-    "compile_cache",
-    "~/.cache/jax_rlhf/compiled",
-    "Where compiled programs are kept for the next start; empty: not.",
-)
-_CHECK = flags.DEFINE_bool("check", False, "Look at settings, data and checkpoints, show a row per phase, and stop.")
-_ACCEPT_CHANGES = flags.DEFINE_bool(
-    "accept_changes", False, "Go on although model, tokenizer, data or seed are not those that the workdir began with."
-)
-
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "Of several processes: host:port of the first one.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes; found out on TPU VMs, Slurm, GKE.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
-_PROCESS_TIMEOUT = flags.DEFINE_integer(
-    "process_timeout", 100, "Seconds of silence after which a process counts as dead, and the others end."
-)
+from jax_rlhf.runtime.workdir import check_shared, lock_workdir, status
 
 _NOT_OF_FILES = (
     ConnectionError,
@@ -104,13 +87,13 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if len(arguments) > 1:
             raise ValueError(f"{arguments[1]!r} is no flag; fields are given as --config.name=value.")
-        if _WORKDIR.value is None:
+        if WORKDIR.value is None:
             raise ValueError("--workdir=DIR is missing: the folder for models, metrics and samples.")
-        process = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
-        start_processes(*process, timeout=_PROCESS_TIMEOUT.value)
-        _keep_compiled(_COMPILE_CACHE.value)
+        process = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
+        start_processes(*process, timeout=PROCESS_TIMEOUT.value)
+        _keep_compiled(COMPILE_CACHE.value)
         stop = StopSignals().listen()  # to the very end
-        workdir, _lock = open_workdir_at(_WORKDIR.value)
+        workdir, _lock = open_workdir_at(WORKDIR.value)
         return _run(CONFIG.value, workdir, stop)
     except _EXPECTED as error:
         logging.debug("where it came from", exc_info=True)
@@ -199,7 +182,7 @@ def _run(config: ConfigDict, workdir: Path, stop: StopSignals) -> int:
 
 
 def _run_phases(config: ConfigDict, workdir: Path, stop: StopSignals, locks: list[BaseFileLock]) -> int:
-    first, overwrite, accept_changes = jax.process_index() == 0, _OVERWRITE.value, _ACCEPT_CHANGES.value
+    first, overwrite, accept_changes = jax.process_index() == 0, OVERWRITE.value, ACCEPT_CHANGES.value
     if overwrite and any_process(first and overwritten(workdir, config)):
         overwrite = False
         if first:
@@ -209,7 +192,7 @@ def _run_phases(config: ConfigDict, workdir: Path, stop: StopSignals, locks: lis
         if first:
             print("checking settings, data and checkpoints", flush=True)
         seen = check_run(settings, workdir, overwrite=overwrite, accept_changes=accept_changes)
-    if _CHECK.value:
+    if CHECK.value:
         seen.append(f"checked: settings, data and checkpoints of {', '.join(settings.phases)}; nothing was trained")
         for line in seen if first else ():
             print(printable_lines(line))
@@ -247,9 +230,5 @@ def _run_phases(config: ConfigDict, workdir: Path, stop: StopSignals, locks: lis
 
 
 def run() -> None:
-    """The console command `jax-rlhf`."""
+    """The command `jax-rlhf run`."""
     app.run(main, flags_parser=parse_flags)
-
-
-if __name__ == "__main__":
-    run()

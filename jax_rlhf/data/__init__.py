@@ -1,23 +1,8 @@
-"""Data sets by phase: files, Hugging Face data sets and readers in; batches out."""
+"""Data sets by phase: files, Hugging Face data sets and readers in; batches out.
 
-from jax_rlhf.data.batches import PackedPairs, PairBatch, TextBatch, real_tokens
-from jax_rlhf.data.config import DataConfig
-from jax_rlhf.data.data_error import DataError
-from jax_rlhf.data.datasets import Datasets, create_datasets
-from jax_rlhf.data.sources import checked_name, imported
-from jax_rlhf.data.tokens import Example, pad_id
+The names of __init__.pyi are imported when they are first used, so that settings load no library.
+"""
 
-__all__ = [
-    "DataConfig",
-    "DataError",
-    "Datasets",
-    "Example",
-    "PackedPairs",
-    "PairBatch",
-    "TextBatch",
-    "checked_name",
-    "create_datasets",
-    "imported",
-    "pad_id",
-    "real_tokens",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

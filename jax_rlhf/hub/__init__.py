@@ -1,20 +1,8 @@
-"""Checkpoints in and out: Hugging Face folders, hub ids, GGUF files."""
+"""Checkpoints in and out: Hugging Face folders, hub ids, GGUF files.
 
-from jax_rlhf.hub.checkpoint_error import CheckpointError
-from jax_rlhf.hub.families import config_from_hub
-from jax_rlhf.hub.pretrained import Description, Pretrained, describe_pretrained, load_pretrained, save_pretrained
-from jax_rlhf.hub.tokenizer import end_ids, ids_of, other_ids, response_end_ids
+The names of __init__.pyi are imported when they are first used, so that settings load no library.
+"""
 
-__all__ = [
-    "CheckpointError",
-    "Description",
-    "Pretrained",
-    "config_from_hub",
-    "describe_pretrained",
-    "end_ids",
-    "ids_of",
-    "load_pretrained",
-    "other_ids",
-    "response_end_ids",
-    "save_pretrained",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

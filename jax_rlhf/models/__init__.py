@@ -1,35 +1,8 @@
-"""The decoder: its description, its modules, its cache."""
+"""The decoder: its description, its modules, its cache.
 
-from jax_rlhf.models.cache import KVCache, create_cache, grow_cache
-from jax_rlhf.models.config import DecoderConfig
-from jax_rlhf.models.decoder import (
-    NORM_AXES,
-    Decoder,
-    abstract_params,
-    compute_dtypes,
-    init_params,
-    kernels_by_output,
-    logical_axes,
-    unstack_layers,
-)
-from jax_rlhf.models.precision import model_jit, narrowed, traced
-from jax_rlhf.models.rotary import Rotary
+The names of __init__.pyi are imported when they are first used, so that settings load no library.
+"""
 
-__all__ = [
-    "NORM_AXES",
-    "Decoder",
-    "DecoderConfig",
-    "KVCache",
-    "Rotary",
-    "abstract_params",
-    "compute_dtypes",
-    "create_cache",
-    "grow_cache",
-    "init_params",
-    "kernels_by_output",
-    "logical_axes",
-    "model_jit",
-    "narrowed",
-    "traced",
-    "unstack_layers",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -18,8 +18,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from jax_rlhf.models.decoder import Decoder, Params, abstract_params, compute_dtypes, logical_axes
-from jax_rlhf.parallel import Layout
-from jax_rlhf.parallel import shardings as parallel_shardings
+from jax_rlhf.parallel import Layout, shardings as parallel_shardings
 
 _BOTTOM = "embedding"
 

@@ -30,8 +30,7 @@ from jax_rlhf.plan.abstract import (
     token_rows,
 )
 from jax_rlhf.ppo.resolve import batch_plan
-from jax_rlhf.reward import calibration
-from jax_rlhf.reward import train as reward
+from jax_rlhf.reward import calibration, train as reward
 from jax_rlhf.reward.loss import reward_start
 from jax_rlhf.rl import Prompts
 from jax_rlhf.sampling import Sampling, sample_program

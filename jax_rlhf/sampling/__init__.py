@@ -1,35 +1,8 @@
-"""Sampling responses, and scoring tokens."""
+"""Sampling responses, and scoring tokens.
 
-from jax_rlhf.sampling.logprobs import score_hidden, token_logprobs
-from jax_rlhf.sampling.sampler import (
-    Samples,
-    Sampling,
-    check_positions,
-    check_prompts,
-    decode_stages,
-    in_rows,
-    loop_turns,
-    rollout,
-    sample,
-    sample_program,
-)
-from jax_rlhf.sampling.weights import decodes_unrolled, reshard, rollout_form, sampling_layout
+The names of __init__.pyi are imported when they are first used, so that settings load no library.
+"""
 
-__all__ = [
-    "Samples",
-    "Sampling",
-    "check_positions",
-    "check_prompts",
-    "decode_stages",
-    "decodes_unrolled",
-    "in_rows",
-    "loop_turns",
-    "reshard",
-    "rollout",
-    "rollout_form",
-    "sample",
-    "sample_program",
-    "sampling_layout",
-    "score_hidden",
-    "token_logprobs",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

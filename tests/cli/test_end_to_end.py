@@ -354,7 +354,7 @@ def test_being_asked_to_stop_saves_all_and_says_so_by_the_exit_code(tmp_path, nu
         again.kill()
         again.communicate()
         assert "--overwrite was done when this run began" in seen
-        assert f"going on from the checkpoint of step {steps[-1]}" in seen
+        assert f"continuing from the checkpoint of step {steps[-1]}" in seen
 
 
 def test_a_full_disk_loses_nothing_that_was_saved(tmp_path):

@@ -63,7 +63,7 @@ def run_with(number, kills, folder, seed, *flags):
                 process.send_signal(number)
                 sent += 1
         output = process.communicate(timeout=300)[0]
-        gone_on = re.search(r"(\w+): going on from the checkpoint of step (\d+)", output)
+        gone_on = re.search(r"(\w+): continuing from the checkpoint of step (\d+)", output)
         if gone_on:  # from the last complete one
             assert known[gone_on[1]] == int(gone_on[2])
         for phase, step in known.items():  # and never from the start, which would end alike

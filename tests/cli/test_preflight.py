@@ -10,24 +10,17 @@ import numpy as np
 import pytest
 
 from jax_rlhf import CheckpointError, Pretrained, load_pretrained, save_pretrained
+from jax_rlhf.cli.open_workdir import forget_failed_start, forget_overwritten, open_workdir, overwritten
 from jax_rlhf.cli.phases import run_phase
 from jax_rlhf.cli.preflight import check_run
 from jax_rlhf.config import run_config
-from jax_rlhf.hub import config_from_hub
-from jax_rlhf.hub import locate as place
+from jax_rlhf.hub import config_from_hub, locate as place
 from jax_rlhf.io.printable import printable, printable_lines
 from jax_rlhf.models import Decoder, init_params
 from jax_rlhf.runtime.config import LogConfig
 from jax_rlhf.runtime.manifest import begin_manifest
 from jax_rlhf.runtime.run_logger import RunLogger
-from jax_rlhf.runtime.workdir import (
-    forget_failed_start,
-    forget_overwritten,
-    lock_workdir,
-    open_workdir,
-    overwritten,
-    status,
-)
+from jax_rlhf.runtime.workdir import lock_workdir, status
 from tests.cli import tiny
 from tests.data import tiny as data
 from tests.processes import ROOT
@@ -143,7 +136,7 @@ def test_a_reward_model_is_trained_further_with_its_own_head(config, tmp_path, c
     config.reward.optimizer.learning_rate, config.phases = 0.0, ("reward",)
     check(config, tmp_path)
     run_phase("reward", run_config(config), tmp_path / "run")
-    assert "it is a reward model already: training goes on with its own scalar head" in capsys.readouterr().out
+    assert "it is a reward model already: training continues with its own scalar head" in capsys.readouterr().out
     before = load_pretrained(config.reward.start_from, head="scalar")
     after = load_pretrained(tmp_path / "run" / "reward" / "model", head="scalar")
     assert after.reward_bias == 0.5
@@ -402,7 +395,7 @@ def test_a_workdir_of_an_earlier_version_is_refused_by_its_names(config, tmp_pat
         open_workdir(workdir, config, ("sft",), overwrite=False)
     assert json.loads((workdir / "config.json").read_text()) == now
     (line,) = open_workdir(workdir, config, ("sft",), overwrite=False, accept_changes=True)
-    assert "the settings that are given are taken" in line
+    assert "the given settings are used" in line
 
 
 def test_a_run_that_overwrote_and_was_stopped_goes_on(config, tmp_path):

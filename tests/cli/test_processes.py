@@ -10,8 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jax_rlhf import load_pretrained
-from tests.cli import test_end_to_end as alone
-from tests.cli import tiny
+from tests.cli import test_end_to_end as alone, tiny
 from tests.processes import flags_for, free_port
 
 CONFIG = """
@@ -197,7 +196,7 @@ def test_a_process_that_dies_ends_the_other_and_the_same_command_goes_on(folder,
     steps = complete(tmp_path / "run" / "sft")
     again = finish(start_two(folder, tmp_path / "run", *flags, f"--config.sft.steps={max(steps) + 3}"))
     assert [code for _, code in again] == [0, 0], again[0][0][-3000:] + again[1][0][-3000:]
-    assert f"going on from the checkpoint of step {max(steps)}" in again[0][0]
+    assert f"continuing from the checkpoint of step {max(steps)}" in again[0][0]
     rows = alone.lines(file)
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, max(steps) + 4))
 

@@ -11,8 +11,7 @@ from jax_rlhf.config import run_config
 from jax_rlhf.models import Decoder
 from jax_rlhf.optim.config import OptimizerConfig
 from jax_rlhf.optim.microbatches import plan_batch
-from jax_rlhf.ppo import evaluate
-from jax_rlhf.ppo import train as ppo
+from jax_rlhf.ppo import evaluate, train as ppo
 from jax_rlhf.reward import train as reward
 from jax_rlhf.runtime import supervised_phase as supervised
 from jax_rlhf.sft import train as sft

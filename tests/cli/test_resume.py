@@ -10,6 +10,7 @@ import pytest
 from etils import epath
 from safetensors.numpy import load_file
 
+from jax_rlhf.cli.open_workdir import open_workdir
 from jax_rlhf.cli.phases import run_phase
 from jax_rlhf.config import run_config
 from jax_rlhf.hub import CheckpointError
@@ -19,7 +20,7 @@ from jax_rlhf.runtime.checkpoint import Checkpoints
 from jax_rlhf.runtime.config import CheckpointConfig
 from jax_rlhf.runtime.preemption import Stopped, StopSignals
 from jax_rlhf.runtime.remote import download, upload
-from jax_rlhf.runtime.workdir import open_workdir, status
+from jax_rlhf.runtime.workdir import status
 from jax_rlhf.sft import train as sft
 from tests.cli import tiny
 
@@ -202,7 +203,7 @@ def other_reward_model(folder, straight):
 @pytest.mark.parametrize(
     ("phase", "field", "value", "message"),
     [
-        ("sft", "data.paths", others, "the data: not what step 3 of this phase was reached with"),
+        ("sft", "data.paths", others, "the data changed since step 3 of this phase"),
         ("sft", "model.path", other_model, "the frozen parameters of the sft phase: not what"),
         ("sft", "model.trainable_layers", lambda *_: 1, "another model, number of trainable layers, or optimizer"),
         ("sft", "sft.optimizer.first_moment_dtype", lambda *_: "bfloat16", "was .*float32.* and would be .*bfloat16"),

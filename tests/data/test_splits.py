@@ -6,8 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as some
+from hypothesis import given, settings, strategies as some
 
 from jax_rlhf.config import run_config
 from jax_rlhf.data import DataConfig, DataError, create_datasets

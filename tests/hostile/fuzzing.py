@@ -12,8 +12,7 @@ import struct
 
 import hypothesis
 import pytest
-from hypothesis import HealthCheck
-from hypothesis import strategies as some
+from hypothesis import HealthCheck, strategies as some
 
 from tests.memory import growth
 

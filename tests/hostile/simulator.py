@@ -18,18 +18,18 @@ from types import SimpleNamespace
 from unittest import mock
 
 from jax_rlhf.cli.model_paths import check_inputs, sft_model
+from jax_rlhf.cli.open_workdir import forget_failed_start, forget_overwritten, open_workdir
 from jax_rlhf.config import run_config
 from jax_rlhf.hub import CheckpointError
 from jax_rlhf.hub.folder import replaced_folder
-from jax_rlhf.runtime import manifest
-from jax_rlhf.runtime import phase as phases
+from jax_rlhf.runtime import manifest, phase as phases
 from jax_rlhf.runtime.checkpoint import RestoreError
 from jax_rlhf.runtime.completeness import mark_synced, was_synced
 from jax_rlhf.runtime.manifest import export_model
 from jax_rlhf.runtime.notes import with_digest
 from jax_rlhf.runtime.preemption import Stopped, StopSignals
 from jax_rlhf.runtime.run_logger import sample_row
-from jax_rlhf.runtime.workdir import WorkdirError, forget_failed_start, forget_overwritten, open_workdir, status
+from jax_rlhf.runtime.workdir import WorkdirError, status
 
 PHASES = ("sft", "reward", "ppo")
 STEPS = 4

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as some
+from hypothesis import HealthCheck, given, settings, strategies as some
 from hypothesis.extra import numpy as arrays
 
 from jax_rlhf import Experience, PPOTrainer, Prompts, RLHFEngine

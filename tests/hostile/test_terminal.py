@@ -11,8 +11,7 @@ import time
 import pytest
 
 from jax_rlhf.runtime.preemption import StopSignals
-from tests.cli import test_end_to_end as alone
-from tests.cli import tiny
+from tests.cli import test_end_to_end as alone, tiny
 from tests.processes import ROOT
 
 STEPS = ("--config.phases=sft", "--config.sft.steps=3")

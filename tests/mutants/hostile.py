@@ -172,7 +172,7 @@ MUTANTS = [
         ("if place.parent in ours or _is_listed(place):", "if place.parent in ours:"),
     ),
     *variants(
-        "runtime/workdir.py",
+        "cli/open_workdir.py",
         _MANIFEST,
         ('why = "" if before.keys() >= wanted.keys() else "it lacks settings"', 'why = ""'),
         ("for phase in reversed(PHASES):", "for phase in ():"),
@@ -180,8 +180,12 @@ MUTANTS = [
             '    if not accept_changes:\n        raise WorkdirError(\n            f"{file} is lost',
             '    if False:\n        raise WorkdirError(\n            f"{file} is lost',
         ),
+        ("        check_overwrite(workdir, phases)  # again", "        pass  # again"),
+    ),
+    *variants(
+        "runtime/workdir.py",
+        _MANIFEST,
         ('.get("finished") is True', '.get("finished")'),
-        ("        check_overwrite(workdir, phases)  # once more", "        pass  # once more"),
     ),
     *variants(
         "runtime/completeness.py",
@@ -229,7 +233,7 @@ MUTANTS = [
         ("SessionLog(status=SessionLog.START)), first)", "SessionLog(status=SessionLog.START)), 0)"),
     ),
     *variants(
-        "runtime/progress.py",
+        "runtime/phase.py",
         "tests/hostile/test_simulator.py -k marked",
         (
             "self._evaluated, self._metric, self._position = evaluated, None, None",
@@ -302,10 +306,10 @@ MUTANTS = [
         ("failure.timed_out = error.timed_out", "pass"),
     ),
     *variants(
-        "runtime/progress.py",
+        "runtime/phase.py",
         "tests/cli/test_resume.py -k cost",
         ('{} if restored is None else restored.notes.get("costs", {})', "{}"),
-        ("            return self.costs.checked(read_object(self._record.folder / COSTS))", "            return saved"),
+        ("            return self.costs.checked(read_object(self.folder / COSTS))", "            return saved"),
         ("self.costs.repeated += ", ""),
     ),
     *variants(

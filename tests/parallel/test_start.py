@@ -13,8 +13,7 @@ import types
 import jax
 import pytest
 
-from jax_rlhf.parallel import ProcessError, leave, start_processes
-from jax_rlhf.parallel import processes as module
+from jax_rlhf.parallel import ProcessError, leave, processes as module, start_processes
 from tests.processes import finish, free_port, start
 
 POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}

@@ -14,8 +14,7 @@ from jax_rlhf.optim import supervised
 from jax_rlhf.parallel import create_layout, partition
 from jax_rlhf.plan.all_programs import programs_of
 from jax_rlhf.ppo import trainer
-from jax_rlhf.reward import calibration
-from jax_rlhf.reward import train as reward
+from jax_rlhf.reward import calibration, train as reward
 from jax_rlhf.sampling import sampler
 from tests.cli import tiny
 

@@ -11,12 +11,13 @@ from absl import logging
 
 from jax_rlhf import verify
 from jax_rlhf.cli.model_paths import check_inputs
+from jax_rlhf.cli.open_workdir import open_workdir
 from jax_rlhf.cli.preflight import check_run
 from jax_rlhf.config import run_config
 from jax_rlhf.io.durable import write_json
 from jax_rlhf.runtime.manifest import ManifestError, check_model, export_model
 from jax_rlhf.runtime.remote import delete
-from jax_rlhf.runtime.workdir import WorkdirError, check_overwrite, lock_workdir, open_workdir, status
+from jax_rlhf.runtime.workdir import WorkdirError, check_overwrite, lock_workdir, status
 
 
 @pytest.fixture
@@ -283,7 +284,7 @@ def test_a_lost_config_does_not_end_the_comparison(workdir, content):
         open_workdir(workdir, config, ("ppo",), overwrite=False)
     assert "overwrite" not in str(error.value)
     (said,) = open_workdir(workdir, other, ("ppo",), overwrite=False, accept_changes=True)
-    assert "the settings that are given are taken" in said
+    assert "the given settings are used" in said
 
 
 @pytest.mark.parametrize("content", [None, "null", "[]", "{}", '{"finished": "no"}', "{", b"\xff", "folder"])

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from jax_rlhf.rl import Prompts
-from jax_rlhf.runtime import json_lines as lines
-from jax_rlhf.runtime import run_logger as records
+from jax_rlhf.runtime import json_lines as lines, run_logger as records
 from jax_rlhf.runtime.config import LogConfig
 from jax_rlhf.runtime.run_logger import RunLogger, sample_row
 
@@ -91,7 +90,7 @@ def test_weights_and_biases_has_the_config_the_run_s_name_and_tables(tmp_path, m
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     log = LogConfig(tensorboard=False, wandb_project="mine")
-    with RunLogger(tmp_path / "my-run" / "ppo", log, settings=Settings()) as logger:
+    with RunLogger(tmp_path / "my-run" / "ppo", log, settings=dataclasses.asdict(Settings())) as logger:
         logger.log_metrics(1, {"loss": 0.1 + 0.2, "gone": float("nan")})
         row = {"score": 1 / 3, "length": 2, "ended": True, "columns": {"answer": 7}}
         logger.log_samples([sample_row(1, "eval", "a", "b", **row)])
@@ -147,7 +146,7 @@ def test_a_file_that_was_cut_goes_on_after_its_last_whole_line(tmp_path, capsys,
     assert before == [line for line in left or () if line.endswith(b"\n")][:kept]
     assert json.loads(last)["loss"] == 0.5
     assert found == (lost or 0.0)
-    assert ("metrics.jsonl is not what it was when step 2 was saved" in capsys.readouterr().out) == (lost is None)
+    assert ("metrics.jsonl has changed since step 2 was saved" in capsys.readouterr().out) == (lost is None)
     assert len((folder / "samples.jsonl").read_bytes().splitlines()) == 1
 
 

@@ -12,8 +12,7 @@ import pytest
 from jax_rlhf.runtime import watchdog
 from jax_rlhf.runtime.config import WatchdogConfig
 from jax_rlhf.runtime.watchdog import Watchdog
-from tests.cli import test_end_to_end as alone
-from tests.cli import tiny
+from tests.cli import test_end_to_end as alone, tiny
 from tests.processes import ROOT
 
 SOON = 0.01  # minutes
