@@ -213,9 +213,9 @@ MUTANTS = [
         ("return max((n for n in fits if n * tokens_per_row <= budget)", "return max((n for n in fits if n <= budget)"),
     ),
     *variants(
-        "ppo/config.py",
+        "ppo/resolve.py",
         _ROLES,
-        ("tokens_per_row=prompt_tokens + self.sampling.max_new_tokens", "tokens_per_row=prompt_tokens"),
+        ("tokens_per_row=prompt_tokens + config.sampling.max_new_tokens", "tokens_per_row=prompt_tokens"),
     ),
     *variants(
         "optim/supervised.py",
