@@ -17,7 +17,7 @@ from jax_rlhf.data import DataConfig, pad_id
 from jax_rlhf.data.formats import row_texts
 from jax_rlhf.data.sources import Row
 from jax_rlhf.data.tokens import tokenized
-from jax_rlhf.hub import CheckpointError, Pretrained, end_ids
+from jax_rlhf.hub import CheckpointError, Pretrained, decode, end_ids, tokenizer_of
 from jax_rlhf.hub.config import ModelConfig
 from jax_rlhf.hub.model_config import load_model, sampled_ids
 from jax_rlhf.io.printable import printable_lines
@@ -46,7 +46,7 @@ def answer(pretrained: Pretrained, messages: list[dict[str, Any]], key: jax.Arra
     Raises:
       ValueError: the chat leaves no room in a table of positions, or its template fails.
     """
-    tokenizer, decoder = pretrained.tokenizer, pretrained.model.config
+    tokenizer, decoder = tokenizer_of(pretrained), pretrained.model.config
     if tokenizer.chat_template is None:
         row = Row({"prompt": messages[-1]["content"]}, "the line", len(messages))
     else:
@@ -64,13 +64,15 @@ def answer(pretrained: Pretrained, messages: list[dict[str, Any]], key: jax.Arra
         if room < 1:
             raise ValueError(f"the chat has {len(ids)} tokens, and the model {decoder.max_positions} positions.")
         how["max_new_tokens"] = min(how["max_new_tokens"], room)
-    prompt = np.full((1, width), pad_id(tokenizer, DataConfig(pad_token=tokenizer.pad_token or tokenizer.eos_token)))
+    prompt = np.full(
+        (1, width), pad_id(tokenizer, DataConfig(pad_token=str(tokenizer.pad_token or tokenizer.eos_token)))
+    )
     prompt[0, width - len(ids) :] = ids
     mask = np.arange(width)[None] >= width - len(ids)
     model = pretrained.model.clone(config=sampled_ids(pretrained.model.config, tokenizer))
     samples = sample(model, pretrained.params, prompt, mask, key, eos_id=ends, **how)
     response = np.asarray(samples.tokens)[0, width:][np.asarray(samples.response_mask)[0]]
-    return tokenizer.decode(response, skip_special_tokens=True)
+    return decode(tokenizer, response)
 
 
 def main(arguments: Sequence[str]) -> int:

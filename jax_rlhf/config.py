@@ -97,7 +97,8 @@ def default_config() -> ConfigDict:
       A ConfigDict; `ppo.seed` follows `seed`.
     """
     config = to_config_dict(RunConfig(ppo=PPOConfig(time_phases=True)))
-    config.ppo.seed = config.get_oneway_ref("seed")
+    ppo: Any = config.ppo
+    ppo.seed = config.get_oneway_ref("seed")
     return config
 
 

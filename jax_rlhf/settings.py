@@ -11,7 +11,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from ml_collections import ConfigDict, config_dict
 
@@ -37,7 +37,7 @@ def from_mapping(kind: type[T], values: Any, where: str = "config") -> T:
     if not isinstance(values, Mapping) and not hasattr(values, "items"):
         raise ValueError(f"{where} must be a mapping of {kind.__name__}'s fields, not {type(values).__name__}.")
     hints = typing.get_type_hints(kind)
-    known = {field.name for field in dataclasses.fields(kind)}
+    known = {field.name for field in dataclasses.fields(cast(Any, kind))}
     checked = {}
     for name, value in values.items():
         if name not in known:
@@ -240,7 +240,7 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
             if items is not None:
                 return items
         if dataclasses.is_dataclass(option):
-            return from_mapping(option, value, where)
+            return from_mapping(cast(type, option), value, where)
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
         if isinstance(option, type) and origin is None and type(value) is option:
@@ -289,10 +289,12 @@ def field_docs(kind: type) -> dict[str, str]:
     for parent in reversed(kind.__mro__):
         if not dataclasses.is_dataclass(parent):
             continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(parent))).body[0].body
+        source = ast.parse(textwrap.dedent(inspect.getsource(parent)))
+        body = next(node.body for node in source.body if isinstance(node, ast.ClassDef))
         for field, after in itertools.pairwise(body):
             if (
                 isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
                 and isinstance(after, ast.Expr)
                 and isinstance(after.value, ast.Constant)
             ):

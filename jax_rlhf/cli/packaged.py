@@ -49,7 +49,8 @@ def get_config_of(file: Path) -> Callable[..., ConfigDict]:
       ValueError: it has none, or fails; says in which line.
     """
     loader = importlib.machinery.SourceFileLoader(f"config_file_{file.stem}", str(file))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(loader.name, loader, origin=str(file)))
+    module.__file__ = str(file)
     sys.modules[loader.name] = module  # where a dataclass of the file looks for its module
     try:
         loader.exec_module(module)
@@ -63,7 +64,7 @@ def get_config_of(file: Path) -> Callable[..., ConfigDict]:
     return module.get_config
 
 
-def said_of(file: Path, error: Exception) -> str:
+def said_of(file: Path, error: BaseException) -> str:
     """What to say of an error in a config file.
 
     Args:
@@ -81,7 +82,7 @@ def said_of(file: Path, error: Exception) -> str:
     return f"{place}: {type(error).__name__}: {error}" + (f" ({hint})" if hint else "")
 
 
-def _new_name_in(error: Exception) -> str:
+def _new_name_in(error: BaseException) -> str:
     """What an error in a config file of an earlier version is about; empty where it is no such error."""
     if isinstance(error, ModuleNotFoundError) and error.name == "jax_rlhf.phases":
         return "from jax_rlhf.config import default_config"

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import jax
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +12,8 @@ from jax_rlhf.cli.model_paths import check_exported, reward_model, sft_model
 from jax_rlhf.config import RunConfig
 from jax_rlhf.data import DataError, Datasets, create_datasets
 from jax_rlhf.data.config import PHASES
-from jax_rlhf.hub import Description, describe_pretrained, other_ids, response_end_ids
+from jax_rlhf.data.datasets import Phase
+from jax_rlhf.hub import Description, describe_pretrained, other_ids, response_end_ids, tokenizer_of
 from jax_rlhf.io.paths import local_path
 from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.optim.microbatches import plan_batch
@@ -104,9 +105,9 @@ def _check_data(
         models = [policy] if phase == "sft" else [policy, *others.values()]
         keywords = {"seed": config.seed, "eos_ids": ends, "eval_rows": config.eval_rows_of(phase)}
         keywords["vocab_size"] = min(described.config.vocab_size for described in models)
-        seen.append(create_datasets(config.data_of(phase), policy.tokenizer, phase, **keywords))
+        seen.append(create_datasets(config.data_of(phase), tokenizer_of(policy), cast(Phase, phase), **keywords))
         if phase == "ppo" in phases and config.ppo.loss.ptx_coef:
-            seen.append(create_datasets(ptx_data(config.data), policy.tokenizer, "sft", **keywords))
+            seen.append(create_datasets(ptx_data(config.data), tokenizer_of(policy), "sft", **keywords))
     return seen
 
 
@@ -157,7 +158,7 @@ def _inputs(config: RunConfig, workdir: Path, phases: list[str]) -> list[_Input]
     """What the phases start from: a path, or a former phase's result, which must be there."""
     training, policy, found = config.reward, config.model.revision, []
     if "sft" in phases:
-        found.append(_Input(config.model.path, policy, "lm", "policy"))
+        found.append(_Input(config.model.path or "", policy, "lm", "policy"))
     elif "ppo" in phases or ("reward" in phases and (not training.start_from or training.normalize_rows > 0)):
         found.append(_Input(sft_model(config, workdir), policy, "lm", "policy"))
     if "reward" in phases and training.start_from:
@@ -199,7 +200,7 @@ def _check_layers(config: RunConfig, policy: DecoderConfig, phases: list[str], w
             reward = dataclasses.replace(reward, path=reward_model(config, workdir))
         begins = next((model for model in (config.critic, reward) if model.path is not None), None)
         layers = kept if "reward" in phases else policy.num_layers  # without a reward model it is the actor's trunk
-        if begins is not None:
+        if begins is not None and begins.path is not None:
             layers = describe_pretrained(begins.path, revision=begins.revision).config.num_layers
         checked.append(("critic.trainable_layers", config.critic.trainable_layers, layers))
     for field, value, layers in checked:

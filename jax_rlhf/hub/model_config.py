@@ -17,7 +17,7 @@ from jax_rlhf.parallel import Layout
 
 def load_model(
     config: ModelConfig, head: Head, mesh: Mesh | Layout | None = None, *, key: Array | None = None
-) -> Pretrained | None:
+) -> Pretrained:
     """Loads a model to run as a config says.
 
     Args:
@@ -26,14 +26,12 @@ def load_model(
       mesh: the mesh; None = one device.
       key: of a new scalar head, as in `load_pretrained`.
 
-    Returns:
-      The model; None where config.path is None.
-
     Raises:
+      ValueError: config.path is None.
       FileNotFoundError, CheckpointError: the checkpoint cannot be used.
     """
     if config.path is None:
-        return None
+        raise ValueError("the model's path is missing: --config.model.path=CHECKPOINT.")
     pretrained = load_pretrained(config.path, head=head, mesh=mesh, revision=config.revision, key=key)
     model = pretrained.model.clone(config=running(pretrained.model.config, config))
     return dataclasses.replace(pretrained, model=model)

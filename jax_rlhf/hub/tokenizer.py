@@ -89,6 +89,22 @@ def response_end_ids(policy: _WithTokenizer, eos_ids: tuple[int, ...] | None) ->
     return end_ids(policy.tokenizer, policy.generation_config) if eos_ids is None else eos_ids
 
 
+def tokenizer_of(model: _WithTokenizer) -> PreTrainedTokenizerBase:
+    """A model's tokenizer.
+
+    Raises:
+      CheckpointError: its checkpoint has none.
+    """
+    if model.tokenizer is None:
+        raise CheckpointError("the checkpoint has no tokenizer, which is needed here; copy one into its folder.")
+    return model.tokenizer
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Any, *, skip_special_tokens: bool = True) -> str:
+    """The text of token ids, int[T]."""
+    return str(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+
+
 def ids_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, tuple[int, ...]]:
     """Which ids are tokens. Embeddings often have more rows (Qwen's, for one): those ids decode to nothing.
 

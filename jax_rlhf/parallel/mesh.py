@@ -63,7 +63,8 @@ def create_layout(
     given = (None,) * 3 if rollout is None else (rollout.data, rollout.fsdp, rollout.tensor)
     if given == (None,) * 3:
         return Layout(mesh, overrides, near=near)
-    data, fsdp, tensor = _sizes(tuple(1 if size is None else size for size in given), mesh.size, "rollout_mesh")
+    wanted = tuple(1 if size is None else size for size in given)
+    data, fsdp, tensor = _sizes(wanted, mesh.size, "rollout_mesh")
     extra = tensor // mesh.shape["tensor"]
     if tensor % mesh.shape["tensor"] or mesh.shape["fsdp"] % (fsdp * extra):
         choices = [n for n in range(1, mesh.shape["fsdp"] + 1) if mesh.shape["fsdp"] % n == 0]
@@ -75,7 +76,7 @@ def create_layout(
     return Layout(mesh, overrides, (fsdp, extra), near)
 
 
-def _sizes(wanted: tuple[int, int, int], devices: int, where: str) -> list[int]:
+def _sizes(wanted: tuple[int, ...], devices: int, where: str) -> list[int]:
     sizes = list(wanted)
     known = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):

@@ -20,7 +20,7 @@ from jax_rlhf.hub.config import ModelConfig
 from jax_rlhf.hub.model_config import load_model, running_as
 from jax_rlhf.models import model_jit
 from jax_rlhf.models.config import DecoderConfig
-from jax_rlhf.models.decoder import Params as ModelParams
+from jax_rlhf.models.decoder import Head, Params as ModelParams
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.parallel import Layout, as_layout
 from jax_rlhf.ppo.config import CriticConfig, FrozenConfig
@@ -128,14 +128,17 @@ class RLHFEngine:
                 "in PPO and are cut where the actor and the critic are."
             )
         check_roles(roles)
-        load = functools.partial(load_model, mesh=mesh)
-        actor, reward = load(roles["model"], "lm"), load(roles["reward_model"], "scalar")
+
+        def load(role: str, head: Head) -> Pretrained | None:
+            return None if roles[role].path is None else load_model(roles[role], head, mesh)
+
+        actor, reward = load_model(roles["model"], "lm", mesh), load("reward_model", "scalar")
         if reward is not None and reward.new_head:
             raise CheckpointError(headless(roles["reward_model"].path))
         return cls(
             actor,
-            reference=load(roles["reference"], "lm"),
-            critic=load(roles["critic"], "scalar"),
+            reference=load("reference", "lm"),
+            critic=load("critic", "scalar"),
             reward=reward,
             reference_config=running_as(actor.model.config, roles["reference"], roles["model"]),
             critic_config=running_as((reward or actor).model.config, roles["critic"], roles["model"]),

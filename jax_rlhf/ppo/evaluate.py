@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 
 from jax_rlhf.data import Datasets
+from jax_rlhf.hub import decode, tokenizer_of
 from jax_rlhf.io.printable import printable
 from jax_rlhf.parallel import all_rows, barrier, local_row_indices, local_rows, owned_rows
 from jax_rlhf.ppo.trainer import PPOTrainer
@@ -39,7 +40,7 @@ def response_rows(
       count: rows from the first on; None = all.
       everywhere: rows of all processes, not only of this one.
     """
-    tokenizer, layout = trainer.engine.tokenizer, trainer.engine.layout
+    tokenizer, layout = tokenizer_of(trainer.engine), trainer.engine.layout
 
     def read(array: Array) -> np.ndarray:
         rows = all_rows(local_rows(array), layout) if everywhere else local_rows(array)
@@ -48,13 +49,12 @@ def response_rows(
     tokens, prompt_mask, mask = map(read, (experience.tokens, experience.prompt_mask, experience.response_mask))
     width, scores, ended = prompt_mask.shape[1], read(experience.scores), read(experience.ended)
     kl = np.sum(read(experience.logprobs) - read(experience.ref_logprobs), axis=1)
-    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
     return [
         sample_row(
             step,
             split,
-            decode(tokens[row][:width][prompt_mask[row]]),
-            decode(tokens[row][width:][mask[row]]),
+            decode(tokenizer, tokens[row][:width][prompt_mask[row]]),
+            decode(tokenizer, tokens[row][width:][mask[row]]),
             score=float(scores[row]),
             kl=float(kl[row]),
             length=int(mask[row].sum()),
@@ -67,7 +67,7 @@ def response_rows(
 
 def row_columns(prompts: Prompts) -> list[dict[str, Any]]:
     """The data's other columns of each of this process's rows."""
-    return [{name: values[row] for name, values in prompts.columns.items()} for row in range(len(prompts.mask))]
+    return [{name: values[row] for name, values in (prompts.columns or {}).items()} for row in range(len(prompts.mask))]
 
 
 def _verdicts(
@@ -82,20 +82,22 @@ def _verdicts(
     on_failure = OnFailure(config.reward.retries, config.reward.on_failure, config.reward.failure_score)
     local, mine = local_row_indices(len(answered), layout), owned_rows(len(answered), layout)
     rows = [answered[row] for row in local[mine]]
-    columns = {name: [values[row] for row in np.flatnonzero(mine)] for name, values in prompts.columns.items()}
+    own = [int(row) for row in np.flatnonzero(mine)]
+    columns = {name: [values[row] for row in own] for name, values in (prompts.columns or {}).items()}
     verdicts = np.zeros(len(local), np.float32)
     with barrier(f"calling {judge.name}"):
         texts = [row["prompt"] for row in rows], [row["response"] for row in rows]
         tokens, mask = (local_rows(part)[mine] for part in (experience.tokens, experience.response_mask))
         ids = [row[-len(real) :][real].tolist() for row, real in zip(tokens, mask, strict=True)]
-        of_mine = lambda rows: None if rows is None else [rows[row] for row in np.flatnonzero(mine)]  # noqa: E731
+        of_mine = lambda rows: None if rows is None else [rows[row] for row in own]  # noqa: E731
         more = {"completion_ids": ids, "chats": of_mine(prompts.chats), "continued": of_mine(prompts.continued)}
         more["unscored"] = math.nan
         if asks_for_special_tokens_of([judge]):
-            width, decode = experience.prompt_mask.shape[1], trainer.engine.tokenizer.decode
-            begins = zip(tokens, local_rows(experience.prompt_mask)[mine], strict=True)
-            prompt_texts = [decode(row[:width][real]) for row, real in begins]
-            more["with_special_tokens"] = (prompt_texts, [decode(response) for response in ids])
+            width = experience.prompt_mask.shape[1]
+            text = functools.partial(decode, tokenizer_of(trainer.engine), skip_special_tokens=False)
+            prompt_rows = zip(tokens, local_rows(experience.prompt_mask)[mine], strict=True)
+            prompt_texts = [text(row[:width][real]) for row, real in prompt_rows]
+            more["with_special_tokens"] = (prompt_texts, [text(response) for response in ids])
         verdicts[mine] = score_texts([judge], *texts, columns, on_failure, trainer.failures, **more)
     return all_rows(verdicts, layout)
 
@@ -124,7 +126,7 @@ def evaluate(
         answered = response_rows(trainer, experience, step, "eval", columns=own, everywhere=True)
         for judge in judges:
             for row, verdict in zip(answered, _verdicts(judge, answered, batch, experience, trainer), strict=True):
-                row[judge.name] = float(verdict)
+                row[str(judge.name)] = float(verdict)
         rows += answered
     rows = rows[: prompts.eval_rows]
     metrics = _metrics(rows, judges) if rows else {}
@@ -143,7 +145,7 @@ def evaluate(
 def _metrics(rows: list[dict[str, Any]], judges: Sequence[RewardFunction]) -> dict[str, float]:
     words = [word for row in rows for word in row["response"].split()]
     metrics = {f"eval/{name}": float(np.mean([row[name] for row in rows])) for name in ("score", "kl", "length")}
-    metrics |= {f"eval/{judge.name}": _mean_given([row[judge.name] for row in rows]) for judge in judges}
+    metrics |= {f"eval/{judge.name}": _mean_given([row[str(judge.name)] for row in rows]) for judge in judges}
     return metrics | {
         "eval/distinct_1": len(set(words)) / max(len(words), 1),
         "eval/distinct_responses": len({row["response"] for row in rows}) / len(rows),

@@ -4,11 +4,12 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from jax_rlhf.data import DataConfig, Datasets, checked_name, create_datasets, imported, pad_id
-from jax_rlhf.hub import response_end_ids
+from jax_rlhf.hub import response_end_ids, tokenizer_of
 from jax_rlhf.hub.config import ModelConfig
 from jax_rlhf.parallel import Layout, local_rows
 from jax_rlhf.ppo.config import LimitsConfig, PPOConfig
@@ -51,15 +52,15 @@ def run(
       RewardError: a reward function failed, or returned something that is not a reward.
       Stopped: the run was asked to stop. It can continue.
     """
-    paths = [roles[name].path for name in ("model", "reward_model") if roles[name].path]
+    paths = filter(None, (roles[name].path for name in ("model", "reward_model")))
     phase.logger.info(f"loading {' and '.join(paths)}")
     engine = RLHFEngine.create(roles, layout)  # actor, reference, critic, reward
-    config = resolve(config, data, engine.layout, pad_id=pad_id(engine.tokenizer, data))
+    config = resolve(config, data, engine.layout, pad_id=pad_id(tokenizer_of(engine), data))
     trainer = PPOTrainer(engine, config, reward_functions=named_functions(config.reward.functions, config))
     judges = named_functions(config.eval_functions, config)
     prompts = phase.create_datasets(
         data,
-        engine.tokenizer,
+        tokenizer_of(engine),
         seed=seed,
         eval_rows=data.eval_rows if config.eval_rows is None else config.eval_rows,
         vocab_size=engine.models.actor.model.config.vocab_size,
@@ -102,7 +103,7 @@ def _restore(phase: Phase, trainer: PPOTrainer, prompts: Datasets, texts: Datase
     engine, frozen = trainer.engine, trainer.engine.params.frozen
     inputs = {
         "the data": digest(prompts.digest, "" if texts is None else texts.digest),
-        "the tokenizer": tokenizer_digest(engine.tokenizer),
+        "the tokenizer": tokenizer_digest(tokenizer_of(engine)),
         "the reference": digest(frozen.reference),
         "the reward model": digest(frozen.reward, frozen.reward_bias, frozen.missing_eos_bias),
         "the actor's and the critic's frozen parameters": digest(frozen.actor, frozen.critic, frozen.critic_bias),
@@ -118,7 +119,7 @@ def _restore(phase: Phase, trainer: PPOTrainer, prompts: Datasets, texts: Datase
 def _pretraining_texts(phase: Phase, config: PPOConfig, data: DataConfig, engine: RLHFEngine, seed: int) -> Datasets:
     """The texts of PPO-ptx, one per row."""
     ends = response_end_ids(engine, config.sampling.eos_ids)
-    texts = create_datasets(ptx_data(data), engine.tokenizer, "sft", seed=seed, eos_ids=ends, mesh=engine.layout)
+    texts = create_datasets(ptx_data(data), tokenizer_of(engine), "sft", seed=seed, eos_ids=ends, mesh=engine.layout)
     if data.ptx_paths:
         phase.logger.log_datasets(texts)
     return texts
@@ -135,7 +136,7 @@ def ptx_data(data: DataConfig) -> DataConfig:
 def _pretraining_batch(texts: Datasets | None, iteration: int) -> Batch | None:
     if texts is None:
         return None
-    batch = texts.train[iteration]
+    batch: Any = texts.train[iteration]
     return Batch(batch.tokens, batch.mask)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from jax_rlhf.data import DataConfig, create_datasets
-from jax_rlhf.hub import Pretrained
+from jax_rlhf.hub import Pretrained, decode, tokenizer_of
 from jax_rlhf.hub.config import ModelConfig
 from jax_rlhf.hub.model_config import load_model, sampled_ids
 from jax_rlhf.models import model_jit
@@ -63,7 +63,7 @@ def policy_scores(
     """
     phase, layout, network = training.phase, training.layout, training.spec.network
     policy = load_model(responses.policy, "lm", layout)
-    prompts = create_datasets(data, policy.tokenizer, "ppo", seed=seed, eval_rows=responses.eval_rows, mesh=layout)
+    prompts = create_datasets(data, tokenizer_of(policy), "ppo", seed=seed, eval_rows=responses.eval_rows, mesh=layout)
     common = sampled_ids(policy.model.config, policy.tokenizer, network.model.config.vocab_size)
     policy = dataclasses.replace(policy, model=policy.model.clone(config=common))
     scores, ended, lines = [], [], []
@@ -122,13 +122,13 @@ def _sample_rows(
     columns: Mapping[str, Sequence[Any]],
 ) -> list[dict[str, Any]]:
     """Lines of samples.jsonl of arrays (tokens, mask, scores, ended), P = `width`."""
-    decode = functools.partial(policy.tokenizer.decode, skip_special_tokens=True)
+    tokenizer = tokenizer_of(policy)
     lines = []
     for index, (row, real, score, end) in enumerate(zip(*arrays, strict=True)):
-        texts = (decode(row[part][real[part]]) for part in (slice(0, width), slice(width, None)))
+        prompt, response = decode(tokenizer, row[:width][real[:width]]), decode(tokenizer, row[width:][real[width:]])
         facts = {"score": float(score), "length": int(real[width:].sum()), "ended": bool(end)}
         own = {name: values[index] for name, values in columns.items()}
-        lines.append(sample_row(step, "train", *texts, columns=own, **facts))
+        lines.append(sample_row(step, "train", prompt, response, columns=own, **facts))
     return lines
 
 

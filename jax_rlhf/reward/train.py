@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 
 from jax_rlhf.data import DataConfig, PackedPairs, PairBatch
-from jax_rlhf.hub import Pretrained, describe_pretrained, response_end_ids
+from jax_rlhf.hub import Pretrained, describe_pretrained, response_end_ids, tokenizer_of
 from jax_rlhf.hub.config import ModelConfig
 from jax_rlhf.hub.model_config import load_model
 from jax_rlhf.models import Decoder, model_jit
@@ -58,11 +58,11 @@ def run(
     """
     phase.logger.info(f"loading {model.path}")
     pretrained = _load(phase, config, model, layout, seed)
-    described = describe_pretrained(policy.path, revision=policy.revision)
+    described = describe_pretrained(policy.path or "", revision=policy.revision)
     pretrained = dataclasses.replace(pretrained, tokenizer=described.tokenizer)
     ends, vocab_size = response_end_ids(described, eos_ids), pretrained.model.config.vocab_size
     datasets = phase.create_datasets(
-        data, described.tokenizer, seed=seed, eos_ids=ends, vocab_size=vocab_size, mesh=layout
+        data, tokenizer_of(described), seed=seed, eos_ids=ends, vocab_size=vocab_size, mesh=layout
     )
     steps = total_steps(config.steps, config.epochs, datasets)
     spec = training_spec(config, pretrained.model, datasets.batch_size, steps)

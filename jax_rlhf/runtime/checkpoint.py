@@ -88,7 +88,7 @@ class Checkpoints:
     """A folder of checkpoints; of several processes all must call everything, in the same order."""
 
     def __init__(
-        self, folder: str | Path, config: CheckpointConfig, *, asynchronous: bool = True, say: Callable = print
+        self, folder: epath.PathLike, config: CheckpointConfig, *, asynchronous: bool = True, say: Callable = print
     ) -> None:
         """Makes the folder, and removes what a writer that was killed left half-done.
 

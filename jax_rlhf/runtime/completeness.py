@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,7 @@ def _wrong(checkpoint: epath.Path, arrays: dict) -> list[str]:
     return [name for name, (_, _, written) in arrays.items() if found[name] != written]
 
 
-def _device() -> jax.Device:
+def _device() -> Any:
     """The host's memory; where JAX_PLATFORMS leaves the CPU out, a device's."""
     try:
         return jax.local_devices(backend="cpu")[0]

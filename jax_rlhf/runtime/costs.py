@@ -21,9 +21,9 @@ def _compiling() -> list[float]:
     """Seconds that this process has traced and compiled, in one place: JAX tells it to a listener, and keeps that."""
     seconds = [0.0]
 
-    def listen(event: str, duration: float, **_: str | int) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event.startswith(_COMPILE):
-            seconds[0] += duration
+            seconds[0] += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return seconds

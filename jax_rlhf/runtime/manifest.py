@@ -223,8 +223,9 @@ def _read(folder: Path) -> dict[str, Any] | None:
     except JSONFileError as error:
         raise ManifestError(f"{folder / NAME} cannot be read: {error}") from error
     models = content.get("models")
-    whole = content.get("program") == _PROGRAM and isinstance(models, dict)
-    if not whole or not all(files is None or isinstance(files, dict) for files in models.values()):
+    if not isinstance(models, dict) or content.get("program") != _PROGRAM:
+        raise ManifestError(f"{folder / NAME} is not what this program writes")
+    if not all(files is None or isinstance(files, dict) for files in models.values()):
         raise ManifestError(f"{folder / NAME} is not what this program writes")
     return content
 

@@ -62,7 +62,7 @@ def read_notes(checkpoint: epath.Path) -> dict[str, Any]:
     Raises:
       DamagedError: they have another checksum than when they were written. Other errors are orbax's: see `reading`.
     """
-    content = ocp.JsonCheckpointHandler().restore(checkpoint / NOTES)
+    content = dict(ocp.JsonCheckpointHandler().restore(checkpoint / NOTES))
     digest = content.pop("digest", None)
     if digest != _digest(content):
         raise DamagedError("its notes have another checksum than when they were written")

@@ -87,11 +87,14 @@ def write_batch(folder: Path, step: int, batch: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     part = "" if jax.process_count() == 1 else f".process{jax.process_index()}"
     file = folder / f"step{step}{part}.npz"
-    leaves = {
+    leaves: dict[str, Any] = {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]
     }
-    np.savez(file, **{name: local_rows(leaf) if isinstance(leaf, Array) else leaf for name, leaf in leaves.items()})
+    arrays: dict[str, Any] = {
+        name: local_rows(leaf) if isinstance(leaf, Array) else leaf for name, leaf in leaves.items()
+    }
+    np.savez(file, **arrays)
     return file
 
 

@@ -18,13 +18,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import jax
 from absl import logging
 from transformers import PreTrainedTokenizerBase
 
 from jax_rlhf.data import DataConfig, Datasets, create_datasets
+from jax_rlhf.data.datasets import Phase as DataPhase
 from jax_rlhf.hub import CheckpointError
 from jax_rlhf.io.durable import write_json
 from jax_rlhf.io.json_files import read_object
@@ -83,7 +84,8 @@ class Phase:
         self.name, self.folder, self.config = folder.name, folder, config
         self.logger = RunLogger(folder, config.log, stop, settings=config.run)
         self.stop = self.logger.stop
-        self.step, self.state, self.notes, self.costs = 0, None, {}, Costs()
+        self.step, self.notes, self.costs = 0, {}, Costs()
+        self.state: Any = None
         self.activity: list[Callable[[], Any]] = []
         self._inputs: dict[str, str] = {}
         self._accept_changes = accept_changes
@@ -125,7 +127,7 @@ class Phase:
           DataError, ValueError, FileNotFoundError: the data cannot be used.
           ProcessError: another process has other data.
         """
-        datasets = create_datasets(data, tokenizer, self.name, **keywords)
+        datasets = create_datasets(data, tokenizer, cast(DataPhase, self.name), **keywords)
         check_same_on_all_processes(datasets.digest, "the data")
         self.logger.log_datasets(datasets)
         return datasets
@@ -250,7 +252,7 @@ class Phase:
             self.logger.info(
                 f"config.checkpoint.best={best} is not a metric of this phase, which has {', '.join(metrics)}"
             )
-        return metrics.get(best)
+        return None if best is None else metrics.get(best)
 
     def _save(self) -> None:
         notes = {
@@ -370,28 +372,19 @@ class Phase:
 
 
 def digest(*parts: Any) -> str:
-    """A checksum of texts, and of arrays wherever they are.
-
-    Args:
-      parts: texts, or trees of arrays.
-
-    Returns:
-      32 hexadecimal digits.
-    """
+    """A checksum, 32 hexadecimal digits, of texts and of trees of arrays on any devices."""
     content = [part if isinstance(part, str) else sorted(checksums(named(part)).items()) for part in parts]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A checksum of all that makes tokens of texts.
+    """A checksum, 32 hexadecimal digits, of all that turns texts into tokens.
 
     Args:
-      tokenizer: a fast one.
-
-    Returns:
-      32 hexadecimal digits.
+      tokenizer: a fast tokenizer.
     """
-    # The padding and truncation that a caller set last are no part of it.
-    content = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+    # Without the padding and truncation that a caller set last.
+    backend: Any = tokenizer.backend_tokenizer
+    content = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
     special = sorted(f"{name}={token}" for name, token in tokenizer.special_tokens_map.items())
     return digest(json.dumps(content, sort_keys=True), *special, str(tokenizer.chat_template))

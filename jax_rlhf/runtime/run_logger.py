@@ -65,11 +65,11 @@ class RunLogger:
         self.folder, self.phase, self.stop = folder, folder.name, stop or StopSignals()
         self._own_stop, self._settings = stop is None, settings
         self._config, self._started, self._writes = config, time.perf_counter(), jax.process_index() == 0
-        self._wandb = _import_wandb() if config.wandb_project else None
+        self._wandb: Any = _import_wandb() if config.wandb_project else None
         self._bar: tqdm | None = None
         self._files: dict[str, BinaryIO] = {}
         self._board, self._run, self._resumed_at, self.heartbeats = None, None, {}, 0
-        self._last = dict.fromkeys(_FILES, line_digest(b""))
+        self._last: dict[str, str] = dict.fromkeys(_FILES, line_digest(b""))
         self._widths: set[int] = set()
         if self._writes:
             folder.mkdir(parents=True, exist_ok=True)
@@ -381,7 +381,7 @@ def sample_row(
 
 def _import_wandb() -> Any:
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]  # optional
     except ImportError as error:
         raise ValueError("config.log.wandb_project is set, and wandb is not installed: pip install wandb") from error
     return wandb

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jax_rlhf.data import Datasets
-from jax_rlhf.hub import Pretrained
+from jax_rlhf.hub import Pretrained, tokenizer_of
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.models.split import SplitParams
 from jax_rlhf.optim.supervised import Supervised, SupervisedState, create_state, evaluate, update
@@ -73,7 +73,7 @@ def start(
     state, frozen = create_state(spec, pretrained, layout)
     inputs = {
         "the data": datasets.digest,
-        "the tokenizer": tokenizer_digest(pretrained.tokenizer),
+        "the tokenizer": tokenizer_digest(tokenizer_of(pretrained)),
         f"the frozen parameters of the {phase.name} phase": digest(frozen),
     }
     phase.restore(state, inputs)

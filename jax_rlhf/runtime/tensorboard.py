@@ -7,13 +7,15 @@ run then waits for it for ever.
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
 
 from jax_rlhf.io.durable import file_errors
 
+_EVENTS: Any = event_pb2  # its classes are made at run time, so that type checkers do not see them
 _SECONDS = 10.0  # between flushes, each of which waits for the disk
 
 
@@ -33,7 +35,7 @@ class TensorBoard:
         folder.mkdir(parents=True, exist_ok=True)
         with file_errors(folder):
             self._writer = EventsWriter(str(folder / "events"))
-            self._write(Event(session_log=SessionLog(status=SessionLog.START)), first)
+            self._write(_EVENTS.Event(session_log=_EVENTS.SessionLog(status=_EVENTS.SessionLog.START)), first)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Adds a point to each curve.
@@ -44,7 +46,7 @@ class TensorBoard:
         """
         with file_errors(self._folder):
             for name, value in values.items():
-                self._write(Event(summary=scalar(name, value)), step)
+                self._write(_EVENTS.Event(summary=scalar(name, value)), step)
             if time.monotonic() - self._flushed > _SECONDS:
                 self._writer.flush()
                 self._flushed = time.monotonic()
@@ -54,6 +56,6 @@ class TensorBoard:
         with file_errors(self._folder):
             self._writer.close()
 
-    def _write(self, event: Event, step: int) -> None:
+    def _write(self, event: Any, step: int) -> None:
         event.wall_time, event.step = time.time(), step
         self._writer.write_event(event)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any, TextIO, cast
 
 from absl import logging
 
@@ -143,25 +143,30 @@ def _started_guard() -> subprocess.Popen | None:
     """Ends this process where its watchdog cannot run either, as C code holds Python's lock for ever."""
     with contextlib.suppress(ValueError, AttributeError, OSError, RuntimeError):  # of a stderr that is no file
         if not faulthandler.is_enabled():
-            faulthandler.enable(file=sys.__stderr__)
+            faulthandler.enable(file=cast(TextIO, sys.__stderr__))
     try:
         command = [sys.executable, "-I", "-S", guard.__file__, str(_MARGIN)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     except OSError as error:  # no more processes: the thread alone watches
         logging.warning("the watchdog has no process beside it: %s", error)
         return None
-    os.set_blocking(process.stdin.fileno(), False)
+    os.set_blocking(_stdin(process).fileno(), False)
     return process
+
+
+def _stdin(process: subprocess.Popen) -> IO[bytes]:
+    assert process.stdin is not None  # started with a pipe
+    return process.stdin
 
 
 def _beat(process: subprocess.Popen, seconds: float) -> None:
     """Within so many seconds comes the next line."""
     with contextlib.suppress(OSError):  # it has ended, or is stopped and its pipe full
-        os.write(process.stdin.fileno(), b"%.3f\n" % seconds)
+        os.write(_stdin(process).fileno(), b"%.3f\n" % seconds)
 
 
 def _end(process: subprocess.Popen) -> None:
-    process.stdin.close()
+    _stdin(process).close()
     try:
         process.wait(_GOODBYE)
     except subprocess.TimeoutExpired:  # somebody has stopped it

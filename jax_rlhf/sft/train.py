@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from jax_rlhf.data import DataConfig, Example
-from jax_rlhf.hub import Pretrained, response_end_ids
+from jax_rlhf.hub import Pretrained, decode, response_end_ids, tokenizer_of
 from jax_rlhf.hub.config import ModelConfig
 from jax_rlhf.hub.model_config import load_model, sampled_ids
 from jax_rlhf.models import Decoder
@@ -57,7 +58,7 @@ def run(
     policy = load_model(model, "lm", layout)
     ends, vocab_size = response_end_ids(policy, eos_ids), policy.model.config.vocab_size
     datasets = phase.create_datasets(
-        data, policy.tokenizer, seed=seed, eos_ids=ends, vocab_size=vocab_size, mesh=layout
+        data, tokenizer_of(policy), seed=seed, eos_ids=ends, vocab_size=vocab_size, mesh=layout
     )
     steps = total_steps(config.steps, config.epochs, datasets)
     spec = training_spec(config, policy.model, datasets.batch_size, steps, trainable_layers=model.trainable_layers)
@@ -121,10 +122,10 @@ def _evaluate(training: SupervisedTraining, step: int) -> dict[str, float]:
 
 
 def _log_samples(
-    phase: Phase, config: SFTConfig, policy: Pretrained, examples: list[Example], ends: tuple[int, ...], seed: int
+    phase: Phase, config: SFTConfig, policy: Pretrained, examples: Sequence[Example], ends: tuple[int, ...], seed: int
 ) -> None:
     """Logs the model's responses to held-out prompts, or to the first 8 tokens of texts without a prompt."""
-    tokenizer, decoder = policy.tokenizer, policy.model.config
+    tokenizer, decoder = tokenizer_of(policy), policy.model.config
     rows = [example.prompt if example.has_prompt else _opening(example) for example in examples]
     max_new_tokens = config.sample_tokens
     if decoder.position_kind == "learned":  # a long prompt leaves room for fewer new tokens, or is cut
@@ -143,12 +144,11 @@ def _log_samples(
         max_new_tokens=max_new_tokens,
         eos_id=ends,
     )
-    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
     answers, lines = (gather_to_host(samples.tokens), gather_to_host(samples.response_mask)), []
     for example, row, tokens, real in zip(examples, rows, *answers, strict=True):
         response = tokens[width:][real]
         facts = {"length": len(response), "ended": bool(np.isin(response, ends).any()), "columns": example.columns}
-        lines.append(sample_row(phase.step, "eval", decode(row), decode(response), **facts))
+        lines.append(sample_row(phase.step, "eval", decode(tokenizer, row), decode(tokenizer, response), **facts))
     phase.logger.log_samples(lines)
 
 

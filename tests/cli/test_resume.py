@@ -14,17 +14,14 @@ from jax_rlhf.cli.open_workdir import open_workdir
 from jax_rlhf.cli.phases import run_phase
 from jax_rlhf.config import run_config
 from jax_rlhf.hub import CheckpointError
-from jax_rlhf.ppo import train as ppo
-from jax_rlhf.reward import train as reward
 from jax_rlhf.runtime.checkpoint import Checkpoints
 from jax_rlhf.runtime.config import CheckpointConfig
 from jax_rlhf.runtime.preemption import Stopped, StopSignals
 from jax_rlhf.runtime.remote import download, upload
 from jax_rlhf.runtime.workdir import status
-from jax_rlhf.sft import train as sft
 from tests.cli import tiny
 
-PHASES = {"sft": sft.run, "reward": reward.run, "ppo": ppo.run}
+PHASES = {name: functools.partial(run_phase, name) for name in ("sft", "reward", "ppo")}
 TIMES = ("time", "second", "eps")
 
 
@@ -204,15 +201,15 @@ def other_reward_model(folder, straight):
     ("phase", "field", "value", "message"),
     [
         ("sft", "data.paths", others, "the data changed since step 3 of this phase"),
-        ("sft", "model.path", other_model, "the frozen parameters of the sft phase: not what"),
+        ("sft", "model.path", other_model, "the frozen parameters of the sft phase changed since"),
         ("sft", "model.trainable_layers", lambda *_: 1, "another model, number of trainable layers, or optimizer"),
         ("sft", "sft.optimizer.first_moment_dtype", lambda *_: "bfloat16", "was .*float32.* and would be .*bfloat16"),
-        ("ppo", "reference.path", other_model, "the reference: not what"),
+        ("ppo", "reference.path", other_model, "the reference changed since"),
         (
             "ppo",
             "reward_model.path",
             other_reward_model,
-            "the reward model, the actor's and the critic's frozen parameters: not what",
+            "the reward model, the actor's and the critic's frozen parameters changed since",
         ),
     ],
 )
