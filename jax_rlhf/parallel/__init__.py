@@ -1,4 +1,4 @@
-"""Where arrays live on a mesh."""
+"""How arrays are sharded over a mesh of devices, and how several processes work together."""
 
 from jax_rlhf.parallel.layout import (
     LOGICAL_TO_MESH,
@@ -9,7 +9,7 @@ from jax_rlhf.parallel.layout import (
     machine_of,
     reshard_steps,
     rollout_layout,
-    tensor_is_joined,
+    tensor_has_fast_links,
 )
 from jax_rlhf.parallel.mesh import MeshConfig, RolloutMeshConfig, create_layout, create_mesh
 from jax_rlhf.parallel.partition import (
@@ -25,7 +25,7 @@ from jax_rlhf.parallel.processes import (
     any_process,
     barrier,
     check_same_on_all_processes,
-    leave,
+    exit_process,
     start_processes,
     sum_over_processes,
 )
@@ -58,9 +58,9 @@ __all__ = [
     "constrained",
     "create_layout",
     "create_mesh",
+    "exit_process",
     "gather_to_host",
     "join_row_groups",
-    "leave",
     "local_row_indices",
     "local_rows",
     "lookup_layout",
@@ -78,5 +78,5 @@ __all__ = [
     "start_processes",
     "sum_over_processes",
     "take_replicated",
-    "tensor_is_joined",
+    "tensor_has_fast_links",
 ]
