@@ -1,4 +1,4 @@
-"""Data sets by phase: files, Hugging Face data sets and readers in; batches out."""
+"""Reads files, Hugging Face data sets and Python readers, and makes the batches of each training phase."""
 
 from jax_rlhf.data.batches import PackedPairs, PairBatch, TextBatch, real_tokens
 from jax_rlhf.data.config import DataConfig
