@@ -24,14 +24,14 @@ def get_config() -> ConfigDict:
     # config.model.trainable_layers = None
     # The SFT policy, which the reward and PPO phases start from; None = <workdir>/sft/model.
     # config.sft_model_path = None
-    # Each a .jsonl, .json, .parquet or .csv file; a Hugging Face data set, "org/name" or "org/name:configuration", or a
-    # folder that `datasets` loads or saved; or "package.module:function", a reader: f(phase=…, split="train" | "eval")
-    # → rows as dicts.
+    # Each is a .jsonl, .json, .parquet or .csv file; a Hugging Face data set ("org/name" or "org/name:configuration"),
+    # or a folder that `datasets` can load or has saved; or a reader, "package.module:function": f(phase=…,
+    # split="train" | "eval") → rows as dicts.
     config.data.paths = ()
-    # Texts of the pretraining loss in PPO (`ppo.loss.ptx_coef`); empty = what the SFT phase learns of `paths`.
+    # Texts for the pretraining loss in PPO (`ppo.loss.ptx_coef`); empty = the texts of the SFT phase from `paths`.
     config.data.ptx_paths = ()
-    config.data.ppo_batch_size = 64  # Prompts per iteration, of all devices together.
-    config.data.max_prompt_tokens = 256  # Longest prompt of the PPO phase, in tokens.
+    config.data.ppo_batch_size = 64  # Prompts per iteration, over all devices.
+    config.data.max_prompt_tokens = 256  # The longest prompt of the PPO phase, in tokens.
     _reward_model(config.reward_model)
     _critic(config.critic)
     _reference(config.reference)

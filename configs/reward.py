@@ -22,14 +22,14 @@ def get_config() -> ConfigDict:
     config.model.path = "HuggingFaceTB/SmolLM2-135M"
     # The SFT policy, which the reward and PPO phases start from; None = <workdir>/sft/model.
     # config.sft_model_path = None
-    # Each a .jsonl, .json, .parquet or .csv file; a Hugging Face data set, "org/name" or "org/name:configuration", or a
-    # folder that `datasets` loads or saved; or "package.module:function", a reader: f(phase=…, split="train" | "eval")
-    # → rows as dicts.
+    # Each is a .jsonl, .json, .parquet or .csv file; a Hugging Face data set ("org/name" or "org/name:configuration"),
+    # or a folder that `datasets` can load or has saved; or a reader, "package.module:function": f(phase=…,
+    # split="train" | "eval") → rows as dicts.
     config.data.paths = ()
-    config.data.reward_batch_size = 16  # Pairs per step (packs, with packing).
-    config.data.max_tokens = 512  # Longest prompt + completion of the SFT and reward phases, in tokens.
-    # SFT texts share a row of max_tokens, reward pairs one of 2 · max_tokens, without seeing each other; the reward
-    # phase's token loss takes its pairs one by one all the same.
+    config.data.reward_batch_size = 16  # Pairs per step (packed rows, with packing), over all devices.
+    config.data.max_tokens = 512  # The longest prompt + completion of the SFT and reward phases, in tokens.
+    # Several SFT texts share a row of max_tokens, and several reward pairs a row of 2 · max_tokens; they do not attend
+    # to each other. The reward phase's token loss uses unpacked pairs regardless.
     config.data.packing = False
     _reward(config.reward)
     _ppo_sampling(config.ppo.sampling)

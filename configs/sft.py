@@ -65,17 +65,17 @@ def _log(log: ConfigDict) -> None:
 
 def _mesh(mesh: ConfigDict) -> None:
     """How many devices lie along each axis."""
-    mesh.data = 1  # Copies of everything, each with its own rows. Of several TPU slices each has its own copies.
-    mesh.fsdp = -1  # Rows, and parameters cut along their width.
-    mesh.tensor = 1  # Heads, MLP width and vocabulary.
-    mesh.rules = ()  # Lines of the table in `parallel/layout.py` that differ, "logical=mesh+mesh" each.
+    mesh.data = 1  # Replicas of the model, each with its own rows. Each of several TPU slices has replicas of its own.
+    mesh.fsdp = -1  # Shards of the rows, and of parameters along the model width.
+    mesh.tensor = 1  # Shards of heads, MLP width and vocabulary.
+    mesh.rules = ()  # Overrides of the table in `parallel/layout.py`, each "logical=mesh+mesh".
 
 
 def _rollout_mesh(rollout_mesh: ConfigDict) -> None:
     """The same devices in another form, for sampling; by default chosen by the model."""
-    # rollout_mesh.data = None  # As in `MeshConfig`; None = 1 where another is given.
-    # rollout_mesh.fsdp = None  # As in `MeshConfig`; None = 1 where another is given.
-    # rollout_mesh.tensor = None  # As in `MeshConfig`; None = 1 where another is given.
+    # rollout_mesh.data = None  # As in `MeshConfig`; None = 1 if another size is set.
+    # rollout_mesh.fsdp = None  # As in `MeshConfig`; None = 1 if another size is set.
+    # rollout_mesh.tensor = None  # As in `MeshConfig`; None = 1 if another size is set.
 
 
 def _model(model: ConfigDict) -> None:
@@ -97,64 +97,65 @@ def _model(model: ConfigDict) -> None:
 
 def _data(data: ConfigDict) -> None:
     """The data of all phases."""
-    # Each a .jsonl, .json, .parquet or .csv file; a Hugging Face data set, "org/name" or "org/name:configuration", or a
-    # folder that `datasets` loads or saved; or "package.module:function", a reader: f(phase=…, split="train" | "eval")
-    # → rows as dicts.
+    # Each is a .jsonl, .json, .parquet or .csv file; a Hugging Face data set ("org/name" or "org/name:configuration"),
+    # or a folder that `datasets` can load or has saved; or a reader, "package.module:function": f(phase=…,
+    # split="train" | "eval") → rows as dicts.
     data.paths = ()
-    # Texts of the pretraining loss in PPO (`ppo.loss.ptx_coef`); empty = what the SFT phase learns of `paths`.
+    # Texts for the pretraining loss in PPO (`ppo.loss.ptx_coef`); empty = the texts of the SFT phase from `paths`.
     data.ptx_paths = ()
-    data.weights = ()  # The share of each path in the mixture; empty = by their sizes.
-    # Held-out rows; empty = what each reader returns for "eval", and `eval_rows` of each other path's. No prompt that
-    # is held out is trained on, in any phase (docs/data.md says what a prompt is).
+    data.weights = ()  # The weight of each path in the mixture; empty = the number of its rows.
+    # Held-out rows; empty = the rows that a reader returns for "eval", and `eval_rows` rows of every other path. No
+    # held-out prompt is trained on, in any phase (docs/data.md says what a prompt is).
     data.eval_paths = ()
     data.split = "train"  # The split of a Hugging Face data set, for `paths`.
     data.eval_split = "test"  # The same for `eval_paths`.
     # data.revision = None  # The revision of a Hugging Face data set.
-    # Shares of each path for the phases, such as "2,4,4", drawn by the seed: no prompt is in two; "" = each phase has
-    # all rows.
+    # Shares of each path for SFT, reward and PPO, such as "2,4,4". The seed assigns each prompt to one phase; "" = each
+    # phase gets all rows.
     data.data_split = ""
-    # Held-out rows per path and phase, at most; of `paths` whole prompts, and never more than a tenth of the rows and
-    # of the prompts in the phase's share.
+    # The largest number of held-out rows per path and phase. From `paths` whole prompts are held out, at most a tenth
+    # of the rows and of the prompts in the phase's share.
     data.eval_rows = 256
-    data.prompt_column = "prompt"  # The column of prompts, as it is called in the data.
+    data.prompt_column = "prompt"  # The name of the column with prompts.
     data.completion_column = "completion"  # The column of completions.
     data.chosen_column = "chosen"  # The column of the preferred answers.
-    data.rejected_column = "rejected"  # The column of the other answers.
+    data.rejected_column = "rejected"  # The column of the dispreferred answers.
     data.text_column = "text"  # The column of plain texts.
     data.messages_column = "messages"  # The column of chats.
-    data.margin_column = "margin"  # The column of how much better an answer is.
-    data.label_column = "label"  # The column of labels; a completion whose label is false is not learned.
-    data.tools_column = "tools"  # The column of what the assistant may call, for the chat template.
-    data.max_prompt_tokens = 256  # Longest prompt of the PPO phase, in tokens.
-    data.max_tokens = 512  # Longest prompt + completion of the SFT and reward phases, in tokens.
-    # What happens to longer rows: they are left out ("filter") and counted, or cut ("truncate"): prompts from the left,
-    # completions from the right.
+    data.margin_column = "margin"  # The column of margins, by how much the chosen answer is better (in reward units).
+    data.label_column = "label"  # The column of labels; a completion with a false label is not learned.
+    data.tools_column = "tools"  # The column of the tools that the assistant may call, for the chat template.
+    data.max_prompt_tokens = 256  # The longest prompt of the PPO phase, in tokens.
+    data.max_tokens = 512  # The longest prompt + completion of the SFT and reward phases, in tokens.
+    # Longer rows are left out and counted ("filter"), or cut ("truncate"): prompts on the left, completions on the
+    # right.
     data.too_long = "filter"
-    # What happens at an empty completion, chosen = rejected, or an answer of which the chat template leaves out a part:
-    # stop with an "error", or "drop" and count.
+    # A row with an empty completion, with equal chosen and rejected answers, or with an answer of which the chat
+    # template omits a part, raises an "error", or is left out and counted ("drop").
     data.on_bad_row = "error"
-    # Prompts and answers that are plain texts are written with the tokenizer's chat template, as what the user and the
-    # assistant say.
+    # Plain-text prompts and answers become messages of the user and the assistant, and are rendered with the
+    # tokenizer's chat template.
     data.as_chat = False
-    # The text of a special token, such as <|im_end|>, is read as the token wherever a row has it, as data needs that
-    # was written with a chat template beforehand; else as text, which ends and opens no turn.
+    # The text of a special token in a row, such as <|im_end|>, is tokenized as that token; set this for data that a
+    # chat template has already rendered. Otherwise it is tokenized as text, and cannot open or end a turn.
     data.parse_special_tokens = False
     # Prompts of the PPO phase are the first so many tokens of `text` (or of `prompt`); None = whole prompts. Shorter
-    # ones are left out and counted. In all phases rows with one opening have one prompt.
+    # ones are left out and counted. In all phases, rows with the same first tokens have the same prompt.
     # data.prompt_tokens = None
-    # Of rows that are alike, one stays; rows of `paths` that have a prompt of `eval_paths`' or of a reader's "eval"
-    # rows are not trained on.
+    # Of equal rows one is kept; rows of `paths` are not trained on if their prompt is in `eval_paths` or in a reader's
+    # "eval" rows.
     data.deduplicate = True
-    # data.pad_token = None  # The pad token of a tokenizer that has none; any will do, since masks come from lengths.
-    data.sft_batch_size = 16  # Rows per step (packs, with packing), of all devices together.
-    data.reward_batch_size = 16  # Pairs per step (packs, with packing).
-    data.ppo_batch_size = 64  # Prompts per iteration, of all devices together.
-    # SFT texts share a row of max_tokens, reward pairs one of 2 · max_tokens, without seeing each other; the reward
-    # phase's token loss takes its pairs one by one all the same.
+    # The pad token for a tokenizer that has none; any token will do, since masks are made from lengths.
+    # data.pad_token = None
+    data.sft_batch_size = 16  # Rows per step (packed rows, with packing), over all devices.
+    data.reward_batch_size = 16  # Pairs per step (packed rows, with packing), over all devices.
+    data.ppo_batch_size = 64  # Prompts per iteration, over all devices.
+    # Several SFT texts share a row of max_tokens, and several reward pairs a row of 2 · max_tokens; they do not attend
+    # to each other. The reward phase's token loss uses unpacked pairs regardless.
     data.packing = False
-    # Widths that batches are padded to, in tokens; empty = quarter, half and whole of the longest allowed.
+    # Widths to which batches are padded, in tokens; empty = a quarter, a half and all of the longest allowed.
     data.length_buckets = ()
-    data.prefetch = 2  # Batches made ahead of their use.
+    data.prefetch = 2  # Batches that are made ahead of their use.
 
 
 def _sft(sft: ConfigDict) -> None:

@@ -36,7 +36,14 @@ from jax_rlhf.data import DataError
 from jax_rlhf.hub import CheckpointError
 from jax_rlhf.io.printable import printable_lines
 from jax_rlhf.io.terminal import make_output_harmless
-from jax_rlhf.parallel import ProcessError, any_process, barrier, check_same_on_all_processes, leave, start_processes
+from jax_rlhf.parallel import (
+    ProcessError,
+    any_process,
+    barrier,
+    check_same_on_all_processes,
+    exit_process,
+    start_processes,
+)
 from jax_rlhf.rewards import RewardError
 from jax_rlhf.runtime.checkpoint import RestoreError
 from jax_rlhf.runtime.numerics import FaultError
@@ -98,13 +105,13 @@ def main(arguments: Sequence[str]) -> int:
     except _EXPECTED as error:
         logging.debug("where it came from", exc_info=True)
         print(f"error: {printable_lines(str(error))}", file=sys.stderr)
-        return leave(FAILED if getattr(error, "internal", False) else 1, error)
+        return exit_process(FAILED if getattr(error, "internal", False) else 1, error)
     except Stopped as error:
         print(f"stopped ({printable_lines(str(error))}); the same command goes on.", file=sys.stderr)
-        return leave(SAVED, error)
+        return exit_process(SAVED, error)
     except SystemExit as error:  # of a reader, or of a package: who asks for 0 must not get it
         print(f"error: something that the run called has ended it: sys.exit({error.code!r})", file=sys.stderr)
-        return leave(1, error)
+        return exit_process(1, error)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the tokenizers library's panics are none of Exception
@@ -114,10 +121,10 @@ def main(arguments: Sequence[str]) -> int:
                 f"error: {printable_lines(str(error))}. What was saved before stays; mended, the same command goes on.",
                 file=sys.stderr,
             )
-            return leave(1, error)
+            return exit_process(1, error)
         # Ours; where there are other processes, they must not wait for this one.
         print(printable_lines(traceback.format_exc()), file=sys.stderr)
-        return leave(FAILED, error)
+        return exit_process(FAILED, error)
 
 
 def _keep_compiled(folder: str) -> None:

@@ -1,4 +1,4 @@
-"""Data sets by phase: files, Hugging Face data sets and readers in; batches out.
+"""Reads files, Hugging Face data sets and Python readers, and makes the batches of each training phase.
 
 The names of __init__.pyi are imported when they are first used, so that settings load no library.
 """

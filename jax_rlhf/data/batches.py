@@ -1,4 +1,7 @@
-"""From examples to batches: padded to one of a few widths, each process with its own rows."""
+"""Makes batches of examples, padded to one of a few widths; each process makes its local rows only.
+
+Shapes: B = rows, T = tokens per row, P = tokens per prompt, S = pairs per packed row.
+"""
 
 import bisect
 import dataclasses
@@ -13,7 +16,7 @@ from jax_rlhf.data.tokens import Example
 from jax_rlhf.rl import Prompts
 
 FIRST_EVAL_ROW = 1 << 24
-"""Row ids of held-out prompts count from here, so that they share no randomness with those of training."""
+"""Row ids of held-out prompts start here, so that they share no random numbers with training prompts."""
 
 
 @struct.dataclass
@@ -24,8 +27,8 @@ class TextBatch:
       tokens: int32[B, T].
       mask: bool[B, T], True = real token.
       completion_mask: bool[B, T], True = token of a completion.
-      segments: int32[B, T], which of the texts packed into a row a token is of, from 0.
-      positions: int32[B, T], tokens of the same text before it.
+      segments: int32[B, T], index in the row of the packed text to which a token belongs.
+      positions: int32[B, T], position of a token in its text.
     """
 
     tokens: Array
@@ -41,7 +44,7 @@ class PairBatch:
 
     Attributes:
       chosen, rejected: int32[B, T].
-      chosen_mask, rejected_mask: bool[B, T], True = real token; a row without one is no pair.
+      chosen_mask, rejected_mask: bool[B, T], True = real token; a row without real tokens only fills the batch up.
       margin: float32[B], in reward units.
     """
 
@@ -54,15 +57,15 @@ class PairBatch:
 
 @struct.dataclass
 class PackedPairs:
-    """Pairs for the reward phase, several to a row: prompt + chosen, prompt + rejected, prompt + chosen, …
+    """Pairs for the reward phase, several per row: prompt + chosen, prompt + rejected, prompt + chosen, …
 
     Attributes:
       tokens: int32[B, T].
       mask: bool[B, T], True = real token.
-      segments: int32[B, T], which of the row's texts a token is of, from 0.
-      positions: int32[B, T], tokens of the same text before it.
-      chosen_last, rejected_last: int32[B, S], where in the row the answers of each pair end.
-      real: bool[B, S], True = there is such a pair.
+      segments: int32[B, T], index in the row of the text to which a token belongs.
+      positions: int32[B, T], position of a token in its text.
+      chosen_last, rejected_last: int32[B, S], index of the last token of each pair's answers.
+      real: bool[B, S], True = the row has this pair, False = an unused slot.
       margin: float32[B, S], in reward units.
     """
 
@@ -77,43 +80,33 @@ class PackedPairs:
 
 
 def real_tokens(batch: TextBatch | PairBatch | PackedPairs) -> Array:
-    """How many tokens a batch has, pads left out.
-
-    Args:
-      batch: of either phase.
-
-    Returns:
-      int32[].
-    """
+    """The number of tokens of a batch, without padding; int32[]."""
     masks = (batch.chosen_mask, batch.rejected_mask) if isinstance(batch, PairBatch) else (batch.mask,)
     return sum(jnp.sum(mask) for mask in masks)
 
 
 def width(longest: int, buckets: Sequence[int]) -> int:
-    """The smallest of a few widths that holds a row.
+    """The smallest bucket into which the longest row fits.
 
     Args:
-      longest: in tokens.
-      buckets: widths, ascending; the last holds everything.
-
-    Returns:
-      A bucket.
+      longest: its length in tokens.
+      buckets: widths in tokens, ascending; every row fits into the last.
     """
     return buckets[bisect.bisect_left(buckets, longest)]
 
 
 def text_batch(rows: Sequence[Sequence[Example]], columns: int, pad: int) -> TextBatch:
-    """Rows of one text, or of several packed.
+    """A batch of rows with one text, or with several packed texts.
 
     Args:
       rows: B rows of texts; a row may be empty.
       columns: T.
-      pad: id at pads.
+      pad: the pad token's id.
 
     Returns:
       The batch, in NumPy arrays.
     """
-    shape = (len(rows), columns)
+    shape = (len(rows), columns)  # [B, T]
     tokens = np.full(shape, pad, np.int32)
     mask, completion = np.zeros(shape, bool), np.zeros(shape, bool)
     segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -130,19 +123,19 @@ def text_batch(rows: Sequence[Sequence[Example]], columns: int, pad: int) -> Tex
 
 
 def pair_batch(rows: Sequence[Example | None], columns: int, pad: int) -> PairBatch:
-    """Pairs of answers.
+    """A batch with one pair of answers per row.
 
     Args:
-      rows: B pairs; None = a row that is no pair.
+      rows: B pairs; None = an empty row that fills the batch up.
       columns: T.
-      pad: id at pads.
+      pad: the pad token's id.
 
     Returns:
       The batch, in NumPy arrays.
     """
-    tokens = [np.full((len(rows), columns), pad, np.int32) for _ in range(2)]
-    masks = [np.zeros((len(rows), columns), bool) for _ in range(2)]
-    margin = np.zeros(len(rows), np.float32)
+    tokens = [np.full((len(rows), columns), pad, np.int32) for _ in range(2)]  # chosen, rejected: [B, T] each
+    masks = [np.zeros((len(rows), columns), bool) for _ in range(2)]  # [B, T] each
+    margin = np.zeros(len(rows), np.float32)  # [B]
     for r, example in enumerate(rows):
         if example is None:
             continue
@@ -154,73 +147,73 @@ def pair_batch(rows: Sequence[Example | None], columns: int, pad: int) -> PairBa
 
 
 def packed_pairs(rows: Sequence[Sequence[Example]], columns: int, slots: int, pad: int) -> PackedPairs:
-    """Rows of several pairs.
+    """A batch with several pairs per row.
 
     Args:
       rows: B rows of pairs; a row may be empty.
       columns: T.
-      slots: S, the most pairs that a row may have.
-      pad: id at pads.
+      slots: S, the largest number of pairs per row.
+      pad: the pad token's id.
 
     Returns:
       The batch, in NumPy arrays.
     """
     texts = [[dataclasses.replace(pair, completions=(c,)) for pair in row for c in pair.completions] for row in rows]
-    laid_out = text_batch(texts, columns, pad)
-    last = np.zeros((len(rows), slots, 2), np.int32)
-    real, margin = np.zeros((len(rows), slots), bool), np.zeros((len(rows), slots), np.float32)
+    batch = text_batch(texts, columns, pad)
+    last = np.zeros((len(rows), slots, 2), np.int32)  # [B, S, (chosen, rejected)]
+    real, margin = np.zeros((len(rows), slots), bool), np.zeros((len(rows), slots), np.float32)  # [B, S]
     for r, row in enumerate(rows):
         ends = np.cumsum([text.length for text in texts[r]], dtype=np.int32) - 1
         last[r, : len(row)], real[r, : len(row)] = ends.reshape(-1, 2), True
         margin[r, : len(row)] = [pair.margin for pair in row]
-    apart = laid_out.segments, laid_out.positions
-    return PackedPairs(laid_out.tokens, laid_out.mask, *apart, last[..., 0], last[..., 1], real, margin)
+    separation = batch.segments, batch.positions
+    return PackedPairs(batch.tokens, batch.mask, *separation, last[..., 0], last[..., 1], real, margin)
 
 
 def prompt_batch(
     rows: Sequence[Example], columns: int, pad: int, row_ids: np.ndarray, names: Sequence[str] = ()
 ) -> Prompts:
-    """Prompts, padded on the left.
+    """A batch of prompts, padded on the left.
 
     Args:
       rows: B prompts.
       columns: P.
-      pad: id at pads.
-      row_ids: int[B], what addresses their randomness.
-      names: of the data's columns.
+      pad: the pad token's id.
+      row_ids: int[B]; each row's random numbers are derived from its id.
+      names: columns of the data that the batch keeps, for reward functions.
 
     Returns:
-      The batch; the data's columns come along, None where a row has not got one, and so do the messages of chats.
+      The batch, with the columns (None where a row lacks one) and the messages of chats.
     """
-    tokens, mask = np.full((len(rows), columns), pad, np.int32), np.zeros((len(rows), columns), bool)
+    tokens, mask = np.full((len(rows), columns), pad, np.int32), np.zeros((len(rows), columns), bool)  # [B, P]
     for r, example in enumerate(rows):
         tokens[r, columns - len(example.prompt) :], mask[r, columns - len(example.prompt) :] = example.prompt, True
-    others = {name: [example.columns.get(name) for example in rows] for name in names}
+    data_columns = {name: [example.columns.get(name) for example in rows] for name in names}
     chats = [example.chat for example in rows]
     continued = [example.continued for example in rows]
-    more = (chats, continued) if any(chats) else (None, None)
-    return Prompts(tokens, mask, np.asarray(row_ids, np.int32), others, *more)
+    chat_fields = (chats, continued) if any(chats) else (None, None)
+    return Prompts(tokens, mask, np.asarray(row_ids, np.int32), data_columns, *chat_fields)
 
 
 def packed(examples: Sequence[Example], columns: int) -> list[list[Example]]:
-    """Texts, or pairs of them, that share rows: best fit, the longest first, so that few rows are needed.
+    """Packs texts, or pairs of texts, into few rows: best fit, longest first.
 
     Args:
       examples: the texts, none longer than a row.
-      columns: of a row, in tokens.
+      columns: tokens per row.
 
     Returns:
-      The rows.
+      The texts of each row.
     """
     rows: list[list[Example]] = []
-    spaces: list[tuple[int, int]] = []  # (what is left of a row, the row), ascending
+    spaces: list[tuple[int, int]] = []  # (free tokens of a row, index of the row), ascending
     for example in sorted(examples, key=lambda example: -example.total_length):
-        place = bisect.bisect_left(spaces, (example.total_length, -1))
-        if place == len(spaces):
+        index = bisect.bisect_left(spaces, (example.total_length, -1))
+        if index == len(spaces):
             rows.append([])
             space, row = columns, len(rows) - 1
         else:
-            space, row = spaces.pop(place)
+            space, row = spaces.pop(index)
         rows[row].append(example)
         bisect.insort(spaces, (space - example.total_length, row))
     return rows

@@ -1,4 +1,4 @@
-"""Which data, and how it becomes batches."""
+"""Settings of the data: what is read, and how it is split, tokenized and batched."""
 
 import dataclasses
 from typing import Literal
@@ -12,16 +12,16 @@ class DataConfig:
     """The data of all phases; formats are TRL's, see `formats.py`."""
 
     paths: tuple[str, ...] = ()
-    """Each a .jsonl, .json, .parquet or .csv file; a Hugging Face data set, "org/name" or "org/name:configuration",
-    or a folder that `datasets` loads or saved; or "package.module:function", a reader: f(phase=…, split="train" |
-    "eval") → rows as dicts."""
+    """Each is a .jsonl, .json, .parquet or .csv file; a Hugging Face data set ("org/name" or "org/name:configuration"),
+    or a folder that `datasets` can load or has saved; or a reader, "package.module:function": f(phase=…, split="train"
+    | "eval") → rows as dicts."""
     ptx_paths: tuple[str, ...] = ()
-    """Texts of the pretraining loss in PPO (`ppo.loss.ptx_coef`); empty = what the SFT phase learns of `paths`."""
+    """Texts for the pretraining loss in PPO (`ppo.loss.ptx_coef`); empty = the texts of the SFT phase from `paths`."""
     weights: tuple[float, ...] = ()
-    """The share of each path in the mixture; empty = by their sizes."""
+    """The weight of each path in the mixture; empty = the number of its rows."""
     eval_paths: tuple[str, ...] = ()
-    """Held-out rows; empty = what each reader returns for "eval", and `eval_rows` of each other path's. No prompt
-    that is held out is trained on, in any phase (docs/data.md says what a prompt is)."""
+    """Held-out rows; empty = the rows that a reader returns for "eval", and `eval_rows` rows of every other path. No
+    held-out prompt is trained on, in any phase (docs/data.md says what a prompt is)."""
     split: str = "train"
     """The split of a Hugging Face data set, for `paths`."""
     eval_split: str = "test"
@@ -29,69 +29,69 @@ class DataConfig:
     revision: str | None = None
     """The revision of a Hugging Face data set."""
     data_split: str = ""
-    """Shares of each path for the phases, such as "2,4,4", drawn by the seed: no prompt is in two; "" = each phase
-    has all rows."""
+    """Shares of each path for SFT, reward and PPO, such as "2,4,4". The seed assigns each prompt to one phase; "" =
+    each phase gets all rows."""
     eval_rows: int = 256
-    """Held-out rows per path and phase, at most; of `paths` whole prompts, and never more than a tenth of the rows
-    and of the prompts in the phase's share."""
+    """The largest number of held-out rows per path and phase. From `paths` whole prompts are held out, at most a tenth
+    of the rows and of the prompts in the phase's share."""
 
     prompt_column: str = "prompt"
-    """The column of prompts, as it is called in the data."""
+    """The name of the column with prompts."""
     completion_column: str = "completion"
     """The column of completions."""
     chosen_column: str = "chosen"
     """The column of the preferred answers."""
     rejected_column: str = "rejected"
-    """The column of the other answers."""
+    """The column of the dispreferred answers."""
     text_column: str = "text"
     """The column of plain texts."""
     messages_column: str = "messages"
     """The column of chats."""
     margin_column: str = "margin"
-    """The column of how much better an answer is."""
+    """The column of margins, by how much the chosen answer is better (in reward units)."""
     label_column: str = "label"
-    """The column of labels; a completion whose label is false is not learned."""
+    """The column of labels; a completion with a false label is not learned."""
     tools_column: str = "tools"
-    """The column of what the assistant may call, for the chat template."""
+    """The column of the tools that the assistant may call, for the chat template."""
 
     max_prompt_tokens: int = 256
-    """Longest prompt of the PPO phase, in tokens."""
+    """The longest prompt of the PPO phase, in tokens."""
     max_tokens: int = 512
-    """Longest prompt + completion of the SFT and reward phases, in tokens."""
+    """The longest prompt + completion of the SFT and reward phases, in tokens."""
     too_long: Literal["filter", "truncate"] = "filter"
-    """What happens to longer rows: they are left out ("filter") and counted, or cut ("truncate"): prompts from the
-    left, completions from the right."""
+    """Longer rows are left out and counted ("filter"), or cut ("truncate"): prompts on the left, completions on the
+    right."""
     on_bad_row: Literal["error", "drop"] = "error"
-    """What happens at an empty completion, chosen = rejected, or an answer of which the chat template leaves out a
-    part: stop with an "error", or "drop" and count."""
+    """A row with an empty completion, with equal chosen and rejected answers, or with an answer of which the chat
+    template omits a part, raises an "error", or is left out and counted ("drop")."""
     as_chat: bool = False
-    """Prompts and answers that are plain texts are written with the tokenizer's chat template, as what the user and
-    the assistant say."""
+    """Plain-text prompts and answers become messages of the user and the assistant, and are rendered with the
+    tokenizer's chat template."""
     parse_special_tokens: bool = False
-    """The text of a special token, such as <|im_end|>, is read as the token wherever a row has it, as data needs
-    that was written with a chat template beforehand; else as text, which ends and opens no turn."""
+    """The text of a special token in a row, such as <|im_end|>, is tokenized as that token; set this for data that a
+    chat template has already rendered. Otherwise it is tokenized as text, and cannot open or end a turn."""
     prompt_tokens: int | None = None
-    """Prompts of the PPO phase are the first so many tokens of `text` (or of `prompt`); None = whole prompts.
-    Shorter ones are left out and counted. In all phases rows with one opening have one prompt."""
+    """Prompts of the PPO phase are the first so many tokens of `text` (or of `prompt`); None = whole prompts. Shorter
+    ones are left out and counted. In all phases, rows with the same first tokens have the same prompt."""
     deduplicate: bool = True
-    """Of rows that are alike, one stays; rows of `paths` that have a prompt of `eval_paths`' or of a reader's "eval"
-    rows are not trained on."""
+    """Of equal rows one is kept; rows of `paths` are not trained on if their prompt is in `eval_paths` or in a reader's
+    "eval" rows."""
     pad_token: str | None = None
-    """The pad token of a tokenizer that has none; any will do, since masks come from lengths."""
+    """The pad token for a tokenizer that has none; any token will do, since masks are made from lengths."""
 
     sft_batch_size: int = 16
-    """Rows per step (packs, with packing), of all devices together."""
+    """Rows per step (packed rows, with packing), over all devices."""
     reward_batch_size: int = 16
-    """Pairs per step (packs, with packing)."""
+    """Pairs per step (packed rows, with packing), over all devices."""
     ppo_batch_size: int = 64
-    """Prompts per iteration, of all devices together."""
+    """Prompts per iteration, over all devices."""
     packing: bool = False
-    """SFT texts share a row of max_tokens, reward pairs one of 2 · max_tokens, without seeing each other; the reward
-    phase's token loss takes its pairs one by one all the same."""
+    """Several SFT texts share a row of max_tokens, and several reward pairs a row of 2 · max_tokens; they do not attend
+    to each other. The reward phase's token loss uses unpacked pairs regardless."""
     length_buckets: tuple[int, ...] = ()
-    """Widths that batches are padded to, in tokens; empty = quarter, half and whole of the longest allowed."""
+    """Widths to which batches are padded, in tokens; empty = a quarter, a half and all of the longest allowed."""
     prefetch: int = 2
-    """Batches made ahead of their use."""
+    """Batches that are made ahead of their use."""
 
     def __post_init__(self) -> None:
         names = ("max_prompt_tokens", "max_tokens", "prompt_tokens", "eval_rows", "prefetch")
@@ -100,23 +100,23 @@ class DataConfig:
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be 1 or more.")
         if self.weights and len(self.weights) != len(self.paths):
-            raise ValueError(f"{len(self.weights)} weights are given for {len(self.paths)} paths; one each is needed.")
+            raise ValueError(f"there are {len(self.weights)} weights for {len(self.paths)} paths; set one per path.")
         if any(not weight > 0 for weight in self.weights):
-            raise ValueError(f"weights={self.weights} must all be above 0; leave a path out that is not wanted.")
+            raise ValueError(f"weights={self.weights} must all be above 0; remove a path that should not be used.")
         shares(self.data_split)
 
 
 def shares(data_split: str) -> tuple[float, float, float] | None:
-    """What "2,4,4" means.
+    """Parses `data_split`, such as "2,4,4".
 
     Args:
-      data_split: three numbers, of SFT, reward and PPO; "" = no split.
+      data_split: three numbers, for SFT, reward and PPO; "" = no split.
 
     Returns:
-      Shares that add up to 1, or None.
+      Shares that sum to 1, or None.
 
     Raises:
-      ValueError: not three numbers of 0 or more.
+      ValueError: the text is not three numbers of 0 or more.
     """
     if not data_split.strip():
         return None
@@ -125,6 +125,6 @@ def shares(data_split: str) -> tuple[float, float, float] | None:
     except ValueError:
         numbers = []
     if len(numbers) != 3 or any(not 0 <= number < float("inf") for number in numbers) or sum(numbers) <= 0:
-        raise ValueError(f'data_split={data_split!r}; three numbers for SFT, reward and PPO are expected: "2,4,4".')
+        raise ValueError(f'data_split={data_split!r} must be three numbers, for SFT, reward and PPO, such as "2,4,4".')
     sft, reward, ppo = (number / sum(numbers) for number in numbers)
     return sft, reward, ppo

@@ -1,4 +1,4 @@
-"""`create_datasets`: from paths to batches that are a pure function of (seed, step)."""
+"""`create_datasets`: makes batches of the data at given paths; a batch is a pure function of (seed, step)."""
 
 import collections
 import dataclasses
@@ -27,43 +27,43 @@ from jax_rlhf.settings import from_mapping
 Phase = Literal["sft", "reward", "ppo"]
 _HELD_OUT = "held out as well; --config.data.deduplicate=false keeps them"
 _NOTHING_DRAWN = (
-    "nothing of paths is held out: whole prompts would be more than eval_rows, or more than a tenth; "
-    "--config.data.eval_paths can name rows"
+    "nothing of paths is held out: each prompt has more than eval_rows rows, or more than a tenth of them; set "
+    "--config.data.eval_paths to evaluate"
 )
-_SHOWN = 150  # characters of each end of a text
-_IMPLICIT = "pairs have no prompt of their own; what both texts begin with is taken for it."
+_SHOWN = 150  # characters of the beginning and of the end of a text
+_IMPLICIT = "pairs have no prompt column; the common beginning of both texts is taken as the prompt."
 _REPEATED = (
-    "rows have answers that begin with their prompt's text, which the model learns to repeat; where chosen and "
-    "rejected are whole conversations, --config.data.prompt_column=none takes the prompt out."
+    "rows have answers that begin with the text of their prompt, so the model would learn to repeat it. If chosen and "
+    "rejected are whole conversations, set --config.data.prompt_column=none."
 )
-_TOOLS = "rows have tools, or calls of them, which the tokenizer's chat template does not write."
+_TOOLS = "rows have tools, or tool calls, that the tokenizer's chat template does not render."
 _NOT_A_CHAT = "rows are plain texts, for which the tokenizer's chat template is not used"
-_AS_CHAT = "; --config.data.as_chat=true uses it for those with a prompt."
+_AS_CHAT = "; --config.data.as_chat=true uses it for rows with a prompt."
 _TEXT = (
-    "rows have special tokens of the tokenizer in their texts, such as {!r}, which are read as text; where they were "
-    "written with a chat template beforehand, --config.data.parse_special_tokens=true reads them as the tokens."
+    "rows have special tokens of the tokenizer in their texts, such as {!r}, which are tokenized as text. If a chat "
+    "template has already rendered these texts, set --config.data.parse_special_tokens=true."
 )
-_PARSED = "rows have special tokens of the tokenizer in their texts, such as {!r}, which are read as the tokens."
-_TRAINED_ON = "held out, but in tokens as a prompt that is trained on"
+_PARSED = "rows have special tokens of the tokenizer in their texts, such as {!r}, which are tokenized as these tokens."
+_TRAINED_ON = "held out, but in tokens equal to a prompt that is trained on"
 
 
 @dataclasses.dataclass(frozen=True)
 class Datasets:
-    """A phase's data.
+    """The data of one phase.
 
     Attributes:
-      train: `train[step]` is the batch of a step, the same for ever; there is no last one.
-      eval: `eval[i]`, held-out batches of the same number of rows; the last is filled up.
-      train_rows: rows (or packs) that an epoch has.
-      eval_rows: rows held out; what fills the last batch up does not count.
-      batch_size: rows per batch, of all processes together.
-      report: how many rows were read, and what became of them.
-      notes: what else is worth knowing of them, a sentence each.
-      example: the first row that is trained on, decoded with special tokens.
-      held_out: the rows of `eval`, in the same order.
-      digest: of all that training reads, in order: processes that read other files differ in it.
-      widths: that batches can have with these rows, in tokens; each is compiled for when it first comes.
-      prefetch: batches made ahead of their use.
+      train: `train[step]` is the batch of a step, for any step from 0 on; it depends on (seed, step) only.
+      eval: held-out batches with `batch_size` rows each; filler rows complete the last one.
+      train_rows: rows (or packed rows) per epoch.
+      eval_rows: held-out rows, without filler.
+      batch_size: rows per global batch.
+      report: the number of rows that were read, trained on, held out, and left out for each reason.
+      notes: further remarks on the data for the user, one sentence each.
+      example: the first training row, decoded with special tokens.
+      held_out: the examples of `eval`, in the same order.
+      digest: checksum of all that the phase reads, in order. It differs between processes that read different files.
+      widths: the possible widths of a batch, in tokens. The training step is compiled once per width.
+      prefetch: batches that are made ahead of their use.
     """
 
     train: grain.MapDataset
@@ -81,11 +81,11 @@ class Datasets:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches in which each row comes once, but for the last few."""
+        """Whole batches per epoch; the last few rows of an epoch make up less than a batch."""
         return max(1, self.train_rows // self.batch_size)
 
     def batches(self, start: int, stop: int) -> Iterator[Any]:
-        """The batches of steps `start` to `stop` − 1, made ahead in the background."""
+        """The batches of steps `start` to `stop` − 1, prefetched by a background thread."""
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self.prefetch)
         return iter(self.train[start:stop].to_iter_dataset(options))
 
@@ -105,47 +105,47 @@ def create_datasets(
 
     Args:
       config: a `DataConfig`, or a mapping of its fields.
-      tokenizer: the model's.
-      phase: "sft" (batches are `TextBatch`), "reward" (`PairBatch`; packed `PackedPairs`) or "ppo" (`Prompts`).
-      seed: of the split and of the order.
-      eos_ids: tokens that end an answer; None = the tokenizer's EOS.
-      eval_rows: of what is held out, the phase evaluates on at most so many rows per path; None = config.eval_rows.
-        What is drawn from `paths` and not trained on is a matter of config.eval_rows, the same for all phases.
-      mesh: where batches go. A process lays out the rows that its devices hold; it reads all, since the split, the
-        order and the widths are those of the whole.
-      vocab_size: how many ids the model knows; a row with another token is an error. None = it is not looked at.
+      tokenizer: the model's tokenizer.
+      phase: "sft" (batches are `TextBatch`), "reward" (`PairBatch`; packed: `PackedPairs`) or "ppo" (`Prompts`).
+      seed: for the split and the order of rows.
+      eos_ids: ids of tokens that end an answer; None = the tokenizer's EOS.
+      eval_rows: the phase evaluates on at most so many held-out rows per path; None = config.eval_rows. How many rows
+        of `paths` are held out depends on config.eval_rows only, which all phases share.
+      mesh: the mesh for which batches are made; None = one device per process. Each process makes the rows that are
+        local to it. It still reads all data, because the split, the order and the widths depend on all rows.
+      vocab_size: the number of rows of the model's embedding; a token beyond it is an error. None = no check.
 
     Returns:
-      The data sets; batches hold this process's rows of the global batch.
+      The data; each batch has the rows of the global batch that are local to this process.
 
     Raises:
-      DataError: a row is broken, columns are missing, nothing is left; says which and why.
+      DataError: a row is invalid, columns are missing, or no row is left; the message says which and why.
       FileNotFoundError: a path does not exist.
-      ValueError: a wrong setting.
+      ValueError: a setting is invalid.
     """
     config = from_mapping(DataConfig, config, "config.data")
     if phase not in PHASES:
-        raise ValueError(f"phase={phase!r}; {', '.join(PHASES)} are the phases there are.")
+        raise ValueError(f"phase={phase!r} must be one of {', '.join(PHASES)}.")
     if not config.paths:
-        raise DataError("config.data.paths is empty; it names the data: --config.data.paths=preferences.jsonl")
+        raise DataError("config.data.paths is empty; set it to the data, such as --config.data.paths=preferences.jsonl")
     pad, eos_ids = pad_id(tokenizer, config, vocab_size), end_ids(tokenizer) if eos_ids is None else eos_ids
     eval_rows = config.eval_rows if eval_rows is None else eval_rows
-    made = _Examples(phase, config, tokenizer, seed, eos_ids, eval_rows, vocab_size)
-    train, held_out = made.train_and_held_out()
+    reader = _ExampleReader(phase, config, tokenizer, seed, eos_ids, eval_rows, vocab_size)
+    train, held_out = reader.train_and_held_out()
     for path, examples in zip(config.paths, train, strict=True):
         if not examples:
-            raise DataError(f"{path}: no row is left for the {phase} phase. {made.report(0, len(held_out))}")
-    report = f"{phase} data: " + made.report(sum(map(len, train)), len(held_out))
-    mine = _my_rows(getattr(config, f"{phase}_batch_size"), mesh)
-    made_batches = _batched(train, held_out, config=config, phase=phase, pad=pad, seed=seed, report=report, mine=mine)
-    notes = tuple(f"{phase} data: {count:,} {what}" for what, count in made.notes.most_common() if count)
+            raise DataError(f"{path}: no row is left for the {phase} phase. {reader.report(0, len(held_out))}")
+    report = f"{phase} data: " + reader.report(sum(map(len, train)), len(held_out))
+    local = _local_rows(getattr(config, f"{phase}_batch_size"), mesh)
+    datasets = _batched(train, held_out, config=config, phase=phase, pad=pad, seed=seed, report=report, local=local)
+    notes = tuple(f"{phase} data: {count:,} {what}" for what, count in reader.notes.most_common() if count)
     example = _decoded(phase, next(itertools.chain(*train)), tokenizer)
-    return dataclasses.replace(made_batches, notes=notes, example=example, held_out=held_out)
+    return dataclasses.replace(datasets, notes=notes, example=example, held_out=held_out)
 
 
 @dataclasses.dataclass
-class _Examples:
-    """From paths to examples, with a count of what became of the rows."""
+class _ExampleReader:
+    """Reads the examples of a phase, and counts the rows that are read, held out and left out."""
 
     phase: Phase
     config: DataConfig
@@ -161,17 +161,17 @@ class _Examples:
     special: str = ""
 
     def train_and_held_out(self) -> tuple[list[list[Example]], list[Example]]:
-        """What to train on, of each path, and what is held out: with no prompt in common."""
+        """(training examples by path, held-out examples), with no prompt in common."""
         config = self.config
         sources = self._share([self._rows(path, "train", config.split) for path in config.paths])
         readers = list(filter(is_reader, config.paths))
-        given = [self._rows(path, "eval", config.eval_split) for path in config.eval_paths or readers]
+        eval_sources = [self._rows(path, "eval", config.eval_split) for path in config.eval_paths or readers]
         groups = set() if config.eval_paths else drawn(sources, config.eval_rows, self.seed)
         if not (groups or config.eval_paths) and any(len(s.rows) >= ONE_IN and not is_reader(s.path) for s in sources):
             self.note = _NOTHING_DRAWN
-        train = [self._without(source, groups, given) for source in sources]
+        train = [self._without(source, groups, eval_sources) for source in sources]
         from_paths = [s.where(group in groups for group in s.groups) for s in sources if not is_reader(s.path)]
-        held_out = [self._at_most(self._examples(source)) for source in given]
+        held_out = [self._at_most(self._examples(source)) for source in eval_sources]
         train = [self._examples(source) for source in train]
         if config.deduplicate:
             train = [self._unlike(held_out, examples, _HELD_OUT) for examples in train]
@@ -179,7 +179,7 @@ class _Examples:
         return train, list(itertools.chain(*map(self._at_most, drawn_examples), *held_out))
 
     def report(self, used: int, held_out: int) -> str:
-        """Numbers that add up."""
+        """The numbers of rows read, used, held out and left out; they add up."""
         parts = [f"{self.read:,} rows read, {used:,} to train on, {held_out:,} held out"]
         parts += [f"left out: {count:,} ({reason})" for reason, count in self.dropped.most_common() if count]
         return "; ".join([*parts, self.note] if self.note else parts) + "."
@@ -201,29 +201,31 @@ class _Examples:
             if not kept.rows:
                 raise DataError(
                     f"{source.path}: data_split={self.config.data_split!r} leaves none of {len(source.rows)} rows to "
-                    f"the {self.phase} phase (they have {len(set(source.groups))} prompts, and rows of one prompt stay "
-                    'together); give it a larger share, or all phases all rows: --config.data.data_split=""'
+                    f"the {self.phase} phase (they have {len(set(source.groups))} prompts, and rows with the same "
+                    "prompt go to the same phase); give the phase a larger share, or give all rows to all phases: "
+                    '--config.data.data_split=""'
                 )
             self.dropped["other phases' shares"] += len(source.rows) - len(kept.rows)
         return chosen
 
-    def _without(self, source: Source, groups: set[Group], given: list[Source]) -> Source:
-        """Those rows whose prompt is not held out."""
+    def _without(self, source: Source, groups: set[Group], eval_sources: list[Source]) -> Source:
+        """The rows whose prompt is not held out."""
         kept = source.where(group not in groups for group in source.groups)
-        if is_reader(source.path):  # those of files are held out themselves
+        if is_reader(source.path):  # rows of files are counted as held out instead
             self.dropped["held out of another path"] += len(source.rows) - len(kept.rows)
         if not self.config.deduplicate:
             return kept
-        # A reader divides each phase's rows by itself, and only PPO takes openings for prompts.
-        known = set(itertools.chain(*(s.prompts if is_reader(s.path) else s.groups for s in given)))
-        unknown = kept.where(
-            group not in known and prompt not in known for group, prompt in zip(kept.groups, kept.prompts, strict=True)
+        # A reader splits the rows of each phase itself, and it compares whole prompts, not their first tokens.
+        held_out = set(itertools.chain(*(s.prompts if is_reader(s.path) else s.groups for s in eval_sources)))
+        disjoint = kept.where(
+            group not in held_out and prompt not in held_out
+            for group, prompt in zip(kept.groups, kept.prompts, strict=True)
         )
-        self.dropped[_HELD_OUT] += len(kept.rows) - len(unknown.rows)
-        return unknown
+        self.dropped[_HELD_OUT] += len(kept.rows) - len(disjoint.rows)
+        return disjoint
 
     def _examples(self, source: Source) -> list[Example]:
-        """In an order drawn by the seed."""
+        """Tokenizes the rows, removes duplicates and shuffles them by the seed."""
         texts = [row_texts(row, self.phase, self.config, self.tokenizer) for row in source.rows]
         self.notes[_IMPLICIT] += sum(text.implicit for text in texts)
         self.notes[_REPEATED] += sum(text.repeated for text in texts)
@@ -233,22 +235,23 @@ class _Examples:
         what = _PARSED if self.config.parse_special_tokens else _TEXT
         self.notes[what.format(self.special)] += len(special)
         if self.tokenizer.chat_template is not None:
-            what = _NOT_A_CHAT + (", as they have no prompt of their own." if self.config.as_chat else _AS_CHAT)
+            what = _NOT_A_CHAT + (", as they have no prompt column." if self.config.as_chat else _AS_CHAT)
             self.notes[what] += sum(not text.templated for text in texts)
-        how = self.tokenizer, self.config, self.dropped, self.eos_ids
-        examples = tokenized(source.rows, texts, *how, vocab_size=self.vocab_size)
+        examples = tokenized(
+            source.rows, texts, self.tokenizer, self.config, self.dropped, self.eos_ids, vocab_size=self.vocab_size
+        )
         if self.config.deduplicate:
             distinct: dict[tuple[bytes, ...], Example] = {}
-            for example in examples:  # prompts that several pairs share, openings that are alike
+            for example in examples:  # for PPO: pairs with the same prompt, texts with the same first tokens
                 distinct.setdefault(_tokens_of(example), example)
             self.dropped["the same prompt (and completion) as another row"] += len(examples) - len(distinct)
             examples = list(distinct.values())
         return [examples[index] for index in np.random.default_rng(self.seed).permutation(len(examples))]
 
     def _unlike(self, others: list[list[Example]], examples: list[Example], reason: str) -> list[Example]:
-        """Those whose prompt no other has in tokens: cutting, or a chat template, can make two prompts one."""
-        known = {_prompt_of(other) for other in itertools.chain(*others)}
-        kept = [example for example in examples if _prompt_of(example) not in known]
+        """Examples without a prompt of `others`, in tokens: truncation or a template can make two prompts equal."""
+        prompts = {_prompt_of(other) for other in itertools.chain(*others)}
+        kept = [example for example in examples if _prompt_of(example) not in prompts]
         self.dropped[reason] += len(examples) - len(kept)
         return kept
 
@@ -258,7 +261,7 @@ class _Examples:
 
 
 def _decoded(phase: str, example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-    """One example as the model sees it: where special tokens are missing or doubled, it is seen here."""
+    """One example as the model sees it, so that the user can notice missing or doubled special tokens."""
     names = {"sft": ["completion"], "reward": ["chosen", "rejected"], "ppo": []}[phase]
     parts = {"prompt": example.prompt} | dict(zip(names, example.completions, strict=True))
     texts = (f"{name} ({len(ids)} tokens) {_middle_cut(tokenizer.decode(ids))!r}" for name, ids in parts.items())
@@ -266,12 +269,12 @@ def _decoded(phase: str, example: Example, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _middle_cut(text: str) -> str:
-    """The beginning and the end of a long text, where its special tokens are."""
+    """A long text reduced to its beginning and end, where its special tokens are."""
     return text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]} … {text[-_SHOWN:]}"
 
 
 def _distinct(rows: list[Row], config: DataConfig, dropped: collections.Counter) -> list[Row]:
-    """Rows of which no two are alike: before the split, so that the phases' shares are disjoint."""
+    """Removes duplicate rows. It is called before the split, so that the phases' shares are disjoint."""
     if not config.deduplicate:
         return rows
     first = {}
@@ -287,7 +290,7 @@ def _tokens_of(example: Example) -> tuple[bytes, ...]:
 
 
 def _prompt_of(example: Example) -> tuple[bytes, ...]:
-    """What is held out of an example: its prompt, or all of it where it has none."""
+    """What held-out examples must not share with training examples: the prompt, or without one the whole example."""
     return (example.prompt.tobytes(),) if example.has_prompt else _tokens_of(example)
 
 
@@ -303,8 +306,9 @@ def _batched(
     pad: int,
     seed: int,
     report: str,
-    mine: np.ndarray,
+    local: np.ndarray,
 ) -> Datasets:
+    """Batches the examples; `local` has the indices of the local rows in a global batch."""
     batch_size = getattr(config, f"{phase}_batch_size")
     longest = config.max_prompt_tokens if phase == "ppo" else config.max_tokens
     if phase == "ppo" and config.prompt_tokens is not None:
@@ -315,7 +319,7 @@ def _batched(
     every = itertools.chain(*train, held_out)
     digest = examples_digest(every, phase)
     if packing:
-        longest *= 2 if phase == "reward" else 1  # a row holds both texts of a pair
+        longest *= 2 if phase == "reward" else 1  # a row has room for both texts of a pair
         train, groups = [packed(examples, longest) for examples in train], packed(held_out, longest)
         slots = max(len(row) for examples in [*train, groups] for row in examples)
     lengths = {example.length for example in itertools.chain(*([] if packing else [*train, held_out]))}
@@ -325,22 +329,22 @@ def _batched(
     rows = sum(map(len, train))
     if rows < batch_size:
         raise DataError(
-            f"the {phase} phase has {rows} rows, fewer than a batch of {batch_size}: "
+            f"the {phase} phase has {rows} rows, fewer than a batch of {batch_size}: set "
             f"--config.data.{phase}_batch_size={rows} or less. {report}"
         )
 
     def batch(examples: Sequence[Any], first_row: int) -> Any:
-        """All rows are looked at, so that the processes agree on the width; only this process's are laid out."""
-        local = [examples[row] for row in mine]
+        """The local rows as a batch; its width comes from all rows, so that all processes agree on it."""
+        chosen = [examples[row] for row in local]
         if phase == "sft":
-            local = local if packing else [[] if example is None else [example] for example in local]
+            chosen = chosen if packing else [[] if example is None else [example] for example in chosen]
             columns = longest if packing else _columns(examples, buckets)
-            return text_batch(local, columns, pad)
+            return text_batch(chosen, columns, pad)
         if phase == "reward" and packing:
-            return packed_pairs(local, longest, slots, pad)
+            return packed_pairs(chosen, longest, slots, pad)
         if phase == "reward":
-            return pair_batch(local, _columns(examples, buckets), pad)
-        return prompt_batch(local, _columns(examples, buckets), pad, first_row + mine, names)
+            return pair_batch(chosen, _columns(examples, buckets), pad)
+        return prompt_batch(chosen, _columns(examples, buckets), pad, first_row + local, names)
 
     parts = [_stream(examples, seed + index) for index, examples in enumerate(train)]
     stream = parts[0]
@@ -350,7 +354,7 @@ def _batched(
     batches = stream.batch(batch_size, batch_fn=lambda examples: batch(list(examples), 0))
 
     filled = [groups[i : i + batch_size] for i in range(0, len(groups), batch_size)]
-    if filled:  # a prompt must have a token; a text or a pair may be empty
+    if filled:  # a prompt must have at least one token; a text or a pair may be empty
         filler = held_out[0] if phase == "ppo" else [] if packing else None
         filled[-1] = filled[-1] + [filler] * (batch_size - len(filled[-1]))
     evals = [batch(examples, FIRST_EVAL_ROW + index * batch_size) for index, examples in enumerate(filled)]
@@ -362,7 +366,7 @@ def _stream(examples: list, seed: int) -> grain.MapDataset:
 
 
 class _Source:
-    """What grain takes as a random-access source."""
+    """A list as grain's random-access data source."""
 
     def __init__(self, examples: list) -> None:
         self._examples = examples
@@ -384,11 +388,14 @@ def _columns(examples: Sequence[Example | None], buckets: list[int]) -> int:
     return width(longest, buckets)
 
 
-def _my_rows(batch_size: int, mesh: Mesh | Layout | None) -> np.ndarray:
+def _local_rows(batch_size: int, mesh: Mesh | Layout | None) -> np.ndarray:
+    """Indices of this process's rows in a global batch, int[b]."""
     if mesh is not None:
         return local_row_indices(batch_size, mesh)
     processes = jax.process_count()
     if batch_size % processes:
-        raise ValueError(f"a batch of {batch_size} rows cannot be shared by {processes} processes; give a multiple.")
+        raise ValueError(
+            f"a batch of {batch_size} rows cannot be shared by {processes} processes: use a multiple of {processes}."
+        )
     share = batch_size // processes
     return np.arange(jax.process_index() * share, (jax.process_index() + 1) * share)

@@ -1,8 +1,8 @@
-"""A program of its own: reads a parquet or Arrow file under a limit of memory, and writes its rows as an Arrow stream.
+"""A separate program: reads a parquet or Arrow file under a memory limit, and writes its rows as an Arrow stream.
 
-A file of a few hundred bytes can stand for gigabytes: a dictionary whose one long text every row repeats, a text that
-compresses to nothing, a billion rows of nulls. And a broken one can make pyarrow's C++ end the process. Here only this
-process ends. It imports pyarrow alone, and is run by its path: see `files.py`.
+A file of a few hundred bytes can decode to gigabytes: a dictionary with one long text that every row repeats, a text
+that compresses to almost nothing, a billion rows of nulls. And a corrupt file can crash pyarrow's C++ code. Here such a
+crash ends this process only. The program imports nothing but pyarrow, and `files.py` runs it by its path.
 """
 
 import contextlib
@@ -18,15 +18,15 @@ import pyarrow.parquet
 from pyarrow import types
 
 _ROWS_AT_ONCE = 256
-ROW, _VALUE = 300, 16  # bytes that Python takes for a row, and at least for a value
-CONTAINERS, _CONTAINER = "[{", 64  # in JSON, and what an empty one takes
+ROW, _VALUE = 300, 16  # bytes of memory per row in Python, and at least per value
+CONTAINERS, _CONTAINER = "[{", 64  # opening characters of JSON's containers, and bytes of memory per empty one
 LONGEST_ROW = 64 * 2**20
-"""Bytes of a line, characters of a field or row."""
+"""The largest allowed size of a line in bytes, and of a field or row in characters."""
 _BUFFER = 2**20
 _OVERHEAD = 2**30
 """Bytes of address space for Python, pyarrow and one batch."""
 _FILE = b"ARROW1"
-"""What Arrow's file format begins with; its stream format, which datasets writes, does not."""
+"""Magic bytes of Arrow's file format. The stream format, which `datasets` writes, has none."""
 TOO_LARGE, UNREADABLE, BAD_ROW = 3, 4, 5
 
 
@@ -36,18 +36,18 @@ def main(kind: str, path: str, budget: int, size: int) -> int:
     Args:
       kind: "parquet" or "arrow".
       path: the file.
-      budget: bytes that its rows may take.
+      budget: bytes of memory that the decoded rows may use.
       size: of the file, in bytes.
 
     Returns:
-      0, TOO_LARGE, UNREADABLE or BAD_ROW, with a line on stderr.
+      The exit code: 0, TOO_LARGE, UNREADABLE or BAD_ROW; an error is explained in one line on stderr.
     """
     for limit, most in (
         (resource.RLIMIT_AS, _mapped() + _OVERHEAD + 2 * size + budget),
         (resource.RLIMIT_CPU, 600 + size // 2**20),
     ):
         _, hard = resource.getrlimit(limit)
-        with contextlib.suppress(ValueError, OSError):  # macOS knows no limit of address space
+        with contextlib.suppress(ValueError, OSError):  # macOS has no limit of the address space
             resource.setrlimit(limit, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())
     try:
@@ -73,14 +73,14 @@ def main(kind: str, path: str, budget: int, size: int) -> int:
     except _BadRowError as error:
         print(error, file=sys.stderr)
         return BAD_ROW
-    except Exception as error:  # of pyarrow, which has many, and UnicodeDecodeError of names
+    except Exception as error:  # pyarrow raises many types; names of columns raise UnicodeDecodeError
         print(f"{type(error).__name__}: {error}".encode("ascii", "backslashreplace").decode(), file=sys.stderr)
         return UNREADABLE
     return 0
 
 
 def _mapped() -> int:
-    """Bytes of address space that are taken: libraries map some for each of a machine's cores."""
+    """Bytes of address space already in use: libraries map memory for each core of the machine."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except OSError:  # not Linux
@@ -106,17 +106,20 @@ def _arrow(path: str) -> tuple[pyarrow.Schema, Iterator[pyarrow.RecordBatch]]:
 
 def _slices(batches: Iterator[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
     for batch in batches:
-        batch.validate()  # before it is sliced
+        batch.validate()  # slicing relies on valid offsets
         for first in range(0, len(batch), _ROWS_AT_ONCE):
             yield batch.slice(first, _ROWS_AT_ONCE)
 
 
 class _BadRowError(Exception):
-    """A row with a value that cannot be."""
+    """A row has an invalid value; the message begins with the row's number."""
 
 
 def _check(batch: pyarrow.RecordBatch, first: int) -> None:
-    """Raises where a text is not UTF-8, or offsets lead out of their buffers: the first such row, from `first` on."""
+    """Raises for the first row with a text that is not UTF-8, or with offsets outside of their buffers.
+
+    `first` is the number of the batch's first row.
+    """
     try:
         batch.validate(full=True)
     except pyarrow.ArrowException as error:
@@ -128,30 +131,23 @@ def _check(batch: pyarrow.RecordBatch, first: int) -> None:
 
 
 def _check_sizes(batch: pyarrow.RecordBatch, first: int) -> None:
-    """Raises where a row is too long."""
+    """Raises for the first row that is too long; `first` is the number of the batch's first row."""
     for index in range(len(batch)):
         if sum(map(_cost, batch.slice(index, 1).columns)) > LONGEST_ROW:
-            raise _BadRowError(f"{first + index} it has more than {LONGEST_ROW:,} bytes; divide it")
+            raise _BadRowError(f"{first + index} it has more than {LONGEST_ROW:,} bytes; split it")
 
 
 def json_cost(text: str | bytes) -> int:
-    """Bytes that a JSON text takes in Python, about.
-
-    Args:
-      text: it.
-
-    Returns:
-      Their number.
-    """
+    """An estimate of the bytes of memory that a JSON text takes when it is parsed."""
     marks = [mark.encode() for mark in (*CONTAINERS, ",")] if isinstance(text, bytes) else [*CONTAINERS, ","]
     *containers, commas = map(text.count, marks)
     return len(text) + _CONTAINER * sum(containers) + _VALUE * commas
 
 
 def _cost(array: pyarrow.Array) -> int:
-    """Bytes that an array's values take in Python, about."""
+    """An estimate of the bytes of memory that an array's values take as Python objects."""
     kind, cost = array.type, _VALUE * len(array)
-    if isinstance(kind, pyarrow.JsonType):  # whose texts are read as what they say
+    if isinstance(kind, pyarrow.JsonType):  # its texts are parsed later
         count = pyarrow.compute.count_substring
         containers = sum(_sum(count(array.storage, mark)) for mark in CONTAINERS)
         return _cost(array.storage) + _CONTAINER * containers + _VALUE * _sum(count(array.storage, ","))
@@ -180,7 +176,7 @@ def _cost(array: pyarrow.Array) -> int:
 
 
 def _sizes(array: pyarrow.Array) -> pyarrow.Array | None:
-    """The bytes of each text; None where they are no texts."""
+    """The size of each text in bytes; None if the values are not texts."""
     kind = array.type
     if types.is_string_view(kind) or types.is_binary_view(kind):
         array = array.cast(pyarrow.large_binary())

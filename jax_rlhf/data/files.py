@@ -1,4 +1,4 @@
-"""The rows of one file: JSON, CSV, parquet and Arrow, read piece by piece and no larger than their files let expect."""
+"""Reads the rows of one JSON, CSV, parquet or Arrow file, with limits on what a file may expand to in memory."""
 
 import contextlib
 import csv
@@ -24,24 +24,17 @@ from jax_rlhf.io.durable import file_errors
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow")
-_FIELD = 60  # bytes that Python takes for a text, its characters aside
+_FIELD = 60  # bytes of memory per string in Python, in addition to its characters
 _UNPACKED, _RATIO = 64 * 2**20, 100
-"""A compressed or encoded file may become so many bytes, and so many times its size."""
-_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # memory is mapped for each
+"""A compressed or encoded file may expand to so many bytes plus so many times its size."""
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # each thread would map memory
 _BOM = b"\xef\xbb\xbf"
 
 Numbered = Iterator[tuple[int, Any]]
 
 
 def kind_of(file: Path) -> str | None:
-    """What a file's name says that it holds.
-
-    Args:
-      file: its path.
-
-    Returns:
-      One of SUFFIXES (".jsonl" for "rows.JSONL.gz"); None where it is none of them.
-    """
+    """The format of a file by its name: one of SUFFIXES (".jsonl" for "rows.JSONL.gz"), or None."""
     suffix, compressed = file.suffix.lower(), False
     if suffix == ".gz":
         suffix, compressed = Path(file.stem).suffix.lower(), True
@@ -52,16 +45,16 @@ def rows_of(file: Path, *, field: str | None = None, delimiter: str | None = Non
     """The rows of a file.
 
     Args:
-      file: of a name that `kind_of` knows.
-      field: of a .json file that is an object, the key of its list; None = "data".
-      delimiter: between the columns of a .csv or .tsv file; None = a comma, or a tab.
+      file: its path, with a name that `kind_of` recognizes.
+      field: for a .json file that is an object, the key of the list of rows; None = "data".
+      delimiter: separates the columns of a .csv or .tsv file; None = a comma, or a tab.
 
     Yields:
       (number of the line or row from 1, its content).
 
     Raises:
-      DataError: it cannot be read, or what it stands for is far larger than itself; says where.
-      OSError: it may not be read.
+      DataError: the file is invalid, or expands to far more than its size; the message says where.
+      OSError: the file cannot be opened.
     """
     match kind_of(file):
         case ".jsonl":
@@ -81,7 +74,7 @@ def rows_of(file: Path, *, field: str | None = None, delimiter: str | None = Non
 
 
 class _Unpacked(io.RawIOBase):
-    """A gzip file, which ends with an error where it has become too large."""
+    """A gzip file as a stream; DataError if it expands to more than `most` bytes."""
 
     def __init__(self, file: Path, most: int) -> None:
         self._stream = gzip.GzipFile(file)
@@ -112,13 +105,13 @@ def _most_unpacked(file: Path) -> int:
 
 def _too_large(file: Path, most: int) -> str:
     return (
-        f"{file}: its {file.stat().st_size:,} bytes stand for more than {most:,}, or for a row of more than "
-        f"{LONGEST_ROW:,}, which is not read. If that is meant, unpack it into .jsonl files."
+        f"{file}: its {file.stat().st_size:,} bytes expand to more than {most:,}, or to a row of more than "
+        f"{LONGEST_ROW:,}, which is not read. If the file is as intended, unpack it into .jsonl files."
     )
 
 
 class _Budget:
-    """Of what a compressed file's rows may take in Python; a plain one's own size bounds them."""
+    """The memory that a compressed file's rows may use in Python; a plain file is bounded by its own size."""
 
     def __init__(self, file: Path) -> None:
         packed = file.suffix.lower() == ".gz"
@@ -126,7 +119,7 @@ class _Budget:
         self._left = self._most
 
     def take(self, cost: int) -> None:
-        """Raises DataError where it is used up."""
+        """Subtracts bytes from the budget; DataError if it is exhausted."""
         if self._left is not None:
             self._left -= cost
             if self._left < 0:
@@ -135,7 +128,7 @@ class _Budget:
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[BinaryIO]:
-    """Its bytes, unpacked, without a byte-order mark."""
+    """The file's bytes as a stream, decompressed and without a byte-order mark."""
     raw = _Unpacked(file, _most_unpacked(file)) if file.suffix.lower() == ".gz" else file.open("rb", buffering=0)
     with file_errors(file), io.BufferedReader(raw, 2**20) as stream:
         if stream.peek(len(_BOM))[: len(_BOM)] == _BOM:
@@ -146,10 +139,10 @@ def _opened(file: Path) -> Iterator[BinaryIO]:
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
     with _opened(file) as stream:
         number = 0
-        while line := stream.readline(LONGEST_ROW + 1):  # not splitlines: U+2028 may stand inside a string
+        while line := stream.readline(LONGEST_ROW + 1):  # not splitlines: a JSON string may contain U+2028
             number += 1
             if len(line) > LONGEST_ROW:
-                raise DataError(f"{file}, line {number}: it has more than {LONGEST_ROW:,} bytes; divide it.")
+                raise DataError(f"{file}, line {number}: it has more than {LONGEST_ROW:,} bytes; split it.")
             try:
                 yield number, line.decode()
             except UnicodeDecodeError as error:
@@ -172,7 +165,7 @@ def _json_lines(file: Path) -> Numbered:
 
 
 def _json(file: Path, field: str) -> Numbered:
-    """A list of rows, an object with one, or a row per line, as some write it."""
+    """A list of rows, an object that contains one, a single row, or JSON lines in a file named .json."""
     with _opened(file) as stream:
         content = stream.read()
     _Budget(file).take(json_cost(content))
@@ -192,15 +185,15 @@ def _json(file: Path, field: str) -> Numbered:
     if isinstance(value, dict) and field == "data":
         value = [value]  # one row
     if not isinstance(value, list):
-        raise DataError(f"{file}: a list of objects is expected, this is a {type(value).__name__}.")
+        raise DataError(f"{file}: the file must contain a list of objects, and contains a {type(value).__name__}.")
     for number, row in enumerate(value, 1):
         if long and len(json.dumps(row, ensure_ascii=False)) > LONGEST_ROW:
-            raise DataError(f"{file}, row {number}: it has more than {LONGEST_ROW:,} characters; divide it.")
+            raise DataError(f"{file}, row {number}: it has more than {LONGEST_ROW:,} characters; split it.")
         yield number, row
 
 
 def _csv(file: Path, delimiter: str) -> Numbered:
-    csv.field_size_limit(LONGEST_ROW)  # Python's own is 131,072
+    csv.field_size_limit(LONGEST_ROW)  # Python's default is 131,072
     number, budget = 0, _Budget(file)
     with _opened(file) as stream, io.TextIOWrapper(stream, encoding="utf-8", newline="") as text:
         try:
@@ -208,18 +201,18 @@ def _csv(file: Path, delimiter: str) -> Numbered:
             for number, content in enumerate(reader, 1):
                 if None in content or None in content.values():
                     raise DataError(
-                        f"{file}, row {number}: {len(reader.fieldnames or ())} columns are named in the first line, "
-                        "this row has another number."
+                        f"{file}, row {number}: the first line names {len(reader.fieldnames or ())} columns, but this "
+                        "row has a different number of fields."
                     )
                 size = sum(map(len, content.values()))
                 if size > LONGEST_ROW:
-                    raise DataError(f"{file}, row {number}: it has more than {LONGEST_ROW:,} characters; divide it.")
+                    raise DataError(f"{file}, row {number}: it has more than {LONGEST_ROW:,} characters; split it.")
                 budget.take(ROW + size + _FIELD * len(content))
                 yield number, content
         except csv.Error as error:
             raise DataError(f"{file}, after row {number}: not CSV ({error}).") from error
         except UnicodeDecodeError as error:
-            for _ in _lines(file):  # which names the line
+            for _ in _lines(file):  # raises an error that names the line
                 pass
             raise DataError(f"{file}, after row {number}: not UTF-8; save the file as UTF-8.") from error
 
@@ -228,13 +221,13 @@ def _csv(file: Path, delimiter: str) -> Numbered:
 
 
 def _columns(file: Path, kind: str) -> Numbered:
-    """The rows of a parquet or Arrow file, decoded by a process of its own."""
+    """The rows of a parquet or Arrow file, decoded in a separate process."""
     size, most = file.stat().st_size, _most_unpacked(file)
-    with file.open("rb"):  # who may not read it is told so
+    with file.open("rb"):  # raises OSError here if the file cannot be opened
         pass
     command = [sys.executable, "-P", decode_arrow.__file__, kind, str(file.absolute()), str(most), str(size)]
-    how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "env": os.environ | _ONE_THREAD}
-    with tempfile.TemporaryFile() as said, subprocess.Popen(command, stderr=said, **how) as process:
+    keywords = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "env": os.environ | _ONE_THREAD}
+    with tempfile.TemporaryFile() as stderr, subprocess.Popen(command, stderr=stderr, **keywords) as process:
         broken = None
         try:
             first = 1
@@ -244,13 +237,13 @@ def _columns(file: Path, kind: str) -> Numbered:
                     break
                 yield from enumerate(_arrow_rows(batch, first, file), first)
                 first += len(batch)
-            process.stdout.close()  # it may have more to say, and would wait
+            process.stdout.close()  # otherwise the process might wait until its output is read
             code = process.wait()
         finally:
             process.kill()
-        said.seek(0)
-        reason = said.read()[-500:].decode(errors="replace").strip()
-    if code == decode_arrow.TOO_LARGE or code < 0:  # a signal: of the limit of time, or pyarrow's end
+        stderr.seek(0)
+        reason = stderr.read()[-500:].decode(errors="replace").strip()
+    if code == decode_arrow.TOO_LARGE or code < 0:  # a signal: the limit of CPU time, or a crash of pyarrow
         raise DataError(_too_large(file, most))
     if code == decode_arrow.BAD_ROW:
         row, _, reason = reason.partition(" ")
@@ -262,7 +255,10 @@ def _columns(file: Path, kind: str) -> Numbered:
 
 
 def _batches(stream: BinaryIO) -> Iterable[pyarrow.RecordBatch | Exception]:
-    """What the process writes; the error where that ends early, of which its exit code may know more."""
+    """The batches that the process writes. If the stream breaks off, the error is the last item, not raised.
+
+    The exit code of the process may then explain the error better.
+    """
     try:
         yield from pyarrow.ipc.open_stream(stream)
     except (pyarrow.ArrowException, EOFError, OSError) as error:
@@ -270,7 +266,7 @@ def _batches(stream: BinaryIO) -> Iterable[pyarrow.RecordBatch | Exception]:
 
 
 def _arrow_rows(batch: pyarrow.RecordBatch, first: int, file: Path) -> list[dict[str, Any]]:
-    """Rows as dicts; where one cannot be read (a text that is not UTF-8, a year past 9999), it is named."""
+    """Rows as dicts; DataError with the row's number for an invalid value (not UTF-8, a year past 9999)."""
     try:
         rows = batch.to_pylist()
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
@@ -292,7 +288,7 @@ def _holds_json(kind: pyarrow.DataType) -> bool:
 
 
 def _with_json(value: Any, kind: pyarrow.DataType) -> Any:
-    """Values of Arrow's JSON type, which are texts, as what they say."""
+    """Parses the values of Arrow's JSON type, which are stored as texts."""
     if value is None or not _holds_json(kind):
         return value
     if isinstance(kind, pyarrow.JsonType):
@@ -303,13 +299,9 @@ def _with_json(value: Any, kind: pyarrow.DataType) -> Any:
 
 
 def without_fill(value: Any) -> Any:
-    """A row without the keys that are None in what columns hold: Arrow gives each object of a column the keys of all.
+    """Removes keys with the value None from the objects inside a row; a value that is not a dict is returned unchanged.
 
-    Args:
-      value: a row.
-
-    Returns:
-      The row; what is no dict is left as it is.
+    Arrow gives each object of a column the keys of all objects of that column.
     """
     if isinstance(value, dict):
         return {key: _without_nones(inner) for key, inner in value.items()}

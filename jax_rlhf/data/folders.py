@@ -1,6 +1,6 @@
-"""The rows of a data set's folder: which of its files are a split's, and nothing but its own files.
+"""Reads the rows of a data set's folder: finds the files of a split, and reads only files inside the folder.
 
-A folder's card (the YAML in its README.md) may name any file of the machine, and any address. `datasets` would read it.
+A folder's card (the YAML in its README.md) may name any file of the machine, and any URL. `datasets` would read it.
 """
 
 import contextlib
@@ -22,28 +22,28 @@ _CARDS = ("README.md", ".huggingface.yaml")
 _MOST_CARD = 2**20
 _DICT, _STATE = "dataset_dict.json", "state.json"
 _KNOWN = {"config_name", "data_files", "data_dir", "default", "version", "description", "features", "drop_labels"}
-_LONGEST_PATTERN, _STARS = 1000, 3  # characters, and * in a part of a path
+_LONGEST_PATTERN, _STARS = 1000, 3  # characters of a pattern, and * per component of its path
 _DELIMITERS = ("sep", "delimiter")
-_CHOOSE = " A split is chosen with config.data.split and config.data.eval_split."
+_CHOOSE = " Choose a split with config.data.split and config.data.eval_split."
 
 
 def rows_of_folder(folder: Path, split: str) -> list[tuple[Path, int, Any]]:
     """The rows of a split.
 
     Args:
-      folder: with files that `datasets` would load, or one that `save_to_disk` wrote.
-      split: as `datasets` has it: "train", "train[:100]", "train+test".
+      folder: has files that `datasets` would load, or was written by `save_to_disk`.
+      split: in the syntax of `datasets`: "train", "train[:100]", "train+test".
 
     Returns:
-      (file, number of the line or row from 1, content) each.
+      (file, number of the line or row from 1, content) of each row.
 
     Raises:
-      DataError: there is no such split, a file cannot be read, or the folder names what lies outside it.
+      DataError: there is no such split, a file is invalid, or the folder refers to a file outside of it.
     """
     try:
         wanted = datasets.ReadInstruction.from_spec(split)
     except (AssertionError, ValueError, AttributeError) as error:
-        raise DataError(f"config.data.split or eval_split: {split!r} is no split: {error}") from error
+        raise DataError(f"config.data.split or eval_split: {split!r} is not a split: {error}") from error
     names = dict.fromkeys(part.partition("[")[0].strip() for part in split.split("+"))
     found = {name: list(_rows(folder, name)) for name in names}
     rows = []
@@ -60,16 +60,16 @@ def _rows(folder: Path, split: str) -> Iterator[tuple[Path, int, Any]]:
     if any((folder / name).is_file() for name in (_DICT, _STATE)):
         yield from _saved_rows(folder, split)
         return
-    files, how = _files(folder, split)
+    files, keywords = _files(folder, split)
     for file in files:
-        yield from _named(file, rows_of(file, **how))
+        yield from _with_file(file, rows_of(file, **keywords))
 
 
-def _named(file: Path, numbered: Numbered) -> Iterator[tuple[Path, int, Any]]:
+def _with_file(file: Path, numbered: Numbered) -> Iterator[tuple[Path, int, Any]]:
     return ((file, number, content) for number, content in numbered)
 
 
-# ---- what save_to_disk wrote ---------------------------------------------------------------------------------------
+# ---- folders written by save_to_disk -------------------------------------------------------------------------------
 
 
 def _saved_rows(folder: Path, split: str) -> Iterator[tuple[Path, int, Any]]:
@@ -83,7 +83,9 @@ def _saved_rows(folder: Path, split: str) -> Iterator[tuple[Path, int, Any]]:
     entries = files if isinstance(files, list) else [None]
     named = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
     if not all(isinstance(name, str) and is_name(name) for name in named):
-        raise DataError(f"{folder / _STATE}: its _data_files must name files in its folder; it has {str(files)[:200]}.")
+        raise DataError(
+            f"{folder / _STATE}: its _data_files must name files in its folder; they are {str(files)[:200]}."
+        )
     if state.get("_indices_data_files"):
         raise DataError(f"{folder}: it was saved by an old version of datasets; load and save it again.")
     columns = state.get("_format_columns")
@@ -91,8 +93,8 @@ def _saved_rows(folder: Path, split: str) -> Iterator[tuple[Path, int, Any]]:
         if not (folder / name).is_file():
             raise DataError(f"{folder / name} is missing; copy the folder again, or save it again.")
         if kind_of(folder / name) != ".arrow":
-            raise DataError(f"{folder / name}: an .arrow file is expected there.")
-        for file, number, content in _named(folder / name, rows_of(_own(folder, folder / name))):
+            raise DataError(f"{folder / name}: it must be an .arrow file.")
+        for file, number, content in _with_file(folder / name, rows_of(_own(folder, folder / name))):
             if isinstance(columns, list):
                 content = {key: value for key, value in content.items() if key in columns}
             yield file, number, content
@@ -107,18 +109,18 @@ def _object(file: Path) -> dict[str, Any]:
         raise DataError(f"{file}: {error}.") from error
 
 
-# ---- what datasets would load --------------------------------------------------------------------------------------
+# ---- folders that datasets would load ------------------------------------------------------------------------------
 
 
 def _files(folder: Path, split: str) -> tuple[list[Path], dict[str, str]]:
-    """(files of a split, how they are read)."""
-    patterns, base, how = _patterns(folder)
+    """(files of a split, keyword arguments of `rows_of`)."""
+    patterns, base, keywords = _patterns(folder)
     if split not in patterns:
         raise DataError(f"{folder}: there is no split {split!r}; it has {', '.join(map(repr, patterns))}.{_CHOOSE}")
     found: dict[str, None] = {}
     for pattern in patterns[split]:
         _check_pattern(pattern, folder)
-        with contextlib.suppress(FileNotFoundError):  # one of several
+        with contextlib.suppress(FileNotFoundError):  # another of the patterns may match
             found |= dict.fromkeys(resolve_pattern(pattern, str(base)))
     if not found:
         raise DataError(f"{folder}: there are no files {' or '.join(map(repr, patterns[split]))} for {split!r}.")
@@ -127,41 +129,44 @@ def _files(folder: Path, split: str) -> tuple[list[Path], dict[str, str]]:
     if not kinds:
         names = ", ".join(sorted(file.name for file in files)[:5])
         raise DataError(
-            f"{folder}: none of the files of {split!r} can be read ({names}); {', '.join(SUFFIXES)} are, and all but "
-            "the last two with .gz after it."
+            f"{folder}: none of the files of {split!r} can be read ({names}). Supported are {', '.join(SUFFIXES)}, and "
+            "all but the last two with .gz after it."
         )
-    # As datasets does: of several kinds the one that most files are of, parquet before others.
+    # As datasets does: if there are several formats, take the one with the most files, parquet first.
     chosen = max(sorted(set(kinds)), key=lambda kind: (kinds.count(kind), kind == ".parquet", kind))
-    return sorted(file for file in files if kind_of(file) == chosen), how
+    return sorted(file for file in files if kind_of(file) == chosen), keywords
 
 
 def _patterns(folder: Path) -> tuple[dict[str, list[str]], Path, dict[str, str]]:
-    """(split → patterns, the folder that they are relative to, how files are read): the card's, or by files' names."""
+    """(split → patterns, the folder that they are relative to, keyword arguments of `rows_of`).
+
+    They come from the card; without one the patterns come from the names of the files.
+    """
     configuration = _configuration(folder)
     unknown = configuration.keys() - _KNOWN - {"field", *_DELIMITERS}
     if unknown:
         raise DataError(
-            f"{folder}: its card sets {', '.join(sorted(map(str, unknown)))}, which is not read here; name the files "
+            f"{folder}: its card sets {', '.join(sorted(map(str, unknown)))}, which is not supported; name the files "
             "themselves in config.data.paths."
         )
-    how = {"field": configuration.get("field")}
-    how["delimiter"] = next((configuration[name] for name in _DELIMITERS if name in configuration), None)
-    if not all(isinstance(value, str | None) for value in how.values()) or len(how["delimiter"] or ",") != 1:
+    keywords = {"field": configuration.get("field")}
+    keywords["delimiter"] = next((configuration[name] for name in _DELIMITERS if name in configuration), None)
+    if not all(isinstance(value, str | None) for value in keywords.values()) or len(keywords["delimiter"] or ",") != 1:
         raise DataError(f"{folder}: its card's field must be a name, and its delimiter one character.")
     inside, named = configuration.get("data_dir"), configuration.get("data_files")
     if inside is not None:
         _check_pattern(inside, folder)
     base = folder / (inside or "")
     if named is not None:
-        return _as_patterns(named, folder), base, how
+        return _as_patterns(named, folder), base, keywords
     try:
-        return {str(split): found for split, found in get_data_patterns(str(base.resolve())).items()}, base, how
+        return {str(split): found for split, found in get_data_patterns(str(base.resolve())).items()}, base, keywords
     except FileNotFoundError as error:
-        raise DataError(f"{folder}: it has no files that can be read: {', '.join(SUFFIXES)}.") from error
+        raise DataError(f"{folder}: it has no files that can be read ({', '.join(SUFFIXES)}).") from error
 
 
 def _as_patterns(named: Any, folder: Path) -> dict[str, list[str]]:
-    """A card's data_files: a pattern, several, or some per split."""
+    """Split → patterns from a card's data_files: one pattern, several, or several per split."""
     entries = named if isinstance(named, list) else [named]
     if all(isinstance(entry, str) for entry in entries):
         return {"train": entries}
@@ -176,7 +181,7 @@ def _as_patterns(named: Any, folder: Path) -> dict[str, list[str]]:
 
 
 def _configuration(folder: Path) -> dict[str, Any]:
-    """The card's default configuration; {} where it has none."""
+    """The card's default configuration; {} if it has none."""
     configurations: list[Any] = []
     for name in _CARDS:
         file = folder / name
@@ -184,7 +189,7 @@ def _configuration(folder: Path) -> dict[str, Any]:
             continue
         _own(folder, file)
         if file.stat().st_size > _MOST_CARD:
-            raise DataError(f"{file}: a card of more than {_MOST_CARD:,} bytes.")
+            raise DataError(f"{file}: the card has more than {_MOST_CARD:,} bytes.")
         try:
             text = file.read_text(encoding="utf-8")
             content = (
@@ -216,14 +221,17 @@ def _check_pattern(pattern: Any, folder: Path) -> None:
         or ".." in path.parts
         or any(mark in pattern for mark in (":", "\\", "\0", "~"))
         or len(pattern) > _LONGEST_PATTERN
-        or any(part.count("*") > _STARS and part != "**" for part in path.parts)  # each multiplies what is tried
+        or any(part.count("*") > _STARS and part != "**" for part in path.parts)  # each multiplies the time to match
     ):
         shown = repr(pattern[:200]) if path is not None else f"a {type(pattern).__name__}"
-        raise DataError(f"{folder}: its card names {shown}, which is not in the folder, or no pattern that is read.")
+        raise DataError(
+            f"{folder}: its card names {shown}, which is outside of the folder, or not a supported pattern; name files "
+            "in config.data.paths."
+        )
 
 
 def _own(folder: Path, file: Path) -> Path:
-    """The file; DataError where it is a link that leads out of the folder."""
+    """The file; DataError if it is a symbolic link to a target outside of the folder."""
     if not lies_within(folder, file):
         raise DataError(
             f"{file} is a link to {file.resolve()}, which is not in the folder; name that file itself in "

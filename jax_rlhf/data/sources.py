@@ -1,4 +1,4 @@
-"""Rows from files, Hugging Face data sets and Python readers, each with where it stood."""
+"""Reads rows from files, Hugging Face data sets and Python readers; each row knows its file and line."""
 
 import dataclasses
 import importlib
@@ -25,7 +25,7 @@ class Row:
     Attributes:
       content: column → value.
       source: the file, data set or reader.
-      number: of its line or row, from 1.
+      number: the line or row in the source, from 1.
     """
 
     content: dict[str, Any]
@@ -34,7 +34,7 @@ class Row:
 
     @property
     def where(self) -> str:
-        """For messages."""
+        """The source and line or row, for error messages."""
         return f"{self.source}, {'line' if self.source.endswith(('.jsonl', '.jsonl.gz')) else 'row'} {self.number}"
 
 
@@ -43,18 +43,18 @@ def read_rows(path: str, *, phase: str, split: str, hub_split: str, revision: st
 
     Args:
       path: a file; a Hugging Face data set's id ("org/name", "org/name:configuration") or folder, also one that
-        `save_to_disk` wrote; or "package.module:function".
-      phase: told to a reader.
-      split: "train" or "eval", told to a reader.
-      hub_split: of a Hugging Face data set.
-      revision: of a Hugging Face data set.
+        `save_to_disk` wrote; or a reader, "package.module:function".
+      phase: the phase that is passed to a reader.
+      split: "train" or "eval", the split that is passed to a reader.
+      hub_split: the split of a Hugging Face data set.
+      revision: the revision of a Hugging Face data set.
 
     Returns:
       The rows, at least one.
 
     Raises:
-      FileNotFoundError: there is nothing of that name.
-      DataError: it cannot be read; says where.
+      FileNotFoundError: the path is neither a file or folder, nor an id, nor a reader.
+      DataError: the source is invalid; the message says where.
     """
     file = local_path(path)
     numbered: Iterable[tuple[Any, int, Any]]
@@ -63,8 +63,8 @@ def read_rows(path: str, *, phase: str, split: str, hub_split: str, revision: st
     elif file.is_file():
         if kind_of(file) is None:
             raise DataError(
-                f"{path}: files of {', '.join(SUFFIXES)} can be read, and all but the last two with .gz after it; name "
-                "it after what it holds."
+                f"{path}: the name of a data file must end with one of {', '.join(SUFFIXES)}, all but the last two "
+                "optionally with .gz after it; rename the file by its format."
             )
         numbered = ((path, number, row) for number, row in rows_of(file))
     elif file.is_dir():
@@ -73,7 +73,7 @@ def read_rows(path: str, *, phase: str, split: str, hub_split: str, revision: st
         numbered = ((path, number, row) for number, row in enumerate(_from_hub(path, hub_split, revision), 1))
     else:
         raise FileNotFoundError(
-            f"config.data: {path!r} is no file or folder here, no Hugging Face id, and no reader "
+            f"config.data: {path!r} is neither an existing file or folder, nor a Hugging Face id, nor a reader "
             '("package.module:function").'
         )
     rows = []
@@ -81,7 +81,7 @@ def read_rows(path: str, *, phase: str, split: str, hub_split: str, revision: st
         row = Row(content, str(source), number)
         if not isinstance(content, dict):
             raise DataError(
-                f"{row.where}: a row must be an object of columns, this is a {type(content).__name__}: "
+                f"{row.where}: a row must be an object of columns, and is a {type(content).__name__}: "
                 f"{str(content)[:80]!r}."
             )
         try:
@@ -91,34 +91,24 @@ def read_rows(path: str, *, phase: str, split: str, hub_split: str, revision: st
             raise DataError(f"{row.where}: {error}.") from error
         rows.append(row)
     if not rows:
-        raise DataError(f"{path}: there is not a single row.")
+        raise DataError(f"{path}: it has no rows.")
     return rows
 
 
 def is_reader(path: str) -> bool:
-    """Whether a path names a Python function.
-
-    Args:
-      path: as in `read_rows`.
-
-    Returns:
-      Whether.
-    """
+    """Whether a path of `read_rows` names a Python function."""
     return _READER.fullmatch(path) is not None and not local_path(path).exists()
 
 
 def imported(name: str, what: str) -> Callable:
-    """A function by its name.
+    """Imports a function by its name.
 
     Args:
       name: "package.module:function".
-      what: for messages.
-
-    Returns:
-      The function.
+      what: the setting that has the name, for error messages.
 
     Raises:
-      ValueError: there is none of that name.
+      ValueError: the name has another form, cannot be imported, or is not a function.
     """
     module, _, attribute = checked_name(name, what).partition(":")
     try:
@@ -131,20 +121,17 @@ def imported(name: str, what: str) -> Callable:
 
 
 def checked_name(name: str, what: str) -> str:
-    """A function's name, which nobody has looked for yet.
+    """Checks the form of a function's name, without importing it, and returns it.
 
     Args:
       name: "package.module:function".
-      what: for messages.
-
-    Returns:
-      The name.
+      what: the setting that has the name, for error messages.
 
     Raises:
-      ValueError: it is of another form.
+      ValueError: the name has another form.
     """
     if not _READER.fullmatch(name):
-        raise ValueError(f'{what}={name!r}: "package.module:function" is expected.')
+        raise ValueError(f'{what}={name!r} must be of the form "package.module:function".')
     return name
 
 
@@ -155,45 +142,46 @@ def _from_reader(path: str, phase: str, split: str) -> list:
         raise ValueError(f"{error} (A configuration of a data set is written org/name:configuration.)") from error
     rows = reader(phase=phase, split=split)
     if not isinstance(rows, Iterable):
-        raise DataError(f"reader {path} returned a {type(rows).__name__}; an iterable of dicts is expected.")
+        raise DataError(f"reader {path} returned a {type(rows).__name__}; it must return an iterable of dicts.")
     return list(rows)
 
 
 def _from_hub(path: str, split: str, revision: str | None) -> Iterator[dict]:
     """The rows of "org/name", "org/name:configuration" or "org/name:folder"."""
     try:
-        # Here: a column of sounds or images fails when it is read.
+        # Read all rows inside this `try`: a column of audio or images fails only when it is decoded.
         return iter([without_fill(row) for row in _load_dataset(path, split, revision)])
     except DataError:
         raise
     except Exception as error:  # datasets raises many types
         raise DataError(
-            f"Hugging Face data set {path!r}, split {split!r}: {type(error).__name__}: {error}. A split is chosen with "
-            "config.data.split and config.data.eval_split, a configuration or a folder of a data set by its path: "
-            "org/name:configuration. Without a network give a local file, or a folder of save_to_disk."
+            f"Hugging Face data set {path!r}, split {split!r}: {type(error).__name__}: {error}. Choose a split with "
+            "config.data.split and config.data.eval_split, and a configuration or a folder of a data set with the path "
+            "org/name:configuration. Without a network use a local file, or a folder written by save_to_disk."
         ) from error
 
 
 def _load_dataset(path: str, split: str, revision: str | None) -> Iterable[dict]:
     name, colon, part = path.partition(":")
-    more: dict[str, Any] = {"name": part} if colon else {}
+    keywords: dict[str, Any] = {"name": part} if colon else {}
     try:
-        builder = datasets.load_dataset_builder(name, revision=revision, **more)
-    except ValueError as error:  # no configuration of that name: Anthropic/hh-rlhf:harmless-base is a folder
+        builder = datasets.load_dataset_builder(name, revision=revision, **keywords)
+    except ValueError as error:  # not a configuration but a folder, such as Anthropic/hh-rlhf:harmless-base
         if not colon or "BuilderConfig" not in str(error):
             raise
-        more = {"data_dir": part}
-        builder = datasets.load_dataset_builder(name, revision=revision, **more)
+        keywords = {"data_dir": part}
+        builder = datasets.load_dataset_builder(name, revision=revision, **keywords)
     _check_own_files(builder, name)
-    return datasets.load_dataset(name, split=split, revision=revision, **more)
+    return datasets.load_dataset(name, split=split, revision=revision, **keywords)
 
 
 def _check_own_files(builder: datasets.DatasetBuilder, name: str) -> None:
-    """Raises where a data set's card names files that are not its own: of this machine, or of another address."""
+    """Raises if a data set's card names files outside of the data set: on this machine, or at another URL."""
     own = f"hf://datasets/{name}@".lower()
     for files in (getattr(builder.config, "data_files", None) or {}).values():
         for file in files:
             if not str(file).lower().startswith(own):
                 raise DataError(
-                    f"Hugging Face data set {name!r}: its card names {str(file)[:200]!r}, which is not its own."
+                    f"Hugging Face data set {name!r}: its card names {str(file)[:200]!r}, which is not a file of the "
+                    "data set."
                 )

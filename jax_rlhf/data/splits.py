@@ -1,4 +1,4 @@
-"""Which rows a phase has and which of them are held out: by prompt, so that no two sets have a prompt in common."""
+"""Splits rows between phases, and into training and held-out rows; no two of these sets have a prompt in common."""
 
 import collections
 import dataclasses
@@ -11,16 +11,16 @@ from transformers import PreTrainedTokenizerBase
 from jax_rlhf.data.config import PHASES, DataConfig
 from jax_rlhf.data.formats import own_prompt, row_texts
 from jax_rlhf.data.sources import Row, is_reader
-from jax_rlhf.data.tokens import openings
+from jax_rlhf.data.tokens import first_tokens
 
 Group = str | bytes
-"""What rows of one prompt have in common: the prompt, or the bytes of its first tokens."""
+"""The key of rows with the same prompt: the prompt, or the bytes of its first tokens."""
 
 
 ONE_IN = 10
-"""Of so many rows, and of so many prompts, of a file at most one is drawn to be held out."""
+"""At most one in so many rows, and one in so many prompts, of a file is held out."""
 _BYTES = 6
-"""Of a draw, for a number: a float holds 53 bits."""
+"""Bytes of a random draw that are converted to a number; a float has 53 bits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Source:
     """Rows of one path, each with its prompt.
 
     Attributes:
-      path: where they are from.
+      path: the path from which the rows were read.
       rows: the rows.
-      prompts: the prompt of each, or its text if it has none.
-      groups: of each; rows of one group stay together.
+      prompts: the prompt of each row, or its text if it has none.
+      groups: the group of each row; a group is never split.
     """
 
     path: str
@@ -40,57 +40,48 @@ class Source:
     groups: Sequence[Group]
 
     def where(self, wanted: Iterable[bool]) -> "Source":
-        """Some of the rows.
-
-        Args:
-          wanted: whether, for each row.
-
-        Returns:
-          Those rows, in the same order.
-        """
+        """Selects rows; `wanted` has one value per row."""
         kept = [index for index, want in enumerate(wanted) if want]
         parts = ([part[index] for index in kept] for part in (self.rows, self.prompts, self.groups))
         return Source(self.path, *parts)
 
 
 def grouped(path: str, rows: Sequence[Row], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Source:
-    """Finds each row's prompt, the same in all phases.
+    """Finds the prompt and the group of each row; both are the same in all phases.
 
     Args:
-      path: where the rows are from.
-      rows: as read.
-      config: names of columns. With `prompt_tokens` rows of which PPO would see the same opening are one group.
-      tokenizer: of the policy.
-
-    Returns:
-      The rows with prompts and groups.
+      path: the path from which the rows were read.
+      rows: the rows as they were read.
+      config: names of columns. With `prompt_tokens`, rows with the same first tokens are one group.
+      tokenizer: the policy's tokenizer.
 
     Raises:
-      DataError: a row is broken.
+      DataError: a row is invalid.
     """
     found = [own_prompt(row, config) for row in rows]
     groups: list[Group] = [text for text, _ in found]
     if config.prompt_tokens is not None:
-        opened = [index for index, (_, kind) in enumerate(found) if kind in ("prompt", "text")]
-        texts = [row_texts(rows[index], "ppo", config, tokenizer) for index in opened]
-        tokens = openings(texts, tokenizer, config.prompt_tokens)
-        for index, text, opening in zip(opened, texts, tokens, strict=True):
+        with_prompt = [index for index, (_, kind) in enumerate(found) if kind in ("prompt", "text")]
+        texts = [row_texts(rows[index], "ppo", config, tokenizer) for index in with_prompt]
+        tokens = first_tokens(texts, tokenizer, config.prompt_tokens)
+        for index, text, first in zip(with_prompt, texts, tokens, strict=True):
             if text.prompt.strip():
-                groups[index] = opening.tobytes()
+                groups[index] = first.tobytes()
     return Source(path, rows, [text for text, _ in found], groups)
 
 
 def share(sources: Sequence[Source], split: tuple[float, float, float], phase: str, seed: int) -> list[Source]:
-    """The phase's rows of each path: whole groups, so that their numbers come close to the split.
+    """Selects a phase's rows of each path: whole groups, so that the numbers of rows come close to the split.
 
-    All files are divided together, in the order of `sources`: a prompt that stands in two files is given once. Other
-    phases may read other rows from a reader, so that its prompts, unless files have them, go by their hash alone.
+    Files are split one after the other, in the order of `sources`; a prompt that occurs in two files goes to one phase.
+    A reader may return other rows to other phases. Its prompts, unless a file has them too, are therefore assigned by
+    their hash alone.
 
     Args:
       sources: all rows.
-      split: shares of SFT, reward and PPO, which add up to 1.
-      phase: whose rows.
-      seed: of the draw.
+      split: shares of SFT, reward and PPO, which sum to 1.
+      phase: "sft", "reward" or "ppo".
+      seed: of the random assignment.
 
     Returns:
       The phase's rows, in the order in which they were read.
@@ -104,7 +95,7 @@ def share(sources: Sequence[Source], split: tuple[float, float, float], phase: s
         missing = [end - start for start, end in itertools.pairwise(ends)]
         for group in counts.keys() & phase_of.keys():
             missing[phase_of[group]] -= counts[group]
-        # Large groups first: small ones can still even out what those leave.
+        # Large groups first, so that small ones can even out the numbers at the end.
         for group in sorted(counts.keys() - phase_of.keys(), key=lambda group: (-counts[group], _draw(group, seed))):
             index = max(range(len(missing)), key=missing.__getitem__)
             phase_of[group] = index
@@ -119,17 +110,14 @@ def share(sources: Sequence[Source], split: tuple[float, float, float], phase: s
 
 
 def drawn(sources: Sequence[Source], eval_rows: int, seed: int) -> set[Group]:
-    """Groups to hold out of files, the same in each phase that has the same rows of them.
+    """Draws the groups of files to hold out. Phases with the same rows of the files get the same groups.
 
-    Of each file, they have at most `eval_rows` rows, a tenth of the rows and a tenth of the groups.
+    Per file, the groups have at most `eval_rows` rows, a tenth of the rows and a tenth of the groups.
 
     Args:
-      sources: the phase's rows; those of readers, which hold out their own, do not count.
-      eval_rows: at most so many rows per file.
+      sources: the phase's rows; readers are ignored, because they return held-out rows themselves.
+      eval_rows: the largest number of held-out rows per file.
       seed: of the draw.
-
-    Returns:
-      The groups.
     """
     counts = [collections.Counter(source.groups) for source in sources if not is_reader(source.path)]
     rows_left = [min(eval_rows, count.total() // ONE_IN) for count in counts]
@@ -148,6 +136,6 @@ def drawn(sources: Sequence[Source], eval_rows: int, seed: int) -> set[Group]:
 
 
 def _draw(group: Group, seed: int) -> bytes:
-    """Random bytes of the seed and the group alone, so that all phases draw the same."""
+    """Random bytes that depend on the seed and the group only, so that all phases draw the same."""
     content = group if isinstance(group, bytes) else group.encode(errors="surrogatepass")
     return hashlib.blake2b(f"{seed}:".encode() + content, digest_size=16).digest()

@@ -45,7 +45,7 @@ def check_flash(config: DecoderConfig) -> None:
             problems.append(f"takes heads of up to 256 numbers, a multiple of 8, and head_dim is {config.head_dim}")
         if config.attention_softcap is not None:
             problems.append(f"has no soft cap, and attention_softcap is {config.attention_softcap}")
-    if config.layout is not None and config.layout.cuts("heads") != config.layout.cuts("kv_heads"):
+    if config.layout is not None and config.layout.num_shards("heads") != config.layout.num_shards("kv_heads"):
         problems.append("needs heads and kv_heads cut alike, and config.mesh.rules cuts them differently")
     if problems:
         kernel = "cuDNN" if config.platform == "gpu" else "the splash kernel"

@@ -1,4 +1,4 @@
-"""Where arrays live on a mesh.
+"""How arrays are sharded over a mesh of devices, and how several processes work together.
 
 The names of __init__.pyi are imported when they are first used, so that settings load no library.
 """

@@ -7,7 +7,7 @@ from .layout import (
     machine_of as machine_of,
     reshard_steps as reshard_steps,
     rollout_layout as rollout_layout,
-    tensor_is_joined as tensor_is_joined,
+    tensor_has_fast_links as tensor_has_fast_links,
 )
 from .mesh import (
     MeshConfig as MeshConfig,
@@ -28,7 +28,7 @@ from .processes import (
     any_process as any_process,
     barrier as barrier,
     check_same_on_all_processes as check_same_on_all_processes,
-    leave as leave,
+    exit_process as exit_process,
     start_processes as start_processes,
     sum_over_processes as sum_over_processes,
 )

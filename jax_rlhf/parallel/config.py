@@ -5,25 +5,25 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many devices lie along each axis; −1, once, means the rest."""
+    """The number of devices along each mesh axis; one of them may be −1, all the remaining devices."""
 
     data: int = 1
-    """Copies of everything, each with its own rows. Of several TPU slices each has its own copies."""
+    """Replicas of the model, each with its own rows. Each of several TPU slices has replicas of its own."""
     fsdp: int = -1
-    """Rows, and parameters cut along their width."""
+    """Shards of the rows, and of parameters along the model width."""
     tensor: int = 1
-    """Heads, MLP width and vocabulary."""
+    """Shards of heads, MLP width and vocabulary."""
     rules: tuple[str, ...] = ()
-    """Lines of the table in `parallel/layout.py` that differ, "logical=mesh+mesh" each."""
+    """Overrides of the table in `parallel/layout.py`, each "logical=mesh+mesh"."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutMeshConfig:
-    """The same devices in another form, for sampling; all None = chosen by the model (`parallel.rollout_layout`)."""
+    """The same devices as a mesh for sampling; all None = chosen from the model's sizes (`parallel.rollout_layout`)."""
 
     data: int | None = None
-    """As in `MeshConfig`; None = 1 where another is given."""
+    """As in `MeshConfig`; None = 1 if another size is set."""
     fsdp: int | None = None
-    """As in `MeshConfig`; None = 1 where another is given."""
+    """As in `MeshConfig`; None = 1 if another size is set."""
     tensor: int | None = None
-    """As in `MeshConfig`; None = 1 where another is given."""
+    """As in `MeshConfig`; None = 1 if another size is set."""

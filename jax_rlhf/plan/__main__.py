@@ -20,7 +20,7 @@ from jax_rlhf.config import run_config
 from jax_rlhf.hub import CheckpointError
 from jax_rlhf.io.printable import printable_lines
 from jax_rlhf.io.terminal import make_output_harmless
-from jax_rlhf.parallel import tensor_is_joined
+from jax_rlhf.parallel import tensor_has_fast_links
 from jax_rlhf.plan.abstract import Program
 from jax_rlhf.plan.advice import Advice, advice
 from jax_rlhf.plan.all_programs import programs_of
@@ -73,7 +73,7 @@ def _plan(config: ConfigDict, topology: Topology) -> int:
         rollout = program.rollout
         if rollout is not None:
             forms += f", {_form('rollout', rollout.mesh)}"
-            if not tensor_is_joined(rollout):
+            if not tensor_has_fast_links(rollout):
                 notes.append(_leaves(accounts[-1]))
     if _MEASURE.value:
         accounts = _measured(programs, accounts)

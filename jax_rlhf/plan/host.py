@@ -54,7 +54,7 @@ def host_accounts(programs: Iterable[Program], topology: Topology) -> list[HostA
     """
     phases = {program.phase: program for program in programs}
     devices = min(collections.Counter(device.process_index for device in topology.devices).values())
-    devices = topology.near or devices  # GPUs of a machine may have a process each
+    devices = topology.devices_per_machine or devices  # GPUs of a machine may have a process each
     found = []
     for phase, program in phases.items():
         trained = program.resident["parameters"][0]

@@ -90,7 +90,7 @@ def sft_programs(config: RunConfig, layout: Layout) -> list[Program]:
     made = [phase.step(batch), phase.program("evaluation", supervised.evaluation_sums, evaluation, batch)]
     if config.sft.sample_rows:
         sampling = Sampling(config.sft.sample_tokens, eos_ids=(pretrained.model.config.vocab_size - 1,))
-        rows = config.sft.sample_rows + -config.sft.sample_rows % layout.cuts("rows")
+        rows = config.sft.sample_rows + -config.sft.sample_rows % layout.num_shards("rows")
         whole, copied = joined(how.network, phase.params, layout)
         arguments, passing, read = _answers(pretrained.model, whole, rows, config, sampling, layout)
         made.append(phase.program("answers", sample_program, arguments, (passing, copied), decode=read))

@@ -32,7 +32,7 @@ class Topology:
       group: devices that links join, a TPU slice or a GPU machine.
       link: what a device receives over links at most, bytes/s. In a TPU slice it is less than the chip's: a side of
         length 1 has no links, and one that is no ring has half of them at its ends.
-      near: as in `Layout`: `group` of GPUs that are only described, which do not say it themselves.
+      devices_per_machine: as in `Layout`; set for simulated GPUs, which cannot tell their machine themselves.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Topology:
     devices: tuple[Any, ...]
     group: int
     link: float
-    near: int | None = None
+    devices_per_machine: int | None = None
 
 
 def layout_on(topology: Topology, settings: RunConfig) -> Layout:
@@ -56,7 +56,9 @@ def layout_on(topology: Topology, settings: RunConfig) -> Layout:
     Raises:
       ValueError: as in `create_layout`.
     """
-    return create_layout(settings.mesh, settings.rollout_mesh, topology.devices, near=topology.near)
+    return create_layout(
+        settings.mesh, settings.rollout_mesh, topology.devices, devices_per_machine=topology.devices_per_machine
+    )
 
 
 def describe_topology(name: str) -> Topology:
@@ -86,7 +88,7 @@ def describe_topology(name: str) -> Topology:
         machines, gpus = (1, *sizes)[-2:]
         _assume_gpu(CARDS[kind])
         devices = _devices(name, "cuda", "", target_config=CARDS[kind].target(), topology=f"1x{machines}x{gpus}")
-        return Topology(name, CHIPS[kind], devices, gpus, CHIPS[kind].link, near=gpus)
+        return Topology(name, CHIPS[kind], devices, gpus, CHIPS[kind].link, devices_per_machine=gpus)
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is run: another process may have the library
     rings = _rings(kind, sizes)
     options: dict[str, Any] = {"wrap": (*rings, False)[:3]}

@@ -66,7 +66,7 @@ def pad_vocabularies(start: InitialModels, layout: Layout | None) -> InitialMode
         return given and given.replace(padded_vocab_size=padded_vocab_size(given.table_rows, layout))
 
     def model(given: Pretrained | None) -> Pretrained | None:
-        if given is None or given.model.config.table_rows % layout.cuts("vocab") == 0:
+        if given is None or given.model.config.table_rows % layout.num_shards("vocab") == 0:
             return given
         wide = given.model.clone(config=config(given.model.config))
         return dataclasses.replace(given, model=wide, params=jax.tree.map(_grown, given.params, abstract_params(wide)))

@@ -107,7 +107,7 @@ def default_chunk(batch: int, config: DecoderConfig) -> int:
     """
     budget = 2**23 if config.platform == "cpu" else 2**27
     if config.layout is not None:
-        budget *= config.layout.cuts("rows") * config.layout.cuts("vocab")
+        budget *= config.layout.num_shards("rows") * config.layout.num_shards("vocab")
     return max(1, budget // (batch * config.table_rows))  # a product with all rows, also of ids that are not used
 
 

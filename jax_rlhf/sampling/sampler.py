@@ -110,7 +110,7 @@ def sample(
     if layout is None or isinstance(prompts.sharding, NamedSharding):
         return sample_program(model, params, rows, key, sampling)
     # Onto the mesh, the last row once more where the mesh does not divide them.
-    filled = np.minimum(np.arange(count - count % -layout.cuts("rows")), count - 1)
+    filled = np.minimum(np.arange(count - count % -layout.num_shards("rows")), count - 1)
     rows = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[filled], layout.sharding(("rows",))), rows)
     samples = sample_program(model, params, rows, key, sampling)
     if len(filled) == count:

@@ -170,7 +170,7 @@ def test_filters_count_what_they_leave_out(tmp_path):
         deduplicate=False,
         parse_special_tokens=True,
     )
-    assert "left out: 1 (a single token, before which nothing stands)" in datasets.report
+    assert "left out: 1 (a single token, with no token before it)" in datasets.report
     datasets = create(tiny.write(tmp_path / "x.jsonl", first), "ppo")
     assert "1 (a prompt longer than max_prompt_tokens=4)" in datasets.report
 
@@ -273,7 +273,7 @@ def test_half_a_surrogate_pair_is_named_with_its_row(tmp_path, phase):
     rows = pairs(30)
     rows[7] |= {"prompt": "a \ud83d", "chosen": "b \ud83d"}
     file = tiny.write(tmp_path / "x.jsonl", rows)
-    with pytest.raises(DataError, match=r"x.jsonl, line 8: half of a surrogate pair, which is no character, in 'a "):
+    with pytest.raises(DataError, match=r"x.jsonl, line 8: half of a surrogate pair, which is not a character, in 'a "):
         create(file, phase, max_tokens=12)
     data = create(file, phase, max_tokens=12, on_bad_row="drop")
     assert "left out: 1 (half of a surrogate pair" in data.report
@@ -284,7 +284,7 @@ def test_undesired_completions_are_left_out_and_counted(tmp_path):
     rows = [{"prompt": text, "completion": "z", "label": i % 3 > 0} for i, text in enumerate(tiny.letters(30))]
     file = tiny.write(tmp_path / "x.jsonl", rows)
     data = create(file, "sft", eval_rows=1)
-    assert "left out: 10 (an undesired completion, whose label is false;" in data.report
+    assert "left out: 10 (an undesired completion, with a false label;" in data.report
     assert {row[-2] for row in texts_of(data, 5)} == {tiny.WORDS.index("z")}
     assert data.train_rows + data.eval_rows == 20
     prompts = create(file, "ppo", eval_rows=1)
@@ -312,18 +312,21 @@ def test_what_is_worth_knowing_of_the_rows_is_noted(tmp_path):
     plain = notes(apart)
     assert plain == (
         "sft data: 20 rows are plain texts, for which the tokenizer's chat template is not used; "
-        "--config.data.as_chat=true uses it for those with a prompt.",
+        "--config.data.as_chat=true uses it for rows with a prompt.",
     )
     assert notes(apart, as_chat=True, max_tokens=12) == ()
     assert notes(apart, tokenizer=tiny.tokenizer(template=None)) == ()
     (alone,) = notes([{"text": text} for text in tiny.letters(20)], as_chat=True)
-    assert alone.endswith("the tokenizer's chat template is not used, as they have no prompt of their own.")
+    assert alone.endswith("the tokenizer's chat template is not used, as they have no prompt column.")
     implicit = [{name: pair[name] for name in ("chosen", "rejected")} for pair in pairs(20)]
     first, _ = notes(implicit, "reward")
-    assert first == "reward data: 20 pairs have no prompt of their own; what both texts begin with is taken for it."
+    assert (
+        first
+        == "reward data: 20 pairs have no prompt column; the common beginning of both texts is taken as the prompt."
+    )
     whole = [row | {name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in apart]
     first, _ = notes(whole, "reward")
-    assert first.startswith("reward data: 20 rows have answers that begin with their prompt's text")
+    assert first.startswith("reward data: 20 rows have answers that begin with the text of their prompt")
     one, other = (
         create(tiny.write(tmp_path / "x.jsonl", rows), "reward", eval_rows=1, prompt_column=column)
         for rows, column in ((apart, "prompt"), (whole, "none"))
@@ -476,8 +479,8 @@ def test_processes_share_a_batch(tmp_path, monkeypatch):
         (pairs(3), {"max_tokens": 4}, r"no row is left for the reward phase.*3 \(longer than max_tokens=4\)"),
         (pairs(3), {"reward_batch_size": 4}, "3 rows, fewer than a batch of 4.*--config.data.reward_batch_size=3"),
         (pairs(3), {"data_split": "1,0,1"}, "leaves none of 3 rows to the reward phase"),
-        (pairs(3), {"data_split": "1,2"}, "three numbers for SFT, reward and PPO"),
-        (pairs(3), {"weights": (1.0, 2.0)}, "2 weights are given for 1 paths"),
+        (pairs(3), {"data_split": "1,2"}, "three numbers, for SFT, reward and PPO"),
+        (pairs(3), {"weights": (1.0, 2.0)}, "there are 2 weights for 1 paths"),
         (pairs(3), {"max_tokns": 4}, "config.data.max_tokns: there is no such field; did you mean max_tokens"),
         (pairs(3), {"paths": ()}, "config.data.paths is empty"),
         (pairs(3), {"pad_token": "<nil>"}, "pad_token='<nil>' is not in the tokenizer's vocabulary"),

@@ -79,7 +79,7 @@ def test_a_card_says_what_stands_between_columns(tmp_path):
     (folder / "a.csv").write_text("prompt;completion\na;b\n")
     assert read(folder) == [{"prompt": "a", "completion": "b"}]
     with_card(folder, [{"config_name": "default", "data_files": "a.csv", "skiprows": 1}])
-    with pytest.raises(DataError, match="its card sets skiprows, which is not read here"):
+    with pytest.raises(DataError, match="its card sets skiprows, which is not supported"):
         read(folder)
 
 
@@ -100,7 +100,7 @@ def test_what_is_missing_is_said(tmp_path):
     tiny.write(tmp_path / "set" / "train.jsonl", ROWS)
     with pytest.raises(DataError, match=r"no split 'dev'; it has 'train'.*config.data.split"):
         read(tmp_path / "set", "dev")
-    with pytest.raises(DataError, match=r"'a b' is no split|no split 'a b'"):
+    with pytest.raises(DataError, match=r"'a b' is not a split|no split 'a b'"):
         read(tmp_path / "set", "a b")
     with_card(tmp_path / "two", [{"config_name": "a", "data_files": "*"}, {"config_name": "b", "data_files": "*"}])
     with pytest.raises(DataError, match=r"several configurations \(a, b\)"):
@@ -188,7 +188,7 @@ def test_a_saved_dict_cannot_name_a_split_elsewhere(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "other"))
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "dataset_dict.json").write_text(json.dumps({"splits": ["../other"]}))
-    with pytest.raises(DataError, match="is no split"):
+    with pytest.raises(DataError, match="is not a split"):
         read(tmp_path / "set", "../other")
     (tmp_path / "set" / "dataset_dict.json").write_text(json.dumps({"splits": ["train"]}))
     (tmp_path / "set" / "train").symlink_to(tmp_path / "other")

@@ -350,7 +350,7 @@ def test_share_gpt_rows_are_chats(column):
     read = texts({column: turns, "id": "x"}, "sft")
     assert (read.prompt, read.completions) == ("<system> s <eos> <user> a <eos> <assistant> ", ("b <eos> ",))
     assert read.columns == {"id": "x"}
-    with pytest.raises(DataError, match="line 7: 'robot' speaks in a message; human, user"):
+    with pytest.raises(DataError, match="line 7: a message is from 'robot'; known are human, user"):
         texts({column: [{"from": "robot", "value": "a"}]}, "ppo")
 
 
@@ -359,14 +359,14 @@ def test_messages_may_be_json_as_csv_files_hold_them(column):
     read = texts({column: json.dumps([user("a"), assistant("b")])}, "sft")
     assert (read.prompt, read.completions) == (ASKED, ("b <eos> ",))
     for wrong in ("[", "a b", '{"a"', "7"):
-        with pytest.raises(DataError, match="line 7: messages must be a list of at least one chat message"):
+        with pytest.raises(DataError, match="line 7: messages must be a list with at least one chat message"):
             texts({column: wrong}, "sft", messages_column=column)
 
 
 def test_texts_in_parts_are_joined_and_images_are_named():
     parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
     assert texts({"messages": [user(parts), assistant("c")]}, "sft").prompt == "<user> a b <eos> <assistant> "
-    with pytest.raises(DataError, match="line 7: a message has a part of type 'image'; texts alone can be read"):
+    with pytest.raises(DataError, match="line 7: a message has a part of type 'image'; only text parts are supported"):
         texts({"messages": [user([{"type": "image"}]), assistant("c")]}, "sft")
 
 
@@ -375,9 +375,9 @@ def test_options_for_the_template_come_with_the_row():
     for value, begin in ((None, "none "), ({"thinking": "a"}, "a "), ('{"thinking": "a"}', "a ")):
         row = {"prompt": [user("b")], "chat_template_kwargs": value}
         assert texts(row, "ppo", tiny.tokenizer(template=template)).prompt.startswith(begin)
-    with pytest.raises(DataError, match=r"line 7: chat_template_kwargs holds .*; an object of options is expected"):
+    with pytest.raises(DataError, match=r"line 7: chat_template_kwargs is .*; it must be an object"):
         texts({"prompt": [user("b")], "chat_template_kwargs": {"tokenize": True}}, "ppo")
-    with pytest.raises(DataError, match="an object of options is expected"):  # a row brings no template of its own
+    with pytest.raises(DataError, match="it must be an object of the template"):  # a row brings no template of its own
         texts({"prompt": [user("b")], "chat_template_kwargs": {"chat_template": "{{ 'x' }}"}}, "ppo")
 
 
@@ -497,7 +497,7 @@ def test_what_a_template_ends_a_conversation_with_is_no_part_of_the_prompt():
 
 def test_a_template_that_changes_the_prompt_once_there_is_an_answer():
     template = "{% for m in messages %}{{ m.content if loop.last or messages|length == 1 else 'x' }} {% endfor %}"
-    with pytest.raises(DataError, match="the chat template writes the prompt in another way"):
+    with pytest.raises(DataError, match="the chat template renders the prompt differently"):
         texts({"messages": [user("a"), assistant("b")]}, "sft", tiny.tokenizer(template=template))
 
 
@@ -516,11 +516,11 @@ def test_other_columns_come_along_and_margins_are_numbers():
         ({"text": "a"}, "reward", "the reward phase needs"),
         ({"text": "a"}, "ppo", "text with config.data.prompt_tokens"),
         ({"prompt": "a", "completion": None}, "sft", "the sft phase needs"),
-        ({"prompt": 3, "completion": "b"}, "sft", "is of type int; a text or a list of chat messages"),
-        ({"messages": [{"role": "user"}]}, "sft", "is no chat message"),
+        ({"prompt": 3, "completion": "b"}, "sft", "is of type int; it must be a text or a list of chat messages"),
+        ({"messages": [{"role": "user"}]}, "sft", "is not a chat message"),
         ({"messages": [user("a")]}, "sft", "the last message is the user's"),
         ({"messages": []}, "sft", "at least one chat message"),
-        (PAIR | {"margin": "much"}, "reward", "'margin' holds 'much'; a number is expected"),
+        (PAIR | {"margin": "much"}, "reward", "'margin' is 'much'; it must be a number"),
     ],
 )
 def test_a_row_that_does_not_fit_is_named(content, phase, message):

@@ -105,17 +105,17 @@ def test_long_fields_of_csv_files_are_read(tmp_path):
     ("name", "content", "message"),
     [
         ("x.jsonl", '{"a": 1}\n\n{"a": \n', "x.jsonl, line 3: not JSON"),
-        ("x.jsonl", '{"a": 1}\n[1]\n', "x.jsonl, line 2: a row must be an object of columns, this is a list"),
-        ("x.jsonl", "\n\n", "not a single row"),
+        ("x.jsonl", '{"a": 1}\n[1]\n', "x.jsonl, line 2: a row must be an object of columns, and is a list"),
+        ("x.jsonl", "\n\n", "it has no rows"),
         ("x.jsonl", "[" * 100_000, "line 1: not JSON"),
         ("x.json", '{"a": 1}\n{"a": 2', "x.json, line 2: not JSON"),
-        ("x.json", '"text"', "a list of objects is expected"),
-        ("x.csv", "a,b\n1,2\n3\n", "x.csv, row 2: 2 columns are named"),
+        ("x.json", '"text"', "must contain a list of objects"),
+        ("x.csv", "a,b\n1,2\n3\n", "x.csv, row 2: the first line names 2 columns"),
         ("x.csv", 'a,b\n"1,2', "not CSV"),
         ("x.parquet", "PAR1", "not a parquet file that can be read .*[Pp]arquet"),
         ("x.arrow", "ARROW1", "not an Arrow file that can be read"),
         ("x.jsonl.gz", "text", "not a whole gzip file"),
-        ("x.txt", "a", "files of .jsonl, .json, .csv, .tsv, .parquet, .arrow can be read"),
+        ("x.txt", "a", "must end with one of .jsonl, .json, .csv, .tsv, .parquet, .arrow"),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(name, content, message, tmp_path):
@@ -138,19 +138,19 @@ def test_a_reader_s_own_error_is_seen():
 def test_a_reader_is_told_phase_and_split():
     rows = read_rows("tests.data.tiny:reader", phase="reward", split="eval", hub_split="")
     assert rows[0].content == {"text": "a a a r e"}
-    with pytest.raises(DataError, match="an iterable of dicts is expected"):
+    with pytest.raises(DataError, match="it must return an iterable of dicts"):
         read("tests.data.tiny:no_rows")
 
 
 def test_what_is_not_there_is_said(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="is no file or folder here"):
+    with pytest.raises(FileNotFoundError, match="is neither an existing file or folder"):
         read(tmp_path / "missing.jsonl")
     with pytest.raises(ValueError, match="cannot be imported"):
         read("tests.data.tiny:nobody")
     with pytest.raises(ValueError, match="not a function"):
         imported("tests.data.tiny:WORDS", "config.x")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="Without a network give a local file"):
+    with pytest.raises(DataError, match="Without a network use a local file"):
         read("nobody/nothing")
 
 
@@ -227,7 +227,7 @@ def test_a_data_set_of_the_hub_reads_its_own_files_alone(monkeypatch, name):
     )
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **how: builder)
     monkeypatch.setattr(datasets, "load_dataset", None)
-    with pytest.raises(DataError, match=f"its card names '{re.escape(name)}', which is not its own"):
+    with pytest.raises(DataError, match=f"its card names '{re.escape(name)}', which is not a file of the data set"):
         read("org/name")
 
 

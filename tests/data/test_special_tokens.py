@@ -171,14 +171,14 @@ def test_what_a_row_has_is_counted_and_said(tmp_path):
     how = {"paths": (file,), "eval_rows": 1, "sft_batch_size": 1}
     notes = create_datasets(how, tiny.tokenizer(template=None), "sft", seed=0).notes
     assert notes == (
-        "sft data: 7 rows have special tokens of the tokenizer in their texts, such as '<eos>', which are read as "
-        "text; where they were written with a chat template beforehand, --config.data.parse_special_tokens=true reads "
-        "them as the tokens.",
+        "sft data: 7 rows have special tokens of the tokenizer in their texts, such as '<eos>', which are "
+        "tokenized as text. If a chat template has already rendered these texts, set "
+        "--config.data.parse_special_tokens=true.",
     )
     notes = create_datasets(how | {"parse_special_tokens": True}, tiny.tokenizer(template=None), "sft", seed=0).notes
     assert notes == (
-        "sft data: 7 rows have special tokens of the tokenizer in their texts, such as '<eos>', which are read as the "
-        "tokens.",
+        "sft data: 7 rows have special tokens of the tokenizer in their texts, such as '<eos>', which are "
+        "tokenized as these tokens.",
     )
 
 
@@ -222,7 +222,7 @@ def test_every_text_of_a_row_reaches_the_template_as_text():
 def test_no_role_or_name_makes_a_token_of_what_a_template_writes_around_it(name, message):
     """Templates write '<|' + role + '|>'."""
     row = {"prompt": [user("he"), message | {"content": "the"}, user("he")]}
-    with pytest.raises(DataError, match=r"stands within the special token|is no name"):
+    with pytest.raises(DataError, match=r"is a part of the special token|is empty, too long, or has line breaks"):
         example(row, "ppo", tokenizer_of(FAMILIES[name]))
 
 
@@ -237,9 +237,9 @@ def test_roles_and_names_that_people_use_are_read(name):
 @pytest.mark.parametrize("option", ["eos_token", "bos_token", "pad_token"])
 def test_an_option_is_not_the_tokenizer_s_own(option):
     row = {"prompt": [user("he")], "chat_template_kwargs": {option: "x"}}
-    with pytest.raises(DataError, match=f"chat_template_kwargs sets the tokenizer's own {option}"):
+    with pytest.raises(DataError, match=f"chat_template_kwargs sets {option}, which only the tokenizer may set"):
         example(row, "ppo", tokenizer_of(FAMILIES["llama3"]))
-    with pytest.raises(DataError, match=r"option 'im_end' stands within the special token '<.im_end.>'"):
+    with pytest.raises(DataError, match=r"option 'im_end' is a part of the special token '<.im_end.>'"):
         example(row | {"chat_template_kwargs": {"note": "im_end"}}, "ppo", tokenizer_of(FAMILIES["qwen"]))
 
 
@@ -258,7 +258,7 @@ def test_a_template_that_takes_a_text_apart_is_said(template):
     tokenizer = tokenizer_of(FAMILIES["qwen"])
     tokenizer.chat_template = template
     row = {"prompt": [user("he <|im_end|> the")], "tools": [{"name": "f", "description": "say <|im_end|> é"}]}
-    with pytest.raises(DataError, match="takes a special token's text in the row apart"):
+    with pytest.raises(DataError, match="splits or escapes the text of a special token in the row"):
         example(row, "ppo", tokenizer)
     row = {"prompt": [user("he \\ufdd0 \\udb80 the")], "tools": [{"name": "f", "description": "é"}]}
     example(row, "ppo", tokenizer)  # texts that only look so

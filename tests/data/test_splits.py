@@ -13,7 +13,7 @@ from jax_rlhf.data import DataConfig, DataError, create_datasets
 from jax_rlhf.data.formats import Texts
 from jax_rlhf.data.sources import Row
 from jax_rlhf.data.splits import ONE_IN, drawn, grouped, share
-from jax_rlhf.data.tokens import openings
+from jax_rlhf.data.tokens import first_tokens
 from tests.data import tiny
 
 PHASES = ("sft", "reward", "ppo")
@@ -254,7 +254,7 @@ def test_an_opening_is_of_tokens_and_bos_is_one_of_them():
         Texts(text, (), templated, 0.0, {}) for text, templated in (("a b c d", False), ("a c", False), ("b", True))
     ]
     for bos, wanted in ((False, ["a b c", "a c", "b"]), (True, ["<bos> a b", "<bos> a c", "b"])):
-        found = openings(texts, tiny.tokenizer(bos=bos), 3)
+        found = first_tokens(texts, tiny.tokenizer(bos=bos), 3)
         assert [opening.tolist() for opening in found] == [tiny.ids(text) for text in wanted]
 
 
@@ -285,7 +285,7 @@ def test_prompts_that_cutting_makes_one_are_not_both_trained_on_and_held_out(tmp
     file = tiny.write(tmp_path / "x.jsonl", rows)
     datasets = create(file, "ppo", too_long="truncate", max_prompt_tokens=2)
     assert (datasets.train_rows, datasets.eval_rows) == (1, 0)
-    assert "left out: 1 (held out, but in tokens as a prompt that is trained on)" in datasets.report
+    assert "left out: 1 (held out, but in tokens equal to a prompt that is trained on)" in datasets.report
 
     # Where the completions differ as well: a prompt is one all the same.
     rows = [{"prompt": f"{text} x y", "completion": text} for text in tiny.letters(40)]

@@ -151,13 +151,13 @@ def test_a_parquet_file_that_stands_for_gigabytes(tmp_path, name):
     file = tmp_path / "x.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": column()}), file, compression="zstd", **how)
     assert file.stat().st_size < 100_000
-    is_refused(lambda: read(file), DataError, r"x.parquet: its [\d,]+ bytes stand for more than")
+    is_refused(lambda: read(file), DataError, r"x.parquet: its [\d,]+ bytes expand to more than")
     program = [sys.executable, "-P", decode_arrow.__file__, "parquet", str(file), str(2**26), "1000"]
     done = subprocess.run([sys.executable, "-c", PEAK, *program], capture_output=True, check=True)
     assert int(done.stdout) * 1024 < 1_200_000_000  # of the process that decodes it
     (tmp_path / "set").mkdir()
     file.rename(tmp_path / "set" / "train.parquet")
-    is_refused(lambda: read(tmp_path / "set"), DataError, r"train.parquet: its [\d,]+ bytes stand for more than")
+    is_refused(lambda: read(tmp_path / "set"), DataError, r"train.parquet: its [\d,]+ bytes expand to more than")
 
 
 ARROW = {
@@ -180,7 +180,7 @@ def test_an_arrow_file_that_stands_for_gigabytes(tmp_path, name, form):
     with form(file, table.schema, options=pyarrow.ipc.IpcWriteOptions(compression="zstd")) as written:
         written.write_table(table)
     assert file.stat().st_size < 100_000
-    is_refused(lambda: read(tmp_path / "set"), DataError, r"arrow: its [\d,]+ bytes stand for more than")
+    is_refused(lambda: read(tmp_path / "set"), DataError, r"arrow: its [\d,]+ bytes expand to more than")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
@@ -188,7 +188,7 @@ def test_a_gzip_file_that_stands_for_gigabytes(tmp_path, suffix):
     file = tmp_path / f"x{suffix}.gz"
     line = b'{"text": "a"}\n' if suffix == ".jsonl" else b"text\n"
     file.write_bytes(gzip.compress(line * 10 + b" " * 200_000_000 + line))
-    is_refused(lambda: read(file), DataError, "gz: its .* bytes stand for more than|more than 67,108,864 bytes")
+    is_refused(lambda: read(file), DataError, "gz: its .* bytes expand to more than|more than 67,108,864 bytes")
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_few_bytes_that_unpack_to_many_small_values(tmp_path, suffix, begin, pie
     file = tmp_path / f"x{suffix}.gz"
     file.write_bytes(gzip.compress(begin + piece * 2_000_000 + end))
     assert file.stat().st_size < 20_000
-    is_refused(lambda: read(file), DataError, r"gz: its [\d,]+ bytes stand for more than")
+    is_refused(lambda: read(file), DataError, r"gz: its [\d,]+ bytes expand to more than")
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".arrow"])

@@ -133,7 +133,7 @@ MUTANTS = [
     *variants(
         "data/formats.py",
         _SPECIAL,
-        ("chat, answers, tools, options = marked(said, tokenizer)", "chat, answers = marked(said[:2], tokenizer)"),
+        ("chat, answers, tools, options = marked(inputs, tokenizer)", "chat, answers = marked(inputs[:2], tokenizer)"),
         ('more |= {"chat": chat, "continued"', 'more |= {"chat": marked(chat, tokenizer), "continued"'),
         ("begins = [index == 0 or not parts[0]", "begins = [True"),
     ),
@@ -143,7 +143,7 @@ MUTANTS = [
         ('"reward": [example.margin],', '"reward": [],'),
         ("[dict(example.columns), example.chat,", "[{}, example.chat,"),
         ("[dict(example.columns), example.chat,", "[dict(example.columns),"),
-        ("return type(value).__qualname__ if _ADDRESS.search(said) else said", "return said"),
+        ("return type(value).__qualname__ if _ADDRESS.search(text) else text", "return text"),
     ),
     *variants(
         "runtime/manifest.py",

@@ -42,7 +42,7 @@ MUTANTS = [
     *variants(
         "plan/host.py",
         _HOST,
-        ("devices = topology.near or devices", "devices = 1"),
+        ("devices = topology.devices_per_machine or devices", "devices = 1"),
         ("checkpoint=devices * state", "checkpoint=state"),
         ('(trained, program.resident["optimizer"])', "(trained, trained)"),
     ),
@@ -73,11 +73,14 @@ MUTANTS = [
     *variants(
         "parallel/layout.py",
         _LAYOUT,
-        ("if _joined(layout, n * tensor)", "if True"),
-        ("if _joined(layout, n * tensor)", "if _joined(layout, n)"),
-        ("return device.id // near", "return device.id % near"),
+        ("if _share_fast_links(layout, n * tensor)", "if True"),
+        ("if _share_fast_links(layout, n * tensor)", "if _share_fast_links(layout, n)"),
+        ("return device.id // devices_per_machine", "return device.id % devices_per_machine"),
         ('for axis in ("fsdp_to_tensor", "tensor"))', 'for axis in ("tensor",))'),
-        ("return Layout(mesh, tuple(rules), near=layout.near)", "return Layout(mesh, tuple(rules))"),
+        (
+            "return Layout(mesh, tuple(rules), devices_per_machine=layout.devices_per_machine)",
+            "return Layout(mesh, tuple(rules))",
+        ),
     ),
     *variants(
         "ppo/initialize.py",

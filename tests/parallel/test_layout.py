@@ -25,7 +25,7 @@ from jax_rlhf.parallel import (
     machine_of,
     owned_rows,
     rollout_layout,
-    tensor_is_joined,
+    tensor_has_fast_links,
 )
 from jax_rlhf.parallel.processes import cluster_name, start_processes
 from jax_rlhf.ppo.initialize import on_layout, whole_shardings
@@ -74,8 +74,8 @@ def test_an_activation_that_the_mesh_does_not_divide_is_cut_as_far_as_it_goes():
 )
 def test_fsdp_becomes_tensor_as_far_as_heads_allow_and_data_beyond(sizes, kv_heads, wanted):
     chosen = rollout_layout(form(*sizes), (kv_heads, 24 if kv_heads == 3 else 32, 64))
-    assert (chosen.cuts("rows"), chosen.cuts("heads")) == wanted
-    assert chosen.cuts("embed") == 1
+    assert (chosen.num_shards("rows"), chosen.num_shards("heads")) == wanted
+    assert chosen.num_shards("embed") == 1
     assert chosen.mesh.devices.flatten().tolist() == form(*sizes).mesh.devices.flatten().tolist()
 
 
@@ -95,9 +95,11 @@ def test_fsdp_becomes_tensor_as_far_as_heads_allow_and_data_beyond(sizes, kv_hea
 def test_tensor_stays_where_fast_links_are(machines, sizes, wanted):
     described = topology(machines)
     mesh = MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
-    chosen = rollout_layout(create_layout(mesh, None, described.devices, near=described.near), (96, 96, 96))
-    assert (chosen.cuts("rows"), chosen.cuts("heads")) == wanted
-    assert tensor_is_joined(chosen) == (machines != "h100:4x2")
+    chosen = rollout_layout(
+        create_layout(mesh, None, described.devices, devices_per_machine=described.devices_per_machine), (96, 96, 96)
+    )
+    assert (chosen.num_shards("rows"), chosen.num_shards("heads")) == wanted
+    assert tensor_has_fast_links(chosen) == (machines != "h100:4x2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +120,7 @@ def test_gpus_say_themselves_which_machine_they_are_in(named):
     kind = type("Card", (Card,), {"named": named})
     cards = [kind(index) for index in range(8)]
     assert [machine_of(card) for card in cards] == [0] * 4 + [1] * 4
-    assert machine_of(cards[5], near=2) == 2
+    assert machine_of(cards[5], devices_per_machine=2) == 2
     assert [machine_of(device) for device in jax.devices()] == [0] * 8
 
 
@@ -170,7 +172,7 @@ def test_which_rows_a_process_lays_out_follows_from_the_mesh(sizes, held, owned,
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         assert local_row_indices(8, mesh).tolist() == held[process]
         assert owned_rows(8, mesh).sum() == owned[process]
-    with pytest.raises(ValueError, match="a batch of 9 rows cannot be cut over the mesh's"):
+    with pytest.raises(ValueError, match="a batch of 9 rows cannot be split over the mesh's"):
         local_row_indices(9, create_layout(MeshConfig(), None, machines))
 
 
@@ -179,7 +181,7 @@ def test_only_data_goes_over_the_network_between_slices():
     mesh = create_layout(MeshConfig(data=2, fsdp=4, tensor=2), None, slices).mesh
     for part in range(2):
         assert {device.slice_index for device in mesh.devices[part].flatten()} == {part}
-    with pytest.raises(ValueError, match=r"config\.mesh\.data=1 is no multiple of the 2 TPU slices"):
+    with pytest.raises(ValueError, match=r"config\.mesh\.data=1 is not a multiple of the 2 TPU slices"):
         create_layout(MeshConfig(), None, slices)
 
 

@@ -13,7 +13,7 @@ import types
 import jax
 import pytest
 
-from jax_rlhf.parallel import ProcessError, leave, processes as module, start_processes
+from jax_rlhf.parallel import ProcessError, exit_process, processes as module, start_processes
 from tests.processes import finish, free_port, start
 
 POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
@@ -42,7 +42,7 @@ def test_without_anything_a_process_is_alone(asked):
 
 
 def test_half_of_the_flags_are_an_error(asked):
-    with pytest.raises(ValueError, match=r"--num_processes=2 --process_id=None: without a cluster .* all three"):
+    with pytest.raises(ValueError, match=r"--num_processes=2 --process_id=None: without a cluster .* set all three"):
         start_processes("127.0.0.1:1", 2, None)
     assert not asked
 
@@ -60,19 +60,19 @@ def test_the_three_variables_are_enough_and_nothing_is_detected(asked, monkeypat
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two', which is no whole number"),
-        ({"JAX_NUM_PROCESSES": "1e3"}, "JAX_NUM_PROCESSES is '1e3', which is no whole number"),
-        ({"JAX_NUM_PROCESSES": "0"}, "JAX_NUM_PROCESSES, is 0; it is 1 or more"),
-        ({"JAX_PROCESS_ID": "first"}, "JAX_PROCESS_ID is 'first', which is no whole number"),
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two', which is not a whole number"),
+        ({"JAX_NUM_PROCESSES": "1e3"}, "JAX_NUM_PROCESSES is '1e3', which is not a whole number"),
+        ({"JAX_NUM_PROCESSES": "0"}, "JAX_NUM_PROCESSES, is 0; it must be 1 or more"),
+        ({"JAX_PROCESS_ID": "first"}, "JAX_PROCESS_ID is 'first', which is not a whole number"),
         ({"JAX_PROCESS_ID": "4"}, "is 4; processes are counted from 0 to 3, since there are 4"),
         ({"JAX_PROCESS_ID": "-1"}, "is -1; processes are counted from 0"),
         ({"JAX_NUM_PROCESSES": "1"}, "is 3; processes are counted from 0 to 0"),
-        ({"JAX_COORDINATOR_ADDRESS": "10.0.0.1"}, "is '10.0.0.1'; it is HOST:PORT"),
-        ({"JAX_COORDINATOR_ADDRESS": "10.0.0.1:"}, "it is HOST:PORT"),
-        ({"JAX_COORDINATOR_ADDRESS": ":8476"}, "it is HOST:PORT"),
-        ({"JAX_COORDINATOR_ADDRESS": "host:99999"}, "it is HOST:PORT"),
-        ({"SLURM_NTASKS": "many"}, "SLURM_NTASKS is 'many', which is no whole number"),
-        ({"OMPI_COMM_WORLD_SIZE": "x"}, "OMPI_COMM_WORLD_SIZE is 'x', which is no whole number"),
+        ({"JAX_COORDINATOR_ADDRESS": "10.0.0.1"}, "is '10.0.0.1'; it must be HOST:PORT"),
+        ({"JAX_COORDINATOR_ADDRESS": "10.0.0.1:"}, "it must be HOST:PORT"),
+        ({"JAX_COORDINATOR_ADDRESS": ":8476"}, "it must be HOST:PORT"),
+        ({"JAX_COORDINATOR_ADDRESS": "host:99999"}, "it must be HOST:PORT"),
+        ({"SLURM_NTASKS": "many"}, "SLURM_NTASKS is 'many', which is not a whole number"),
+        ({"OMPI_COMM_WORLD_SIZE": "x"}, "OMPI_COMM_WORLD_SIZE is 'x', which is not a whole number"),
     ],
 )
 def test_a_value_that_cannot_be_is_named(asked, monkeypatch, wrong, says):
@@ -207,7 +207,9 @@ def test_a_coordinator_whose_name_is_not_known_yet_is_waited_for(asked, monkeypa
     assert clock.now == 2.0
 
     answers = [OSError("Name or service not known")] * 1000
-    with pytest.raises(ProcessError, match="the coordinator rlhf-0 is not known here: Name or service") as error:
+    with pytest.raises(
+        ProcessError, match="the name of the coordinator, rlhf-0, cannot be resolved: Name or service"
+    ) as error:
         start_processes("rlhf-0:8476", 2, 1)
     assert error.value.internal  # exit code 70: launchers start it again
     assert 300 < clock.now < 310
@@ -215,7 +217,7 @@ def test_a_coordinator_whose_name_is_not_known_yet_is_waited_for(asked, monkeypa
 
 def test_an_error_before_the_others_are_joined_starts_no_devices(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: pytest.fail("it would start the devices"))
-    assert leave(1, ValueError("JAX_NUM_PROCESSES")) == 1
+    assert exit_process(1, ValueError("JAX_NUM_PROCESSES")) == 1
 
 
 def test_a_wrong_variable_ends_the_program_with_exit_code_1(tmp_path):
