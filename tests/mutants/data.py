@@ -213,6 +213,6 @@ MUTANTS = [
     *variants(
         _CONFIG,
         _ALL,
-        ("tuple(number / sum(numbers) for number in numbers)", "tuple(number / max(numbers) for number in numbers)"),
+        ("(number / sum(numbers) for number in numbers)", "(number / max(numbers) for number in numbers)"),
     ),
 ]

@@ -230,7 +230,7 @@ MUTANTS = [
         "tests/runtime/test_tensorboard.py",
         ("event.wall_time, event.step = time.time(), step", "event.wall_time = time.time()"),
         ("            self._writer.close()", "            pass"),
-        ("SessionLog(status=SessionLog.START)), first)", "SessionLog(status=SessionLog.START)), 0)"),
+        ("SessionLog(status=_EVENTS.SessionLog.START)), first)", "SessionLog(status=_EVENTS.SessionLog.START)), 0)"),
     ),
     *variants(
         "runtime/phase.py",

@@ -22,7 +22,7 @@ MUTANTS = [
         ),
         ('metrics["objective/response_length"] * metrics["eps"]', 'metrics["eps"]'),
         ('"reward": "objective/scores"', '"reward": "objective/rlhf_reward"'),
-        ("batch = texts.train[iteration]", "batch = texts.train[0]"),
+        ("batch: Any = texts.train[iteration]", "batch: Any = texts.train[0]"),
         ("return dataclasses.replace(data, packing=False)\n", "return data\n"),
         (
             "return Batch(batch.tokens, batch.mask)",
@@ -89,11 +89,15 @@ MUTANTS = [
         ("length=int(mask[row].sum())", "length=int(mask[row].size)"),
         ("score=float(scores[row])", "score=float(scores[0])"),
         ("ended=bool(ended[row])", "ended=True"),
-        ("decode = functools.partial(tokenizer.decode, skip_special_tokens=True)", "decode = tokenizer.decode"),
-        ("decode(tokens[row][:width][prompt_mask[row]])", "decode(tokens[row][:width])"),
-        ("decode(tokens[row][width:][mask[row]])", "decode(tokens[row][width:])"),
+        ("decode(tokenizer, tokens[row][:width][prompt_mask[row]])", "decode(tokenizer, tokens[row][:width])"),
+        ("decode(tokenizer, tokens[row][width:][mask[row]])", "decode(tokenizer, tokens[row][width:])"),
         ("float(np.mean(given)) if given", "float(np.sum(given)) if given"),
         ("        phase.logger.log_samples(rows)\n", ""),
+    ),
+    *variants(
+        "hub/tokenizer.py",
+        _WRITTEN,
+        ("skip_special_tokens=skip_special_tokens", "skip_special_tokens=False"),
     ),
     *variants(
         "cli/phases.py",

@@ -165,8 +165,8 @@ MUTANTS = [
             "return model_jit(models.values)",
             "return model_jit(lambda params, batch: models.values(params, batch) - params.frozen.critic_bias)",
         ),
-        ('reference=load(roles["reference"], "lm")', "reference=None"),
-        ('critic=load(roles["critic"], "scalar")', "critic=None"),
+        ('reference=load("reference", "lm")', "reference=None"),
+        ('critic=load("critic", "scalar")', "critic=None"),
         (
             'critic_trainable_layers=roles["critic"].trainable_layers',
             'critic_trainable_layers=roles["model"].trainable_layers',
