@@ -25,8 +25,8 @@ def get_config() -> ConfigDict:
     # The SFT policy, which the reward and PPO phases start from; None = <workdir>/sft/model.
     # config.sft_model_path = None
     # Each is a .jsonl, .json, .parquet or .csv file; a Hugging Face data set ("org/name" or "org/name:configuration"),
-    # or a folder that `datasets` can load or has saved; or a reader, "package.module:function": f(phase=…,
-    # split="train" | "eval") → rows as dicts.
+    # or a folder that `datasets` can load or has saved; or a reader, "FILE.py:function" or "package.module:function":
+    # f(phase=…, split="train" | "eval") → rows as dicts.
     config.data.paths = ()
     # Texts for the pretraining loss in PPO (`ppo.loss.ptx_coef`); empty = the texts of the SFT phase from `paths`.
     config.data.ptx_paths = ()
@@ -145,7 +145,8 @@ def _ppo_sampling(sampling: ConfigDict) -> None:
 
 def _ppo_reward(reward: ConfigDict) -> None:
     """Where scores come from beside the reward model, and what becomes of them."""
-    # "package.module:function" each, f(prompts, responses, **columns) → scores, added to the reward model's.
+    # "FILE.py:function" or "package.module:function" each, f(prompts, responses, **columns) → scores, added to the
+    # reward model's.
     reward.functions = ()
     # reward.clip = None  # Scores are clipped to ± this, in reward units; None = not.
     reward.missing_eos_penalty = 0.0  # Subtracted from the (clipped) score of a response without EOS.

@@ -4,7 +4,7 @@
 
 or, with the packages of requirements-quickstart.txt and requirements-judge.txt, python -m jax_rlhf
 --config=configs/quickstart.py --workdir=runs/quickstart. Data: film-review sentences with human sentiment labels
-(jax_rlhf/examples/movie_reviews.py). With --config.model.path and --config.data.paths it takes other models of 8 layers
+(examples/movie_reviews.py). With --config.model.path and --config.data.paths it takes other models of 8 layers
 or more, and other short texts; for answers to prompts add --config.data.prompt_tokens=None (whole prompts) and
 --config.reward.compare=pairs.
 
@@ -24,10 +24,13 @@ by runs on seed 0; seed 1 was run once, afterwards):
 """
 
 import importlib.metadata
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from jax_rlhf.config import default_config
+
+_MOVIE_REVIEWS = Path(__file__).parents[1] / "examples" / "movie_reviews.py"  # the same folders once installed
 
 
 def get_config() -> ConfigDict:
@@ -38,7 +41,7 @@ def get_config() -> ConfigDict:
     config.critic.trainable_layers = 2  # of 4; the rest is shared with the reward model
     config.critic.zero_head = True  # the reward model's scores of unfinished sentences are worse than none
 
-    config.data.paths = ("jax_rlhf.examples.movie_reviews:rows",)
+    config.data.paths = (f"{_MOVIE_REVIEWS}:rows",)
     config.data.eval_rows = 1000  # all
     config.data.max_tokens = 48
     config.data.prompt_tokens = 6  # a prompt is the opening of a text
@@ -80,7 +83,7 @@ def get_config() -> ConfigDict:
     config.ppo.actor.optimizer.warmup_steps = 8  # two iterations, while the critic learns most
     config.ppo.critic.optimizer.learning_rate = 4e-4
     config.ppo.eval_rows = 192
-    config.ppo.eval_functions = ("jax_rlhf.examples.movie_reviews:positive",)
+    config.ppo.eval_functions = (f"{_MOVIE_REVIEWS}:positive",)
     return config
 
 

@@ -98,8 +98,8 @@ def _model(model: ConfigDict) -> None:
 def _data(data: ConfigDict) -> None:
     """The data of all phases."""
     # Each is a .jsonl, .json, .parquet or .csv file; a Hugging Face data set ("org/name" or "org/name:configuration"),
-    # or a folder that `datasets` can load or has saved; or a reader, "package.module:function": f(phase=…,
-    # split="train" | "eval") → rows as dicts.
+    # or a folder that `datasets` can load or has saved; or a reader, "FILE.py:function" or "package.module:function":
+    # f(phase=…, split="train" | "eval") → rows as dicts.
     data.paths = ()
     # Texts for the pretraining loss in PPO (`ppo.loss.ptx_coef`); empty = the texts of the SFT phase from `paths`.
     data.ptx_paths = ()

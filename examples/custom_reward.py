@@ -4,15 +4,15 @@
 
 The script makes a tiny model with random weights and a file of prompts, and then runs the command that you would type:
 
-    PYTHONPATH=examples python -m jax_rlhf --config=ppo --config.ppo.reward.functions=custom_reward:wanted_words …
+    jax-rlhf --config=ppo --config.ppo.reward.functions=examples/custom_reward.py:wanted_words …
 
-"custom_reward:wanted_words" is the name of the function below: a module that Python can import, and a function of it.
+"examples/custom_reward.py:wanted_words" names the function below by its file. "package.module:function" names a
+function of a module that Python can import.
 docs/ppo.md lists what else such a function can receive, and what happens if it fails.
 """
 
 import itertools
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -60,7 +60,7 @@ def main(folder: Path) -> dict[str, float]:
         "data.paths": folder / "prompts.jsonl",
         "data.ppo_batch_size": 32,
         "data.max_prompt_tokens": 4,
-        "ppo.reward.functions": "custom_reward:wanted_words",
+        "ppo.reward.functions": f"{__file__}:wanted_words",
         "ppo.iterations": 25,
         "ppo.sampling.max_new_tokens": 4,
         "ppo.kl.coef": 0.02,  # reward units per nat
@@ -70,8 +70,7 @@ def main(folder: Path) -> dict[str, float]:
     }
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
     command = [sys.executable, "-m", "jax_rlhf", "--config=ppo", f"--workdir={folder / 'run'}", "--overwrite", *flags]
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True)
+    subprocess.run(command, check=True)
     return json.loads((folder / "run" / "ppo" / "summary.json").read_text())
 
 

@@ -13,7 +13,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from jax_rlhf.examples.movie_reviews import table
+from examples.movie_reviews import table
 from tests.processes import ROOT
 
 pytestmark = pytest.mark.slow

@@ -56,7 +56,7 @@ def reward_model(config: RunConfig, workdir: Path) -> str | None:
         workdir,
         "reward",
         "--config.reward_model.path=… names another reward model; "
-        "--config.ppo.reward.functions=package.module:function scores by a Python function",
+        "--config.ppo.reward.functions=FILE.py:function scores by a Python function",
     )
 
 

@@ -13,7 +13,8 @@ class DataConfig:
 
     paths: tuple[str, ...] = ()
     """Each is a .jsonl, .json, .parquet or .csv file; a Hugging Face data set ("org/name" or "org/name:configuration"),
-    or a folder that `datasets` can load or has saved; or a reader, "package.module:function": f(phase=…, split="train"
+    or a folder that `datasets` can load or has saved; or a reader, "FILE.py:function" or "package.module:function":
+    f(phase=…, split="train"
     | "eval") → rows as dicts."""
     ptx_paths: tuple[str, ...] = ()
     """Texts for the pretraining loss in PPO (`ppo.loss.ptx_coef`); empty = the texts of the SFT phase from `paths`."""

@@ -1,7 +1,6 @@
 """Reads rows from files, Hugging Face data sets and Python readers; each row knows its file and line."""
 
 import dataclasses
-import importlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -11,10 +10,10 @@ import datasets
 from jax_rlhf.data.data_error import DataError
 from jax_rlhf.data.files import SUFFIXES, kind_of, rows_of, without_fill
 from jax_rlhf.data.folders import rows_of_folder
+from jax_rlhf.io.import_function import FORMS, NotAFunctionError, import_function, is_function_name
 from jax_rlhf.io.json_files import JSONFileError, levels
 from jax_rlhf.io.paths import local_path
 
-_READER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+(:[\w./-]+)?)?")
 
 
@@ -43,7 +42,8 @@ def read_rows(path: str, *, phase: str, split: str, hub_split: str, revision: st
 
     Args:
       path: a file; a Hugging Face data set's id ("org/name", "org/name:configuration") or folder, also one that
-        `save_to_disk` wrote; or a reader, "package.module:function".
+        `save_to_disk` wrote; or a reader, "package.module:function" or
+        "FILE.py:function".
       phase: the phase that is passed to a reader.
       split: "train" or "eval", the split that is passed to a reader.
       hub_split: the split of a Hugging Face data set.
@@ -74,7 +74,7 @@ def read_rows(path: str, *, phase: str, split: str, hub_split: str, revision: st
     else:
         raise FileNotFoundError(
             f"config.data: {path!r} is neither an existing file or folder, nor a Hugging Face id, nor a reader "
-            '("package.module:function").'
+            f"({FORMS})."
         )
     rows = []
     for source, number, content in numbered:
@@ -97,41 +97,43 @@ def read_rows(path: str, *, phase: str, split: str, hub_split: str, revision: st
 
 def is_reader(path: str) -> bool:
     """Whether a path of `read_rows` names a Python function."""
-    return _READER.fullmatch(path) is not None and not local_path(path).exists()
+    return is_function_name(path) and not local_path(path).exists()
 
 
 def imported(name: str, what: str) -> Callable:
     """Imports a function by its name.
 
     Args:
-      name: "package.module:function".
+      name: "package.module:function" or "FILE.py:function".
       what: the setting that has the name, for error messages.
 
     Raises:
       ValueError: the name has another form, cannot be imported, or is not a function.
     """
-    module, _, attribute = checked_name(name, what).partition(":")
+    checked_name(name, what)
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        return import_function(name)
     except (ImportError, AttributeError, SystemExit) as error:
-        raise ValueError(f"{what}={name!r} cannot be imported: {error!s}. Is its folder on PYTHONPATH?") from error
-    if not callable(function):
-        raise ValueError(f"{what}={name!r} is a {type(function).__name__}, not a function.")
-    return function
+        raise ValueError(
+            f"{what}={name!r} cannot be imported: {error!s}. Is the module's folder on PYTHONPATH? A file can be named "
+            "by its path, FILE.py:function."
+        ) from error
+    except NotAFunctionError as error:
+        raise ValueError(f"{what}={name!r}: {error}.") from error
 
 
 def checked_name(name: str, what: str) -> str:
     """Checks the form of a function's name, without importing it, and returns it.
 
     Args:
-      name: "package.module:function".
+      name: "package.module:function" or "FILE.py:function".
       what: the setting that has the name, for error messages.
 
     Raises:
       ValueError: the name has another form.
     """
-    if not _READER.fullmatch(name):
-        raise ValueError(f'{what}={name!r} must be of the form "package.module:function".')
+    if not is_function_name(name):
+        raise ValueError(f"{what}={name!r} must be of the form {FORMS}.")
     return name
 
 

@@ -56,7 +56,8 @@ class RewardSourceConfig:
     """Where scores come from beside the reward model, and what becomes of them."""
 
     functions: tuple[str, ...] = ()
-    """"package.module:function" each, f(prompts, responses, **columns) → scores, added to the reward model's."""
+    """"FILE.py:function" or "package.module:function" each, f(prompts, responses, **columns) → scores, added to the
+    reward model's."""
     clip: float | None = None
     """Scores are clipped to ± this, in reward units; None = not."""
     missing_eos_penalty: float = 0.0

@@ -144,7 +144,7 @@ def named_functions(names: Sequence[str], config: PPOConfig) -> list[RewardFunct
     """Reward functions by their names. With `isolation="process"` only their own processes import them.
 
     Args:
-      names: "package.module:function" each.
+      names: "package.module:function" or "FILE.py:function" each.
       config: how they are called.
 
     Raises:
@@ -156,7 +156,7 @@ def named_functions(names: Sequence[str], config: PPOConfig) -> list[RewardFunct
     for name in names:
         isolated = reward.isolation == "process"
         function = checked_name(name, "config.ppo") if isolated else imported(name, "config.ppo")
-        functions.append(RewardFunction(function, name=name.partition(":")[2], **limits))
+        functions.append(RewardFunction(function, name=name.rpartition(":")[2], **limits))
     return functions
 
 

@@ -1,7 +1,8 @@
 """A program of its own: calls one reward function for another process, which it cannot harm.
 
-It is run by its path and imports nothing of this package but `calling.py`, so that it starts fast and JAX is not in it.
-Both ends speak JSON over a socket, each message behind its length: nothing that a function returns is unpickled.
+It is run by its path. Of this package it loads `calling.py` and `import_function.py` alone, so that it starts fast and
+without JAX. Both ends speak JSON over a socket, each message behind its length: nothing that a function returns is
+unpickled.
 
 It forks: a child calls the function, and the parent waits. Once the child has ended, or the run has (its end of stdin
 is closed), the parent ends all that the child has started.
@@ -12,7 +13,6 @@ import contextlib
 import ctypes
 import datetime
 import decimal
-import importlib
 import importlib.util
 import inspect
 import json
@@ -24,7 +24,6 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,7 @@ def main(socket_number: int, name: str, memory: int) -> None:
 
     Args:
       socket_number: the file descriptor of a connected socket. The first message names Python's search path.
-      name: "package.module:function".
+      name: "package.module:function" or "FILE.py:function".
       memory: bytes of address space of a process; 0 = no limit.
     """
     run = os.getppid()
@@ -166,9 +165,9 @@ def _serve(connection: socket.socket, name: str, memory: int) -> None:
         memory = memory if most == resource.RLIM_INFINITY else min(memory, most)
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     sys.path[:] = _receive(connection)
-    calling = _calling()
+    calling, importing = _load("rewards/calling.py"), _load("io/import_function.py")
     try:
-        function = _imported(name)
+        function = importing.import_function(name)
         _send(connection, {"special": calling.asks_for_special_tokens(function)})
     except BaseException as error:
         _send(connection, {"error": f"cannot be imported: {_in_words(error)}"})
@@ -185,23 +184,14 @@ def _serve(connection: socket.socket, name: str, memory: int) -> None:
         _send(connection, reply)
 
 
-def _calling() -> Any:
-    """`calling.py`, without the package around it."""
-    spec = importlib.util.spec_from_file_location("jax_rlhf_calling", Path(__file__).with_name("calling.py"))
+def _load(file: str) -> Any:
+    """A module of the package, without the package around it."""
+    path = Path(__file__).parents[1] / file
+    spec = importlib.util.spec_from_file_location(f"jax_rlhf_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
-
-
-def _imported(name: str) -> Callable:
-    module, _, attribute = name.partition(":")
-    function: Any = importlib.import_module(module)
-    for part in attribute.split("."):
-        function = getattr(function, part)
-    if not callable(function):
-        raise TypeError(f"it is a {type(function).__name__}, not a function")
-    return function
 
 
 def _awaited(returned: Any) -> Any:

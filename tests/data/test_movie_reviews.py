@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from jax_rlhf.examples import movie_reviews
+from examples import movie_reviews
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,79 @@
+"""Functions by name, of modules and of files."""
+
+import re
+
+import pytest
+
+from jax_rlhf.io.import_function import NotAFunctionError, import_function, is_function_name
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "with: colon" / "my-rewards.py"
+    path.parent.mkdir()
+    (path.parent / "neighbour_of_rewards.py").write_text("FACTOR = 3\n")
+    path.write_text(
+        "import dataclasses\nimport neighbour_of_rewards\n\n"
+        "@dataclasses.dataclass\nclass Scale:\n    by: int = neighbour_of_rewards.FACTOR\n\n"
+        "def scaled(x):\n    return Scale().by * x\n\nNUMBER = 3\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "is_name"),
+    [
+        ("package.module:function", True),
+        ("module:Class.method", True),
+        ("rewards.py:score", True),
+        ("../my folder/rewards.v2.py:score", True),
+        ("~/rewards.py:score", True),
+        ("module", False),
+        ("org/name:configuration", False),
+        ("data.jsonl:x", True),  # a module could have this name; a data file of this name is looked for first
+        ("rewards.py:", False),
+        ("rewards.py:2x", False),
+        (":score", False),
+        ("", False),
+    ],
+)
+def test_the_form_of_a_name(text, is_name):
+    assert is_function_name(text) == is_name
+
+
+def test_a_file_is_run_once_and_finds_its_neighbours(file):
+    function = import_function(f"{file}:scaled")
+    assert function(2) == 6
+    assert import_function(f"{file}:scaled") is function
+    assert import_function(f"{file.parent / '.' / file.name}:scaled") is function
+    assert import_function(f"{function.__module__}:{function.__qualname__}") is function  # as another process names it
+
+
+def test_a_relative_file_is_found_from_the_working_directory(file, monkeypatch):
+    monkeypatch.chdir(file.parent)
+    assert import_function("my-rewards.py:scaled")(1) == 3
+
+
+def test_what_is_missing_is_named(file):
+    with pytest.raises(ImportError, match=re.escape(f"there is no file {file}x.py")):
+        import_function(f"{file}x.py:scaled")
+    with pytest.raises(AttributeError, match="other"):
+        import_function(f"{file}:other")
+    with pytest.raises(NotAFunctionError, match="it is a int, not a function"):
+        import_function(f"{file}:NUMBER")
+    with pytest.raises(ImportError, match="no_such_module"):
+        import_function("no_such_module:f")
+
+
+def test_a_file_that_fails_is_run_again_once_mended(tmp_path):
+    path = tmp_path / "rewards.py"
+    path.write_text("def score(x):\n    return x\n\nraise ValueError('broken')\n")
+    with pytest.raises(ValueError, match="broken"):
+        import_function(f"{path}:score")
+    path.write_text("def score(x):\n    return 2 * x\n")
+    assert import_function(f"{path}:score")(2) == 4
+
+
+def test_a_function_of_a_module():
+    assert import_function("os.path:join")("a", "b") == "a/b"
+    assert import_function("pathlib:Path.cwd")().is_absolute()
