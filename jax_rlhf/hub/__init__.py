@@ -1,4 +1,4 @@
-"""Checkpoints in and out: Hugging Face folders, hub ids, GGUF files."""
+"""Loads and saves checkpoints: Hugging Face folders, hub ids and GGUF files."""
 
 from jax_rlhf.hub.checkpoint_error import CheckpointError
 from jax_rlhf.hub.families import config_from_hub
