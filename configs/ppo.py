@@ -17,10 +17,10 @@ def get_config() -> ConfigDict:
     """The settings."""
     config = default_config()  # has every field, so that flags can set any
     config.phases = ("ppo",)  # The phases to run, of "sft", "reward" and "ppo", in that order.
-    # The checkpoint: a folder, a .gguf file or a hub id; None = another model's, or none.
+    # The checkpoint: a folder, a .gguf file or a hub id; None = the checkpoint of another model, or no model.
     config.model.path = "HuggingFaceTB/SmolLM2-135M"
-    # How many layers train, counted from the top; None = all parameters train. Of the actor and the critic; reference
-    # and reward model are frozen.
+    # The number of layers that are trained, counted from the top; None = all parameters. It applies to the actor and
+    # the critic; reference and reward model are frozen.
     # config.model.trainable_layers = None
     # The SFT policy, which the reward and PPO phases start from; None = <workdir>/sft/model.
     # config.sft_model_path = None
@@ -41,17 +41,19 @@ def get_config() -> ConfigDict:
 
 def _reward_model(reward_model: ConfigDict) -> None:
     """The reward model of PPO; `path` None = <workdir>/reward/model, or `ppo.reward.functions` alone."""
-    # reward_model.path = None  # The checkpoint: a folder, a .gguf file or a hub id; None = another model's, or none.
+    # The checkpoint: a folder, a .gguf file or a hub id; None = the checkpoint of another model, or no model.
+    # reward_model.path = None
     # reward_model.revision = None  # The revision of a hub id.
-    # How many layers train, counted from the top; None = all parameters train. Of the actor and the critic; reference
-    # and reward model are frozen.
+    # The number of layers that are trained, counted from the top; None = all parameters. It applies to the actor and
+    # the critic; reference and reward model are frozen.
     # reward_model.trainable_layers = None
-    # "float32" or "bfloat16", of computing and of saved models; None = bfloat16 on GPU and TPU, float32 on CPU.
+    # "float32" or "bfloat16", the dtype of computation and of saved models; None = bfloat16 on GPU and TPU, float32 on
+    # CPU.
     # reward_model.dtype = None
-    # What the backward pass computes again: "none", "full" or "dots"; None = "dots" on CPU, as fast as "none" in less
-    # memory, else "full".
+    # What the backward pass recomputes: "none", "full" or "dots"; None = "dots" on CPU, where it is as fast as "none"
+    # and needs less memory, and "full" elsewhere.
     # reward_model.remat = None
-    # "xla", or "flash": cuDNN's or splash, which keep no T × T scores, on GPU and TPU; None = "xla".
+    # "xla", or "flash" on GPU (cuDNN) and TPU (splash attention), which stores no T × T scores; None = "xla".
     # reward_model.attention = None
     # Its parameters wait in the host's memory and come to the devices to score. What it shares with the actor or the
     # critic stays on the devices.
@@ -60,17 +62,19 @@ def _reward_model(reward_model: ConfigDict) -> None:
 
 def _critic(critic: ConfigDict) -> None:
     """The critic of PPO; `path` None = the reward model."""
-    # critic.path = None  # The checkpoint: a folder, a .gguf file or a hub id; None = another model's, or none.
+    # The checkpoint: a folder, a .gguf file or a hub id; None = the checkpoint of another model, or no model.
+    # critic.path = None
     # critic.revision = None  # The revision of a hub id.
-    # How many layers train, counted from the top; None = all parameters train. Of the actor and the critic; reference
-    # and reward model are frozen.
+    # The number of layers that are trained, counted from the top; None = all parameters. It applies to the actor and
+    # the critic; reference and reward model are frozen.
     # critic.trainable_layers = None
-    # "float32" or "bfloat16", of computing and of saved models; None = bfloat16 on GPU and TPU, float32 on CPU.
+    # "float32" or "bfloat16", the dtype of computation and of saved models; None = bfloat16 on GPU and TPU, float32 on
+    # CPU.
     # critic.dtype = None
-    # What the backward pass computes again: "none", "full" or "dots"; None = "dots" on CPU, as fast as "none" in less
-    # memory, else "full".
+    # What the backward pass recomputes: "none", "full" or "dots"; None = "dots" on CPU, where it is as fast as "none"
+    # and needs less memory, and "full" elsewhere.
     # critic.remat = None
-    # "xla", or "flash": cuDNN's or splash, which keep no T × T scores, on GPU and TPU; None = "xla".
+    # "xla", or "flash" on GPU (cuDNN) and TPU (splash attention), which stores no T × T scores; None = "xla".
     # critic.attention = None
     # Its values start at 0, and only its trunk is what `path` (or the reward model) says. A reward model learned from
     # whole answers; what its head says of unfinished ones can be a worse baseline than none (Ziegler et al. 2019).
@@ -79,17 +83,19 @@ def _critic(critic: ConfigDict) -> None:
 
 def _reference(reference: ConfigDict) -> None:
     """The reference of PPO; `path` None = the SFT policy."""
-    # reference.path = None  # The checkpoint: a folder, a .gguf file or a hub id; None = another model's, or none.
+    # The checkpoint: a folder, a .gguf file or a hub id; None = the checkpoint of another model, or no model.
+    # reference.path = None
     # reference.revision = None  # The revision of a hub id.
-    # How many layers train, counted from the top; None = all parameters train. Of the actor and the critic; reference
-    # and reward model are frozen.
+    # The number of layers that are trained, counted from the top; None = all parameters. It applies to the actor and
+    # the critic; reference and reward model are frozen.
     # reference.trainable_layers = None
-    # "float32" or "bfloat16", of computing and of saved models; None = bfloat16 on GPU and TPU, float32 on CPU.
+    # "float32" or "bfloat16", the dtype of computation and of saved models; None = bfloat16 on GPU and TPU, float32 on
+    # CPU.
     # reference.dtype = None
-    # What the backward pass computes again: "none", "full" or "dots"; None = "dots" on CPU, as fast as "none" in less
-    # memory, else "full".
+    # What the backward pass recomputes: "none", "full" or "dots"; None = "dots" on CPU, where it is as fast as "none"
+    # and needs less memory, and "full" elsewhere.
     # reference.remat = None
-    # "xla", or "flash": cuDNN's or splash, which keep no T × T scores, on GPU and TPU; None = "xla".
+    # "xla", or "flash" on GPU (cuDNN) and TPU (splash attention), which stores no T × T scores; None = "xla".
     # reference.attention = None
     # Its parameters wait in the host's memory and come to the devices to score. What it shares with the actor or the
     # critic stays on the devices.

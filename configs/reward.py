@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     """The settings."""
     config = default_config()  # has every field, so that flags can set any
     config.phases = ("reward",)  # The phases to run, of "sft", "reward" and "ppo", in that order.
-    # The checkpoint: a folder, a .gguf file or a hub id; None = another model's, or none.
+    # The checkpoint: a folder, a .gguf file or a hub id; None = the checkpoint of another model, or no model.
     config.model.path = "HuggingFaceTB/SmolLM2-135M"
     # The SFT policy, which the reward and PPO phases start from; None = <workdir>/sft/model.
     # config.sft_model_path = None

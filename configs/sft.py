@@ -80,18 +80,19 @@ def _rollout_mesh(rollout_mesh: ConfigDict) -> None:
 
 def _model(model: ConfigDict) -> None:
     """The policy. `path` is the checkpoint that the SFT phase starts from."""
-    # The checkpoint: a folder, a .gguf file or a hub id; None = another model's, or none.
+    # The checkpoint: a folder, a .gguf file or a hub id; None = the checkpoint of another model, or no model.
     model.path = "HuggingFaceTB/SmolLM2-135M"
     # model.revision = None  # The revision of a hub id.
-    # How many layers train, counted from the top; None = all parameters train. Of the actor and the critic; reference
-    # and reward model are frozen.
+    # The number of layers that are trained, counted from the top; None = all parameters. It applies to the actor and
+    # the critic; reference and reward model are frozen.
     # model.trainable_layers = None
-    # "float32" or "bfloat16", of computing and of saved models; None = bfloat16 on GPU and TPU, float32 on CPU.
+    # "float32" or "bfloat16", the dtype of computation and of saved models; None = bfloat16 on GPU and TPU, float32 on
+    # CPU.
     # model.dtype = None
-    # What the backward pass computes again: "none", "full" or "dots"; None = "dots" on CPU, as fast as "none" in less
-    # memory, else "full".
+    # What the backward pass recomputes: "none", "full" or "dots"; None = "dots" on CPU, where it is as fast as "none"
+    # and needs less memory, and "full" elsewhere.
     # model.remat = None
-    # "xla", or "flash": cuDNN's or splash, which keep no T × T scores, on GPU and TPU; None = "xla".
+    # "xla", or "flash" on GPU (cuDNN) and TPU (splash attention), which stores no T × T scores; None = "xla".
     # model.attention = None
 
 

@@ -19,7 +19,7 @@ from jax_rlhf.data.sources import Row
 from jax_rlhf.data.tokens import tokenized
 from jax_rlhf.hub import CheckpointError, Pretrained, decode, end_ids, tokenizer_of
 from jax_rlhf.hub.config import ModelConfig
-from jax_rlhf.hub.model_config import load_model, sampled_ids
+from jax_rlhf.hub.load_model import load_model, sampled_ids
 from jax_rlhf.io.printable import printable_lines
 from jax_rlhf.io.terminal import make_output_harmless
 from jax_rlhf.sampling import sample

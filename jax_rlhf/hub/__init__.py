@@ -1,4 +1,4 @@
-"""Checkpoints in and out: Hugging Face folders, hub ids, GGUF files.
+"""Loads and saves checkpoints: Hugging Face folders, hub ids and GGUF files.
 
 The names of __init__.pyi are imported when they are first used, so that settings load no library.
 """

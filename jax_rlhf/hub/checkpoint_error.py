@@ -1,5 +1,5 @@
-"""The one error of this package."""
+"""The error that is raised for invalid checkpoints."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written as asked; the message names file and tensor, and what to do."""
+    """A checkpoint that cannot be read or written; the message names the file and tensor, and says what to do."""

@@ -8,23 +8,24 @@ from jax_rlhf.models.options import AttentionForm, RematPolicy
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Where one model comes from, and how it runs.
+    """The checkpoint of one model, and how the model runs.
 
-    A reference or critic without a path, which starts as another model, has these three as set for it, and where they
-    are None, as config.model has them.
+    A reference or critic without a path starts as a copy of another model. Its dtype, remat and attention are those set
+    for it, or those of config.model where they are None.
     """
 
     path: str | None = None
-    """The checkpoint: a folder, a .gguf file or a hub id; None = another model's, or none."""
+    """The checkpoint: a folder, a .gguf file or a hub id; None = the checkpoint of another model, or no model."""
     revision: str | None = None
     """The revision of a hub id."""
     trainable_layers: int | None = None
-    """How many layers train, counted from the top; None = all parameters train. Of the actor and the critic; reference
-    and reward model are frozen."""
+    """The number of layers that are trained, counted from the top; None = all parameters. It applies to the actor and
+    the critic; reference and reward model are frozen."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """"float32" or "bfloat16", of computing and of saved models; None = bfloat16 on GPU and TPU, float32 on CPU."""
+    """"float32" or "bfloat16", the dtype of computation and of saved models; None = bfloat16 on GPU and TPU, float32 on
+    CPU."""
     remat: RematPolicy | None = None
-    """What the backward pass computes again: "none", "full" or "dots"; None = "dots" on CPU, as fast as "none" in
-    less memory, else "full"."""
+    """What the backward pass recomputes: "none", "full" or "dots"; None = "dots" on CPU, where it is as fast as "none"
+    and needs less memory, and "full" elsewhere."""
     attention: AttentionForm | None = None
-    """"xla", or "flash": cuDNN's or splash, which keep no T × T scores, on GPU and TPU; None = "xla"."""
+    """"xla", or "flash" on GPU (cuDNN) and TPU (splash attention), which stores no T × T scores; None = "xla"."""

@@ -1,6 +1,7 @@
-"""How each family's `config.json` sets a `DecoderConfig`: one function a family, from config dict to fields.
+"""Converts `config.json` to fields of `DecoderConfig`, with one function per model family.
 
-The dicts are as transformers normalises them (`rope_parameters`, `layer_types` filled in), whatever version wrote them.
+The functions get config dicts as transformers normalises them (with `rope_parameters` and `layer_types` filled in),
+independent of the version that wrote them.
 """
 
 import math
@@ -53,7 +54,7 @@ def _rotary(parameters: Fields, head_dim: int, config: Fields, *, partial: bool 
 
 
 def _yarn_attention_factor(parameters: Fields, factor: float) -> float:
-    # Peng et al. 2023, eq. 22; with DeepSeek's `mscale` pair where it is given.
+    # Peng et al. 2023, eq. 22; or DeepSeek's `mscale` and `mscale_all_dim` if both are set.
     if parameters.get("attention_factor") is not None:
         return parameters["attention_factor"]
 
@@ -66,7 +67,7 @@ def _yarn_attention_factor(parameters: Fields, factor: float) -> float:
 
 
 def _sliding(config: Fields) -> Fields:
-    # `layer_types` where a family has it, else every layer is alike (Mistral, Phi-3).
+    # Families without `layer_types` have the same attention in every layer (Mistral, Phi-3).
     window, count = config.get("sliding_window"), config["num_hidden_layers"]
     if window is None:
         return {}
@@ -76,10 +77,10 @@ def _sliding(config: Fields) -> Fields:
 
 
 def _rotary_family(config: Fields, *, partial: bool = False) -> Fields:
-    """What Llama, Mistral, Qwen, Gemma and Phi-3 share."""
+    """The fields that Llama, Mistral, Qwen, Gemma, Phi-3 and GPT-NeoX have in common."""
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     rotary = {}
-    if "rope_theta" in config["rope_parameters"]:  # not split by layer type
+    if "rope_theta" in config["rope_parameters"]:  # otherwise there is one rotation per kind of layer (Gemma 3)
         rotary = {"rotary": _rotary(config["rope_parameters"], head_dim, config, partial=partial)}
     return {
         "vocab_size": config["vocab_size"],
@@ -140,7 +141,7 @@ def gemma2(config: Fields) -> Fields:
 def gemma3(config: Fields) -> Fields:
     """Gemma 3's text models."""
     fields = gemma2(config)
-    # transformers' Gemma 3 keeps this field of Gemma 2's but does not apply it to attention scores.
+    # Gemma 3's config in transformers still has Gemma 2's softcap, but does not apply it to attention scores.
     fields |= {"qk_norm": True, "attention_softcap": None}
     rotary = {
         kind: _rotary(config["rope_parameters"][kind], fields["head_dim"], config)
@@ -189,7 +190,7 @@ def gpt_neox(config: Fields) -> Fields:
 
 
 def opt(config: Fields) -> Fields:
-    """OPT; opt-350m puts its norms after and projects its embedding."""
+    """OPT; opt-350m normalizes after each block and projects its embedding."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     embedding, before = config["word_embed_proj_dim"], config["do_layer_norm_before"]
     return {

@@ -1,8 +1,8 @@
-"""What is written beside the weights: files that transformers 4 and 5 read alike, and other programs by field.
+"""Writes the files beside the weights so that transformers 4, transformers 5 and other programs read the same settings.
 
-transformers 5 keeps all of a rotation in `rope_parameters`. transformers 4 and most importers of other programs read
-`rope_theta` and `rope_scaling` instead, and take their defaults, without a word, where those are missing. So both are
-written. Where both are read, `rope_scaling` counts.
+transformers 5 keeps all settings of rotary embeddings in `rope_parameters`. transformers 4 and most other programs read
+`rope_theta` and `rope_scaling` instead, and silently use defaults if these are missing. So both are written. A program
+that reads both uses `rope_scaling`.
 """
 
 import json
@@ -18,34 +18,27 @@ from jax_rlhf.hub.checkpoint_error import CheckpointError
 Fields = dict[str, Any]
 
 _TOP_LEVEL = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}
-"""What a family calls rope_theta and partial_rotary_factor beside its other fields, where it has names of its own."""
+"""The top-level names of rope_theta and partial_rotary_factor in families that have their own."""
 _LEARNED_POSITIONS = ("gpt2", "opt")
-"""Families for which a rotation in the file means nothing."""
+"""Families with learned positions, for which rotary settings in the file have no meaning."""
 _NOT_SCALING = ("rope_theta", "partial_rotary_factor", "type")
 _OF_LOADING = ("backend", "is_local", "local_files_only", "auto_map", "name_or_path")
-"""What transformers 5 adds to a tokenizer's settings of how, and from where, it was loaded."""
+"""Keys that transformers 5 adds to a tokenizer's settings to describe how, and from where, it was loaded."""
 
 
 def write_config(folder: Path, config: PretrainedConfig) -> None:
-    """Writes config.json.
-
-    Args:
-      folder: to write to.
-      config: the model's, of transformers 5.
-    """
+    """Writes config.json from the model's config, an object of transformers 5."""
     _write(folder / "config.json", config_fields(config))
 
 
 def config_fields(config: PretrainedConfig) -> Fields:
-    """What config.json holds: every field of the family, with the names of transformers 4 and 5.
+    """The content of config.json: every field of the family, with the names of transformers 4 and 5.
 
     Args:
-      config: the model's, of transformers 5.
-
-    Returns:
-      Its content.
+      config: the model's config, an object of transformers 5.
     """
-    # All of the family's own fields are in it, at their defaults too: another version or program may have others.
+    # It has all fields of the family, also those with default values: another version or program may have other
+    # defaults.
     content = config.to_diff_dict()
     if content.get("rope_parameters") and content["model_type"] not in _LEARNED_POSITIONS:
         content |= _rotary_fields(content)
@@ -56,47 +49,48 @@ def config_fields(config: PretrainedConfig) -> Fields:
 
 def _rotary_fields(content: Fields) -> Fields:
     """`rope_parameters` under the names of transformers 4."""
-    kind, parameters, more = content["model_type"], content["rope_parameters"], {}
-    if "rope_theta" not in parameters:  # one rotation for each kind of layer: Gemma 3
+    kind, parameters, fields = content["model_type"], content["rope_parameters"], {}
+    if "rope_theta" not in parameters:  # one rotation per kind of layer: Gemma 3
         sliding, parameters = parameters["sliding_attention"], parameters["full_attention"]
-        more["rope_local_base_freq"] = sliding["rope_theta"]
+        fields["rope_local_base_freq"] = sliding["rope_theta"]
         if sliding["rope_type"] != "default":
             logging.warning(
-                "transformers 4 has no name for the scaling %r of %s's sliding layers; only transformers 5 reads it.",
+                "transformers 4 has no field for the scaling %r of %s's sliding layers; only transformers 5 reads it.",
                 sliding["rope_type"],
                 kind,
             )
     theta, share = _TOP_LEVEL.get(kind, ("rope_theta", "partial_rotary_factor"))
-    more[theta] = parameters["rope_theta"]
+    fields[theta] = parameters["rope_theta"]
     if "partial_rotary_factor" in parameters:
-        more[share] = parameters["partial_rotary_factor"]
+        fields[share] = parameters["partial_rotary_factor"]
     scaling = {name: value for name, value in parameters.items() if name not in _NOT_SCALING and value is not None}
-    more["rope_scaling"] = None if parameters["rope_type"] == "default" else scaling
-    if kind == "phi3" and more["rope_scaling"]:  # transformers 4 takes exactly these three; it works out the others
+    fields["rope_scaling"] = None if parameters["rope_type"] == "default" else scaling
+    if kind == "phi3" and fields["rope_scaling"]:  # transformers 4 allows exactly three keys, and computes the others
         first, most = content["original_max_position_embeddings"], content["max_position_embeddings"]
         if scaling.get("factor", most / first) == most / first:
             scaling.pop("factor", None)
         scaling.pop("original_max_position_embeddings", None)
         scaling["type"] = scaling.pop("rope_type")
-    return more
+    return fields
 
 
 def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Writes tokenizer.json, tokenizer_config.json and the chat template.
 
     Args:
-      folder: to write to.
-      tokenizer: a fast one; its tokenizer.json says all that it does, so every version loads it by its plain class.
+      folder: the checkpoint folder.
+      tokenizer: a fast tokenizer. Its tokenizer.json defines all it does, so every version can load it with the generic
+        class.
     """
-    # Several templates stand in the config: of a folder of templates beside it not every program knows.
+    # Several templates are written into the config, because not every program reads a separate folder of templates.
     tokenizer.save_pretrained(folder, save_jinja_files=not isinstance(tokenizer.chat_template, dict))
     file = folder / "tokenizer_config.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     for name in _OF_LOADING:
         content.pop(name, None)
-    if isinstance(content.get("extra_special_tokens"), list):  # transformers 4 knows such a list by another name
+    if isinstance(content.get("extra_special_tokens"), list):  # transformers 4 has another name for this list
         content["additional_special_tokens"] = content.pop("extra_special_tokens")
-    # A plain class of transformers 4 has defaults of its own for these: token_type_ids, which no decoder takes.
+    # The generic class of transformers 4 has other defaults for these: token_type_ids, which no decoder accepts.
     content["model_input_names"] = list(tokenizer.model_input_names)
     content["padding_side"] = tokenizer.padding_side
     if (folder / "tokenizer.json").is_file():
@@ -108,29 +102,29 @@ def write_generation_config(folder: Path, config: PretrainedConfig, stored: Mapp
     """Writes generation_config.json.
 
     Args:
-      folder: to write to.
-      config: the model's.
-      stored: what the checkpoint's file said; None = what the config says of generation.
+      folder: the checkpoint folder.
+      config: the model's config.
+      stored: the content of the original checkpoint's file; None = derive it from the config.
     """
     text = GenerationConfig.from_model_config(config).to_json_string() if stored is None else _generation_text(stored)
     (folder / "generation_config.json").write_text(text, encoding="utf-8")
 
 
 def check_generation_config(stored: Mapping[str, Any], where: str) -> None:
-    """Raises where transformers cannot write again what a generation_config.json says: at the start, not at the end.
+    """Checks that transformers can write this generation_config.json again, before training rather than after it.
 
     Args:
       stored: the file's content.
-      where: the file, for the message.
+      where: the file, for the error message.
 
     Raises:
-      CheckpointError: a field has a value that none has, such as `"dtype": false`.
+      CheckpointError: a field has an invalid value, such as `"dtype": false`.
     """
     try:
         _generation_text(stored)
-    except Exception as error:  # whatever it stumbles over
+    except Exception as error:  # transformers raises many types
         raise CheckpointError(
-            f"{where}: transformers cannot use it ({type(error).__name__}: {error}); correct or download it again."
+            f"{where}: transformers cannot use it ({type(error).__name__}: {error}); correct it, or download it again."
         ) from error
 
 

@@ -1,7 +1,8 @@
-"""The families: a row each, with how its `config.json` sets a `DecoderConfig` and what its tensors are called.
+"""The table of model families: how a family's `config.json` sets a `DecoderConfig`, and the names of its tensors.
 
-A row's `modules` maps a module of ours to one of the checkpoint's; leaves follow from it (kernel, scale and table are
-its `.weight`, bias its `.bias`). Two modules of ours on one of the checkpoint's are fused there.
+`Family.modules` maps a module of the decoder to a module of the checkpoint. The names of tensors follow from it:
+kernel, scale and table are the checkpoint's `.weight`, and bias is its `.bias`. If several modules of the decoder are
+mapped to one module of the checkpoint, they are fused there.
 """
 
 import dataclasses
@@ -26,16 +27,16 @@ from jax_rlhf.models.rotary import Rotary, frequencies
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """One row of the table.
+    """One family of models.
 
     Attributes:
       fields: reads the DecoderConfig's fields from a config dict as transformers normalises it.
-      architectures: class names that transformers uses with an LM head and with a scalar head.
-      base: prefix of every tensor but the head's; a bare base model's file leaves it out.
-      modules: module of ours → module of the checkpoint under `base`, "{}" for the layer index.
-      lm_head: the untied head's module.
-      conv1d: linear weights are stored [inputs, outputs].
-      interleaved: the fused attention input is interleaved head by head.
+      architectures: transformers' class names of the model with an LM head and with a scalar head.
+      base: prefix of every tensor's name except the head's; files of a base model without a head lack it.
+      modules: module of the decoder → module of the checkpoint under `base`, with "{}" for the layer index.
+      lm_head: module of the untied LM head.
+      conv1d: linear weights are stored as [inputs, outputs].
+      interleaved: the fused query, key and value weights are interleaved head by head.
     """
 
     fields: Callable[[Fields], Fields]
@@ -124,7 +125,7 @@ def _row(name: str, fields: Callable[[Fields], Fields], modules: Mapping[str, st
 
 
 FAMILIES: Mapping[str, Family] = {
-    "llama": _row("Llama", settings.llama),  # SmolLM and SmolLM2 too
+    "llama": _row("Llama", settings.llama),  # also SmolLM and SmolLM2
     "mistral": _row("Mistral", settings.llama),
     "qwen2": _row("Qwen2", settings.qwen2),
     "qwen3": _row("Qwen3", settings.qwen3),
@@ -154,24 +155,24 @@ FAMILIES: Mapping[str, Family] = {
 """By `model_type` in config.json."""
 
 
-# ---- what the table gives ------------------------------------------------------------------------------------------
+# ---- configs -------------------------------------------------------------------------------------------------------
 
 
 def config_from_hub(config: Mapping[str, Any]) -> DecoderConfig:
-    """The decoder that a Hugging Face config describes.
+    """Converts a Hugging Face config to a `DecoderConfig`.
 
     Args:
       config: the content of a config.json, of any transformers version.
 
     Returns:
-      A DecoderConfig; its `hf_config` keeps the whole of `config` for `save_pretrained`.
+      The DecoderConfig; its `hf_config` keeps all of `config` for `save_pretrained`.
 
     Raises:
-      CheckpointError: an unknown `model_type`, or a setting that is not supported.
+      CheckpointError: the `model_type` is unknown, or a setting is not supported.
     """
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        hint = " For Gemma 3 with images, take a text-only checkpoint (gemma3_text)." if kind == "gemma3" else ""
+        hint = " Instead of Gemma 3 with images, use a text-only checkpoint (gemma3_text)." if kind == "gemma3" else ""
         raise CheckpointError(
             f"config.json: model_type {kind!r} is not a supported architecture; {', '.join(FAMILIES)} are.{hint}"
         )
@@ -179,13 +180,13 @@ def config_from_hub(config: Mapping[str, Any]) -> DecoderConfig:
     try:
         read = CONFIG_MAPPING[kind].from_dict(dict(config))
         normalised = read.to_dict()
-        config_fields(read)  # what could not be written again would be known after the training
+        config_fields(read)  # fails here, and not after training, if the config cannot be written again
         fields = FAMILIES[kind].fields(normalised)
     except CheckpointError as error:
         raise CheckpointError(f"config.json ({kind}): {error}") from error
-    except Exception as error:  # transformers' validation raises its own types; all mean a broken config
+    except Exception as error:  # transformers' validation raises its own types; all mean an invalid config
         raise CheckpointError(
-            f"config.json ({kind}) is not one that transformers accepts: {type(error).__name__}: {error}"
+            f"config.json ({kind}): transformers does not accept it: {type(error).__name__}: {error}"
         ) from error
     if not isinstance(fields["activation"], str) or fields["activation"] not in ACTIVATIONS:
         raise CheckpointError(
@@ -201,7 +202,7 @@ def config_from_hub(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _checked(config: Mapping[str, Any], kind: str) -> Fields:
-    """A config.json that can be built from; CheckpointError where it claims what no model has."""
+    """The config with checked sizes, ids and architectures; CheckpointError if one is invalid."""
     where = f"config.json ({kind})"
     try:
         check_sizes(config)
@@ -210,17 +211,17 @@ def _checked(config: Mapping[str, Any], kind: str) -> Fields:
     config = checked_ids(config, where)
     names = config.get("architectures")
     if not isinstance(names, list | None) or not all(isinstance(name, str) for name in names or ()):
-        raise CheckpointError(f"{where}: architectures={str(names)[:60]}; a list of names is expected.")
+        raise CheckpointError(f"{where}: architectures={str(names)[:60]} must be a list of names.")
     if config.get("quantization_config"):
         raise CheckpointError(
-            f"{where}: quantization_config is set; quantized safetensors are not supported. Take the checkpoint in its "
+            f"{where}: quantization_config is set; quantized safetensors are not supported. Use the checkpoint in its "
             "original precision, or a GGUF file."
         )
     return config
 
 
 def _check_frequencies(rotary: Rotary) -> None:
-    """Raises where a rotation's settings give no frequencies: a list too short, a factor that is no number."""
+    """Raises ValueError if rotary settings give no valid frequencies: a list is too short, a factor is not a number."""
     for long in (False, True) if rotary.kind == "longrope" else (False,):
         try:
             with np.errstate(all="ignore"):
@@ -228,18 +229,17 @@ def _check_frequencies(rotary: Rotary) -> None:
         except (ArithmeticError, TypeError, ValueError) as error:
             raise ValueError(f"rope_parameters of the type {rotary.kind!r} cannot be used: {error}") from error
         if found.shape != (-(-rotary.dim // 2),) or not np.isfinite(found).all():
-            raise ValueError(f"rope_parameters of the type {rotary.kind!r} do not give {-(-rotary.dim // 2)} numbers.")
+            raise ValueError(
+                f"rope_parameters of the type {rotary.kind!r} do not give {-(-rotary.dim // 2)} finite frequencies."
+            )
 
 
 def config_to_hub(model: Decoder, dtype: str) -> PretrainedConfig:
-    """The Hugging Face config of a model: what it was made from, with what changed since.
+    """The Hugging Face config of a model: the config from which it was made, updated by later changes.
 
     Args:
       model: its config must come from `config_from_hub`.
-      dtype: of the parameters, "float32", "bfloat16" or "float16".
-
-    Returns:
-      A transformers config, ready to be written.
+      dtype: of the parameters: "float32", "bfloat16" or "float16".
 
     Raises:
       CheckpointError: the model was not made from a Hugging Face config.
@@ -249,55 +249,42 @@ def config_to_hub(model: Decoder, dtype: str) -> PretrainedConfig:
     config.num_hidden_layers = model.config.num_layers
     config.vocab_size = model.config.vocab_size
     config.tie_word_embeddings = model.config.tie_embeddings
-    if source.get("layer_types"):  # a model may have been cut to fewer layers
+    if source.get("layer_types"):  # the model may have fewer layers than the original
         sliding = model.config.sliding_layers or (False,) * model.config.num_layers
         config.layer_types = ["sliding_attention" if kind else "full_attention" for kind in sliding]
     config.architectures = [family_of(model.config).architectures[model.head == "scalar"]]
     if model.head == "scalar":
         config.num_labels = 1
     config.dtype = dtype
-    for stale in (
-        "auto_map",
-        "reward_bias",
-        "reward_missing_eos_bias",
-    ):  # code files of the old folder; another model's biases
+    # auto_map names code files of the original folder; the biases belong to another reward model.
+    for stale in ("auto_map", "reward_bias", "reward_missing_eos_bias"):
         if hasattr(config, stale):
             delattr(config, stale)
     return config
 
 
 def family_of(config: DecoderConfig) -> Family:
-    """The row that a config was made from.
-
-    Args:
-      config: from `config_from_hub`.
-
-    Returns:
-      Its family.
-
-    Raises:
-      CheckpointError: the config was made by hand.
-    """
+    """The family of a config that was made by `config_from_hub`; CheckpointError for another config."""
     return FAMILIES[_source(config)["model_type"]]
 
 
 def _source(config: DecoderConfig) -> Fields:
     if not config.hf_config:
         raise CheckpointError(
-            "this DecoderConfig was made by hand, so nothing says which Hugging Face architecture it is; make it with "
+            "this DecoderConfig was not made from a Hugging Face config, so its architecture is unknown; make it with "
             'config_from_hub({"model_type": "llama", …}).'
         )
     return json.loads(config.hf_config)
 
 
 def hub_tensors(model: Decoder) -> list[HubTensor]:
-    """What a checkpoint of this model holds, tensor by tensor.
+    """The tensors of a checkpoint of this model.
 
     Args:
       model: its config must come from `config_from_hub`.
 
     Returns:
-      One entry a tensor (or a tensor a layer), which together cover every parameter once.
+      One entry per tensor, or per tensor of every layer. Each parameter is part of exactly one entry.
     """
     family, config = family_of(model.config), model.config
     modules = {name: family.base + target for name, target in family.modules.items()}

@@ -1,4 +1,4 @@
-"""Replacing a folder at once: whoever looks sees the old one or the new one, whenever the writer is killed."""
+"""Replaces a folder atomically: a reader sees the old folder or the new one, even if the writer is killed."""
 
 import contextlib
 import ctypes
@@ -23,7 +23,7 @@ MODEL_FILES = (
     "spiece.model",
     "chat_template*",
 )
-"""What a model folder may hold; a folder with anything else is not replaced."""
+"""The files that a model folder may contain; a folder with any other file is not replaced."""
 
 _AT_CURRENT_FOLDER, _EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
@@ -32,7 +32,7 @@ def _check_replaceable(target: Path) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise FileExistsError(f"{target} is a file; give a folder to write the model to.")
+        raise FileExistsError(f"{target} is a file; use a folder to write the model to.")
     strange = sorted(
         path.name
         for path in target.iterdir()
@@ -40,26 +40,24 @@ def _check_replaceable(target: Path) -> None:
     )
     if strange:
         raise FileExistsError(
-            f"{target} would be replaced, but holds what is not a model's: {', '.join(strange[:5])}. "
-            "Give a new or empty folder, or move those away."
+            f"{target} would be replaced, but it contains files that do not belong to a model: "
+            f"{', '.join(strange[:5])}. Use a new or empty folder, or move these files away."
         )
 
 
 @contextlib.contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes the target's place when the block ends without an error.
+    """Yields a new folder to fill, which replaces the target when the block ends without an error.
 
-    It is made beside the target, flushed to disk, and renamed (exchanged with an old one, in one step on Linux).
+    The new folder is made beside the target, flushed to disk, and renamed (exchanged with an old folder, in one step on
+    Linux).
 
     Args:
       target: the folder to make or replace.
 
-    Yields:
-      The new folder.
-
     Raises:
-      FileExistsError: the target is a file, or a folder that holds what is not a model's.
-      OSError: the disk is full, read-only, …; the target is as it was.
+      FileExistsError: the target is a file, or a folder with files that do not belong to a model.
+      OSError: the disk is full, read-only, …; the target is unchanged.
     """
     target = target.resolve()
     _check_replaceable(target)
@@ -74,7 +72,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     try:
         with file_errors(target):
             yield fresh
-        readable = fresh.stat().st_mode & 0o666  # as the umask has it; safetensors makes files for the owner alone
+        readable = fresh.stat().st_mode & 0o666  # as the umask allows; safetensors makes files for the owner only
         for file in fresh.iterdir():
             file.chmod(readable)
             sync(file)
@@ -85,7 +83,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
             fresh.rename(target)
         sync(target.parent)
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)  # the partial one, or the old one after an exchange
+        shutil.rmtree(fresh, ignore_errors=True)  # the partial folder, or the old one after an exchange
 
 
 def _exchange(fresh: Path, target: Path) -> None:
@@ -95,7 +93,7 @@ def _exchange(fresh: Path, target: Path) -> None:
             paths = os.fsencode(fresh), os.fsencode(target)
             if renameat2(_AT_CURRENT_FOLDER, paths[0], _AT_CURRENT_FOLDER, paths[1], _EXCHANGE) == 0:
                 return
-    # Elsewhere, and on file systems without the exchange: two renames, the old folder beside the target in between.
+    # On other systems, and file systems without exchange: two renames, with the old folder beside the target meanwhile.
     old = fresh.with_name(f".{target.name}.old-{os.getpid()}")
     target.rename(old)
     try:

@@ -1,7 +1,8 @@
-"""GGUF files of the llama architecture (Llama, SmolLM2, Mistral …), read through the `gguf` package.
+"""Reads GGUF files of the llama architecture (Llama, SmolLM2, Mistral …) with the `gguf` package.
 
-A GGUF file holds config, tensors and tokenizer in one. Here it is shown as the Hugging Face checkpoint that it was made
-from: the config as a `config.json` dict, the tensors under their Hugging Face names, dequantized one at a time.
+A GGUF file contains config, tensors and tokenizer. `GGUFSource` presents it as the Hugging Face checkpoint from which
+it was made: the config as a `config.json` dict, and the tensors under their Hugging Face names, dequantized one at a
+time.
 """
 
 import math
@@ -41,13 +42,13 @@ _STORED_AS = {
 
 
 class GGUFSource:
-    """The tensors of a llama GGUF file, by their Hugging Face names; also its config.
+    """The tensors of a llama GGUF file by their Hugging Face names, and its config.
 
     Attributes:
-      shapes: of every tensor.
-      config: what its config.json would say.
-      generation_config: what its generation_config.json would say.
-      tokenizer: its metadata under "tokenizer.", without that prefix; empty where the file holds no tokenizer.
+      shapes: the shape of every tensor.
+      config: the content of the corresponding config.json.
+      generation_config: the content of the corresponding generation_config.json.
+      tokenizer: the metadata under "tokenizer.", without that prefix; empty if the file has no tokenizer.
     """
 
     def __init__(self, file: Path):
@@ -56,7 +57,7 @@ class GGUFSource:
             check_header(file)
             reader = gguf.GGUFReader(str(file))
             self._fields = {name: field.contents() for name, field in reader.fields.items()}
-        except Exception as error:  # the package has no errors of its own: a broken file may raise anything
+        except Exception as error:  # the package has no error type of its own: a corrupt file may raise anything
             raise CheckpointError(
                 f"{file}: not a whole GGUF file ({type(error).__name__}: {error}); copy or download it again."
             ) from error
@@ -64,7 +65,7 @@ class GGUFSource:
             self._describe(reader)
         except CheckpointError:
             raise
-        except Exception as error:  # metadata of another type, a tensor that is missing …
+        except Exception as error:  # metadata of another type, a missing tensor …
             raise CheckpointError(
                 f"{file}: its metadata do not describe a llama model ({type(error).__name__}: {error}); copy or "
                 "download it again."
@@ -88,23 +89,23 @@ class GGUFSource:
         self.config = self._config()
 
     def where(self, name: str) -> str:
-        """The file, for messages."""
+        """The file, for error messages."""
         return str(self.file)
 
     def dtype(self, name: str) -> np.dtype:
-        """float16 and bfloat16 as they are; float32 for float32 and for quantized tensors."""
+        """The dtype of a tensor: float16 or bfloat16 as stored, and float32 for float32 and quantized tensors."""
         tensor = self._tensors[name]
         try:
             gguf.quants.dequantize(tensor.data[:1], tensor.tensor_type)
         except NotImplementedError as error:
             raise CheckpointError(
                 f"{self.file}: tensor {tensor.name!r} has the type {tensor.tensor_type.name}, which the gguf package "
-                "cannot dequantize; take a file of another type (Q8_0, Q4_K …)."
+                "cannot dequantize; use a file of another type (Q8_0, Q4_K …)."
             ) from error
         return _STORED_AS.get(tensor.tensor_type, np.dtype(np.float32))
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, dequantized, with the rows of queries and keys in Hugging Face's order."""
+        """The dequantized tensor, with the rows of queries and keys in Hugging Face's order."""
         dtype, tensor = self.dtype(name), self._tensors[name]
         array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(dtype, copy=False)
         array = array.reshape(self.shapes[name])
@@ -112,7 +113,7 @@ class GGUFSource:
         return array if heads is None else _half_rotation_order(array, heads)
 
     def read_rows(self, name: str, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-        """The tensor in pieces; only for those without heads: embeddings, norms."""
+        """The tensor in pieces of rows; only for tensors without heads: embeddings, norms."""
         dtype, tensor = self.dtype(name), self._tensors[name]
         for first in range(0, self.shapes[name][0], rows):
             piece = gguf.quants.dequantize(tensor.data[first : first + rows], tensor.tensor_type)
@@ -122,7 +123,8 @@ class GGUFSource:
         architecture = self._fields.get("general.architecture")
         if architecture != "llama":
             raise CheckpointError(
-                f"{self.file}: architecture {architecture!r}; of GGUF only 'llama' is read. Take the safetensors form."
+                f"{self.file}: the architecture is {architecture!r}; only GGUF files of 'llama' are supported. Use the "
+                "safetensors checkpoint."
             )
         if self._fields.get("llama.expert_count"):
             raise CheckpointError(f"{self.file}: a mixture of experts is not supported.")
@@ -131,7 +133,7 @@ class GGUFSource:
         if f"llama.{name}" not in self._fields and not default:
             raise CheckpointError(f"{self.file}: metadata llama.{name} is missing; convert the file again.")
         value = self._fields.get(f"llama.{name}", *default)
-        if isinstance(value, list):  # a value a layer; llama proper has the same in all
+        if isinstance(value, list):  # one value per layer; a llama has the same in all layers
             if len(set(value)) > 1:
                 raise CheckpointError(f"{self.file}: llama.{name} differs between layers, which is not supported.")
             value = value[0]
@@ -140,7 +142,7 @@ class GGUFSource:
     def _hub_name(self, name: str) -> str:
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
         if match is None or match[2] not in _NAMES:
-            raise CheckpointError(f"{self.file}: tensor {name!r} is not one of a llama model.")
+            raise CheckpointError(f"{self.file}: tensor {name!r} is not a tensor of a llama model.")
         layer, module, kind = match.groups()
         return f"model.layers.{layer}.{_NAMES[module]}.{kind}" if layer else f"{_NAMES[module]}.{kind}"
 
@@ -149,7 +151,10 @@ class GGUFSource:
         head_dim = self._field("attention.key_length", hidden // self._heads)
         rotated = self._field("rope.dimension_count", head_dim)
         if rotated != head_dim:
-            raise CheckpointError(f"{self.file}: rotates {rotated} of {head_dim} numbers of a head, not all of them.")
+            raise CheckpointError(
+                f"{self.file}: it rotates {rotated} of the {head_dim} dimensions of a head; only full rotation is "
+                "supported."
+            )
         first = "model.layers.0."
         config = {
             "model_type": "llama",
@@ -188,7 +193,7 @@ class GGUFSource:
         raise CheckpointError(f"{self.file}: llama.rope.scaling.type {kind!r} is not supported.")
 
     def _llama3_parameters(self, theta: float, head_dim: int) -> dict[str, Any]:
-        # A file keeps only llama3's divisors of each frequency; find the published setting that they come from.
+        # A file has only the divisor of each frequency. Find the published llama3 settings that give these divisors.
         divisors = np.asarray(self._divisors.data, np.float64).reshape(-1)
         plain = frequencies(Rotary(theta=theta, dim=head_dim))
         for factor in (8.0, 32.0, 16.0, 4.0, 2.0):
@@ -204,16 +209,16 @@ class GGUFSource:
             if divisors.shape == plain.shape and np.allclose(plain / scaled, divisors, rtol=1e-3):
                 return {"rope_type": "llama3", **setting}
         raise CheckpointError(
-            f"{self.file}: tensor {_ROTARY_DIVISORS!r} is not of a Llama 3 setting that is known; take the safetensors "
-            "form of this model."
+            f"{self.file}: tensor {_ROTARY_DIVISORS!r} does not match any known setting of Llama 3; use the "
+            "safetensors checkpoint of this model."
         )
 
 
 def _end_ids(tokenizer: Mapping[str, Any]) -> int | list[int] | None:
-    """What ends an answer: the file's end of text, of turn and of message; one id, or several.
+    """The ids of tokens that end an answer, one or several: the file's end of text, of turn and of message.
 
-    As llama.cpp does, a turn's end that the file does not name is known by its text, here where the chat template
-    writes it.
+    If the file does not name the end of turn, it is found by its text, as llama.cpp does; here only tokens count that
+    the chat template writes.
     """
     named = [tokenizer.get(f"ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     if named[1] is None:
@@ -225,11 +230,11 @@ def _end_ids(tokenizer: Mapping[str, Any]) -> int | list[int] | None:
 
 
 def _half_rotation_order(array: np.ndarray, heads: int) -> np.ndarray:
-    # llama.cpp rotates neighbouring pairs, Hugging Face the two halves of a head: rows (or biases) swap accordingly.
+    # llama.cpp rotates pairs of neighbours, Hugging Face pairs from the two halves of a head; reorder rows (or biases).
     rows = array.shape[0] // heads
     return array.reshape(heads, rows // 2, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
 def _shortest(value: float) -> float:
-    # GGUF keeps float32; the decimal that was meant is the shortest one that rounds to it (1e-5, not 9.99999e-6).
+    # GGUF stores float32; the original number is the shortest decimal that rounds to it (1e-5, not 9.99999e-6).
     return float(str(np.float32(value))) if math.isfinite(value) else value

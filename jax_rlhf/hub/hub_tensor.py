@@ -1,16 +1,16 @@
-"""How a tensor in a checkpoint lies against the parameters here.
+"""Converts between a tensor of a checkpoint and parameters of the decoder.
 
-A checkpoint's tensor holds one parameter, or several fused along their outputs:
+A checkpoint's tensor contains one parameter, or several that are fused along their outputs:
 
-| kind     | in the checkpoint           | here                                                     |
+| kind     | in the checkpoint           | in the decoder                                           |
 |----------|-----------------------------|----------------------------------------------------------|
 | same     | [...]                       | [...]: embeddings, norms                                 |
 | linear   | [outputs, inputs]           | [*inputs, *outputs]: PyTorch's `nn.Linear`               |
 | conv1d   | [inputs, outputs]           | [*inputs, *outputs]: GPT-2's                             |
 | bias     | [outputs]                   | [*outputs]                                               |
 
-Fused parameters stand one after the other (Phi-3, GPT-2), or interleaved head by head (GPT-NeoX). Splitting returns
-views, so that reading copies each number once, straight to where it belongs.
+Fused parameters are concatenated (Phi-3, GPT-2), or interleaved head by head (GPT-NeoX). `split` returns views, so that
+reading a checkpoint copies each number only once, to its destination.
 """
 
 import dataclasses
@@ -24,16 +24,16 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HubTensor:
-    """One tensor of a checkpoint, or one for each layer.
+    """One tensor of a checkpoint, or one per layer.
 
     Attributes:
-      name: in the checkpoint, with "{}" for the layer index where it is one a layer.
-      leaves: paths of the parameters that it holds, e.g. ("layers", "attention", "query", "kernel").
-      shapes: theirs, without the layer axis and without rows that pad the vocabulary.
+      name: the name in the checkpoint, with "{}" for the layer index if there is one per layer.
+      leaves: paths of the parameters that it contains, e.g. ("layers", "attention", "query", "kernel").
+      shapes: shapes of these parameters, without the layer axis and without rows that pad the vocabulary.
       kind: see the module's docstring.
-      inputs: leading axes of each shape that are inputs (linear, conv1d).
-      interleaved: fused head by head.
-      stacked: one tensor a layer; the parameter has a leading layer axis.
+      inputs: the number of leading axes of each shape that are inputs (linear, conv1d).
+      interleaved: the parameters are fused head by head.
+      stacked: the checkpoint has one tensor per layer, and the parameter has a leading layer axis.
     """
 
     name: str
@@ -54,7 +54,7 @@ class HubTensor:
         return {"linear": (outputs, width), "conv1d": (width, outputs), "bias": (outputs,)}[self.kind]
 
     def split(self, array: np.ndarray) -> list[np.ndarray]:
-        """The checkpoint's tensor [hub_shape] as views of `shapes`, one a leaf."""
+        """Splits the checkpoint's tensor [hub_shape] into one view per leaf, with the shapes `shapes`."""
         if self.kind == "same":
             return [array]
         if self.interleaved:
@@ -67,7 +67,7 @@ class HubTensor:
         return [self._to_leaf(part, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def join(self, parts: list[np.ndarray]) -> np.ndarray:
-        """Parameters of `shapes` as the checkpoint's tensor, contiguous: the inverse of `split`."""
+        """Joins parameters to the checkpoint's tensor [hub_shape], contiguous: the inverse of `split`."""
         if self.kind == "same":
             return np.ascontiguousarray(parts[0])
         outer = [self._from_leaf(part) for part in parts]  # [outputs..., inputs...] or conv1d's [inputs, outputs]

@@ -1,6 +1,6 @@
-"""What a config.json may claim, looked at before anything is built from it.
+"""Limits on the sizes and ids in a config.json, checked before anything is built from it.
 
-transformers makes a list of as many layers, and a table of as many labels, as the file says.
+transformers allocates lists of as many layers, and tables of as many labels, as the file claims.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Any
 from jax_rlhf.hub.checkpoint_error import CheckpointError
 
 MOST_IDS = 2**24
-"""Of a vocabulary; the largest have 2¹⁸."""
+"""The largest allowed vocabulary; the largest real ones have 2¹⁸ tokens."""
 _LAYERS, _LABELS, _WIDTH, _HEADS = 2**12, 2**12, 2**20, 2**14
 _MOST = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "max_window_layers"), _LAYERS),
@@ -19,32 +19,32 @@ _MOST = {
     "vocab_size": MOST_IDS,
     "num_labels": _LABELS,
 }
-"""The largest believable sizes, under the names of all families."""
+"""The largest plausible sizes, under the names of all families."""
 _LARGEST = 2**53
-"""Of any other whole number: a float holds it too."""
+"""The largest value of any other whole number: a float still represents it exactly."""
 _LONGEST = 2**14
-"""Entries of any list or object within a config.json: layers, frequencies, labels."""
+"""The largest number of entries of any list or object within a config.json: layers, frequencies, labels."""
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _ID_LISTS = ("eos_token_id",)
 _ABSENT = -1
-"""What some checkpoints have for a token that they lack."""
+"""The id that some checkpoints set for a token that they lack."""
 
 
 def check_sizes(config: Mapping[str, Any]) -> None:
-    """Raises where a config.json claims what no model has.
+    """Checks that a config.json claims no implausible sizes.
 
     Args:
-      config: its content.
+      config: the content of the file.
 
     Raises:
-      CheckpointError: names the field, its value and the limit.
+      CheckpointError: a size is too large; the message names the field, its value and the limit.
     """
     _check_value("", config)
 
 
 def _check_value(name: str, value: Any) -> None:
     if isinstance(value, Mapping | list) and len(value) > _LONGEST:
-        raise CheckpointError(f"{name or 'it'} has {len(value):,} entries; at most {_LONGEST:,} are read.")
+        raise CheckpointError(f"{name or 'it'} has {len(value):,} entries; at most {_LONGEST:,} are allowed.")
     if isinstance(value, Mapping):
         for key, inner in value.items():
             _check_value(str(key), inner)
@@ -54,21 +54,21 @@ def _check_value(name: str, value: Any) -> None:
     elif isinstance(value, int | float):
         most = _MOST.get(name, _LARGEST if isinstance(value, int) else None)
         if most is not None and not -most <= value <= most:
-            raise CheckpointError(f"{name}={_short(value)} is beyond what is read, {most:,}; correct the file.")
+            raise CheckpointError(f"{name}={_short(value)} is above the limit of {most:,}; correct the file.")
 
 
 def checked_ids(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A config's ids of special tokens, of which each must be one.
+    """Checks the ids of special tokens in a config, and replaces −1, which some files use for "none", by None.
 
     Args:
-      config: of a config.json or generation_config.json.
-      where: the file, for messages.
+      config: the content of a config.json or generation_config.json.
+      where: the file, for error messages.
 
     Returns:
-      The config; an id of −1, which stands for none, is None.
+      The corrected config.
 
     Raises:
-      CheckpointError: an id is no whole number of 0 or more (of `eos_token_id` a list of them).
+      CheckpointError: an id is not a whole number of 0 or more (for `eos_token_id`: or a list of these).
     """
     checked = dict(config)
     for name in _IDS:
@@ -77,7 +77,7 @@ def checked_ids(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         wrong = [index for index in found if not (index is None and value is None) and not _is_id(index)]
         if wrong and not (_is_whole(value) and value == _ABSENT):
             raise CheckpointError(
-                f"{where}: {name}={_short(value)}; the id of a token is a whole number from 0 to {MOST_IDS - 1:,}."
+                f"{where}: {name}={_short(value)}; the id of a token must be a whole number from 0 to {MOST_IDS - 1:,}."
             )
         if wrong:
             checked[name] = None

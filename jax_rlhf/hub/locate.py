@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a folder, a GGUF file or a hub id; and what its JSON files say."""
+"""Finds a checkpoint (a folder, a GGUF file or a hub id), and reads its JSON files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,19 +20,19 @@ _HUB_FILES = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "merges.t
 
 
 def resolve(path_or_hub_id: str | Path, revision: str | None, *, weights: bool = True) -> Path:
-    """Finds a checkpoint, and downloads it where a hub id is given.
+    """Finds a checkpoint, and downloads it if it is a hub id.
 
     Args:
       path_or_hub_id: a folder, a .gguf file or a folder with one, or a hub id.
-      revision: of a hub id.
-      weights: download those too.
+      revision: the revision of a hub id.
+      weights: whether to download the weights too.
 
     Returns:
       A local folder or .gguf file.
 
     Raises:
-      FileNotFoundError: there is nothing of that name.
-      CheckpointError: it is not clear which file is meant.
+      FileNotFoundError: there is no such file, folder or hub id.
+      CheckpointError: the folder has several GGUF files, or the file is not a GGUF file.
     """
     local = local_path(path_or_hub_id)
     if local.is_dir():
@@ -40,12 +40,12 @@ def resolve(path_or_hub_id: str | Path, revision: str | None, *, weights: bool =
         if inside and not (local / "config.json").is_file():
             if len(inside) > 1:
                 names = ", ".join(file.name for file in inside)
-                raise CheckpointError(f"{local} holds several GGUF files ({names}); give the path of one.")
+                raise CheckpointError(f"{local} has several GGUF files ({names}); use the path of one of them.")
             return inside[0]
         return local
     if local.is_file():
         if local.suffix != ".gguf":
-            raise CheckpointError(f"{local} is a file; give its folder, or a .gguf file.")
+            raise CheckpointError(f"{local} is a file; use the path of its folder, or of a .gguf file.")
         return local
     text = str(path_or_hub_id)
     if text.count("/") > 1 or text.startswith((".", "/", "~")) or local.suffix in (".gguf", ".safetensors"):
@@ -53,46 +53,47 @@ def resolve(path_or_hub_id: str | Path, revision: str | None, *, weights: bool =
     try:
         files = [pattern for pattern in _HUB_FILES if weights or not pattern.endswith(".safetensors")]
         return Path(snapshot_download(text, revision=revision, allow_patterns=files))
-    except (OSError, HFValidationError) as error:  # the hub's errors are OSErrors
+    except (OSError, HFValidationError) as error:  # errors of huggingface_hub are OSErrors
         raise FileNotFoundError(
-            f"{text}: no such folder here, and not to be had from the hub: {error}. For a private model log in with "
-            "`hf auth login`; without a network give a local folder."
+            f"{text}: there is no such folder, and it cannot be downloaded from the hub: {error}. For a private model "
+            "log in with `hf auth login`; without a network use a local folder."
         ) from error
 
 
 def open_source(
-    place: Path, name: str, *, weights: bool = True
+    path: Path, name: str, *, weights: bool = True
 ) -> tuple[TensorSource | None, dict[str, Any], dict[str, Any] | None]:
     """Opens a checkpoint.
 
     Args:
-      place: from `resolve`.
-      name: what the user called it, for messages.
-      weights: its tensors too.
+      path: the local folder or .gguf file, from `resolve`.
+      name: the path or hub id that the user set, for error messages.
+      weights: whether to open the tensors too.
 
     Returns:
-      (tensors, or None without weights; config.json; generation_config.json or what config.json says of the same, or
-      None).
+      (tensors or None, content of config.json, content of generation_config.json). If there is no
+      generation_config.json, its content is taken from config.json, or None if config.json has none.
 
     Raises:
-      FileNotFoundError, CheckpointError: a file is missing or broken.
+      FileNotFoundError: a file is missing.
+      CheckpointError: a file is invalid.
     """
-    if place.suffix == ".gguf" and place.is_file():
-        source = GGUFSource(place)
-        return source, source.config, checked_ids(source.generation_config, str(place))
-    config = _read_json(place / "config.json")
-    if config is None and (place / ADAPTER).is_file():
-        raise CheckpointError(adapter_message(place, name))
+    if path.suffix == ".gguf" and path.is_file():
+        source = GGUFSource(path)
+        return source, source.config, checked_ids(source.generation_config, str(path))
+    config = _read_json(path / "config.json")
+    if config is None and (path / ADAPTER).is_file():
+        raise CheckpointError(adapter_message(path, name))
     if config is None:
-        raise FileNotFoundError(f"{place / 'config.json'} is missing; it says what the model is made of.")
-    generation_config = _read_json(place / "generation_config.json")
-    if generation_config is None and config.get("eos_token_id") is not None:  # as transformers has it
+        raise FileNotFoundError(f"{path / 'config.json'} is missing; it has the model's architecture. Copy it there.")
+    generation_config = _read_json(path / "generation_config.json")
+    if generation_config is None and config.get("eos_token_id") is not None:  # as transformers does
         generation_config = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if generation_config is not None:
-        file = str(place / "generation_config.json")
+        file = str(path / "generation_config.json")
         generation_config = checked_ids(generation_config, file)
         check_generation_config(generation_config, file)
-    return SafetensorsSource(place, name) if weights else None, config, generation_config
+    return SafetensorsSource(path, name) if weights else None, config, generation_config
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:
@@ -104,9 +105,9 @@ def _read_json(file: Path) -> dict[str, Any] | None:
         raise CheckpointError(f"{file}: {error}; copy or download it again.") from error
 
 
-def in_file(place: Path, read: Callable, content: dict[str, Any]) -> DecoderConfig:
-    """What `read` makes of a config, its errors with the checkpoint's place."""
+def in_file(path: Path, read: Callable, content: dict[str, Any]) -> DecoderConfig:
+    """Calls `read` with a config, and adds the checkpoint's path to its errors."""
     try:
         return read(content)
     except CheckpointError as error:
-        raise CheckpointError(f"{place}: {error}") from error
+        raise CheckpointError(f"{path}: {error}") from error

@@ -1,4 +1,4 @@
-"""Where a model comes from and how it runs: the settings that all phases share, and loading by them."""
+"""Loads a model by its settings, and decides how it runs on its devices."""
 
 import dataclasses
 
@@ -18,17 +18,17 @@ from jax_rlhf.parallel import Layout
 def load_model(
     config: ModelConfig, head: Head, mesh: Mesh | Layout | None = None, *, key: Array | None = None
 ) -> Pretrained:
-    """Loads a model to run as a config says.
+    """Loads a model by its settings.
 
     Args:
-      config: its fields.
+      config: the settings.
       head: "lm" or "scalar".
       mesh: the mesh; None = one device.
-      key: of a new scalar head, as in `load_pretrained`.
+      key: for a new scalar head, as in `load_pretrained`.
 
     Raises:
       ValueError: config.path is None.
-      FileNotFoundError, CheckpointError: the checkpoint cannot be used.
+      FileNotFoundError, CheckpointError: as in `load_pretrained`.
     """
     if config.path is None:
         raise ValueError("the model's path is missing: --config.model.path=CHECKPOINT.")
@@ -38,17 +38,14 @@ def load_model(
 
 
 def running(decoder: DecoderConfig, config: ModelConfig) -> DecoderConfig:
-    """How a model runs on its devices.
+    """Sets dtype, remat and attention of a model for its devices.
 
     Args:
-      decoder: as loaded.
-      config: what is wanted; None = what suits the devices.
-
-    Returns:
-      The decoder's config with dtype, remat and form of attention.
+      decoder: the config of the loaded model.
+      config: the settings; the defaults of fields that are None depend on the platform.
 
     Raises:
-      ValueError: flash attention that this model cannot have there.
+      ValueError: flash attention is set, and this model or platform does not support it.
     """
     on_cpu = decoder.platform == "cpu"
     dtype = config.dtype or ("float32" if on_cpu else "bfloat16")
@@ -59,18 +56,18 @@ def running(decoder: DecoderConfig, config: ModelConfig) -> DecoderConfig:
 
 
 def running_as(decoder: DecoderConfig, config: ModelConfig, policy: ModelConfig) -> DecoderConfig | None:
-    """How a reference or critic runs that starts as another model.
+    """Sets dtype, remat and attention of a reference or critic that starts as a copy of another model.
 
     Args:
-      decoder: of the model that it starts as.
-      config: its own settings.
-      policy: the actor's, which count where its own are None.
+      decoder: the config of the model that is copied.
+      config: the settings of the reference or critic.
+      policy: the actor's settings, which apply where `config` has None.
 
     Returns:
-      The decoder's config; None where the settings name a checkpoint, which runs as they say.
+      The decoder's config; None if `config` names a checkpoint, since nothing is copied then.
 
     Raises:
-      ValueError: flash attention that this model cannot have there.
+      ValueError: flash attention is set, and this model or platform does not support it.
     """
     if config.path is not None:
         return None
@@ -80,18 +77,15 @@ def running_as(decoder: DecoderConfig, config: ModelConfig, policy: ModelConfig)
 
 
 def sampled_ids(
-    config: DecoderConfig, tokenizer: PreTrainedTokenizerBase | None, known: int | None = None
+    config: DecoderConfig, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int | None = None
 ) -> DecoderConfig:
-    """A policy that has probability only on ids that all models know and that are tokens.
+    """Limits a policy to ids that are tokens and that all models have: other ids get probability 0.
 
     Args:
-      config: the policy's.
-      tokenizer: whose tokens; None = all ids count as such.
-      known: how many ids all models know; None = those of the policy.
-
-    Returns:
-      Its config.
+      config: the policy's config.
+      tokenizer: defines which ids are tokens; None = all ids.
+      vocab_size: the smallest vocabulary of all models; None = the policy's own.
     """
-    known = config.vocab_size if known is None else known
-    size, absent = (known, ()) if tokenizer is None else ids_of(tokenizer)
-    return config.limited_to(min(known, size), absent)
+    vocab_size = config.vocab_size if vocab_size is None else vocab_size
+    size, absent = (vocab_size, ()) if tokenizer is None else ids_of(tokenizer)
+    return config.limited_to(min(vocab_size, size), absent)

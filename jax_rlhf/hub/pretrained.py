@@ -1,4 +1,4 @@
-"""`load_pretrained` and `save_pretrained`: models in from Hugging Face folders, hub ids and GGUF files, and back."""
+"""`load_pretrained` and `save_pretrained`: load models from Hugging Face folders, hub ids and GGUF files; save them."""
 
 import copy
 import dataclasses
@@ -38,7 +38,7 @@ from jax_rlhf.parallel import Layout, as_layout, padded_vocab_size, shardings
 _SCORE = ("scalar_head", "kernel")
 _LM_HEAD = ("lm_head", "kernel")
 _TABLE = ("embedding", "table")
-# Buffers that older versions wrote beside the weights, and the other head's tensors.
+# Buffers that older versions of transformers wrote beside the weights, and the tensors of the other head.
 _IGNORED = re.compile(
     r"(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$|^(lm_head|embed_out)\.weight$|" + HEAD_TENSORS.pattern
 )
@@ -51,12 +51,12 @@ class Pretrained:
     Attributes:
       model: the Flax module; `model.apply({"params": params}, tokens, positions, mask)`.
       params: its parameters, nested dicts of arrays.
-      tokenizer: transformers' tokenizer, or None where the checkpoint had none.
-      generation_config: what generation_config.json said, or config.json of the same; None where neither did.
-      reward_bias: of a reward model, whose score is the scalar head's value + this; `reward_bias` in config.json.
-      missing_eos_bias: of a reward model, subtracted from the scores of texts that do not end in EOS;
+      tokenizer: transformers' tokenizer, or None if the checkpoint has none.
+      generation_config: the content of generation_config.json, or the same fields of config.json; None without both.
+      reward_bias: for a reward model, is added to the scalar head's output; `reward_bias` in config.json.
+      missing_eos_bias: for a reward model, is subtracted from the scores of texts that do not end in EOS;
         `reward_missing_eos_bias` in config.json.
-      new_head: the checkpoint had no scalar head, so this one knows nothing yet.
+      new_head: the checkpoint had no scalar head, so the head is new and untrained.
     """
 
     model: Decoder
@@ -69,13 +69,13 @@ class Pretrained:
 
 
 class Description(NamedTuple):
-    """What a checkpoint says of itself.
+    """A checkpoint without its weights.
 
     Attributes:
-      config: the decoder's.
-      tokenizer: None where the checkpoint has none.
-      generation_config: what generation_config.json says, or config.json of the same; None where neither does.
-      scalar_head: the name of its scalar head; None: it is a language model, or its tensors were not looked at.
+      config: the decoder's config.
+      tokenizer: None if the checkpoint has none.
+      generation_config: the content of generation_config.json, or the same fields of config.json; None without both.
+      scalar_head: the name of the scalar head; None if it is a language model, or if its tensors were not read.
     """
 
     config: DecoderConfig
@@ -97,32 +97,32 @@ def load_pretrained(
 
     Args:
       path_or_hub_id: a folder with config.json and safetensors, a .gguf file or a folder with one, or a hub id.
-      head: "lm" for logits; "scalar" for one value per token: the checkpoint's own, or a new one where it is a language
-        model. A bias of its own becomes `reward_bias`.
-      dtype: of parameters and of computing, float32, bfloat16 or float16; None: as stored.
-      mesh: where to put the parameters, sharded (see `parallel/layout.py`); None: the first device.
-      revision: of the hub id: branch, tag or commit.
-      key: a JAX random key for a new scalar head, normal with standard deviation 1/√(width + 1); None: zeros, or an
-        error where the checkpoint is a classifier that has lost its head.
+      head: "lm" for logits; "scalar" for one value per token, with the checkpoint's own head, or a new one if it is a
+        language model. The bias of its own head becomes `reward_bias`.
+      dtype: of parameters and computation: float32, bfloat16 or float16; None = as stored.
+      mesh: the mesh over which parameters are sharded (see `parallel/layout.py`); None = the first device.
+      revision: branch, tag or commit of the hub id.
+      key: a JAX random key for a new scalar head, with normal weights of standard deviation 1/√(width + 1); None =
+        zeros, or an error if the checkpoint is a classifier without its head.
 
     Returns:
       The model.
 
     Raises:
-      FileNotFoundError: there is nothing at that path, or a file is missing.
-      CheckpointError: the checkpoint is broken, unsafe or not supported; the message says which file and tensor.
+      FileNotFoundError: the path does not exist, or a file is missing.
+      CheckpointError: the checkpoint is invalid, unsafe or not supported; the message names the file and tensor.
       ValueError: the mesh does not divide a parameter, or the head or dtype is not one of those above.
     """
     if head not in ("lm", "scalar"):
-        raise ValueError(f'head={head!r}; "lm" and "scalar" are the heads there are.')
+        raise ValueError(f'head={head!r} must be "lm" or "scalar".')
     dtype = None if dtype is None else _float_dtype(dtype)
-    place = resolve(path_or_hub_id, revision)
-    source, config_dict, generation_config = open_source(place, str(path_or_hub_id))
-    config = in_file(place, config_from_hub, config_dict)
+    path = resolve(path_or_hub_id, revision)
+    source, config_dict, generation_config = open_source(path, str(path_or_hub_id))
+    config = in_file(path, config_from_hub, config_dict)
     if mesh is not None:
         config = config.replace(padded_vocab_size=padded_vocab_size(config.vocab_size, mesh), layout=as_layout(mesh))
     config = _untie_if_stored_apart(source, config, head)
-    model, tensors, stored_as = _planned(place, source, config_dict, config, head, new_head=key is not None)
+    model, tensors, stored_as = _planned(path, source, config_dict, config, head, new_head=key is not None)
     new_head = head == "scalar" and stored_as is None
 
     table = next(tensor.name for tensor in tensors if tensor.leaves == (_TABLE,))
@@ -131,31 +131,31 @@ def load_pretrained(
     abstract = abstract_params(model)
     if mesh is None:
         device = SingleDeviceSharding(jax.local_devices()[0])
-        places = jax.tree.map(lambda _: device, abstract)
+        sharding_tree = jax.tree.map(lambda _: device, abstract)
     else:
-        places = shardings(logical_axes(model), abstract, mesh)
-    shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract).items()}
-    places = flatten_dict(places)
-    params = read_params(source, tensors, shapes, places, dtype, config.num_layers)
+        sharding_tree = shardings(logical_axes(model), abstract, mesh)
+    shapes = {keys: leaf.shape for keys, leaf in flatten_dict(abstract).items()}
+    leaf_shardings = flatten_dict(sharding_tree)
+    params = read_params(source, tensors, shapes, leaf_shardings, dtype, config.num_layers)
     if new_head:
-        params[_SCORE] = _new_head(shapes[_SCORE], dtype or stored, places[_SCORE], key)
-    tokenizer = _load_tokenizer(place, source)
+        params[_SCORE] = _new_head(shapes[_SCORE], dtype or stored, leaf_shardings[_SCORE], key)
+    tokenizer = _load_tokenizer(path, source)
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         logging.warning(
-            "%s: the tokenizer has %d tokens, the model %d; ids past that give NaN.",
-            place,
+            "%s: the tokenizer has %d tokens, but the model has only %d; larger ids give NaN.",
+            path,
             len(tokenizer),
             config.vocab_size,
         )
     biases = [0.0, 0.0]
     if head == "scalar" and not new_head:
-        biases = [_number(place, config_dict, name) for name in ("reward_bias", "reward_missing_eos_bias")]
+        biases = [_number(path, config_dict, name) for name in ("reward_bias", "reward_missing_eos_bias")]
         biases[0] += head_bias(source, stored_as)
     return Pretrained(model, unflatten_dict(params), tokenizer, generation_config, *biases, new_head)
 
 
 def _planned(
-    place: Path,
+    path: Path,
     source: TensorSource,
     config_dict: dict[str, Any],
     config: DecoderConfig,
@@ -163,25 +163,25 @@ def _planned(
     *,
     new_head: bool,
 ) -> tuple[Decoder, list[HubTensor], str | None]:
-    """The model, what is read for it, and what its scalar head is called; raises where that is not all there."""
+    """(model, tensors to read, name of the stored scalar head or None); raises if a tensor is missing or invalid."""
     stored_as, kinds = stored_head(source), ", ".join(map(str, config_dict.get("architectures") or ["a classifier"]))
     model = Decoder(config, head=head)
     tensors = [_as_named(tensor, source, config, stored_as) for tensor in hub_tensors(model)]
     if head == "scalar" and stored_as is None:
-        check_no_other_head(source, place, config.output_size)
+        check_no_other_head(source, path, config.output_size)
         if lost_head(config_dict) and not new_head:
             raise CheckpointError(
-                f"{place} calls itself {kinds}, and has no score.weight: its scalar head was not saved with it, and "
-                "without one every text would score 0. Save the model again with its head, or train a new one."
+                f"{path}: its architecture is {kinds}, but it has no score.weight. Its scalar head was not saved, and "
+                "without a head every text would score 0. Save the model again with its head, or train a new one."
             )
         tensors = [tensor for tensor in tensors if tensor.leaves != (_SCORE,)]
     if head == "lm" and (stored_as or lost_head(config_dict)):
         if any(tensor.name not in source.shapes for tensor in tensors if tensor.leaves == (_LM_HEAD,)):
             raise CheckpointError(
-                f"{place} is a reward model or a critic ({kinds}): it has a scalar head and no LM head, so it cannot "
-                "be a policy. Give the language model that it was made from."
+                f"{path} is a reward model or a critic ({kinds}): it has a scalar head and no LM head, so it cannot "
+                "be a policy. Use the language model from which it was made."
             )
-        logging.warning("%s is a reward model or a critic (%s), and is taken for a language model.", place, kinds)
+        logging.warning("%s is a reward model or a critic (%s), but it is loaded as a language model.", path, kinds)
     check_tensors(source, tensors, config.num_layers, _IGNORED)
     return model, tensors, stored_as
 
@@ -189,55 +189,52 @@ def _planned(
 def describe_pretrained(
     path_or_hub_id: str | Path, *, revision: str | None = None, head: Head | None = None, new_head: bool = False
 ) -> Description:
-    """Reads a checkpoint without its weights: to check settings before anything runs.
+    """Reads a checkpoint without its weights, to check settings before anything runs.
 
-    Of a hub id weights are downloaded only with `head`.
+    The weights of a hub id are downloaded only if `head` is set.
 
     Args:
       path_or_hub_id: as for `load_pretrained`.
-      revision: of the hub id.
-      head: that it will be loaded with: its tensors' names and shapes are checked; None = they are not.
-      new_head: it will be loaded with a key, so that a classifier may have lost its scalar head.
-
-    Returns:
-      What it says of itself.
+      revision: the revision of the hub id.
+      head: the head with which the model will be loaded, to check names and shapes of tensors; None = no check.
+      new_head: the model will be loaded with a key, so that a classifier may lack its scalar head.
 
     Raises:
       FileNotFoundError, CheckpointError: as for `load_pretrained`.
     """
-    place = resolve(path_or_hub_id, revision, weights=head is not None)
-    source, config_dict, generation_config = open_source(place, str(path_or_hub_id), weights=head is not None)
-    config = in_file(place, config_from_hub, config_dict)
+    path = resolve(path_or_hub_id, revision, weights=head is not None)
+    source, config_dict, generation_config = open_source(path, str(path_or_hub_id), weights=head is not None)
+    config = in_file(path, config_from_hub, config_dict)
     if head is not None:
-        _planned(place, source, config_dict, config, head, new_head=new_head)
+        _planned(path, source, config_dict, config, head, new_head=new_head)
     scalar_head = None if source is None else stored_head(source)
-    return Description(config, _load_tokenizer(place, source), generation_config, scalar_head)
+    return Description(config, _load_tokenizer(path, source), generation_config, scalar_head)
 
 
 def save_pretrained(
     directory: str | Path, pretrained: Pretrained, *, dtype: Any = None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Writes a folder that transformers (and `load_pretrained`) loads, and computes the same with.
+    """Writes a folder from which transformers and `load_pretrained` load a model with the same outputs.
 
-    The folder is written beside the old one and takes its place at the end, so that a crash leaves one or the other.
+    The new folder is written beside the old one and replaces it at the end, so that a crash leaves one of them intact.
     With several processes all must call it: tensors are gathered one at a time, and process 0 writes.
 
     Args:
-      directory: to make or replace; it may hold only what a model folder holds.
-      pretrained: the model. Its parameters are those of the scanned form.
-      dtype: float32, bfloat16 or float16, in which they are written; norms and a scalar head, which are computed in
-        float32, in that. None = as they are.
-      max_shard_bytes: of one weight file, in bytes.
+      directory: the folder to make or replace; it may contain no other files than those of a model.
+      pretrained: the model, with parameters of scanned layers.
+      dtype: float32, bfloat16 or float16, the dtype in which parameters are written; norms and a scalar head, which are
+        computed in float32, are written in float32. None = the dtype of the parameters.
+      max_shard_bytes: the largest size of a weight file, in bytes.
 
     Raises:
-      CheckpointError: the model was not made from a Hugging Face config, so its family is not known.
-      FileExistsError: the directory holds other things than a model.
-      OSError: it cannot be written; what was there is as it was.
+      CheckpointError: the model was not made from a Hugging Face config, so its family is unknown.
+      FileExistsError: the directory contains files that do not belong to a model.
+      OSError: the folder cannot be written; an old folder is unchanged.
     """
     directory = local_path(directory)
     model, params = pretrained.model, pretrained.params
     if "layers_0" in params:
-        raise ValueError("params are those of unrolled layers; save the scanned ones that they were made from.")
+        raise ValueError("params are those of unrolled layers; save the parameters of scanned layers instead.")
     dtypes = jax.tree.map(lambda leaf: leaf.dtype, params)
     if dtype is not None:
         dtypes = compute_dtypes(model.clone(config=model.config.replace(dtype=_float_dtype(dtype))))
@@ -246,33 +243,33 @@ def save_pretrained(
     if model.head == "scalar":
         pretrained = _with_pooling_pad(pretrained, config)
     if jax.process_index() > 0:
-        _agree(None, directory)  # process 0 has a folder to write to
+        _raise_on_all(None, directory)  # waits until process 0 has made a folder
         write_weights(None, params, files, index)
-        _agree(None, directory)
+        _raise_on_all(None, directory)
         return
     failure = None
     try:
         with replaced_folder(directory) as folder:
-            _agree(None, directory)
+            _raise_on_all(None, directory)
             write_weights(folder, params, files, index)
-            _write_rest(folder, pretrained, config)
-    except Exception as error:  # whatever it is, the others must hear of it
+            _write_other_files(folder, pretrained, config)
+    except Exception as error:  # of any type: the other processes must be told
         failure = error
-    _agree(failure, directory)
+    _raise_on_all(failure, directory)
 
 
-def _agree(failure: Exception | None, directory: Path) -> None:
-    """Process 0 tells the others whether it failed; all raise where it did."""
+def _raise_on_all(failure: Exception | None, directory: Path) -> None:
+    """Process 0 tells the others whether it failed; if it did, all processes raise."""
     failed = failure is not None
     if jax.process_count() > 1:
         failed = bool(multihost_utils.broadcast_one_to_all(np.asarray(failed)))
     if failure is not None:
         raise failure
     if failed:
-        raise OSError(f"process 0 could not write {directory}; its message says why.")
+        raise OSError(f"process 0 could not write {directory}; see the error message of process 0.")
 
 
-def _write_rest(folder: Path, pretrained: Pretrained, config: PretrainedConfig) -> None:
+def _write_other_files(folder: Path, pretrained: Pretrained, config: PretrainedConfig) -> None:
     write_config(folder, config)
     if pretrained.tokenizer is not None:
         write_tokenizer(folder, pretrained.tokenizer)
@@ -284,37 +281,37 @@ def _write_rest(folder: Path, pretrained: Pretrained, config: PretrainedConfig) 
 
 
 def _as_named(tensor: HubTensor, source: TensorSource, config: DecoderConfig, stored_as: str | None) -> HubTensor:
-    """The tensor under the name that this checkpoint uses."""
+    """The tensor with its name in this checkpoint."""
     if tensor.leaves == (_SCORE,):
         return dataclasses.replace(tensor, name=f"{stored_as}.weight")
     family = family_of(config)
     base = family.base
     table = f"{base}{family.modules['embedding/table']}.weight"
-    bare = table not in source.shapes and table.removeprefix(base) in source.shapes  # a base model's file
+    bare = table not in source.shapes and table.removeprefix(base) in source.shapes  # a base model without a head
     name = tensor.name.removeprefix(base) if bare else tensor.name
     head = f"{family.lm_head}.weight"
     if config.tie_embeddings and tensor.leaves == (_TABLE,) and name not in source.shapes and head in source.shapes:
-        name = head  # the writer kept the other name of the tied pair
+        name = head  # the tied weight is stored under the name of the LM head
     return dataclasses.replace(tensor, name=name)
 
 
-def _load_tokenizer(place: Path, source: TensorSource | None) -> PreTrainedTokenizerBase | None:
+def _load_tokenizer(path: Path, source: TensorSource | None) -> PreTrainedTokenizerBase | None:
     if isinstance(source, GGUFSource):
-        return gguf_tokenizer(source.tokenizer, place)
-    return load_tokenizer(place)
+        return gguf_tokenizer(source.tokenizer, path)
+    return load_tokenizer(path)
 
 
-def _number(place: Path, config: dict[str, Any], name: str) -> float:
+def _number(path: Path, config: dict[str, Any], name: str) -> float:
     number = config.get(name, 0.0)
     if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-        raise CheckpointError(f"{place / 'config.json'}: {name}={number!r}; a finite number is expected.")
+        raise CheckpointError(f"{path / 'config.json'}: {name}={number!r} must be a finite number.")
     return float(number)
 
 
 def _with_pooling_pad(pretrained: Pretrained, config: PretrainedConfig) -> Pretrained:
-    """Completes a classifier's config: transformers reads the score at the last token that is not the pad.
+    """Completes a classifier's config, and chooses a pad token that is not EOS.
 
-    So the pad must not be EOS, which ends a text.
+    transformers reads the score at the last token that is not the pad token, and a text ends with EOS.
     """
     config.reward_bias, config.reward_missing_eos_bias = pretrained.reward_bias, pretrained.missing_eos_bias
     tokenizer, stored = pretrained.tokenizer, config.eos_token_id
@@ -333,7 +330,7 @@ def _with_pooling_pad(pretrained: Pretrained, config: PretrainedConfig) -> Pretr
 
 
 def _untie_if_stored_apart(source: TensorSource, config: DecoderConfig, head: Head) -> DecoderConfig:
-    """As transformers does: where both of a tied pair are stored and differ, they are not tied."""
+    """Unties embedding and LM head if both are stored and differ, as transformers does."""
     family = family_of(config)
     base = f"{family.base}{family.modules['embedding/table']}.weight"
     names = [f"{family.lm_head}.weight", base if base in source.shapes else base.removeprefix(family.base)]
@@ -344,16 +341,16 @@ def _untie_if_stored_apart(source: TensorSource, config: DecoderConfig, head: He
     if source.shapes[names[0]] == source.shapes[names[1]] and all(np.array_equal(a, b) for (_, a), (_, b) in pairs):
         return config
     logging.warning(
-        "%s: config.json ties the LM head to the embedding, but %s is stored and differs; it is used as it is.",
+        "%s: config.json ties the LM head to the embedding, but %s is stored and differs; the stored head is used.",
         source.where(names[0]),
         names[0],
     )
     return config.replace(tie_embeddings=False)
 
 
-def _new_head(shape: tuple[int, ...], dtype: np.dtype, place: Any, key: Array | None) -> Array:
+def _new_head(shape: tuple[int, ...], dtype: np.dtype, sharding: Any, key: Array | None) -> Array:
     kernel = np.zeros(shape, dtype) if key is None else np.asarray(head_init(shape[0])(key, shape), dtype)
-    return jax.make_array_from_callback(shape, place, lambda index: kernel[index])
+    return jax.make_array_from_callback(shape, sharding, lambda index: kernel[index])
 
 
 def _float_dtype(dtype: Any) -> np.dtype:

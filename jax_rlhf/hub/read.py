@@ -1,7 +1,7 @@
-"""From a source's tensors to parameters where they belong, one tensor at a time.
+"""Reads the tensors of a checkpoint into sharded parameters, one tensor at a time.
 
-On the host there is never more than the parameters read so far, one parameter's layers, and one tensor. On CPU not even
-that: device arrays take over the buffers that the tensors were read into.
+The host's memory never contains more than the parameters read so far, the layers of one parameter, and one tensor. On
+CPU it needs even less: device arrays take over the buffers into which the tensors are read.
 """
 
 import math
@@ -22,26 +22,26 @@ from jax_rlhf.hub.scalar_head import HEAD_TENSORS
 Path = tuple[str, ...]
 Shard = tuple[slice, ...]
 
-_ALIGNMENT = 64  # bytes; XLA's CPU backend takes over a NumPy buffer that has it
-_PIECE = 16 * 2**20  # bytes of an embedding table that are read at once
+_ALIGNMENT = 64  # bytes; XLA's CPU backend takes over NumPy buffers with this alignment without a copy
+_PIECE = 16 * 2**20  # bytes of an embedding table that are read at a time
 
 
 def check_tensors(source: TensorSource, tensors: list[HubTensor], num_layers: int, ignore: Any) -> None:
-    """Compares names, shapes and dtypes of a checkpoint with what the model needs, before anything is read.
+    """Checks names, shapes and dtypes of a checkpoint's tensors, before any tensor is read.
 
     Args:
       source: the checkpoint.
-      tensors: what the model needs, under the names that the source uses.
+      tensors: the tensors that the model needs, with the source's names.
       num_layers: L.
-      ignore: a compiled pattern of names that a checkpoint may have besides.
+      ignore: a compiled pattern of names of other tensors that a checkpoint may have.
 
     Raises:
-      CheckpointError: tensors are missing, of a wrong shape or dtype, or unknown.
+      CheckpointError: a tensor is missing, has a wrong shape or dtype, or is unknown.
     """
-    if num_layers > len(source.shapes):  # before their names are listed: a config.json may claim any number
+    if num_layers > len(source.shapes):  # before all names are listed: a config.json may claim any number
         raise CheckpointError(
-            f"config.json asks for {num_layers} layers, and the checkpoint has {len(source.shapes)} tensors in all. "
-            "The file is incomplete, or its config.json describes another model."
+            f"config.json asks for {num_layers} layers, but the checkpoint has only {len(source.shapes)} tensors. The "
+            "file is incomplete, or its config.json describes another model."
         )
     wanted = {name: tensor for tensor in tensors for name in _names(tensor, num_layers)}
     present = set(source.shapes)
@@ -67,7 +67,7 @@ def check_tensors(source: TensorSource, tensors: list[HubTensor], num_layers: in
 
 def _shape_hint(name: str) -> str:
     if HEAD_TENSORS.match(name):
-        return " (a scalar head has one label: num_labels = 1, and a weight of shape [1, width])"
+        return " (a scalar head must have one label: num_labels = 1, and a weight of shape [1, width])"
     return ""
 
 
@@ -87,18 +87,18 @@ def read_params(
     dtype: np.dtype | None,
     num_layers: int,
 ) -> dict[Path, Array]:
-    """Reads tensors straight into their (possibly sharded) destination.
+    """Reads tensors directly into (possibly sharded) parameters.
 
     Args:
-      source: the checkpoint, already checked.
-      tensors: what to read.
-      shapes: of each parameter, layer axis and vocabulary padding included.
-      shardings: where each parameter goes.
-      dtype: to cast to; None: as stored (the widest, where layers differ).
+      source: the checkpoint, checked by `check_tensors`.
+      tensors: the tensors to read.
+      shapes: the shape of each parameter, with layer axis and vocabulary padding.
+      shardings: the sharding of each parameter.
+      dtype: of the parameters; None = as stored (the widest if layers differ).
       num_layers: L.
 
     Returns:
-      Arrays by parameter path.
+      Parameter path → array.
     """
     params = {}
     for tensor in tensors:
@@ -127,7 +127,7 @@ def _pieces(source: TensorSource, tensor: HubTensor, name: str) -> Iterator[tupl
 def _buffers(
     shape: tuple[int, ...], sharding: Sharding, dtype: np.dtype
 ) -> list[tuple[Shard, np.ndarray, list[jax.Device]]]:
-    """One zeroed host buffer for each different shard on this process's devices."""
+    """(slices, zeroed host buffer, devices) of each distinct shard on this process's devices."""
     shards: dict[tuple, tuple[Shard, list[jax.Device]]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         index = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
@@ -152,7 +152,7 @@ def _fill(buffers: list, layer: tuple[int, ...] | None, first: int, piece: np.nd
             if index[0].start <= layer[0] < index[0].stop:
                 buffer[layer[0] - index[0].start] = piece[index[1:]]
             continue
-        # The rows of this piece that lie in this shard.
+        # Copy the rows of this piece that belong to this shard.
         start, stop = max(index[0].start, first), min(index[0].stop, first + piece.shape[0])
         if start < stop:
             rows = piece[(slice(start - first, stop - first), *index[1:])]
@@ -162,4 +162,4 @@ def _fill(buffers: list, layer: tuple[int, ...] | None, first: int, piece: np.nd
 def _to_devices(buffers: list, shape: tuple[int, ...], sharding: Sharding) -> Array:
     arrays = [jax.device_put(buffer, device) for _, buffer, devices in buffers for device in devices]
     result = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
-    return jax.block_until_ready(result)  # the buffer may go once a copying device has it
+    return jax.block_until_ready(result)  # host buffers may be freed only after a device has copied them

@@ -1,7 +1,7 @@
-"""Where tensors are read from: a folder of safetensors files. (`gguf.py` has the other source.)
+"""Reads tensors from a folder of safetensors files. (`gguf.py` reads them from a GGUF file.)
 
-Whole tensors are read with plain reads, not through a memory map: pages of a map count against the process, and a model
-would be held twice while it loads.
+Whole tensors are read with plain reads, not through a memory map: pages of a map count as memory of the process, which
+would need twice the memory of the model while loading.
 """
 
 import re
@@ -27,28 +27,28 @@ class TensorSource(Protocol):
     """Named tensors of a checkpoint, read one at a time.
 
     Attributes:
-      shapes: of every tensor, known without reading any.
+      shapes: the shape of every tensor, available without reading any.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
 
     def where(self, name: str) -> str:
-        """The file that holds a tensor, for messages."""
+        """The file of a tensor, for error messages."""
 
     def dtype(self, name: str) -> np.dtype:
-        """The dtype that `read` gives; a CheckpointError where it is not float32, float16 or bfloat16."""
+        """The dtype of `read`'s result; CheckpointError if it is not float32, float16 or bfloat16."""
 
     def read(self, name: str) -> np.ndarray:
         """The tensor."""
 
     def read_rows(self, name: str, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-        """The tensor in pieces of up to `rows` rows, each with the number of its first row."""
+        """The tensor in pieces of up to `rows` rows, each with the index of its first row."""
 
 
 class SafetensorsSource:
-    """The tensors of a checkpoint folder: `model.safetensors`, or the shards of `model.safetensors.index.json`.
+    """The tensors of a checkpoint folder: `model.safetensors`, or the files of `model.safetensors.index.json`.
 
-    `name` is what the user called it: the folder, or the hub id that it was downloaded from.
+    `name` is the folder or hub id that the user set, for error messages.
     """
 
     def __init__(self, folder: Path, name: str):
@@ -70,7 +70,7 @@ class SafetensorsSource:
                 ) from error
 
     def where(self, name: str) -> str:
-        """The file that holds a tensor, for messages."""
+        """The file of a tensor, for error messages."""
         return str(self._file[name])
 
     def dtype(self, name: str) -> np.dtype:
@@ -89,16 +89,16 @@ class SafetensorsSource:
         return self._tensors(name).get_tensor(name)
 
     def read_rows(self, name: str, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-        """The tensor in pieces of up to `rows` rows, each with the number of its first row."""
+        """The tensor in pieces of up to `rows` rows, each with the index of its first row."""
         self.dtype(name)
         count = self.shapes[name][0]
         for first in range(0, count, rows):
-            # A slice by plain reads would read the whole tensor; a map opened anew forgets the pieces before.
+            # With plain reads a slice would read the whole tensor. A new memory map per piece releases earlier pieces.
             with safe_open(self._file[name], framework="np", backend="mmap") as tensors:
                 yield first, tensors.get_slice(name)[first : min(first + rows, count)]
 
     def _tensors(self, name: str) -> safe_open:
-        # One file stays open: tensors mostly come in file order, and opening parses the header again.
+        # Keep the last file open: tensors are mostly read in the order of files, and opening parses the header again.
         file = self._file[name]
         if self._open is None or self._open[0] != file:
             self._open = file, safe_open(file, framework="np", backend="pread")
@@ -107,7 +107,7 @@ class SafetensorsSource:
 
 def _files(folder: Path, name: str) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():  # before the index, as transformers has it
+    if single.is_file():  # has priority over the index, as in transformers
         return [single]
     if not index.is_file():
         raise _nothing_to_read(folder, name)
@@ -120,7 +120,7 @@ def _files(folder: Path, name: str) -> list[Path]:
     named = list(weight_map.values())
     for file in named:
         if not isinstance(file, str) or not is_name(file):
-            raise CheckpointError(f"{index}: names the file {str(file)[:300]!r}, which is not in its folder.")
+            raise CheckpointError(f"{index}: it names the file {str(file)[:300]!r}, which is not in its folder.")
     files = sorted(set(named))
     for file in files:
         if not (folder / file).is_file():
@@ -138,38 +138,35 @@ def _nothing_to_read(folder: Path, name: str) -> Exception:
     pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
     if pickled:
         return CheckpointError(
-            f"{name} holds only pickled weights ({', '.join(pickled[:3])}), which can run code when loaded and are "
-            f"never opened here. Where you trust them, {convert}"
+            f"{name} has only pickled weights ({', '.join(pickled[:3])}), which can run code when loaded and are "
+            f"therefore not supported. If you trust them, {convert}"
         )
     if (folder / ADAPTER).is_file():
         return CheckpointError(adapter_message(folder, name))
-    missing = f"{name} holds no model.safetensors, model.safetensors.index.json or .gguf file"
+    missing = f"{name} has no model.safetensors, model.safetensors.index.json or .gguf file"
     if folder == local_path(name):
         return FileNotFoundError(f"{missing}.")
     return CheckpointError(f"{missing}. If its weights are pickled (pytorch_model.bin) and you trust them, {convert}")
 
 
 def adapter_message(folder: Path, name: str) -> str:
-    """What to say of a PEFT adapter.
+    """The error message for a PEFT adapter: its type and base model, and how to merge it into the base model.
 
     Args:
-      folder: holds its adapter_config.json.
-      name: what the user called it.
-
-    Returns:
-      What it is, of which base model, and how to make a model of it.
+      folder: has the adapter's adapter_config.json.
+      name: the folder or hub id that the user set.
     """
     try:
         config = read_object(folder / ADAPTER)
         kind, base = str(config.get("peft_type")), str(config.get("base_model_name_or_path"))
     except (JSONFileError, OSError):
         kind = base = "None"
-    known = re.fullmatch(r"[\w./-]+", base) and base != "None"  # it becomes part of a command
+    valid = re.fullmatch(r"[\w./-]+", base) and base != "None"  # it becomes part of a command
     return (
         f"{name} is a PEFT adapter{f' ({kind})' if kind != 'None' else ''}, not a whole model: it only changes the "
-        f"weights of its base model, {base if known else 'which its adapter_config.json does not name'}. Adapters are "
-        "not read here. Merge it once, on any machine with torch and peft:\n"
+        f"weights of its base model, {base if valid else 'which its adapter_config.json does not name'}. Adapters are "
+        "not supported. Merge it once, on any machine with torch and peft:\n"
         '  python -c "from peft import AutoPeftModelForCausalLM as Model; from transformers import AutoTokenizer as '
         f"Tokenizer; Model.from_pretrained('{name}').merge_and_unload().save_pretrained('merged'); "
-        f"Tokenizer.from_pretrained('{base if known else 'BASE_MODEL'}').save_pretrained('merged')\""
+        f"Tokenizer.from_pretrained('{base if valid else 'BASE_MODEL'}').save_pretrained('merged')\""
     )

@@ -1,7 +1,7 @@
-"""Tokenizers: transformers' own, from the files beside a checkpoint or from the fields of a GGUF file.
+"""Makes transformers' tokenizers from the files beside a checkpoint, or from the fields of a GGUF file.
 
-transformers can build one from a GGUF file too (5.23: `integrations/gguf`), but only where torch is installed, and
-without the digit splitting that SmolLM was trained with.
+transformers can build one from a GGUF file too (5.23: `integrations/gguf`), but only if torch is installed, and without
+the digit splitting with which SmolLM was trained.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ from jax_rlhf.io.paths import lies_within
 
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _INLINE = ("vocab", "merges", "tokenizer_object")
-_NO_SIZES = ("_id", "_index", "max_length", "max_len", "vocab_size")  # ids, and lengths that are often 10³⁰
-_LARGEST_SETTING = 10_000  # some classes make so many tokens; T5's has 100
+_NO_SIZES = ("_id", "_index", "max_length", "max_len", "vocab_size")  # ids, and lengths, which are often 10³⁰
+_LARGEST_SETTING = 10_000  # some classes add as many tokens as a setting says; T5's adds 100
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
 
-# `tokenizer.ggml.pre` names how text is cut before merging; the patterns are those of the models' own tokenizer.json.
+# `tokenizer.ggml.pre` names the pre-tokenizer; these patterns are from the tokenizer.json of the original models.
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -41,7 +41,13 @@ _PATTERNS = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _LLAMA3.replace("{1,3}", "")),
     "tekken": _TEKKEN,
 }
-_WHOLE_TOKENS_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken", "pixtral")  # a known piece is taken before merging
+_WHOLE_TOKENS_FIRST = (
+    "llama-bpe",
+    "llama3",
+    "llama-v3",
+    "tekken",
+    "pixtral",
+)  # whole words are looked up before merges
 _DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 _GPT2 = (None, "default", "gpt-2", "olmo", "phi-2", "mpt", "jais", "trillion")
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # llama.cpp's token types
@@ -50,14 +56,14 @@ _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # llama.cpp's token types
 def end_ids(
     tokenizer: PreTrainedTokenizerBase | None, generation_config: Mapping[str, Any] | None = None
 ) -> tuple[int, ...]:
-    """The tokens that end an answer: EOS, and an instruction-tuned model's end of turn where that is another one.
+    """The ids of tokens that end an answer: EOS, and an instruction-tuned model's end of turn if it is another token.
 
     Args:
-      tokenizer: knows one, or None.
-      generation_config: of the checkpoint: its `eos_token_id` is one or several.
+      tokenizer: its EOS is included; or None.
+      generation_config: the checkpoint's; its `eos_token_id` is one id or several.
 
     Returns:
-      Ids, the checkpoint's first; () where none is known.
+      The ids, those of the checkpoint first; () if there are none.
     """
     stored = (generation_config or {}).get("eos_token_id")
     stored = stored if isinstance(stored, list) else [stored]
@@ -106,13 +112,10 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Any, *, skip_special_tokens:
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, tuple[int, ...]]:
-    """Which ids are tokens. Embeddings often have more rows (Qwen's, for one): those ids decode to nothing.
-
-    Args:
-      tokenizer: a tokenizer.
+    """Which ids are tokens. Embeddings often have more rows (Qwen's, for one), and these ids decode to nothing.
 
     Returns:
-      (size, absent): all tokens have ids below `size`, which is the least such number, and those of `absent` are none.
+      (size, absent): `size` is the largest id of a token + 1, and `absent` are the ids below it without a token.
     """
     ids = set(tokenizer.get_vocab().values())
     size = max(ids) + 1
@@ -120,42 +123,36 @@ def ids_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, tuple[int, ...]]:
 
 
 def other_ids(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
-    """Whether another model's tokenizer gives some token of ours another id; it may have more tokens.
+    """Compares ids of a tokenizer's tokens with those of another model's tokenizer, which may have further tokens.
 
     Args:
-      tokenizer: whose ids are carried to the other model.
-      other: that model's.
+      tokenizer: the tokenizer whose ids are passed to the other model.
+      other: the other model's tokenizer.
 
     Returns:
-      None where all ids mean the same there; else the first token that does not, for a message.
+      None if every token has the same id in both; otherwise a description of the differences, for a message.
     """
-    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
-    wrong = sorted((index, token) for token, index in ours.items() if theirs.get(token) != index)
+    vocab, other_vocab = tokenizer.get_vocab(), other.get_vocab()
+    wrong = sorted((index, token) for token, index in vocab.items() if other_vocab.get(token) != index)
     if not wrong:
         return None
     index, token = wrong[0]
-    there = f"{theirs[token]} there" if token in theirs else "not in its vocabulary"
-    return f"{len(wrong):,} of {len(ours):,} tokens differ, first {token!r}: {index} here, {there}"
+    there = f"{other_vocab[token]} there" if token in other_vocab else "not in its vocabulary"
+    return f"{len(wrong):,} of {len(vocab):,} tokens differ, first {token!r}: {index} here, {there}"
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a checkpoint folder.
-
-    Args:
-      folder: a local folder.
-
-    Returns:
-      The tokenizer, or None where the folder has no tokenizer files.
+    """The tokenizer of a local checkpoint folder; None if the folder has no tokenizer files.
 
     Raises:
-      CheckpointError: there are such files, but transformers cannot read them.
+      CheckpointError: transformers cannot read the tokenizer files.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     check_files(folder)
     for file in (folder / name for name in _SETTINGS if (folder / name).is_file()):
         try:
-            content = read_object(file)  # what it holds is written again with the model
+            content = read_object(file)  # it must be valid, because it is written again with the model
         except JSONFileError as error:
             raise CheckpointError(f"{file}: {error}; copy or download it again.") from error
         if file.name == _SETTINGS[0]:
@@ -171,39 +168,36 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 
 def _check_settings(content: Mapping[str, Any], file: Path) -> None:
-    """Raises where the settings of a tokenizer name files elsewhere, or are of sizes that no tokenizer has."""
+    """Raises if a tokenizer's settings name files outside of the folder, or have implausible sizes."""
     for name, value in content.items():
         if name in _INLINE:
-            raise CheckpointError(f"{file}: {name} is read from files of its own, not from there.")
+            raise CheckpointError(f"{file}: {name} must not be set there; it belongs in a separate file.")
         if name.endswith("_file") and isinstance(value, str) and _exists(value):
             _check_own_file(file.parent, Path(value))
         is_size = isinstance(value, int) and not isinstance(value, bool) and not name.endswith(_NO_SIZES)
         if is_size and abs(value) > _LARGEST_SETTING:
-            raise CheckpointError(f"{file}: {name}={value} is not believable; up to {_LARGEST_SETTING:,} is read.")
+            raise CheckpointError(f"{file}: {name}={value} is not plausible; at most {_LARGEST_SETTING:,} is allowed.")
 
 
 def _exists(path: str) -> bool:
     try:
         return Path(path).exists()
-    except (OSError, ValueError):  # no file can be called so
+    except (OSError, ValueError):  # not a valid file name
         return False
 
 
 def _check_own_file(folder: Path, file: Path) -> None:
-    """Raises where a file whose text is taken over lies outside a checkpoint's folder."""
+    """Raises if a file, whose content would be saved with the model, is outside of the checkpoint's folder."""
     if not lies_within(folder, file):
-        raise CheckpointError(f"{folder}: {file} lies in {file.resolve().parent}; copy it into the folder.")
+        raise CheckpointError(f"{folder}: {file} is in {file.resolve().parent}; copy it into the folder.")
 
 
 @contextlib.contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """Where the tokenizers library panics, which is a BaseException that nobody expects, ValueError is raised.
-
-    Yields:
-      Nothing.
+    """Converts panics of the tokenizers library, which are BaseExceptions, to ValueError.
 
     Raises:
-      ValueError: it did.
+      ValueError: the library panicked.
     """
     try:
         yield
@@ -214,30 +208,27 @@ def panics_as_errors() -> Iterator[None]:
 
 
 def _checked(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A tokenizer that can be used: it has tokens, with believable ids, and a text as its chat template."""
+    """The tokenizer; ValueError if it has no tokens, implausible ids, or a chat template that is not a text."""
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if not 0 <= largest < MOST_IDS:
-        raise ValueError(f"its largest id is {largest}; from 0 to {MOST_IDS - 1:,} are read")
+        raise ValueError(f"its largest id is {largest}; it must be from 0 to {MOST_IDS - 1:,}")
     template = tokenizer.chat_template
     texts = list(template.values()) if isinstance(template, dict) else [template]
     if not all(text is None or isinstance(text, str) for text in texts):
-        raise ValueError(f"its chat template is a {type(template).__name__}; a text is expected")
-    tokenizer("a")  # one that has no token for unknown characters fails here
+        raise ValueError(f"its chat template is a {type(template).__name__}; it must be a text")
+    tokenizer("a")  # fails if there is no token for unknown characters
     return tokenizer
 
 
 def gguf_tokenizer(fields: Mapping[str, Any], file: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer and chat template inside a GGUF file.
+    """The tokenizer and chat template of a GGUF file; None if it has none.
 
     Args:
       fields: the file's metadata under "tokenizer.", without that prefix ("ggml.tokens", "chat_template", …).
-      file: the GGUF file, for messages.
-
-    Returns:
-      The tokenizer, or None where the file holds none.
+      file: the GGUF file, for error messages.
 
     Raises:
-      CheckpointError: it is of a kind that is not supported, or its fields contradict each other.
+      CheckpointError: the kind of tokenizer is not supported, or its fields contradict each other.
     """
     kind = fields.get("ggml.model")
     if kind is None:
@@ -246,7 +237,7 @@ def gguf_tokenizer(fields: Mapping[str, Any], file: Path) -> PreTrainedTokenizer
     if kind not in builders:
         raise CheckpointError(
             f"{file}: tokenizer.ggml.model {kind!r} is not supported; {', '.join(builders)} are. "
-            "Take the safetensors form."
+            "Use the safetensors checkpoint."
         )
     try:
         with panics_as_errors():
@@ -257,7 +248,7 @@ def gguf_tokenizer(fields: Mapping[str, Any], file: Path) -> PreTrainedTokenizer
             _checked(tokenizer)
     except CheckpointError:
         raise
-    except Exception as error:  # as above
+    except Exception as error:  # tokenizers raises many types, bare Exception among them
         raise CheckpointError(f"{file}: its tokenizer cannot be read: {type(error).__name__}: {error}") from error
     return tokenizer
 
@@ -281,8 +272,8 @@ def _pre_tokenizer(split: str | None, file: Path) -> pre_tokenizers.PreTokenizer
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), as_gpt2])
     if split not in _GPT2:
         logging.warning(
-            "%s: tokenizer.ggml.pre=%r is not known; text is split as GPT-2 does, so some token ids may differ from "
-            "those the model was trained on.",
+            "%s: tokenizer.ggml.pre=%r is unknown; text is split as for GPT-2, so some token ids may differ from those "
+            "with which the model was trained.",
             file,
             split,
         )
@@ -293,7 +284,7 @@ def _sentencepiece(fields: Mapping[str, Any], file: Path) -> PreTrainedTokenizer
     vocabulary = _vocabulary(fields)
     if "ggml.merges" in fields:
         merges = [tuple(merge.split(" ")) for merge in fields["ggml.merges"]]
-    else:  # a piece's score is the rank of the merge that makes it
+    else:  # the score of a token is the rank of the merge that makes it
         check_tokens(fields["ggml.tokens"], str(file))
         scores = dict(zip(fields["ggml.tokens"], fields["ggml.scores"], strict=True))
         skipped = {token for kind in (_UNKNOWN, _CONTROL, _BYTE) for token in _typed(fields, kind)}
@@ -314,7 +305,7 @@ def _vocabulary(fields: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _finished(tokenizer: Tokenizer, fields: Mapping[str, Any], *, add_bos: bool) -> PreTrainedTokenizerBase:
-    """With BOS and EOS where the file asks for them, or else llama.cpp's default for the kind."""
+    """The tokenizer, adding BOS and EOS as the file says, or else by llama.cpp's defaults for its kind."""
     special = _special_tokens(fields)
     bos, eos = special.get("bos_token"), special.get("eos_token")
     before = [bos] if bos and fields.get("ggml.add_bos_token", add_bos) else []

@@ -1,4 +1,4 @@
-"""From parameters to a checkpoint folder, one tensor at a time."""
+"""Writes parameters to the weight files of a checkpoint folder; tensors are gathered one at a time."""
 
 import dataclasses
 import json
@@ -34,16 +34,16 @@ class _Entry:
 def weight_files(
     model: Decoder, params: dict, dtypes: dict, max_shard_bytes: int
 ) -> tuple[list[list[_Entry]], dict | None]:
-    """Which tensors go into which file.
+    """Assigns tensors to weight files.
 
     Args:
-      model: whose parameters they are.
-      params: the parameters.
-      dtypes: what each is written in, in the same tree.
-      max_shard_bytes: of one file, in bytes; one tensor may be larger.
+      model: the model.
+      params: its parameters.
+      dtypes: the dtype in which each parameter is written, a tree like `params`.
+      max_shard_bytes: the largest size of a file, in bytes; a file with a single tensor may be larger.
 
     Returns:
-      The entries of each file, and the content of the index file where there are several files, else None.
+      (entries of each file, content of the index file); the index is None if there is one file.
     """
     files: list[list[_Entry]] = [[]]
     entries = _entries(model, params, dtypes)
@@ -58,20 +58,20 @@ def weight_files(
 
 
 def file_name(index: int, count: int) -> str:
-    """The name of the `index`-th of `count` weight files, as transformers calls them."""
+    """The name of the `index`-th of `count` weight files, as in transformers."""
     return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
 def write_weights(folder: Path | None, params: dict, files: list[list[_Entry]], index: dict | None) -> None:
     """Gathers and writes the tensors; with several processes all must call it.
 
-    A process that cannot write goes on gathering before it says so: the others would wait for it for ever.
+    A process that cannot write still gathers all tensors before it raises, because the others would hang in the
+    collectives otherwise.
 
     Args:
-      folder: to write to; None on the processes that only help to gather.
+      folder: the folder to write to; None on processes that only take part in gathering.
       params: the parameters.
-      files: from `weight_files`.
-      index: from `weight_files`.
+      files, index: from `weight_files`.
 
     Raises:
       OSError: the disk is full, …
@@ -88,7 +88,7 @@ def write_weights(folder: Path | None, params: dict, files: list[list[_Entry]], 
         try:
             with file_errors(file):
                 save_file(content, file, metadata={"format": "pt"})
-        except Exception as error:  # whatever it is, the others wait for this process
+        except Exception as error:  # of any type: gathering must continue for the other processes
             failure = error
     if failure is not None:
         raise failure
@@ -99,7 +99,7 @@ def write_weights(folder: Path | None, params: dict, files: list[list[_Entry]], 
 def _gathered(params: dict, entries: list[_Entry]) -> Iterator[tuple[_Entry, np.ndarray]]:
     for entry in entries:
         parts = [gather_to_host(_leaf(params, path), entry.layer, entry.dtype) for path in entry.tensor.leaves]
-        if entry.tensor.kind == "same":  # rows that pad the vocabulary stay behind
+        if entry.tensor.kind == "same":  # drops rows that pad the vocabulary
             parts = [part[: entry.tensor.hub_shape[0]] for part in parts]
         yield entry, entry.tensor.join(parts)
 

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jax_rlhf.config import RunConfig
 from jax_rlhf.hub import Pretrained
 from jax_rlhf.hub.config import ModelConfig
-from jax_rlhf.hub.model_config import running
+from jax_rlhf.hub.load_model import running
 from jax_rlhf.models import Decoder, abstract_params, compute_dtypes, logical_axes
 from jax_rlhf.models.decoder import Head, Params
 from jax_rlhf.models.split import SplitModel, SplitParams

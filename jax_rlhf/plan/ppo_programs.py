@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_rlhf.config import RunConfig
-from jax_rlhf.hub.model_config import running, running_as
+from jax_rlhf.hub.load_model import running, running_as
 from jax_rlhf.parallel import Layout, shardings_of
 from jax_rlhf.plan.abstract import (
     Program,

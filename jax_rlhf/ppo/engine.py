@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from jax_rlhf.hub import CheckpointError, Pretrained
 from jax_rlhf.hub.config import ModelConfig
-from jax_rlhf.hub.model_config import load_model, running_as
+from jax_rlhf.hub.load_model import load_model, running_as
 from jax_rlhf.models import model_jit
 from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.models.decoder import Head, Params as ModelParams

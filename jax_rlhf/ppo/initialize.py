@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_rlhf.hub import Pretrained, other_ids
-from jax_rlhf.hub.model_config import sampled_ids
+from jax_rlhf.hub.load_model import sampled_ids
 from jax_rlhf.models import Decoder, DecoderConfig, abstract_params, narrowed
 from jax_rlhf.models.decoder import Params as ModelParams
 from jax_rlhf.models.split import SplitModel, SplitParams

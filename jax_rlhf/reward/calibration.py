@@ -13,7 +13,7 @@ from jax import Array
 from jax_rlhf.data import DataConfig, create_datasets
 from jax_rlhf.hub import Pretrained, decode, tokenizer_of
 from jax_rlhf.hub.config import ModelConfig
-from jax_rlhf.hub.model_config import load_model, sampled_ids
+from jax_rlhf.hub.load_model import load_model, sampled_ids
 from jax_rlhf.models import model_jit
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.models.split import SplitModel, SplitParams, text_scores

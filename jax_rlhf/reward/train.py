@@ -10,7 +10,7 @@ from jax import Array
 from jax_rlhf.data import DataConfig, PackedPairs, PairBatch
 from jax_rlhf.hub import Pretrained, describe_pretrained, response_end_ids, tokenizer_of
 from jax_rlhf.hub.config import ModelConfig
-from jax_rlhf.hub.model_config import load_model
+from jax_rlhf.hub.load_model import load_model
 from jax_rlhf.models import Decoder, model_jit
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.optim.microbatches import plan_batch

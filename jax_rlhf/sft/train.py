@@ -11,7 +11,7 @@ import numpy as np
 from jax_rlhf.data import DataConfig, Example
 from jax_rlhf.hub import Pretrained, decode, response_end_ids, tokenizer_of
 from jax_rlhf.hub.config import ModelConfig
-from jax_rlhf.hub.model_config import load_model, sampled_ids
+from jax_rlhf.hub.load_model import load_model, sampled_ids
 from jax_rlhf.models import Decoder
 from jax_rlhf.models.split import SplitModel
 from jax_rlhf.optim.microbatches import plan_batch

@@ -215,9 +215,9 @@ def test_broken_files_are_named(tmp_path):
             load_pretrained(file)
         assert str(file) in str(error.value)
 
-    refused("architecture 'qwen2'", architecture="qwen2")
+    refused("architecture is 'qwen2'", architecture="qwen2")
     refused(
-        "'blk.0.attn_extra.weight' is not one of a llama",
+        "'blk.0.attn_extra.weight' is not a tensor of a llama",
         extra=[("blk.0.attn_extra.weight", np.ones(4, np.float32), None)],
     )
     refused(r"missing: model\.layers\.1\.mlp\.up_proj\.weight", drop=["model.layers.1.mlp.up_proj.weight"])

@@ -160,11 +160,11 @@ MUTANTS = [
         ("if config.dtype == jnp.float16:", "if False:"),
     ),
     *variants(
-        "hub/model_config.py",
+        "hub/load_model.py",
         _COLLECT,
-        ("(known, ()) if tokenizer is None", "(known, ()) if tokenizer"),
-        ("limited_to(min(known, size), absent)", "limited_to(min(known, size))"),
-        ("limited_to(min(known, size), absent)", "limited_to(known, absent)"),
+        ("(vocab_size, ()) if tokenizer is None", "(vocab_size, ()) if tokenizer"),
+        ("limited_to(min(vocab_size, size), absent)", "limited_to(min(vocab_size, size))"),
+        ("limited_to(min(vocab_size, size), absent)", "limited_to(vocab_size, absent)"),
     ),
     # The losses of a microbatch.
     *variants(
