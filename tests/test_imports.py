@@ -34,10 +34,10 @@ def test_the_package_alone_loads_no_library():
     assert not loaded_by("import jax_rlhf") & (HEAVY | {"jax", "flax", "chex"})
 
 
-def test_the_mathematics_loads_jax_chex_and_flax():
+def test_the_mathematics_loads_jax_chex_flax_and_jaxtyping():
     before = loaded_by("import jax, chex, flax, flax.struct")
     assert not (loaded_by("import jax_rlhf.rl") - before - {"jax_rlhf"}) & HEAVY
-    assert loaded_by("import jax_rlhf.rl") - before <= {"jax_rlhf"}
+    assert loaded_by("import jax_rlhf.rl") - before <= {"jax_rlhf", "jaxtyping", "wadler_lindig"}
 
 
 def test_public_names_come_from_their_modules_when_they_are_used():

@@ -16,8 +16,7 @@ FIRST_EVAL_ROW = 1 << 24
 """Row ids of held-out prompts count from here, so that they share no randomness with those of training."""
 
 
-@struct.dataclass
-class TextBatch:
+class TextBatch(struct.PyTreeNode):
     """Rows for the SFT phase, padded on the right.
 
     Attributes:
@@ -35,8 +34,7 @@ class TextBatch:
     positions: Array
 
 
-@struct.dataclass
-class PairBatch:
+class PairBatch(struct.PyTreeNode):
     """Pairs for the reward phase, prompt + answer, padded on the right.
 
     Attributes:
@@ -52,8 +50,7 @@ class PairBatch:
     margin: Array
 
 
-@struct.dataclass
-class PackedPairs:
+class PackedPairs(struct.PyTreeNode):
     """Pairs for the reward phase, several to a row: prompt + chosen, prompt + rejected, prompt + chosen, …
 
     Attributes:
