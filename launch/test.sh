@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that CI checks: a virtual environment with all requirements, lint, format, tests.
+# Everything that CI checks: a virtual environment with all requirements, lint, format, types, tests.
 #
 #   bash launch/test.sh                        # the interpreter called python3
 #   PYTHON=python3.12 bash launch/test.sh      # another one
@@ -21,6 +21,7 @@ pip_install --no-deps -r requirements-quickstart.txt
 
 "$environment/bin/ruff" check .
 "$environment/bin/ruff" format --check .
+"$environment/bin/basedpyright" --pythonpath "$environment/bin/python"
 # Two processes, a file at a time: compiling, which takes most of the time, hardly uses a second core by itself. In the
 # files' order, and not those of many tests first: the longest tests are alone in theirs, and would all come last.
 exec "$environment/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -19,6 +19,10 @@ os.environ.setdefault("PJRT_NPROC", "32")
 import jax
 import pytest
 
+from tests import checked_types
+
+checked_types.install()  # before anything imports the package
+
 jax.config.update("jax_num_cpu_devices", 8)
 # Modules compile the same small programs: once for all of them, and for the processes that tests start.
 jax.config.update("jax_compilation_cache_dir", str(COMPILED))

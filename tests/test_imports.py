@@ -39,10 +39,10 @@ def test_the_settings_and_the_help_load_neither_jax_nor_other_large_libraries():
     assert not loaded_by("from jax_rlhf.cli.main import help_text; help_text()") & heavy
 
 
-def test_the_mathematics_loads_jax_chex_and_flax():
+def test_the_mathematics_loads_jax_chex_flax_and_jaxtyping():
     before = loaded_by("import jax, chex, flax, flax.struct, lazy_loader")
     assert not (loaded_by("import jax_rlhf.rl") - before - {"jax_rlhf"}) & HEAVY
-    assert loaded_by("import jax_rlhf.rl") - before <= {"jax_rlhf"}
+    assert loaded_by("import jax_rlhf.rl") - before <= {"jax_rlhf", "jaxtyping", "wadler_lindig"}
 
 
 def test_public_names_come_from_their_modules_when_they_are_used():

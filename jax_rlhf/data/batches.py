@@ -19,8 +19,7 @@ FIRST_EVAL_ROW = 1 << 24
 """Row ids of held-out prompts start here, so that they share no random numbers with training prompts."""
 
 
-@struct.dataclass
-class TextBatch:
+class TextBatch(struct.PyTreeNode):
     """Rows for the SFT phase, padded on the right.
 
     Attributes:
@@ -38,8 +37,7 @@ class TextBatch:
     positions: Array
 
 
-@struct.dataclass
-class PairBatch:
+class PairBatch(struct.PyTreeNode):
     """Pairs for the reward phase, prompt + answer, padded on the right.
 
     Attributes:
@@ -55,8 +53,7 @@ class PairBatch:
     margin: Array
 
 
-@struct.dataclass
-class PackedPairs:
+class PackedPairs(struct.PyTreeNode):
     """Pairs for the reward phase, several per row: prompt + chosen, prompt + rejected, prompt + chosen, …
 
     Attributes:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jaxtyping import Bool, Float, Float32, Int
 
 from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.models.flash import flash_attend, uses_flash
@@ -27,46 +28,49 @@ from jax_rlhf.parallel import constrained
 NOT_REAL = jnp.iinfo(jnp.int32).max
 MASKED_SCORE = jnp.finfo(jnp.float32).min  # finite: a row that sees nothing (a pad) gets an average, not NaN
 
-Angles = tuple[Array, Array]  # cos, sin: float32[B, T, 1, R]
-LayerCache = tuple[Array, Array]  # keys, values: [B, K, S, head_dim], or [L, B, K, S, head_dim] for all layers
+Angles = tuple[Float32[Array, "B T 1 pairs"], Float32[Array, "B T 1 pairs"]]
+"""Cosines and sines; the 1 stands for the heads."""
+LayerCache = tuple[Float[Array, "*L B K S head_dim"], Float[Array, "*L B K S head_dim"]]
+"""Keys and values of a layer, or of all layers with L in front."""
 
 
-@struct.dataclass
-class AttentionContext:
+class AttentionContext(struct.PyTreeNode):
     """What every layer's attention needs to know of the T tokens at hand and the S tokens that they may see.
 
     Attributes:
-      query_order: int32[B, T].
-      key_order: int32[B, S], `NOT_REAL` for pads and empty cache slots.
+      query_order: of the T tokens.
+      key_order: of the S tokens, `NOT_REAL` for pads and empty cache slots.
       angles: rotation of the T tokens; None with learned positions.
       local_angles: the same for sliding-window layers where they have their own, else None.
-      slot: int32[], cache slot of the first of the T tokens; None without a cache.
-      segments: int32[B, T], texts packed into one row, which do not see each other; None = each row is one text.
+      slot: cache slot of the first of the T tokens; None without a cache.
+      segments: of texts packed into one row, which do not see each other; None = each row is one text.
     """
 
-    query_order: Array
-    key_order: Array
+    query_order: Int[Array, "B T"]
+    key_order: Int[Array, "B S"]
     angles: Angles | None
     local_angles: Angles | None
-    slot: Array | None = None
-    segments: Array | None = None
+    slot: Int[Array, ""] | None = None
+    segments: Int[Array, "B T"] | None = None
 
 
-def token_order(mask: Array, start: Array | int = 0) -> tuple[Array, Array]:
+def token_order(
+    mask: Bool[Array, "B T"], start: Int[Array, "B"] | int = 0
+) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
     """The order of each token, as a query and as a key.
 
     Args:
-      mask: bool[B, T], True = real token.
-      start: int32[B] or int, real tokens that came before these.
+      mask: True = real token.
+      start: real tokens that came before these.
 
     Returns:
-      (query_order, key_order), each int32[B, T].
+      (query_order, key_order).
     """
     order = jnp.asarray(start, jnp.int32).reshape(-1, 1) + jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1
     return order, jnp.where(mask, order, NOT_REAL)
 
 
-def visible(context: AttentionContext, window: Array | int | None) -> Array:
+def visible(context: AttentionContext, window: Int[Array, ""] | int | None) -> Bool[Array, "B T S"]:
     """Who may see whom: see the module's docstring.
 
     Args:
@@ -74,7 +78,7 @@ def visible(context: AttentionContext, window: Array | int | None) -> Array:
       window: tokens that a query sees, itself included; None = all before it.
 
     Returns:
-      bool[B, T, S].
+      True = the query sees the key.
     """
     query, key = context.query_order[:, :, None], context.key_order[:, None, :]
     allowed = key <= query
@@ -84,19 +88,25 @@ def visible(context: AttentionContext, window: Array | int | None) -> Array:
 
 
 def attend(
-    query: Array, key: Array, value: Array, allowed: Array, *, scale: Array | float, cap: float | None = None
-) -> Array:
+    query: Float[Array, "B T H head_dim"],
+    key: Float[Array, "B K S head_dim"],
+    value: Float[Array, "B K S head_dim"],
+    allowed: Bool[Array, "B T S"],
+    *,
+    scale: Float[Array, ""] | float,
+    cap: float | None = None,
+) -> Float[Array, "B T H head_dim"]:
     """softmax(cap(scale · q kᵀ)) v over the allowed keys, with H query heads on K key/value heads.
 
     Args:
-      query: float[B, T, H, head_dim].
-      key, value: float[B, K, S, head_dim].
-      allowed: bool[B, T, S].
+      query: of the T tokens at hand.
+      key, value: of the S tokens that they may see.
+      allowed: True = the query sees the key.
       scale: on q·k.
       cap: soft cap on the scores, or None.
 
     Returns:
-      float[B, T, H, head_dim], in value's dtype; scores and softmax are float32.
+      The mixed values, in value's dtype; scores and softmax are float32.
 
     Source: Vaswani et al. 2017; grouped queries: Ainslie et al. 2023.
     """
@@ -108,13 +118,19 @@ def attend(
     rows = rows.reshape(batch, kv_heads, group * length, width)
     product = functools.partial(jnp.einsum, precision=product_precision(value.dtype))
     scores = product("bkmd,bksd->bkms", rows, key, preferred_element_type=jnp.float32) * scale
-    scores = softcap(scores, cap).reshape(batch, kv_heads, group, length, -1)
+    scores = softcap(scores, cap).reshape(batch, kv_heads, group, length, -1)  # [B, K, G, T, S]
     weights = jax.nn.softmax(jnp.where(allowed[:, None, None], scores, MASKED_SCORE), axis=-1).astype(value.dtype)
     mixed = product("bkms,bksd->bkmd", weights.reshape(batch, kv_heads, group * length, -1), value)
     return mixed.reshape(batch, kv_heads, group, length, width).transpose(0, 3, 1, 2, 4).reshape(query.shape)
 
 
-def _write(cache: LayerCache, layer: Array | int, slot: Array, keys: Array, values: Array) -> LayerCache:
+def _write(
+    cache: LayerCache,
+    layer: Int[Array, ""] | int,
+    slot: Int[Array, ""],
+    keys: Float[Array, "B K T head_dim"],
+    values: Float[Array, "B K T head_dim"],
+) -> LayerCache:
     stacked = cache[0].ndim == 5  # one array for all layers, carried through a scan
     start = (layer, 0, 0, slot, 0) if stacked else (0, 0, slot, 0)
 
@@ -125,12 +141,15 @@ def _write(cache: LayerCache, layer: Array | int, slot: Array, keys: Array, valu
     return put(cache[0], keys), put(cache[1], values)
 
 
-def _read(cache: LayerCache, layer: Array | int, span: int) -> tuple[Array, Array]:
+def _read(
+    cache: LayerCache, layer: Int[Array, ""] | int, span: int
+) -> tuple[Float[Array, "B K span head_dim"], Float[Array, "B K span head_dim"]]:
     # The first `span` slots of one layer: prefill need not look at the empty rest.
     if cache[0].ndim == 4:
         return cache[0][:, :, :span], cache[1][:, :, :span]
     size = (1, *cache[0].shape[1:3], span, cache[0].shape[4])
-    return tuple(jax.lax.dynamic_slice(buffer, (layer, 0, 0, 0, 0), size)[0] for buffer in cache)
+    keys, values = (jax.lax.dynamic_slice(buffer, (layer, 0, 0, 0, 0), size)[0] for buffer in cache)
+    return keys, values
 
 
 class Attention(nn.Module):
@@ -140,13 +159,17 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, context: AttentionContext, layer: Array | int, cache: LayerCache | None
-    ) -> tuple[Array, LayerCache | None]:
-        """float[B, T, D], this layer's index, its cache → float[B, T, D] and the cache with T more tokens."""
+        self,
+        x: Float[Array, "B T D"],
+        context: AttentionContext,
+        layer: Int[Array, ""] | int,
+        cache: LayerCache | None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """What the block adds to the residual stream, and the cache with T more tokens; `layer` is its index."""
         config = self.config
         sliding = self._sliding(layer)
 
-        def project(name: str, heads: int, axis: str) -> Array:
+        def project(name: str, heads: int, axis: str) -> Float[Array, "B T heads head_dim"]:
             return Projection(
                 (config.hidden_size,),
                 (heads, config.head_dim),
@@ -162,12 +185,13 @@ class Attention(nn.Module):
         if config.qk_norm:
             query, key = Norm(config, name="query_norm")(query), Norm(config, name="key_norm")(key)
         if context.angles is not None:
-            cos, sin = self._angles(context, sliding)
+            cos, sin = self._angles(context.angles, context.local_angles, sliding)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)  # [B, K, T, head_dim], the cache's layout
         query = constrained(query, config.layout, "rows", "length", "heads", "head_dim")
         key, value = (constrained(x, config.layout, "rows", "kv_heads", "length", "head_dim") for x in (key, value))
         if cache is not None:
+            assert context.slot is not None, "a cache comes with the slot that is filled next"
             cache = _write(cache, layer, context.slot, key, value)
             key, value = _read(cache, layer, context.key_order.shape[1])
 
@@ -191,14 +215,14 @@ class Attention(nn.Module):
 
     def _flash(
         self,
-        query: Array,
-        key: Array,
-        value: Array,
+        query: Float[Array, "B T H head_dim"],
+        key: Float[Array, "B K T head_dim"],
+        value: Float[Array, "B K T head_dim"],
         context: AttentionContext,
-        sliding: Array | bool,
-        scale: Array | float,
-    ) -> Array:
-        def run(window: int | None) -> Array:
+        sliding: Bool[Array, ""] | bool,
+        scale: Float[Array, ""] | float,
+    ) -> Float[Array, "B T H head_dim"]:
+        def run(window: int | None) -> Float[Array, "B T H head_dim"]:
             real = context.key_order != NOT_REAL
             config = self.config
             return flash_attend(query, key, value, real, context.segments, config=config, window=window, scale=scale)
@@ -208,21 +232,23 @@ class Attention(nn.Module):
         # A kernel's window is part of it: a scan over layers of both kinds holds both.
         return jax.lax.cond(sliding, lambda: run(self.config.sliding_window), lambda: run(None))
 
-    def _sliding(self, layer: Array | int) -> Array | bool:
+    def _sliding(self, layer: Int[Array, ""] | int) -> Bool[Array, ""] | bool:
         # A Python bool where it can be (all layers alike, or unrolled layers), else looked up by the scanned index.
         kinds = self.config.sliding_layers or (False,)
         if all(kinds) or not any(kinds):
             return kinds[0]
         return kinds[layer] if isinstance(layer, int) else jnp.asarray(kinds)[layer]
 
-    def _window(self, sliding: Array | bool) -> Array | int | None:
+    def _window(self, sliding: Bool[Array, ""] | bool) -> Int[Array, ""] | int | None:
+        window = self.config.sliding_window
         if isinstance(sliding, bool):
-            return self.config.sliding_window if sliding else None
-        return jnp.where(sliding, self.config.sliding_window, NOT_REAL)
+            return window if sliding else None
+        assert window is not None, "the config has a window where it marks layers"
+        return jnp.where(sliding, window, NOT_REAL)
 
-    def _angles(self, context: AttentionContext, sliding: Array | bool) -> Angles:
-        if context.local_angles is None:
-            return context.angles
+    def _angles(self, angles: Angles, local: Angles | None, sliding: Bool[Array, ""] | bool) -> Angles:
+        if local is None:
+            return angles
         if isinstance(sliding, bool):
-            return context.local_angles if sliding else context.angles
-        return jax.tree.map(lambda local, other: jnp.where(sliding, local, other), context.local_angles, context.angles)
+            return local if sliding else angles
+        return jax.tree.map(lambda local, other: jnp.where(sliding, local, other), local, angles)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jaxtyping import Float, Int
 
 from jax_rlhf.models.attention import NOT_REAL, Angles, LayerCache
 from jax_rlhf.models.config import DecoderConfig
@@ -17,25 +18,24 @@ from jax_rlhf.models.rotary import rotary_angles
 from jax_rlhf.parallel import constrained
 
 
-@struct.dataclass
-class KVCache:
+class KVCache(struct.PyTreeNode):
     """Keys and values of the tokens so far.
 
     Attributes:
-      layers: (keys, values), each dtype[L, B, K, S, head_dim], for scanned layers; a tuple of L pairs, each
-        dtype[B, K, S, head_dim], for unrolled ones.
-      order: int32[B, S], how many real tokens stand before each; `NOT_REAL` for pads and empty slots.
-      real: int32[B], real tokens so far.
-      length: int32[], slots filled so far, the same in every row.
-      angles: rotations for a token that follows these, cos and sin float32[B, 1, 1, R], of all layers and of
-        sliding-window layers where they have their own; None where there are none. They are a part of the cache since
-        XLA on CPU would otherwise compute sines anew in every layer, for a tenth of the time of decoding.
+      layers: (keys, values), each [L, B, K, S, head_dim], for scanned layers; a tuple of L pairs, each
+        [B, K, S, head_dim], for unrolled ones.
+      order: how many real tokens stand before each; `NOT_REAL` for pads and empty slots.
+      real: real tokens so far.
+      length: slots filled so far, the same in every row.
+      angles: rotations for a token that follows these (T = 1), of all layers and of sliding-window layers where they
+        have their own; None where there are none. They are a part of the cache since XLA on CPU would otherwise compute
+        sines anew in every layer, for a tenth of the time of decoding.
     """
 
     layers: LayerCache | tuple[LayerCache, ...]
-    order: Array
-    real: Array
-    length: Array
+    order: Int[Array, "B S"]
+    real: Int[Array, "B"]
+    length: Int[Array, ""]
     angles: tuple[Angles | None, Angles | None]
 
 
@@ -55,7 +55,10 @@ def create_cache(config: DecoderConfig, batch: int, capacity: int, *, scan_layer
 
     def zeros(*leading: int) -> LayerCache:
         axes = (*("layers" for _ in leading), "rows", "kv_heads", "length", "head_dim")
-        return tuple(constrained(jnp.zeros((*leading, *shape), config.dtype), config.layout, *axes) for _ in range(2))
+        keys, values = (
+            constrained(jnp.zeros((*leading, *shape), config.dtype), config.layout, *axes) for _ in range(2)
+        )
+        return keys, values
 
     return KVCache(
         layers=zeros(config.num_layers) if scan_layers else tuple(zeros() for _ in range(config.num_layers)),
@@ -81,7 +84,7 @@ def grow_cache(cache: KVCache, config: DecoderConfig, capacity: int) -> KVCache:
     if not more:
         return cache
 
-    def widen(buffer: Array) -> Array:
+    def widen(buffer: Float[Array, "..."]) -> Float[Array, "..."]:
         wider = jnp.pad(buffer, [(0, 0)] * (buffer.ndim - 2) + [(0, more), (0, 0)])
         axes = (*("layers" for _ in range(buffer.ndim - 4)), "rows", "kv_heads", "length", "head_dim")
         return constrained(wider, config.layout, *axes)
@@ -91,17 +94,17 @@ def grow_cache(cache: KVCache, config: DecoderConfig, capacity: int) -> KVCache:
     return cache.replace(layers=jax.tree.map(widen, cache.layers), order=order)
 
 
-def decoder_angles(config: DecoderConfig, positions: Array) -> tuple[Angles | None, Angles | None]:
+def decoder_angles(config: DecoderConfig, positions: Int[Array, "B T"]) -> tuple[Angles | None, Angles | None]:
     """Rotations of tokens at positions.
 
     Args:
       config: the model's.
-      positions: int[B, T].
+      positions: in tokens.
 
     Returns:
-      (cos, sin) float32[B, T, 1, R] of all layers, and of sliding-window layers where they have their own; None where
-      there are none.
+      Angles of all layers, and of sliding-window layers where they have their own; None where there are none.
     """
-    return tuple(
+    everywhere, local = (
         None if rotary is None else rotary_angles(rotary, positions) for rotary in (config.rotary, config.local_rotary)
     )
+    return everywhere, local

@@ -190,5 +190,5 @@ class DecoderConfig:
 
 def _positive(name: str, value: Any) -> None:
     # More than 32 bits no axis has, and a file may claim anything.
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not 0 < value < 2**31:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not 0 < int(value) < 2**31:
         raise ValueError(f"{name}={value!r} must be a whole number from 1 to 2³¹ − 1.")

@@ -8,26 +8,30 @@ faster on CPUs and GPUs. `unstack_layers` turns the first form into the second.
 """
 
 import operator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jax.sharding import PartitionSpec
+from jaxtyping import Bool, Float, Float32, Int, PRNGKeyArray
 
 from jax_rlhf.models.attention import Angles, Attention, AttentionContext, LayerCache, token_order
 from jax_rlhf.models.cache import KVCache, decoder_angles
 from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.models.heads import LMHead, ScalarHead, logits_from_table
-from jax_rlhf.models.layers import MLP, Norm, Projection, normal_init
+from jax_rlhf.models.layers import MLP, Norm, Projection, normal_init, partitioned
 from jax_rlhf.models.lookup import look_up_rows
 from jax_rlhf.parallel import constrained
 
 Params = dict[str, Any]
+Tokens = Int[Array | np.ndarray, "B T"]
+Mask = Bool[Array | np.ndarray, "B T"]
 Head = Literal["lm", "scalar"]
 
 NORM_AXES = PartitionSpec("norm"), PartitionSpec("layers", "norm")  # computed in float32, of scales as stored
@@ -41,10 +45,10 @@ class Embedding(nn.Module):
 
     def setup(self) -> None:  # noqa: D102
         config = self.config
-        init = nn.with_logical_partitioning(normal_init, ("vocab", "embed"))
+        init = partitioned(normal_init, ("vocab", "embed"))
         self.table = self.param("table", init, (config.table_rows, config.output_size))
         if config.position_kind == "learned":
-            init = nn.with_logical_partitioning(normal_init, (None, "embed"))
+            init = partitioned(normal_init, (None, "embed"))
             rows = config.max_positions + config.position_offset
             self.positions = self.param("positions", init, (rows, config.hidden_size))
         if config.embedding_size:
@@ -52,8 +56,8 @@ class Embedding(nn.Module):
                 (config.embedding_size,), (config.hidden_size,), (None, "embed"), False, config.dtype
             )
 
-    def __call__(self, tokens: Array, positions: Array) -> Array:
-        """int[B, T], int[B, T] → float[B, T, D]."""
+    def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What the first layer reads."""
         config = self.config
         x = look_up_rows(self.table, tokens, config)
         if config.embedding_scale != 1.0:
@@ -64,13 +68,16 @@ class Embedding(nn.Module):
             x = x + look_up_rows(self.positions, positions + config.position_offset, config)
         return _residual(x, config)
 
-    def attend(self, hidden: Array) -> Array:
-        """The tied head: float[..., E] → logits float32[..., V]."""
+    def attend(self, hidden: Float[Array, "*batch E"]) -> Float32[Array, "*batch V"]:
+        """The logits of a tied head."""
         return logits_from_table(hidden, self.table, self.config)
 
 
-def _residual(x: Array, config: DecoderConfig) -> Array:
+def _residual(x: Float[Array, "B T D"], config: DecoderConfig) -> Float[Array, "B T D"]:
     return constrained(x, config.layout, "rows", "length", "hidden")
+
+
+_Carry = tuple[Float[Array, "B T D"], LayerCache | None]
 
 
 class DecoderLayer(nn.Module):
@@ -85,13 +92,12 @@ class DecoderLayer(nn.Module):
     index: int | None = None
 
     @nn.compact
-    def __call__(
-        self, carry: tuple[Array, LayerCache | None], context: AttentionContext, index: Array | None
-    ) -> tuple[tuple[Array, LayerCache | None], None]:
-        """(float[B, T, D], cache) → the same after this layer; the form that `nn.scan` wants."""
+    def __call__(self, carry: _Carry, context: AttentionContext, index: Int[Array, ""] | None) -> tuple[_Carry, None]:
+        """The residual stream and the cache after this layer; the form that `nn.scan` wants."""
         config = self.config
         x, cache = carry
         layer = index if self.index is None else self.index
+        assert layer is not None, "a scan passes the index of a layer that has none"
         before, after = config.norm_placement != "after", config.norm_placement == "both"
 
         inputs = Norm(config, name="attention_norm")(x) if before else x
@@ -128,6 +134,11 @@ class Decoder(nn.Module):
     head: Head = "lm"
     scan_layers: bool = True
 
+    if TYPE_CHECKING:
+
+        def apply(self, *args: Any, **kwargs: Any) -> Any:
+            """Flax's `apply`, which returns a method's result alone where no variable changes, as here."""
+
     def setup(self) -> None:  # noqa: D102
         config = self.config
         self.embedding = Embedding(config)
@@ -135,11 +146,11 @@ class Decoder(nn.Module):
         if config.remat != "none":
             layer = nn.remat(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=not self.scan_layers)
         if self.scan_layers:
-            self.layers = nn.scan(
+            self.layers: Any = nn.scan(
                 layer,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(nn.broadcast, 0),
+                in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType] -- one per argument
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(config)
         else:
@@ -155,17 +166,19 @@ class Decoder(nn.Module):
         elif not config.tie_embeddings:
             self.lm_head = LMHead(config)
 
-    def __call__(self, tokens: Array, positions: Array | None = None, mask: Array | None = None) -> Array:
+    def __call__(
+        self, tokens: Tokens, positions: Tokens | None = None, mask: Mask | None = None
+    ) -> Float32[Array, "B T *V"]:
         """Runs the model over whole rows.
 
         Args:
-          tokens: int[B, T].
-          positions: int[B, T]; default: the count of real tokens before each one.
-          mask: bool[B, T], True = real token; pads may stand anywhere and have any id, and never change a real
+          tokens: ids.
+          positions: in tokens; default: the count of real tokens before each one.
+          mask: True = real token; pads may stand anywhere and have any id, and never change a real
             token's output. Default: all real.
 
         Returns:
-          Head "lm": logits float32[B, T, V]. Head "scalar": values float32[B, T]. What stands at pads is finite and
+          Head "lm": logits, [B, T, V]. Head "scalar": values, [B, T]. What stands at pads is finite and
           means nothing. A real token's id outside the vocabulary, or its position outside a learned table, turns its
           row to NaN.
         """
@@ -173,19 +186,19 @@ class Decoder(nn.Module):
 
     def hidden_states(
         self,
-        tokens: Array,
-        positions: Array | None = None,
-        mask: Array | None = None,
+        tokens: Tokens,
+        positions: Tokens | None = None,
+        mask: Mask | None = None,
         *,
-        segments: Array | None = None,
-        frozen_activations: Array | None = None,
+        segments: Tokens | None = None,
+        frozen_activations: Float[Array, "B T D"] | None = None,
         first_layer: int = 0,
-    ) -> Array:
-        """What the head reads: arguments as in `__call__` → float[B, T, E].
+    ) -> Float[Array, "B T E"]:
+        """What the head reads: arguments as in `__call__`.
 
-        `segments`, int[B, T], keeps texts apart that are packed into one row; `positions` then count within each.
+        `segments` keeps texts apart that are packed into one row; `positions` then count within each.
 
-        With `frozen_activations`, float[B, T, D], the output of the layers below `first_layer` (`lower_layers`), only
+        With `frozen_activations`, the output of the layers below `first_layer` (`lower_layers`), only
         the layers from there on run, and `params["layers"]` has only them.
         """
         tokens, mask = _checked(tokens, positions, mask)
@@ -198,14 +211,14 @@ class Decoder(nn.Module):
 
     def lower_layers(
         self,
-        tokens: Array,
-        positions: Array | None = None,
-        mask: Array | None = None,
+        tokens: Tokens,
+        positions: Tokens | None = None,
+        mask: Mask | None = None,
         *,
-        segments: Array | None = None,
+        segments: Tokens | None = None,
         layers: int,
-    ) -> Array:
-        """The output of the first `layers` layers, float[B, T, D], for which `params["layers"]` need hold only those.
+    ) -> Float[Array, "B T D"]:
+        """The output of the first `layers` layers, for which `params["layers"]` need hold only those.
 
         Arguments as in `hidden_states`, which goes on from it: `frozen_activations=this, first_layer=layers`.
         """
@@ -216,25 +229,25 @@ class Decoder(nn.Module):
 
     def extend(
         self,
-        tokens: Array,
+        tokens: Tokens,
         cache: KVCache,
-        positions: Array | None = None,
-        mask: Array | None = None,
+        positions: Tokens | None = None,
+        mask: Mask | None = None,
         *,
         span: int | None = None,
-    ) -> tuple[Array, KVCache]:
+    ) -> tuple[Float[Array, "B T E"], KVCache]:
         """Appends T tokens to a cache and runs the model over them: a prompt at once, or a token at a time.
 
         Args:
-          tokens: int[B, T].
+          tokens: ids.
           cache: of the tokens before; room for T more must be left.
-          positions: int[B, T]; default: the count of real tokens before each one, the cache's included.
-          mask: bool[B, T], True = real token. Default: all real.
+          positions: in tokens; default: the count of real tokens before each one, the cache's included.
+          mask: True = real token. Default: all real.
           span: slots to attend to, at least those filled after this call: a prefill into an empty cache passes T.
             Default: the whole cache.
 
         Returns:
-          (hidden states float[B, T, E] for `apply_head`, the cache with T more slots filled).
+          (hidden states for `apply_head`, the cache with T more slots filled).
         """
         tokens, mask = _checked(tokens, positions, mask)
         capacity = cache.order.shape[1]
@@ -250,36 +263,38 @@ class Decoder(nn.Module):
         )
         x, layers = self._run_layers(x, cache.layers, context, range(self.config.num_layers))
         real = cache.real + jnp.sum(mask, axis=1, dtype=jnp.int32)
+        assert layers is not None, "there was a cache"
         angles = decoder_angles(self.config, real[:, None])
         return self._leave(x), KVCache(layers, order, real, cache.length + tokens.shape[1], angles)
 
-    def apply_head(self, hidden: Array) -> Array:
-        """float[..., E] → logits float32[..., V] or values float32[...]."""
+    def apply_head(self, hidden: Float[Array, "*batch E"]) -> Float32[Array, "*batch_and_V"]:
+        """Logits, [..., V], or values, [...]."""
         if self.head == "scalar":
             return self.scalar_head(hidden)
         return self.embedding.attend(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
 
     def _enter(
         self,
-        tokens: Array,
-        positions: Array | None,
-        mask: Array,
-        query_order: Array,
-        key_order: Array,
+        tokens: Int[Array, "B T"],
+        positions: Tokens | None,
+        mask: Bool[Array, "B T"],
+        query_order: Int[Array, "B T"],
+        key_order: Int[Array, "B S"],
         *,
-        slot: Array | None = None,
-        segments: Array | None = None,
-        frozen_activations: Array | None = None,
+        slot: Int[Array, ""] | None = None,
+        segments: Tokens | None = None,
+        frozen_activations: Float[Array, "B T D"] | None = None,
         angles: tuple[Angles | None, Angles | None] | None = None,
-    ) -> tuple[Array, AttentionContext]:
+    ) -> tuple[Float[Array, "B T D"], AttentionContext]:
         config = self.config
         positions = query_order if positions is None else positions
         positions = jnp.where(mask, positions, 0)
         angles = decoder_angles(config, positions) if angles is None else angles
         # By rows, as the residual stream: XLA would cut them as draws are cut, and exchange masks in every layer.
         rows = lambda x: constrained(x, config.layout, "rows", *(None,) * (x.ndim - 1))  # noqa: E731
-        query_order, key_order, angles = jax.tree.map(rows, (query_order, key_order, angles))
-        context = AttentionContext(query_order, key_order, *angles, slot, segments)
+        query_order, key_order, (everywhere, local) = jax.tree.map(rows, (query_order, key_order, angles))
+        segments = None if segments is None else jnp.asarray(segments)
+        context = AttentionContext(query_order, key_order, everywhere, local, slot, segments)
         if frozen_activations is not None:
             return frozen_activations.astype(config.dtype), context
         # A pad's id is replaced, so that whatever stands there (−100, pad = EOS, an id past the table) has no effect.
@@ -287,11 +302,11 @@ class Decoder(nn.Module):
 
     def _run_layers(
         self,
-        x: Array,
+        x: Float[Array, "B T D"],
         caches: LayerCache | tuple[LayerCache, ...] | None,
         context: AttentionContext,
         which: range,
-    ) -> tuple[Array, LayerCache | tuple[LayerCache, ...] | None]:
+    ) -> tuple[Float[Array, "B T D"], LayerCache | tuple[LayerCache, ...] | None]:
         if not which:
             return x, caches
         if self.scan_layers:
@@ -303,13 +318,15 @@ class Decoder(nn.Module):
             filled.append(cache)
         return x, None if caches is None else tuple(filled)
 
-    def _leave(self, x: Array) -> Array:
+    def _leave(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
         if self.config.final_norm:
             x = self.final_norm(x)
         return self.project_out(x) if self.config.embedding_size else x
 
 
-def _checked(tokens: Array, positions: Array | None, mask: Array | None) -> tuple[Array, Array]:
+def _checked(
+    tokens: Tokens, positions: Tokens | None, mask: Mask | None
+) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
     tokens = jnp.asarray(tokens)
     mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask)
     chex.assert_rank(tokens, 2)
@@ -318,11 +335,11 @@ def _checked(tokens: Array, positions: Array | None, mask: Array | None) -> tupl
     return tokens, mask
 
 
-def _init(model: Decoder, key: Array) -> Params:
-    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+def _init(model: Decoder, key: PRNGKeyArray) -> Params:
+    return dict(model.init(key, jnp.zeros((1, 1), jnp.int32)))["params"]
 
 
-def init_params(model: Decoder, key: Array) -> Params:
+def init_params(model: Decoder, key: PRNGKeyArray) -> Params:
     """New float32 parameters: normal with standard deviation 0.02, norms 1, biases 0, a scalar head as `head_init`.
 
     Args:
@@ -410,8 +427,9 @@ def kernels_by_output(params: Params) -> Params:
     Returns:
       The same, with "kernel_by_output" [*outputs, *inputs] instead of each "kernel" of the layers.
     """
-    turned = {}
-    for path, leaf in flatten_dict(params).items():
+    turned: dict[tuple[str, ...], Array] = {}
+    leaves: dict[tuple[str, ...], Array] = flatten_dict(params)  # pyright: ignore[reportAssignmentType]
+    for path, leaf in leaves.items():
         if path[0].startswith("layers_") and path[-1] == "kernel":
             count = 2 if path[-2] == "out" else 1  # attention's output sums over heads and head_dim
             turned[(*path[:-1], "kernel_by_output")] = leaf.transpose(*range(count, leaf.ndim), *range(count))

@@ -10,7 +10,9 @@ that means the plain form.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +21,16 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as splash,
     splash_attention_mask as splash_mask,
 )
+from jaxtyping import Bool, Float, Int, Shaped
 
 from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.parallel import Layout
+
+Queries = Float[Array, "B T H head_dim"]
+Keys = Float[Array, "B K T head_dim"]  # and values
+Real = Bool[Array, "B T"]
+Segments = Int[Array, "B T"] | None
+Kernel = Callable[[Queries, Keys, Keys, Real, Segments], Queries]
 
 MIN_LENGTH = 128  # a block of the splash kernel; below, all scores fit in a block
 
@@ -66,29 +75,29 @@ def uses_flash(config: DecoderConfig, length: int) -> bool:
 
 
 def flash_attend(
-    query: Array,
-    key: Array,
-    value: Array,
-    real: Array,
-    segments: Array | None,
+    query: Queries,
+    key: Keys,
+    value: Keys,
+    real: Real,
+    segments: Segments,
     *,
     config: DecoderConfig,
     window: int | None,
-    scale: Array | float,
-) -> Array:
+    scale: Float[Array, ""] | float,
+) -> Queries:
     """What `attention.attend` computes over `attention.visible`, without its scores in memory.
 
     Args:
-      query: float[B, T, H, head_dim].
-      key, value: float[B, K, T, head_dim], of the same tokens.
-      real: bool[B, T]; False = pad.
-      segments: int32[B, T], texts packed into a row, from 0; None = each row is one text.
+      query: of whole rows.
+      key, value: of the same tokens.
+      real: False = pad.
+      segments: of texts packed into a row, from 0; None = each row is one text.
       config: the decoder's: soft cap, platform, layout.
       window: tokens that a query sees, itself included; None = all before it.
       scale: on q·k.
 
     Returns:
-      float[B, T, H, head_dim], in query's dtype. What stands at pads is finite and means nothing.
+      The mixed values, in query's dtype. What stands at pads is finite and means nothing.
 
     Raises:
       ValueError: see `check_flash`.
@@ -106,30 +115,33 @@ def flash_attend(
         kernel, query = partial(_splash_attend, window=window, cap=config.attention_softcap), _scaled(query, scale)
         if window is not None:
             kernel = partial(_at_the_front, kernel)
-    return _on_each_device(kernel, config.layout, query, key, value, real, segments)
+    return _on_each_device(kernel, config.layout)(query, key, value, real, segments)
 
 
-def _scaled(query: Array, scale: Array | float) -> Array:
+def _scaled(query: Queries, scale: Float[Array, ""] | float) -> Queries:
     return (query.astype(jnp.float32) * scale).astype(query.dtype)
 
 
-def _on_each_device(kernel, layout: Layout | None, query, key, value, real, segments) -> Array:
+def _on_each_device(kernel: Kernel, layout: Layout | None) -> Kernel:
     # XLA cannot partition a kernel: each device runs it over its rows and heads.
     if layout is None:
-        return kernel(query, key, value, real, segments)
-    rows = layout.spec(("rows", None), real.shape)
-    queries = layout.spec(("rows", None, "heads", None), query.shape)
-    keys = layout.spec(("rows", "kv_heads", None, None), key.shape)
-    run = jax.shard_map(
-        kernel, mesh=layout.mesh, in_specs=(queries, keys, keys, rows, rows), out_specs=queries, check_vma=False
-    )
-    return run(query, key, value, real, segments)
+        return kernel
+
+    def run(query: Queries, key: Keys, value: Keys, real: Real, segments: Segments) -> Queries:
+        rows = layout.spec(("rows", None), real.shape)
+        queries = layout.spec(("rows", None, "heads", None), query.shape)
+        keys = layout.spec(("rows", "kv_heads", None, None), key.shape)
+        specs = (queries, keys, keys, rows, rows)
+        everywhere = jax.shard_map(kernel, mesh=layout.mesh, in_specs=specs, out_specs=queries, check_vma=False)
+        return everywhere(query, key, value, real, segments)
+
+    return run
 
 
-def _at_the_front(kernel, query, key, value, real, segments) -> Array:
+def _at_the_front(kernel: Kernel, query: Queries, key: Keys, value: Keys, real: Real, segments: Segments) -> Queries:
     # A stable sort keeps the order of real tokens; their places in the row are then their orders.
-    forth = jnp.argsort(~real, axis=1, stable=True)
-    back = jnp.argsort(forth, axis=1)
+    forth = jnp.argsort(~real, axis=1, stable=True)  # [B, T]
+    back = jnp.argsort(forth, axis=1)  # [B, T]
     moved = partial(_moved, forth=forth, back=back)
     if segments is not None:
         segments = jnp.take_along_axis(segments, forth, axis=1)
@@ -139,7 +151,9 @@ def _at_the_front(kernel, query, key, value, real, segments) -> Array:
     return _moved(mixed, forth=back, back=forth, axis=1)
 
 
-def _moved(x: Array, *, forth: Array, back: Array, axis: int) -> Array:
+def _moved(
+    x: Float[Array, "*shape"], *, forth: Int[Array, "B T"], back: Int[Array, "B T"], axis: int
+) -> Float[Array, "*shape"]:
     """x[b, forth[b, t]]; its gradient is the way back, where JAX would scatter."""
 
     def take(x: Array, places: Array) -> Array:
@@ -158,11 +172,13 @@ def _moved(x: Array, *, forth: Array, back: Array, axis: int) -> Array:
     return move(x, forth, back)
 
 
-def _lengthened(x: Array, axis: int, by: int) -> Array:
+def _lengthened(x: Shaped[Array, "..."], axis: int, by: int) -> Shaped[Array, "..."]:
     return x if by == 0 else jnp.pad(x, [(0, by if index == axis else 0) for index in range(x.ndim)])
 
 
-def _cudnn_attend(query, key, value, real, segments, *, window: int | None, scale: float) -> Array:
+def _cudnn_attend(
+    query: Queries, key: Keys, value: Keys, real: Real, segments: Segments, *, window: int | None, scale: float
+) -> Queries:
     """Real tokens stand at the front."""
     length, mask = query.shape[1], None
     lengths = jnp.maximum(jnp.sum(real, axis=1, dtype=jnp.int32), 1)  # an empty row sees its first pad
@@ -189,11 +205,13 @@ def _cudnn_attend(query, key, value, real, segments, *, window: int | None, scal
     return _without_pads(mixed[:, :length], real, 1)
 
 
-def _without_pads(x: Array, real: Array, axis: int) -> Array:
+def _without_pads(x: Float[Array, "*shape"], real: Real, axis: int) -> Float[Array, "*shape"]:
     return jnp.where(jnp.expand_dims(real, [index for index in range(1, x.ndim) if index != axis]), x, 0)
 
 
-def _splash_attend(query, key, value, real, segments, *, window: int | None, cap: float | None) -> Array:
+def _splash_attend(
+    query: Queries, key: Keys, value: Keys, real: Real, segments: Segments, *, window: int | None, cap: float | None
+) -> Queries:
     """Real tokens stand at the front if there is a window; pads are a text of their own."""
     length, heads = query.shape[1], query.shape[2]
     texts = jnp.where(real, 1 if segments is None else segments + 1, 0)
@@ -204,11 +222,14 @@ def _splash_attend(query, key, value, real, segments, *, window: int | None, cap
     key, value = _lengthened(key, 2, by), _lengthened(value, 2, by)
     shape = (length + by, length + by)
     mask = splash_mask.CausalMask(shape) if window is None else splash_mask.LocalMask(shape, (window - 1, 0), 0)
-    blocks = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    blocks: dict[str, Any] = {f"block_{name}": block for name in names}
     kernel = splash.make_splash_mha_single_device(
         splash_mask.MultiHeadMask([mask] * heads),
-        block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in blocks}),
+        block_sizes=splash.BlockSizes(**blocks),
         attn_logits_soft_cap=cap,
     )
-    mixed = jax.vmap(kernel)(query.swapaxes(1, 2), key, value, splash.SegmentIds(texts, texts))
+    mixed = jax.vmap(cast(Callable[..., Array], kernel))(
+        query.swapaxes(1, 2), key, value, splash.SegmentIds(texts, texts)
+    )
     return mixed.swapaxes(1, 2)[:, :length]

@@ -3,16 +3,20 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.models.products import project, project_by_output
 from jax_rlhf.parallel import constrained
+
+Initializer = Callable[..., Array]
+"""(random key, shape, dtype) → an array."""
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
@@ -26,6 +30,20 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
 }
 """By the names that Hugging Face configs use."""
+
+
+def partitioned(init: Initializer, axes: tuple[str | None, ...]) -> Initializer:
+    """An initializer whose parameter's axes have logical names.
+
+    Args:
+      init: makes the array.
+      axes: a name per axis; None for an axis that is never cut.
+
+    Returns:
+      An initializer. `Module.param` takes the array out of the box with the names.
+    """
+    return cast(Initializer, nn.with_logical_partitioning(init, axes))
+
 
 normal_init = nn.initializers.normal(0.02)  # GPT-2's, and the default `initializer_range` of every family here
 
@@ -47,18 +65,18 @@ class Projection(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """float[..., *inputs] → float[..., *outputs] in `dtype`."""
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """[..., *inputs] → [..., *outputs], in `dtype`."""
         count = len(self.inputs)
         if self.has_variable("params", "kernel_by_output"):  # `kernels_by_output` has been here
             kernel = self.get_variable("params", "kernel_by_output")
             y = project_by_output(x.astype(self.dtype), kernel.astype(self.dtype), count)
         else:
-            init = nn.with_logical_partitioning(normal_init, self.axes)
+            init = partitioned(normal_init, self.axes)
             kernel = self.param("kernel", init, self.inputs + self.outputs)
             y = project(x.astype(self.dtype), kernel.astype(self.dtype), count)
         if self.use_bias:
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[count:])
+            zeros = partitioned(nn.initializers.zeros, self.axes[count:])
             y = y + self.param("bias", zeros, self.outputs).astype(self.dtype)
         return y
 
@@ -74,8 +92,8 @@ class Norm(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """float[..., n] → float[..., n], in x's dtype."""
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """The normalised numbers, in x's dtype."""
         config = self.config
         y = x.astype(jnp.float32)
         if config.norm_kind == "layer":
@@ -83,10 +101,10 @@ class Norm(nn.Module):
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.norm_epsilon)
         if config.norm_affine:
             start = nn.initializers.zeros if config.norm_plus_one else nn.initializers.ones
-            scale = self.param("scale", nn.with_logical_partitioning(start, ("norm",)), (x.shape[-1],))
+            scale = self.param("scale", partitioned(start, ("norm",)), (x.shape[-1],))
             y = y * (scale.astype(jnp.float32) + float(config.norm_plus_one))
             if config.norm_kind == "layer":
-                zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
+                zeros = partitioned(nn.initializers.zeros, ("norm",))
                 y = y + self.param("bias", zeros, (x.shape[-1],)).astype(jnp.float32)
         return y.astype(x.dtype)
 
@@ -97,8 +115,8 @@ class MLP(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """float[..., D] → float[..., D]."""
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """What the block adds to the residual stream."""
         config = self.config
         widen = functools.partial(
             Projection,
@@ -110,7 +128,7 @@ class MLP(nn.Module):
         )
         activate = ACTIVATIONS[config.activation]
         up = widen(name="up")(x)
-        hidden = activate(widen(name="gate")(x)) * up if config.gated_mlp else activate(up)
+        hidden = activate(widen(name="gate")(x)) * up if config.gated_mlp else activate(up)  # [..., F]
         hidden = constrained(hidden, config.layout, "rows", "length", "mlp")
         narrow = Projection(
             (config.intermediate_size,),
@@ -123,22 +141,22 @@ class MLP(nn.Module):
         return narrow(hidden)
 
 
-def softcap(x: Array, cap: float | None) -> Array:
+def softcap(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
     """cap · tanh(x / cap), or x where cap is None.
 
     Args:
-      x: float32[...].
+      x: scores or logits.
       cap: in x's unit.
 
     Returns:
-      float32[...], within ±cap.
+      Numbers within ±cap.
 
     Source: Gemma 2 (2024), section 2.
     """
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def head_init(width: int) -> Callable[..., Array]:
+def head_init(width: int) -> Initializer:
     """The initializer of a new scalar head: normal with standard deviation 1/√(width + 1).
 
     Args:

@@ -2,12 +2,15 @@
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Int
 
 from jax_rlhf.models.config import DecoderConfig
 from jax_rlhf.parallel import constrained, lookup_layout
 
 
-def look_up_rows(table: Array, indices: Array, config: DecoderConfig) -> Array:
+def look_up_rows(
+    table: Float[Array, "rows E"], indices: Int[Array, "B T"], config: DecoderConfig
+) -> Float[Array, "B T E"]:
     """table[indices], on a mesh with each device's own rows of the batch alone.
 
     On a mesh the table keeps its place: a device looks up its columns, in its part of the vocabulary, for the rows that
@@ -16,13 +19,13 @@ def look_up_rows(table: Array, indices: Array, config: DecoderConfig) -> Array:
     cut along an axis that both have.
 
     Args:
-      table: float[rows, E].
-      indices: int[B, T]; one outside the table gives NaN, which is seen, where clamping would give a plausible wrong
+      table: of embeddings.
+      indices: of rows; one outside the table gives NaN, which is seen, where clamping would give a plausible wrong
         row.
       config: the model's.
 
     Returns:
-      float[B, T, E], in the compute dtype.
+      The rows, in the compute dtype.
     """
     layout = lookup_layout(config.layout)
     indices = constrained(indices, layout, "rows", "length")

@@ -10,15 +10,27 @@ precision is asked for. `product_precision` asks for float32 where JAX's `jax_de
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 _OPTIONS = {"xla_allow_excess_precision": False}
 
 
-def model_jit(function: Callable, **how: Any) -> Callable:
+class Program(Protocol):
+    """A jitted function."""
+
+    __wrapped__: Callable
+    lower: Callable
+    trace: Callable
+    eval_shape: Callable
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102
+
+
+def model_jit(function: Callable, **how: Any) -> Program:
     """`jax.jit` for functions that run a model: each operation rounds as the code says.
 
     Args:
@@ -35,8 +47,9 @@ def model_jit(function: Callable, **how: Any) -> Callable:
     def call(*args: Any, **kwargs: Any) -> Any:
         return (inside if traced(args, kwargs) else compiled)(*args, **kwargs)
 
-    call.lower, call.trace, call.eval_shape = compiled.lower, compiled.trace, compiled.eval_shape
-    return call
+    program = cast(Program, call)
+    program.lower, program.trace, program.eval_shape = compiled.lower, compiled.trace, compiled.eval_shape
+    return program
 
 
 def traced(*trees: Any) -> bool:
@@ -48,7 +61,7 @@ def traced(*trees: Any) -> bool:
     Returns:
       Whether any leaf is a tracer.
     """
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
 
 
 def narrowed(params: Any, dtypes: Any) -> Any:
@@ -76,6 +89,7 @@ def product_precision(dtype: Any) -> jax.lax.Precision | None:
       The highest for float32; None, JAX's default, for other dtypes, whose products are exact in float32, and where
       `jax_default_matmul_precision` (or the context manager of that name) says what is wanted.
     """
-    if jnp.dtype(dtype) != jnp.float32 or jax.config.jax_default_matmul_precision is not None:
+    wanted = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue] -- JAX adds its flags at run time
+    if jnp.dtype(dtype) != jnp.float32 or wanted is not None:
         return None
     return jax.lax.Precision.HIGHEST

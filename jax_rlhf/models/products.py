@@ -8,16 +8,20 @@ first; [*outputs, *inputs] on the left (`project_by_output`) it reads as fast as
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Float32
 
 from jax_rlhf.models.precision import product_precision
 
 
-def dot_general(x: Array, y: Array, dimension_numbers: Any, preferred_element_type: Any = None) -> Array:
+def dot_general(
+    x: Float[Array, "..."], y: Float[Array, "..."], dimension_numbers: Any, preferred_element_type: Any = None
+) -> Float[Array, "..."]:
     """`jax.lax.dot_general`, in which float32 is float32 on every device.
 
     Args:
@@ -31,27 +35,33 @@ def dot_general(x: Array, y: Array, dimension_numbers: Any, preferred_element_ty
     return jax.lax.dot_general(x, y, dimension_numbers, **how)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def project(x: Array, kernel: Array, count: int) -> Array:
+@cast(
+    "Callable[[Callable[..., Array]], jax.custom_vjp[Array]]", functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+)
+def project(x: Float[Array, "..."], kernel: Float[Array, "..."], count: int) -> Float[Array, "..."]:
     """x · kernel over the last `count` axes of x, which are the first of the kernel.
 
     Args:
-      x: float[..., *inputs].
-      kernel: float[*inputs, *outputs], of x's dtype.
+      x: [..., *inputs].
+      kernel: [*inputs, *outputs], of x's dtype.
       count: how many inputs there are.
 
     Returns:
-      float[..., *outputs].
+      [..., *outputs].
     """
     return _project_forward(x, kernel, count)[0]
 
 
-def _project_forward(x: Array, kernel: Array, count: int) -> tuple[Array, tuple[Array, Array]]:
+def _project_forward(
+    x: Float[Array, "..."], kernel: Float[Array, "..."], count: int
+) -> tuple[Float[Array, "..."], tuple[Array, Array]]:
     # A bare dot_general: remat policies look for it by name.
     return dot_general(x, kernel, ((_last(x, count), tuple(range(count))), ((), ()))), (x, kernel)
 
 
-def _project_backward(count: int, residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+def _project_backward(
+    count: int, residuals: tuple[Array, Array], gradient: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     x, kernel = residuals
     outputs = kernel.ndim - count
     dx = dot_general(gradient, kernel, ((_last(gradient, outputs), tuple(range(count, kernel.ndim))), ((), ())))
@@ -63,26 +73,30 @@ project.defvjp(_project_forward, _project_backward)
 
 
 @jax.custom_vjp
-def look_up_logits(hidden: Array, table: Array) -> Array:
+def look_up_logits(hidden: Float[Array, "*batch E"], table: Float[Array, "rows E"]) -> Float32[Array, "*batch rows"]:
     """hidden · tableᵀ, in float32.
 
     Args:
-      hidden: float[..., E].
-      table: float[rows, E], of the same dtype.
+      hidden: what a head reads.
+      table: of the same dtype.
 
     Returns:
-      float32[..., rows].
+      A logit per row of the table.
     """
     return _logits_forward(hidden, table)[0]
 
 
-def _logits_forward(hidden: Array, table: Array) -> tuple[Array, tuple[Array, Array]]:
+def _logits_forward(
+    hidden: Float[Array, "*batch E"], table: Float[Array, "rows E"]
+) -> tuple[Float32[Array, "*batch rows"], tuple[Array, Array]]:
     contracting = (_last(hidden, 1), (1,))
     logits = dot_general(hidden, table, (contracting, ((), ())), preferred_element_type=jnp.float32)
     return logits, (hidden, table)
 
 
-def _logits_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+def _logits_backward(
+    residuals: tuple[Array, Array], gradient: Float32[Array, "*batch rows"]
+) -> tuple[Float[Array, "*batch E"], Float[Array, "rows E"]]:
     hidden, table = residuals
     gradient = gradient.astype(table.dtype)
     leading = tuple(range(hidden.ndim - 1))
@@ -95,22 +109,22 @@ def _logits_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[A
 look_up_logits.defvjp(_logits_forward, _logits_backward)
 
 
-def project_by_output(x: Array, kernel: Array, count: int) -> Array:
+def project_by_output(x: Float[Array, "..."], kernel: Float[Array, "..."], count: int) -> Float[Array, "..."]:
     """x · kernelᵀ over the last `count` axes of x, which are the last of the kernel.
 
     Args:
-      x: float[..., *inputs].
-      kernel: float[*outputs, *inputs], of x's dtype.
+      x: [..., *inputs].
+      kernel: [*outputs, *inputs], of x's dtype.
       count: how many inputs there are.
 
     Returns:
-      float[..., *outputs].
+      [..., *outputs].
     """
     contracting = (_last(kernel, count), _last(x, count))
-    y = dot_general(kernel, x, (contracting, ((), ())))
+    y = dot_general(kernel, x, (contracting, ((), ())))  # [*outputs, ...]
     outputs = kernel.ndim - count
     return y.transpose(*range(outputs, y.ndim), *range(outputs))
 
 
-def _last(x: Array, count: int) -> tuple[int, ...]:
+def _last(x: Float[Array, "..."], count: int) -> tuple[int, ...]:
     return tuple(range(x.ndim - count, x.ndim))

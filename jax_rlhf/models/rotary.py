@@ -9,6 +9,7 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Float32, Float64, Int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,21 +51,22 @@ class Rotary:
         positive = ("theta", "dim", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
         for name in (*positive, "attention_factor"):
             value = getattr(self, name)
-            if not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+            # pyright knows no order of numbers.Real.
+            if not isinstance(value, numbers.Real) or not 0 < value < math.inf:  # pyright: ignore[reportOperatorIssue]
                 raise ValueError(f"rotary embedding: {name}={value!r} must be a number above 0.")
 
 
-def frequencies(rotary: Rotary, *, long: bool = False) -> np.ndarray:
+def frequencies(rotary: Rotary, *, long: bool = False) -> Float64[np.ndarray, "pairs"]:
     """Angular frequency of each rotated pair.
 
-    Unscaled, ω_i = θ^(−2i / dim) radians a token.
+    Unscaled, ω_i = θ^(−2i / dim) radians per token.
 
     Args:
       rotary: the rotation.
       long: longrope's divisors for rows beyond the first length.
 
     Returns:
-      float64[⌈dim / 2⌉], radians a token.
+      ⌈dim / 2⌉ frequencies, in radians per token.
     """
     exponents = np.arange(0, rotary.dim, 2, dtype=np.float64) / rotary.dim
     plain = rotary.theta**-exponents
@@ -82,7 +84,7 @@ def frequencies(rotary: Rotary, *, long: bool = False) -> np.ndarray:
     raise ValueError(f"unknown rotary kind {rotary.kind!r}")
 
 
-def _llama3_frequencies(rotary: Rotary, plain: np.ndarray) -> np.ndarray:
+def _llama3_frequencies(rotary: Rotary, plain: Float64[np.ndarray, "pairs"]) -> Float64[np.ndarray, "pairs"]:
     # Wavelengths short against the first length are kept, long ones stretched, those between blended.
     wavelength = 2 * math.pi / plain
     low_wavelength = rotary.original_max_positions / rotary.low_freq_factor
@@ -96,7 +98,7 @@ def _llama3_frequencies(rotary: Rotary, plain: np.ndarray) -> np.ndarray:
     return np.where(between, blended, scaled)
 
 
-def _yarn_frequencies(rotary: Rotary, plain: np.ndarray) -> np.ndarray:
+def _yarn_frequencies(rotary: Rotary, plain: Float64[np.ndarray, "pairs"]) -> Float64[np.ndarray, "pairs"]:
     def dimension_of(rotations: float) -> float:
         # The index at which a pair turns `rotations` times over the first length.
         turns = rotary.original_max_positions / (rotations * 2 * math.pi)
@@ -112,7 +114,9 @@ def _yarn_frequencies(rotary: Rotary, plain: np.ndarray) -> np.ndarray:
     return plain / rotary.factor * ramp + plain * (1 - ramp)
 
 
-def rotary_angles(rotary: Rotary, positions: Array) -> tuple[Array, Array]:
+def rotary_angles(
+    rotary: Rotary, positions: Int[Array, "B T"]
+) -> tuple[Float32[Array, "B T 1 pairs"], Float32[Array, "B T 1 pairs"]]:
     """Cosine and sine of each position's angle at each frequency.
 
     With longrope a row that reaches past the first length uses the long divisors at all its positions. (Decoding a
@@ -120,31 +124,33 @@ def rotary_angles(rotary: Rotary, positions: Array) -> tuple[Array, Array]:
 
     Args:
       rotary: the rotation.
-      positions: int[B, T], in tokens.
+      positions: in tokens.
 
     Returns:
-      (cos, sin), each float32[B, T, 1, ⌈dim / 2⌉], times `attention_factor`; the 1 stands for the heads.
+      (cos, sin) of ⌈dim / 2⌉ pairs, times `attention_factor`; the 1 stands for the heads.
     """
     chex.assert_rank(positions, 2)
-    frequency = jnp.asarray(frequencies(rotary), jnp.float32)  # [R]
+    frequency = jnp.asarray(frequencies(rotary), jnp.float32)  # [pairs]
     if rotary.kind == "longrope":
         beyond = jnp.max(positions, axis=1, keepdims=True) + 1 > rotary.original_max_positions  # [B, 1]
         long = jnp.asarray(frequencies(rotary, long=True), jnp.float32)
-        frequency = jnp.where(beyond[..., None], long, frequency)  # [B, 1, R]
-    angles = positions[..., None].astype(jnp.float32) * frequency  # [B, T, R]
+        frequency = jnp.where(beyond[..., None], long, frequency)  # [B, 1, pairs]
+    angles = positions[..., None].astype(jnp.float32) * frequency  # [B, T, pairs]
     angles = angles[:, :, None, :]
     return jnp.cos(angles) * rotary.attention_factor, jnp.sin(angles) * rotary.attention_factor
 
 
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turns each pair (x_i, x_{i+R}) of a head by its angle.
+def rotate(
+    x: Float[Array, "B T heads head_dim"], cos: Float32[Array, "B T 1 pairs"], sin: Float32[Array, "B T 1 pairs"]
+) -> Float[Array, "B T heads head_dim"]:
+    """Turns each pair (x_i, x_{i+pairs}) of a head by its angle.
 
     Args:
-      x: float[B, T, heads, head_dim], queries or keys.
-      cos, sin: float32[B, T, 1, R] from `rotary_angles`; numbers of a head past 2R are left as they are.
+      x: queries or keys.
+      cos, sin: from `rotary_angles`; numbers of a head past 2 · pairs are left as they are.
 
     Returns:
-      float[B, T, heads, head_dim], in x's dtype.
+      The turned heads, in x's dtype.
     """
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]

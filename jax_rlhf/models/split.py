@@ -16,15 +16,15 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 from jax.sharding import PartitionSpec
+from jaxtyping import Float, Float32
 
-from jax_rlhf.models.decoder import Decoder, Params, abstract_params, compute_dtypes, logical_axes
+from jax_rlhf.models.decoder import Decoder, Mask, Params, Tokens, abstract_params, compute_dtypes, logical_axes
 from jax_rlhf.parallel import Layout, shardings as parallel_shardings
 
 _BOTTOM = "embedding"
 
 
-@struct.dataclass
-class SplitParams:
+class SplitParams(struct.PyTreeNode):
     """Parameters in two parts.
 
     Attributes:
@@ -130,22 +130,22 @@ class SplitModel:
     def frozen_activations(
         self,
         params: SplitParams,
-        tokens: Array,
-        mask: Array,
+        tokens: Tokens,
+        mask: Mask,
         *,
-        positions: Array | None = None,
-        segments: Array | None = None,
-    ) -> Array | None:
+        positions: Tokens | None = None,
+        segments: Tokens | None = None,
+    ) -> Float[Array, "B T D"] | None:
         """Runs the frozen bottom.
 
         Args:
           params: the parameters.
-          tokens: int[B, T].
-          mask: bool[B, T], True = real token.
-          positions, segments: int[B, T], of texts packed into one row, else None.
+          tokens: ids.
+          mask: True = real token.
+          positions, segments: of texts packed into one row, else None.
 
         Returns:
-          float[B, T, D], or None where everything trains.
+          The output of the lowest layers, or None where everything trains.
         """
         if self.trainable_layers is None:
             return None
@@ -155,24 +155,21 @@ class SplitModel:
     def hidden_states(
         self,
         params: SplitParams,
-        tokens: Array,
-        mask: Array,
-        frozen_activations: Array | None,
+        tokens: Tokens,
+        mask: Mask,
+        frozen_activations: Float[Array, "B T D"] | None,
         *,
-        positions: Array | None = None,
-        segments: Array | None = None,
-    ) -> Array:
+        positions: Tokens | None = None,
+        segments: Tokens | None = None,
+    ) -> Float[Array, "B T E"]:
         """Runs the top from the frozen activations, or where everything trains from the tokens, to what the head reads.
 
         Args:
           params: the parameters.
-          tokens: int[B, T].
-          mask: bool[B, T].
+          tokens: ids.
+          mask: True = real token.
           frozen_activations: what `frozen_activations` returned.
           positions, segments: as there.
-
-        Returns:
-          float[B, T, E].
         """
         return self.model.apply(
             {"params": params.trainable},
@@ -190,34 +187,36 @@ class SplitModel:
         return params.frozen | params.trainable
 
 
-def last_token_values(network: SplitModel, params: SplitParams, hidden: Array, mask: Array) -> Array:
+def last_token_values(
+    network: SplitModel, params: SplitParams, hidden: Float[Array, "B T E"], mask: Mask
+) -> Float32[Array, "B"]:
     """What a scalar head says at the last real token of each row.
 
     Args:
       network: a model with a scalar head.
       params: its parameters.
-      hidden: float[B, T, E], from `hidden_states`.
-      mask: bool[B, T].
+      hidden: from `hidden_states`.
+      mask: True = real token.
 
     Returns:
-      float32[B].
+      In the head's unit: that of rewards.
     """
     last = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)  # [B]
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]  # [B, E]
     return network.model.apply({"params": network.head_params(params)}, hidden, method="apply_head")
 
 
-def text_scores(network: SplitModel, params: SplitParams, tokens: Array, mask: Array) -> Array:
+def text_scores(network: SplitModel, params: SplitParams, tokens: Tokens, mask: Mask) -> Float32[Array, "B"]:
     """The score of each text: what a scalar head says at its last real token.
 
     Args:
       network: a reward model.
       params: its parameters.
-      tokens: int[B, T].
-      mask: bool[B, T].
+      tokens: ids.
+      mask: True = real token.
 
     Returns:
-      float32[B].
+      In reward units, without the model's bias.
     """
     activations = network.frozen_activations(params, tokens, mask)
     hidden = network.hidden_states(params, tokens, mask, activations)

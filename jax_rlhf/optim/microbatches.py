@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import PyTree, Shaped
 
 from jax_rlhf.parallel import Layout, row_shards
 
@@ -68,7 +69,7 @@ def plan_batch(
     divides = rows % num_minibatches == 0 and minibatch % shards == 0
     if divides and given is None:
         given = minibatch if tokens_per_row is None else microbatch_rows(minibatch, tokens_per_row, shards, platform)
-    if divides and minibatch % given == 0 and given % shards == 0:
+    if divides and given is not None and minibatch % given == 0 and given % shards == 0:
         return BatchPlan(rows, num_minibatches, given)
     parts = f"{num_minibatches} minibatches × " if num_minibatches > 1 else ""
     if not divides:
@@ -103,12 +104,17 @@ def microbatch_rows(rows: int, tokens_per_row: int, shards: int, platform: str) 
     return max((n for n in fits if n * tokens_per_row <= budget), default=fits[0])
 
 
-def accumulate(function: Callable[[Any], Any], parts: Any, *, add: Callable[[Any, Any], Any] | None = None) -> Any:
+def accumulate(
+    function: Callable[[Any], Any],
+    parts: PyTree[Shaped[Array, "microbatches ..."]],
+    *,
+    add: Callable[[Any, Any], Any] | None = None,
+) -> PyTree[Shaped[Array, "..."]]:
     """Σ function(part) over microbatches, one after the other, so that one microbatch's activations exist.
 
     Args:
       function: a microbatch → a tree of arrays, such as gradients and sums; under `jit`.
-      parts: a tree of arrays [microbatches, rows, …].
+      parts: [microbatches, rows, …] each.
       add: of two such trees; None = leaf by leaf.
 
     Returns:
@@ -122,17 +128,17 @@ def accumulate(function: Callable[[Any], Any], parts: Any, *, add: Callable[[Any
     return jax.lax.scan(lambda total, part: (add(total, function(part)), None), total, parts)[0]
 
 
-def zeros_like_result(function: Callable[[], Any]) -> Any:
+def zeros_like_result(function: Callable[[], Any]) -> PyTree[Shaped[Array, "..."]]:
     """Zeros of the shapes and dtypes that a function returns; it is traced, and not run.
 
     Args:
       function: of no arguments.
 
     Returns:
-      A tree of arrays.
+      The zeros.
     """
 
-    def zeros(leaf: jax.ShapeDtypeStruct) -> Array:
+    def zeros(leaf: jax.ShapeDtypeStruct) -> Shaped[Array, "..."]:
         return jnp.zeros(leaf.shape, leaf.dtype)
 
     return jax.tree.map(zeros, jax.eval_shape(function))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jaxtyping import Bool, Float, Float32, Int, PyTree
 
 from jax_rlhf.optim.config import OptimizerConfig
 
@@ -75,18 +76,19 @@ def _scale_by_learning_rate_at_step(schedule: optax.Schedule) -> optax.GradientT
 
     def update(
         updates: optax.Updates,
-        state: optax.EmptyState,
+        state: optax.OptState,
         params: optax.Params | None = None,
         *,
-        step: Array | int,
-        scale: Array | float = 1.0,
+        step: Int[Array, ""] | int,
+        scale: Float[Array, ""] | float = 1.0,
         **_: Any,
-    ) -> tuple[optax.Updates, optax.EmptyState]:
+    ) -> tuple[optax.Updates, optax.OptState]:
         del params
         rate = schedule(step) * scale
         return jax.tree.map(lambda leaf: -rate * leaf, updates), state
 
-    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    # optax types the constructor as that of transformations without more arguments.
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)  # pyright: ignore[reportArgumentType]
 
 
 def _of_scalar_head(params: optax.Params) -> optax.Params:
@@ -95,15 +97,15 @@ def _of_scalar_head(params: optax.Params) -> optax.Params:
 
 def optimizer_step(
     config: OptimizerConfig,
-    gradient: optax.Params,
+    gradient: PyTree[Float[Array, "..."]],
     state: optax.OptState,
-    params: optax.Params,
+    params: PyTree[Float[Array, "..."]],
     *,
-    take: Array,
-    step: Array,
-    scale: Array | float = 1.0,
+    take: Bool[Array, ""],
+    step: Int[Array, ""],
+    scale: Float[Array, ""] | float = 1.0,
     head_learning_rate: float | None = None,
-) -> tuple[optax.Params, optax.OptState, Array]:
+) -> tuple[PyTree[Float[Array, "..."]], optax.OptState, Float32[Array, ""]]:
     """The optimizer's step, or nothing.
 
     A loop of one turn or none, since XLA changes in place what a loop carries: as `where` over the results, an update
@@ -114,13 +116,13 @@ def optimizer_step(
       gradient: of the parameters.
       state: the optimizer's.
       params: the parameters.
-      take: bool[], whether to step.
-      step: int32[], the step of the learning rate's schedule.
-      scale: float32[], what the learning rate is multiplied by.
+      take: whether to step.
+      step: of the learning rate's schedule.
+      scale: what the learning rate is multiplied by.
       head_learning_rate: as in `create_optimizer`.
 
     Returns:
-      (params, state, learning rate of this step, float32[]).
+      (params, state, learning rate of this step).
     """
     optimizer = create_optimizer(config, head_learning_rate=head_learning_rate)
 
@@ -189,13 +191,14 @@ def scale_by_tensorflow_adam(
     plain = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
 
     def update(
-        updates: optax.Updates, state: optax.ScaleByAdamState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
         _, state = plain.update(updates, state, params)  # the moments; its own direction is unused and compiled away
-        count = state.count.astype(jnp.float32)
+        assert isinstance(state, optax.ScaleByAdamState)
+        count = jnp.asarray(state.count).astype(jnp.float32)
         scale = jnp.sqrt(1 - b2**count) / (1 - b1**count)
 
-        def direction(mean: Array, square: Array) -> Array:
+        def direction(mean: Float[Array, "*shape"], square: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
             return scale * mean / (jnp.sqrt(square) + eps)
 
         return jax.tree.map(direction, state.mu, state.nu), state

@@ -15,6 +15,7 @@ import optax
 from flax import struct
 from jax import Array
 from jax.sharding import Mesh
+from jaxtyping import Float32, Int32
 
 from jax_rlhf.data import real_tokens
 from jax_rlhf.hub import Pretrained
@@ -30,28 +31,27 @@ from jax_rlhf.optim.optimizer import (
 )
 from jax_rlhf.parallel import Layout, as_layout, constrain_to, shardings_of, split_row_groups
 
-Sums = dict[str, Array]
+Sums = dict[str, Float32[Array, ""]]
 Loss = Callable[[SplitModel, SplitParams, Any], Sums]
-"""(network, params, batch) → sums over the batch, float32[] each: "loss", "count", and others to report."""
+"""(network, params, batch) → sums over the batch: "loss", "count", and others to report."""
 
 
-@struct.dataclass
-class SupervisedState:
+class SupervisedState(struct.PyTreeNode):
     """What a phase carries from step to step.
 
     Attributes:
       trainable: the parameters that train, float32.
       optimizer: the optax state.
-      step: int32[], steps done.
-      skipped_updates: int32[], steps left out since something was not finite.
-      bad_steps: int32[], such steps in a row.
+      step: steps done.
+      skipped_updates: steps left out since something was not finite.
+      bad_steps: such steps in a row.
     """
 
     trainable: Params
     optimizer: Any
-    step: Array
-    skipped_updates: Array
-    bad_steps: Array
+    step: Int32[Array, ""]
+    skipped_updates: Int32[Array, ""]
+    bad_steps: Int32[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +87,11 @@ def create_state(
       (state, frozen parameters).
     """
     params, create = split_params(how, pretrained.params), functools.partial(_create, how)
-    if mesh is None:
+    layout = as_layout(mesh)
+    if layout is None:
         return jax.jit(create)(params.trainable), params.frozen
-    return jax.jit(create, out_shardings=state_shardings(how, params.trainable, as_layout(mesh)))(
-        params.trainable
-    ), params.frozen
+    shardings = state_shardings(how, params.trainable, layout)
+    return jax.jit(create, out_shardings=shardings)(params.trainable), params.frozen
 
 
 def split_params(how: Supervised, params: Params) -> SplitParams:
@@ -119,13 +119,10 @@ def state_shardings(how: Supervised, trainable: Params, layout: Layout) -> Super
     Returns:
       Shardings, in the tree of the state.
     """
-    everywhere = layout.sharding(())
-    return SupervisedState(
+    shapes, everywhere = abstract_state(how, trainable), layout.sharding(())
+    return jax.tree.map(lambda _: everywhere, shapes).replace(
         trainable=jax.tree.map(lambda leaf: leaf.sharding, trainable),
-        optimizer=moment_shardings(_optimizer(how), abstract_state(how, trainable).optimizer, trainable, everywhere),
-        step=everywhere,
-        skipped_updates=everywhere,
-        bad_steps=everywhere,
+        optimizer=moment_shardings(_optimizer(how), shapes.optimizer, trainable, everywhere),
     )
 
 
@@ -149,7 +146,7 @@ def _create(how: Supervised, trainable: Params) -> SupervisedState:
 
 def update(
     how: Supervised, state: SupervisedState, frozen: Params, batch: Any
-) -> tuple[SupervisedState, dict[str, Array]]:
+) -> tuple[SupervisedState, dict[str, Float32[Array, ""] | Int32[Array, ""]]]:
     """One optimizer step; the state is donated, but for where NaNs are looked for (`jax_debug_nans`).
 
     Args:
@@ -162,7 +159,8 @@ def update(
       (state, metrics): the loss's means, the gradient's norm, the learning rate, the batch's tokens.
     """
     # JAX's NaN checks run a program again to find the place, and must find its arguments.
-    run = _step_kept if jax.config.jax_debug_nans else step
+    debug = jax.config.jax_debug_nans  # pyright: ignore[reportAttributeAccessIssue] -- JAX adds its flags at run time
+    run = _step_kept if debug else step
     return run(how, shardings_of(state), state, frozen, batch)
 
 
@@ -176,7 +174,7 @@ def evaluate(how: Supervised, state: SupervisedState, frozen: Params, batch: Any
       batch: rows.
 
     Returns:
-      Sums, float32[] each.
+      The loss's sums.
     """
     return evaluation_sums(how.network, how.loss, how.microbatches, state.trainable, frozen, batch)
 
@@ -194,11 +192,11 @@ def evaluation_sums(
 @functools.partial(model_jit, static_argnums=(0, 1), donate_argnums=2)
 def step(
     how: Supervised, shardings: tuple, state: SupervisedState, frozen: Params, batch: Any
-) -> tuple[SupervisedState, dict[str, Array]]:
+) -> tuple[SupervisedState, dict[str, Float32[Array, ""] | Int32[Array, ""]]]:
     """`update`, with the shardings that the state comes out in."""
 
     def gradients(part: Any) -> tuple[Params, Sums]:
-        def total(trainable: Params) -> tuple[Array, Sums]:
+        def total(trainable: Params) -> tuple[Float32[Array, ""], Sums]:
             sums = how.loss(how.network, SplitParams(frozen, trainable), part)
             return sums["loss"], sums
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from absl import logging
 from jax import Array
 from jax.sharding import Mesh
+from jaxtyping import Bool, Float32, Int, PRNGKeyArray
 
 from jax_rlhf.hub import CheckpointError, Pretrained
 from jax_rlhf.hub.config import ModelConfig
@@ -35,6 +36,7 @@ from jax_rlhf.ppo.initialize import (
 from jax_rlhf.ppo.models import Models, Params
 from jax_rlhf.ppo.step import make_sample
 from jax_rlhf.rl import Batch, Prompts
+from jax_rlhf.rl.types import AnyArray
 from jax_rlhf.sampling import Samples, Sampling
 from jax_rlhf.settings import from_mapping
 
@@ -170,29 +172,36 @@ class RLHFEngine:
         return dataclasses.replace(critic, generation_config=None, reward_bias=bias)
 
     def _pretrained(self, network: SplitModel, params: SplitParams) -> Pretrained:
-        params, model = _join(network, params), network.model
+        whole, model = _join(network, params), network.model
         if model.head == "lm":
             known = {"vocab_size": self._decoder.vocab_size, "absent_ids": self._decoder.absent_ids}
             model = model.clone(config=model.config.replace(**known))
-        return Pretrained(model, params, self.tokenizer, self.generation_config)
+        return Pretrained(model, whole, self.tokenizer, self.generation_config)
 
-    def sample(self, prompts: Array, prompt_mask: Array, row_ids: Array, key: Array, sampling: Sampling) -> Samples:
+    def sample(
+        self,
+        prompts: Int[AnyArray, "B P"],
+        prompt_mask: Bool[AnyArray, "B P"],
+        row_ids: Int[AnyArray, "B"],
+        key: PRNGKeyArray,
+        sampling: Sampling,
+    ) -> Samples:
         """The actor's responses; arguments as in `jax_rlhf.sample`."""
         rows = Prompts(prompts, prompt_mask, row_ids, columns=None)
         return make_sample(self.models, sampling)(self.params, rows, key)
 
     def score(
-        self, tokens: Array, mask: Array, *, start: int = 1, temperature: float = 1.0
-    ) -> tuple[Array, Array, Array]:
-        """Log-probs of tokens[:, start:] by actor and reference, the actor's entropy: float32[B, T − start] each."""
+        self, tokens: Int[AnyArray, "B T"], mask: Bool[AnyArray, "B T"], *, start: int = 1, temperature: float = 1.0
+    ) -> tuple[Float32[Array, "B R"], Float32[Array, "B R"], Float32[Array, "B R"]]:
+        """Log-probs of tokens[:, start:] by actor and reference, the actor's entropy, in nats; R = T − start."""
         return _make_score(self.models, temperature)(self.params, Batch(tokens, mask, start=start))
 
-    def values(self, tokens: Array, mask: Array) -> Array:
-        """The critic's value of the state that each token leads to, float32[B, T]."""
+    def values(self, tokens: Int[AnyArray, "B T"], mask: Bool[AnyArray, "B T"]) -> Float32[Array, "B T"]:
+        """The critic's value of the state that each token leads to, in reward units."""
         return _make_values(self.models)(self.params, Batch(tokens, mask))
 
-    def reward(self, tokens: Array, mask: Array) -> Array:
-        """The reward model's score of each text, float32[B]; whether it ends in EOS is not looked at."""
+    def reward(self, tokens: Int[AnyArray, "B T"], mask: Bool[AnyArray, "B T"]) -> Float32[Array, "B"]:
+        """The reward model's score of each text, in reward units; whether it ends in EOS is not looked at."""
         if self.models.reward is None:
             raise ValueError("the engine has no reward model; give config.reward_model.path.")
         return _make_reward(self.models)(self.params, Batch(tokens, mask))
@@ -203,7 +212,9 @@ class RLHFEngine:
 
 @functools.cache
 def _make_score(models: Models, temperature: float) -> Callable[[Params, Batch], tuple[Array, Array, Array]]:
-    def score(params: Params, batch: Batch) -> tuple[Array, Array, Array]:
+    def score(
+        params: Params, batch: Batch
+    ) -> tuple[Float32[Array, "B R"], Float32[Array, "B R"], Float32[Array, "B R"]]:
         params = models.fetch_offloaded(params)
         batch = batch.replace(frozen_activations=models.cache_frozen_activations(params, batch))
         logprobs, entropy = models.actor_logprobs(params, batch, temperature=temperature)
@@ -258,5 +269,6 @@ def check_roles(roles: Mapping[str, ModelConfig]) -> None:
         if config.path is None and config.revision is not None:
             raise ValueError(f"config.{role}.revision={config.revision!r} is of a hub id; set config.{role}.path too.")
     reward = roles["reward_model"]
-    if reward.path is None and (reward.offload or reward.dtype or reward.remat or reward.attention):
+    offload = isinstance(reward, FrozenConfig) and reward.offload
+    if reward.path is None and (offload or reward.dtype or reward.remat or reward.attention):
         logging.warning("config.reward_model has no path, so no reward model runs: its other settings change nothing.")

@@ -10,9 +10,11 @@ probability on others, in sampling, log-probs and entropy alike.
 """
 
 import dataclasses
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from jax_rlhf.hub import Pretrained, other_ids
 from jax_rlhf.hub.load_model import sampled_ids
@@ -76,7 +78,7 @@ def pad_vocabularies(start: InitialModels, layout: Layout | None) -> InitialMode
     return dataclasses.replace(start, **models, **configs)
 
 
-def _grown(leaf: jax.Array, wide: jax.ShapeDtypeStruct) -> jax.Array:
+def _grown(leaf: Float[jax.Array, "..."], wide: jax.ShapeDtypeStruct) -> Float[jax.Array, "..."]:
     return jnp.pad(leaf, [(0, new - old) for old, new in zip(leaf.shape, wide.shape, strict=True)])
 
 
@@ -160,22 +162,21 @@ def create_params(models: Models, start: InitialModels) -> Params:
     critic_start = start.critic or start.reward or _zero_head(start.actor)
     actor = models.actor.split(_on_mesh(start.actor, models.actor))
     critic = models.critic.split(_on_mesh(critic_start, models.critic))
+
+    def held(part: ModelParams, network: SplitModel, role: str) -> SplitParams:
+        frozen = SplitParams({}, narrowed(part, network.compute_dtypes().trainable))
+        return jax.device_put(frozen, jax.memory.Space.Host) if role in models.offloaded else frozen
+
     reference, reward = actor.trainable, None
     if not models.reference_shares:
+        assert start.reference is not None, "the models are of another start"
         reference = _on_mesh(start.reference, models.reference)
-    if models.reward_shares:
-        reward = critic.trainable
-    elif models.reward is not None:
-        reward = _on_mesh(start.reward, models.reward)
-    reference, reward = (
-        None if part is None else SplitParams({}, narrowed(part, network.compute_dtypes().trainable))
-        for part, network in ((reference, models.reference), (reward, models.reward))
-    )
+    reference = held(reference, models.reference, "reference")
+    if models.reward is not None:
+        assert start.reward is not None, "the models are of another start"
+        reward = critic.trainable if models.reward_shares else _on_mesh(start.reward, models.reward)
+        reward = held(reward, models.reward, "reward")
     actor, critic = _frozen_narrowed(models, actor, critic)
-    reference, reward = (
-        jax.device_put(part, jax.memory.Space.Host) if role in models.offloaded else part
-        for role, part in (("reference", reference), ("reward", reward))
-    )
 
     # The critic values unfinished responses, so it starts without the bonus that the reward model gives for those.
     learned = start.critic or start.reward
@@ -201,7 +202,7 @@ def _frozen_narrowed(models: Models, actor: SplitParams, critic: SplitParams) ->
     actors, critics = [models.actor], [models.critic]
     if models.reference_shares:
         actors.append(models.reference)
-    if models.reward_shares:
+    if models.reward is not None and models.reward_shares:
         critics.append(models.reward)
     if models.critic_shares:
         actors, critics = actors + critics, actors + critics
@@ -276,11 +277,11 @@ def frozen_shardings(models: Models, layout: Layout) -> Frozen:
     elif models.reward is not None:
         reward = SplitParams({}, whole_shardings(models.reward, layout))
     host = lambda sharding: sharding.with_memory_kind("pinned_host")  # noqa: E731
-    reference, reward = (
-        jax.tree.map(host, part) if role in models.offloaded else part
-        for role, part in (("reference", reference), ("reward", reward))
-    )
-    replicated = layout.sharding(())
+    if "reference" in models.offloaded:
+        reference = jax.tree.map(host, reference)
+    if "reward" in models.offloaded:
+        reward = jax.tree.map(host, reward)
+    replicated = cast(Any, layout.sharding(()))  # where an array is, in the same tree
     return Frozen(actor.frozen, critic.frozen, reference, reward, replicated, replicated, replicated)
 
 
@@ -303,6 +304,7 @@ def check_compatible(start: InitialModels) -> None:
     """
     heads = {"actor": "lm", "reference": "lm", "critic": "scalar", "reward": "scalar"}
     actor = start.actor
+    tokens = 0 if actor.tokenizer is None else len(actor.tokenizer)
     for role, wanted in heads.items():
         given = getattr(start, role)
         if given is None:
@@ -316,7 +318,5 @@ def check_compatible(start: InitialModels) -> None:
                 "never made again from text: use a model of the same tokenizer (it may have more tokens), or score "
                 "texts with a reward function."
             )
-        if role != "actor" and given.model.config.vocab_size < (len(actor.tokenizer) if actor.tokenizer else 0):
-            raise ValueError(
-                f"{role} knows {given.model.config.vocab_size} tokens, the tokenizer has {len(actor.tokenizer)}."
-            )
+        if role != "actor" and given.model.config.vocab_size < tokens:
+            raise ValueError(f"{role} knows {given.model.config.vocab_size} tokens, the tokenizer has {tokens}.")

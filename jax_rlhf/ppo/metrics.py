@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jaxtyping import Bool, Float32
 
 from jax_rlhf.ppo.config import PPOConfig
 from jax_rlhf.ppo.state import PPOState
 from jax_rlhf.rl import Experience, masked_mean, masked_sum, masked_variance, shaped_scores, token_rewards
 
 
-@struct.dataclass
-class LossSums:
-    """Losses and more, summed over a microbatch's tokens and divided by the minibatch's token count: float32[] each.
+class LossSums(struct.PyTreeNode):
+    """Losses and more, summed over a microbatch's tokens and divided by the minibatch's token count.
 
     Attributes:
       policy_loss, value_loss, ptx_loss: the losses, without entropy bonus and coefficients.
@@ -27,60 +27,59 @@ class LossSums:
       ratio_gap: the largest |ρ − 1|: not a sum.
     """
 
-    policy_loss: Array
-    value_loss: Array
-    ptx_loss: Array
-    entropy: Array
-    approx_kl: Array
-    penalty_kl: Array
-    clipped: Array
-    value_clipped: Array
-    ratio: Array
-    ratio_gap: Array
+    policy_loss: Float32[Array, "*steps"]
+    value_loss: Float32[Array, "*steps"]
+    ptx_loss: Float32[Array, "*steps"]
+    entropy: Float32[Array, "*steps"]
+    approx_kl: Float32[Array, "*steps"]
+    penalty_kl: Float32[Array, "*steps"]
+    clipped: Float32[Array, "*steps"]
+    value_clipped: Float32[Array, "*steps"]
+    ratio: Float32[Array, "*steps"]
+    ratio_gap: Float32[Array, "*steps"]
 
 
-@struct.dataclass
-class StepMetrics:
-    """What is measured of one minibatch.
+class StepMetrics(struct.PyTreeNode):
+    """What is measured of one minibatch, or of all steps after one another.
 
     Attributes:
       sums: of its microbatches.
-      done: bool[], False past `target_kl`, where nothing is computed.
-      taken: bool[], whether the parameters moved.
-      actor_norm, critic_norm: float32[], of the gradients before clipping.
-      actor_lr, critic_lr: float32[], the learning rates of this step.
+      done: False past `target_kl`, where nothing is computed.
+      taken: whether the parameters moved.
+      actor_norm, critic_norm: of the gradients before clipping.
+      actor_lr, critic_lr: the learning rates of this step.
     """
 
     sums: LossSums
-    done: Array
-    taken: Array
-    actor_norm: Array
-    critic_norm: Array
-    actor_lr: Array
-    critic_lr: Array
+    done: Bool[Array, "*steps"]
+    taken: Bool[Array, "*steps"]
+    actor_norm: Float32[Array, "*steps"]
+    critic_norm: Float32[Array, "*steps"]
+    actor_lr: Float32[Array, "*steps"]
+    critic_lr: Float32[Array, "*steps"]
 
 
 def policy_sums(
     config: PPOConfig,
     batch: Experience,
     *,
-    policy_loss: Array,
-    entropy: Array,
-    log_ratio: Array,
-    old_to_new: Array,
-    tokens: Array,
+    policy_loss: Float32[Array, "B R"],
+    entropy: Float32[Array, "B R"],
+    log_ratio: Float32[Array, "B R"],
+    old_to_new: Float32[Array, "B R"],
+    tokens: Float32[Array, ""],
 ) -> LossSums:
     """What is measured of the actor on a microbatch; `value_loss`, `value_clipped` and `ptx_loss` are 0.
 
     Args:
       config: PPO's.
       batch: b rows of the experience.
-      policy_loss, entropy, log_ratio, old_to_new: float32[b, R]: the loss, and in nats H, log ρ and k3(old ‖ new).
-      tokens: float32[], real tokens of the minibatch.
+      policy_loss, entropy, log_ratio, old_to_new: the loss, and in nats H, log ρ and k3(old ‖ new).
+      tokens: real tokens of the minibatch.
     """
     mask, ratio, advantages, zero = batch.response_mask, jnp.exp(log_ratio), batch.advantages, jnp.float32(0)
     low, high = config.loss.clip_ranges
-    clipped = ((advantages < 0) & (ratio < 1 - low)) | ((advantages > 0) & (ratio > 1 + high))
+    clipped = ((advantages < 0) & (ratio < 1 - low)) | ((advantages > 0) & (ratio > 1 + high))  # [b, R]
     mean = lambda x: masked_sum(x.astype(jnp.float32), mask) / tokens  # noqa: E731
     return LossSums(
         policy_loss=mean(policy_loss),
@@ -102,16 +101,18 @@ def add_gradients_and_sums(total: tuple[Any, LossSums], more: tuple[Any, LossSum
     return gradients, sums.replace(ratio_gap=jnp.maximum(total[1].ratio_gap, more[1].ratio_gap))
 
 
-def experience_metrics(config: PPOConfig, experience: Experience, kl_coef: Array) -> dict[str, Array]:
+def experience_metrics(
+    config: PPOConfig, experience: Experience, kl_coef: Float32[Array, ""]
+) -> dict[str, Float32[Array, ""]]:
     """Metrics of one iteration's experience; sums are over a response, means over the batch.
 
     Args:
       config: PPO's.
       experience: what was generated.
-      kl_coef: float32[], β that its rewards were made with.
+      kl_coef: β that its rewards were made with.
 
     Returns:
-      float32[] each:
+      By name:
         objective/kl: Σ log π − log π_ref, in nats per response; objective/kl_per_token: its mean per token.
         objective/entropy: Σ −log π of the sampled tokens, in nats per response.
         objective/scores, objective/scores_std: from the reward source.
@@ -125,7 +126,7 @@ def experience_metrics(config: PPOConfig, experience: Experience, kl_coef: Array
         val/bad_scores: responses whose score is not finite.
     """
     mask = experience.response_mask
-    log_ratio = jnp.where(mask, experience.logprobs - experience.ref_logprobs, 0)
+    log_ratio = jnp.where(mask, experience.logprobs - experience.ref_logprobs, 0)  # [B, R]
     kl = jnp.mean(jnp.sum(log_ratio, axis=1))
     scores = jnp.mean(experience.scores)
     how = {"kl_coef": kl_coef, "kl_kind": config.kl.kind, "kl_reduction": config.kl.reduction}
@@ -157,7 +158,7 @@ def experience_metrics(config: PPOConfig, experience: Experience, kl_coef: Array
     }
 
 
-def update_metrics(state: PPOState, steps: StepMetrics) -> dict[str, Array]:
+def update_metrics(state: PPOState, steps: StepMetrics) -> dict[str, Float32[Array, ""]]:
     """Means over the updates that were done; each leaf of `steps` is [updates]."""
     sums = steps.sums
     mean = lambda x: masked_mean(x.astype(jnp.float32), steps.done)  # noqa: E731
@@ -169,7 +170,7 @@ def update_metrics(state: PPOState, steps: StepMetrics) -> dict[str, Array]:
         "policy/entropy_avg": mean(sums.entropy),
         "policy/grad_norm": mean(steps.actor_norm),
         "policy/penalty_kl": mean(sums.penalty_kl),
-        "policy/penalty_coef": state.penalty.value,
+        "policy/penalty_coef": jnp.asarray(state.penalty.value),
         "loss/policy_avg": mean(sums.policy_loss),
         "loss/value_avg": mean(sums.value_loss),
         "loss/ptx_avg": mean(sums.ptx_loss),

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from flax import struct
 from jax import Array
+from jaxtyping import Bool, Float, Float32, Int
 
 from jax_rlhf.models import Decoder
 from jax_rlhf.models.decoder import Params as ModelParams
@@ -29,8 +30,7 @@ from jax_rlhf.rl.types import Batch, FrozenActivations
 from jax_rlhf.sampling import check_positions, decodes_unrolled, reshard, score_hidden
 
 
-@struct.dataclass
-class Trainable:
+class Trainable(struct.PyTreeNode):
     """What an update changes.
 
     Attributes:
@@ -50,30 +50,28 @@ class Trainable:
         return self.replace(actor_ema=average)
 
 
-@struct.dataclass
-class Frozen:
+class Frozen(struct.PyTreeNode):
     """What no update changes.
 
     Attributes:
       actor, critic: the frozen bottom layers of these models; empty dicts where everything trains.
       reference: the reference; its `frozen` is empty where it shares the actor's.
       reward: the reward model; its `frozen` is empty where it shares the critic's. None where there is none.
-      reward_bias, critic_bias: float32[], added to what the heads say. A reward model's gain is in its head, its bias
-        here. A critic that starts as a reward model starts with its scores of unfinished texts.
-      missing_eos_bias: float32[], subtracted from the reward model's scores of responses without EOS.
+      reward_bias, critic_bias: added to what the heads say, in reward units. A reward model's gain is in its head, its
+        bias here. A critic that starts as a reward model starts with its scores of unfinished texts.
+      missing_eos_bias: subtracted from the reward model's scores of responses without EOS.
     """
 
     actor: ModelParams
     critic: ModelParams
     reference: SplitParams
     reward: SplitParams | None
-    reward_bias: Array
-    critic_bias: Array
-    missing_eos_bias: Array
+    reward_bias: Float32[Array, ""]
+    critic_bias: Float32[Array, ""]
+    missing_eos_bias: Float32[Array, ""]
 
 
-@struct.dataclass
-class Params:
+class Params(struct.PyTreeNode):
     """Parameters of the four models: what an update changes, and what it does not."""
 
     trainable: Trainable
@@ -153,7 +151,9 @@ class Models:
         bottom = SplitParams(params.frozen.critic, {})
         return FrozenActivations(actor, self.critic.frozen_activations(bottom, batch.tokens, batch.mask))
 
-    def actor_logprobs(self, params: Params, batch: Batch, *, temperature: float) -> tuple[Array, Array]:
+    def actor_logprobs(
+        self, params: Params, batch: Batch, *, temperature: float
+    ) -> tuple[Float32[Array, "B R"], Float32[Array, "B R"]]:
         """Log-probs of the tokens from slot `batch.start` on, and the entropy of the distributions they are from.
 
         Args:
@@ -162,12 +162,12 @@ class Models:
           temperature: τ, as sampled: the distribution is softmax(logits / τ).
 
         Returns:
-          (logprobs, entropy), float32[B, T − start] each, in nats. At pads they are unspecified.
+          (logprobs, entropy) of R = T − start tokens, in nats. At pads they are unspecified.
         """
         return self._logprobs(self.actor, params.actor, batch, batch.frozen_activations.actor, temperature)
 
-    def reference_logprobs(self, params: Params, batch: Batch, *, temperature: float) -> Array:
-        """The reference's log-probs of the same tokens, float32[B, T − start], in nats."""
+    def reference_logprobs(self, params: Params, batch: Batch, *, temperature: float) -> Float32[Array, "B R"]:
+        """The reference's log-probs of the same tokens, in nats."""
         reference, activations = params.frozen.reference, None
         if self.reference_shares:
             reference = SplitParams(params.frozen.actor, reference.trainable)
@@ -175,26 +175,28 @@ class Models:
                 activations = batch.frozen_activations.actor
         return self._logprobs(self.reference, reference, batch, activations, temperature)[0]
 
-    def values(self, params: Params, batch: Batch) -> Array:
+    def values(self, params: Params, batch: Batch) -> Float32[Array, "B states"]:
         """The critic's values of the states before each token from `batch.start` on, and after the last slot.
 
         Returns:
-          float32[B, T − start + 1], in reward units.
+          Of T − start + 1 states, in reward units.
         """
         hidden = _hidden(self.critic, params.critic, batch, batch.frozen_activations.critic)
         hidden = hidden[:, batch.start - 1 :]  # [B, R + 1, D]
         head = {"params": self.critic.head_params(params.critic)}
         return self.critic.model.apply(head, hidden, method="apply_head") + params.frozen.critic_bias
 
-    def scores(self, params: Params, batch: Batch) -> Array:
-        """The reward model's score of each row, read at its last real token, float32[B]; its bias is added."""
-        reward, activations = params.frozen.reward, None
+    def scores(self, params: Params, batch: Batch) -> Float32[Array, "B"]:
+        """The reward model's score of each row, read at its last real token, its bias added; in reward units."""
+        network, reward, activations = self.reward, params.frozen.reward, None
+        assert network is not None, "there is no reward model to ask"
+        assert reward is not None, "the parameters are of other models"
         if self.reward_shares:
             reward = SplitParams(params.frozen.critic, reward.trainable)
-            if _same_forward(self.reward, self.critic):
+            if _same_forward(network, self.critic):
                 activations = batch.frozen_activations.critic
-        hidden = _hidden(self.reward, reward, batch, activations)
-        return last_token_values(self.reward, reward, hidden, batch.mask) + params.frozen.reward_bias
+        hidden = _hidden(network, reward, batch, activations)
+        return last_token_values(network, reward, hidden, batch.mask) + params.frozen.reward_bias
 
     def sampling_weights(self, params: Params) -> tuple[Decoder, ModelParams]:
         """The actor as the sampler runs it, (model, parameters): see `sampling/weights.py`."""
@@ -203,12 +205,12 @@ class Models:
             return model.clone(scan_layers=False), self.actor.unstack(weights)
         return model, self.actor.join(weights)
 
-    def check_prompts(self, tokens: np.ndarray, mask: np.ndarray, max_new_tokens: int) -> None:
+    def check_prompts(self, tokens: Int[np.ndarray, "B P"], mask: Bool[np.ndarray, "B P"], max_new_tokens: int) -> None:
         """Raises where one of the four models cannot run over these prompts and their responses.
 
         Args:
-          tokens: int[B, P], on the host.
-          mask: bool[B, P].
+          tokens: ids, on the host.
+          mask: True = real token.
           max_new_tokens: R, in tokens.
 
         Raises:
@@ -225,15 +227,22 @@ class Models:
                 check_positions(network.model.config, lengths, max_new_tokens, whose=f"{role}'s")
 
     def _logprobs(
-        self, network: SplitModel, params: SplitParams, batch: Batch, activations: Array | None, temperature: float
-    ) -> tuple[Array, Array]:
+        self,
+        network: SplitModel,
+        params: SplitParams,
+        batch: Batch,
+        activations: Float[Array, "B T D"] | None,
+        temperature: float,
+    ) -> tuple[Float32[Array, "B R"], Float32[Array, "B R"]]:
         hidden = _hidden(network, params, batch, activations)[:, batch.start - 1 : -1]  # [B, R, D], before each token
         targets, head = batch.tokens[:, batch.start :], network.head_params(params)
         return score_hidden(network.model, head, hidden, targets, temperature=temperature, chunk=self.logprob_chunk)
 
 
-def _hidden(network: SplitModel, params: SplitParams, batch: Batch, activations: Array | None) -> Array:
-    """What the head reads, [B, T, D]; the frozen bottom runs here where its output is not given."""
+def _hidden(
+    network: SplitModel, params: SplitParams, batch: Batch, activations: Float[Array, "B T D"] | None
+) -> Float[Array, "B T E"]:
+    """What the head reads; the frozen bottom runs here where its output is not given."""
     if activations is None:
         activations = network.frozen_activations(params, batch.tokens, batch.mask)
     return network.hidden_states(params, batch.tokens, batch.mask, activations)

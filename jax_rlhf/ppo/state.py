@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jaxtyping import Bool, Float32, Int32
 
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.optim.optimizer import create_optimizer, moment_shardings, optimizer_step
@@ -17,40 +18,41 @@ from jax_rlhf.ppo.models import Trainable
 from jax_rlhf.rl import AdaptiveKL, AdaptivePenalty, FixedKL
 
 
-@struct.dataclass
-class PPOState:
+class PPOState(struct.PyTreeNode):
     """Optimizer states, controllers and counters.
 
     Attributes:
       actor_optimizer, critic_optimizer: optax states.
       kl: the KL controller.
       penalty: the controller of PPO-penalty's β.
-      iteration: int32[], iterations done.
-      skipped_updates: int32[], optimizer steps left out since something was not finite.
-      bad_steps: int32[], iterations in a row that had such a step.
-      lr_scale: float32[], what the actor's learning rate is multiplied by: 1 until a limit lowers it.
-      entropy: float32[], of the actor on the last minibatch, in nats per token; 0 before the first.
+      iteration: iterations done.
+      skipped_updates: optimizer steps left out since something was not finite.
+      bad_steps: iterations in a row that had such a step.
+      lr_scale: what the actor's learning rate is multiplied by: 1 until a limit lowers it.
+      entropy: of the actor on the last minibatch, in nats per token; 0 before the first.
     """
 
     actor_optimizer: Any
     critic_optimizer: Any
     kl: FixedKL | AdaptiveKL
     penalty: AdaptivePenalty
-    iteration: Array
-    skipped_updates: Array
-    bad_steps: Array
-    lr_scale: Array
-    entropy: Array
+    iteration: Int32[Array, ""]
+    skipped_updates: Int32[Array, ""]
+    bad_steps: Int32[Array, ""]
+    lr_scale: Float32[Array, ""]
+    entropy: Float32[Array, ""]
 
-    def adapt_kl(self, kl: Array, episodes: int, moved: Array) -> "PPOState":
-        """With the KL coefficient of the next iteration, where the actor moved; kl: float32[], nats per response."""
+    def adapt_kl(self, kl: Float32[Array, ""], episodes: int, moved: Bool[Array, ""]) -> "PPOState":
+        """With the KL coefficient of the next iteration, where the actor moved; kl: in nats per response."""
         return self.replace(kl=_where(moved, self.kl.update(kl, episodes), self.kl))
 
-    def adapt_penalty(self, kl: Array, moved: Array) -> "PPOState":
-        """With PPO-penalty's next β, where the actor moved; kl: float32[], k3(old ‖ new), nats per token."""
+    def adapt_penalty(self, kl: Float32[Array, ""], moved: Bool[Array, ""]) -> "PPOState":
+        """With PPO-penalty's next β, where the actor moved; kl: k3(old ‖ new), in nats per token."""
         return self.replace(penalty=_where(moved, self.penalty.update(kl), self.penalty))
 
-    def apply_limits(self, config: PPOConfig, metrics: dict[str, Array]) -> tuple["PPOState", dict[str, Array]]:
+    def apply_limits(
+        self, config: PPOConfig, metrics: dict[str, Float32[Array, ""]]
+    ) -> tuple["PPOState", dict[str, Float32[Array, ""]]]:
         """Where a limit is passed, the learning rate falls, or the run is told to stop; (state, metrics)."""
         state, limits = self, {}
         if config.limits.kl is not None:
@@ -64,7 +66,7 @@ class PPOState:
         return state, {name: value.astype(jnp.float32) for name, value in limits.items()}
 
 
-def _where(condition: Array, chosen: Any, other: Any) -> Any:
+def _where(condition: Bool[Array, ""], chosen: Any, other: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), chosen, other)
 
 
@@ -74,9 +76,9 @@ def take_step(
     state: PPOState,
     gradients: Mapping[str, Params],
     *,
-    take: Array,
-    step: Array,
-) -> tuple[Trainable, PPOState, tuple[Array, Array]]:
+    take: Bool[Array, ""],
+    step: Int32[Array, ""],
+) -> tuple[Trainable, PPOState, tuple[Float32[Array, ""], Float32[Array, ""]]]:
     """One optimizer step of the actor, one of the critic.
 
     Learning rates are functions of the step's address (iteration, epoch, minibatch), and not of how many updates were
@@ -87,11 +89,11 @@ def take_step(
       trainable: the parameters.
       state: with the optimizers' states.
       gradients: "actor" and "critic".
-      take: bool[], False leaves both as they are.
-      step: int32[], of this iteration.
+      take: False leaves both as they are.
+      step: of this iteration.
 
     Returns:
-      (trainable, state, learning rates of actor and critic, float32[] each).
+      (trainable, state, learning rates of actor and critic).
     """
     per_iteration, warmup = config.ppo_epochs * config.num_minibatches, config.critic.warmup_iterations
     learn_actor, scale = state.iteration >= warmup, state.lr_scale if config.limits.action == "lower_lr" else 1.0
@@ -117,7 +119,7 @@ def take_step(
     return trainable.replace(actor=actor, critic=critic), state, rates
 
 
-def entropy_coef(config: PPOConfig, state: PPOState) -> Array | float:
+def entropy_coef(config: PPOConfig, state: PPOState) -> Float32[Array, ""] | float:
     """The entropy bonus's coefficient, per nat: 0 where the last minibatch had more entropy than is wanted.
 
     Source: He et al. 2025, "Skywork Open Reasoner 1 Technical Report" (adaptive entropy control).

@@ -29,6 +29,7 @@ import numpy as np
 import optax
 from flax import struct
 from jax import Array
+from jaxtyping import Bool, Float32, Int32, PRNGKeyArray
 
 from jax_rlhf import rl
 from jax_rlhf.models import model_jit
@@ -47,6 +48,7 @@ from jax_rlhf.ppo.metrics import (
 from jax_rlhf.ppo.models import Frozen, Models, Params, Trainable
 from jax_rlhf.ppo.state import PPOState, entropy_coef, take_step
 from jax_rlhf.rl import Batch, Experience, Prompts
+from jax_rlhf.rl.types import AnyArray
 from jax_rlhf.sampling import Samples, Sampling, in_rows, rollout
 
 _ORDER_ADDRESS = np.uint32(0xFFFFFFFF)  # of the row orders' key; row ids, which address the samples' keys, are smaller
@@ -55,11 +57,13 @@ _ORDER_ADDRESS = np.uint32(0xFFFFFFFF)  # of the row orders' key; row ids, which
 
 
 @functools.cache
-def make_experience(models: Models, config: PPOConfig) -> Callable[[Params, Prompts, Array, Array], Experience]:
+def make_experience(
+    models: Models, config: PPOConfig
+) -> Callable[[Params, Prompts, PRNGKeyArray, Float32[Array, ""]], Experience]:
     """generate(params, prompts, key, kl_coef): samples and scores in one program."""
     sample, score = make_sample(models, config.sampling), make_score(models, config)
 
-    def generate(params: Params, prompts: Prompts, key: Array, kl_coef: Array) -> Experience:
+    def generate(params: Params, prompts: Prompts, key: PRNGKeyArray, kl_coef: Float32[Array, ""]) -> Experience:
         samples = sample(params, prompts, key)
         return score(params, prompts.mask, samples, None, kl_coef)
 
@@ -67,10 +71,10 @@ def make_experience(models: Models, config: PPOConfig) -> Callable[[Params, Prom
 
 
 @functools.cache
-def make_sample(models: Models, sampling: Sampling) -> Callable[[Params, Prompts, Array], Samples]:
+def make_sample(models: Models, sampling: Sampling) -> Callable[[Params, Prompts, PRNGKeyArray], Samples]:
     """sample(params, prompts, key): step 1, with weights in the sampler's layout, made of the training weights here."""
 
-    def sample(params: Params, prompts: Prompts, key: Array) -> Samples:
+    def sample(params: Params, prompts: Prompts, key: PRNGKeyArray) -> Samples:
         model, weights = models.sampling_weights(params)
         samples = rollout(model, weights, prompts, key, sampling)  # tokens [B, T]; mask, log-probs [B, R]
         return in_rows(samples, models.layout)
@@ -81,16 +85,20 @@ def make_sample(models: Models, sampling: Sampling) -> Callable[[Params, Prompts
 @functools.cache
 def make_score(
     models: Models, config: PPOConfig
-) -> Callable[[Params, Array, Samples, Array | None, Array], Experience]:
+) -> Callable[[Params, Bool[AnyArray, "B P"], Samples, Float32[Array, "B"] | None, Float32[Array, ""]], Experience]:
     """score(params, prompt_mask, samples, function_scores, kl_coef): steps 2 to 4.
 
-    function_scores: float32[B], the weighted sum of reward functions' scores; None where there are none.
-    kl_coef: float32[], β.
+    function_scores: the weighted sum of reward functions' scores; None where there are none.
+    kl_coef: β, in reward units per nat.
     """
     models = dataclasses.replace(models, logprob_chunk=config.logprob_chunk)
 
     def score(
-        params: Params, prompt_mask: Array, samples: Samples, function_scores: Array | None, kl_coef: Array
+        params: Params,
+        prompt_mask: Bool[AnyArray, "B P"],
+        samples: Samples,
+        function_scores: Float32[Array, "B"] | None,
+        kl_coef: Float32[Array, ""],
     ) -> Experience:
         params = models.fetch_offloaded(params)
         mask = jnp.concatenate([prompt_mask, samples.response_mask], axis=1)  # [B, T]
@@ -116,7 +124,7 @@ def make_score(
         nothing_yet = jnp.zeros_like(logprobs)
         experience = Experience(
             tokens=samples.tokens,
-            prompt_mask=prompt_mask,
+            prompt_mask=jnp.asarray(prompt_mask),
             response_mask=response_mask,
             logprobs=jnp.where(response_mask, logprobs, 0),
             sampler_logprobs=samples.logprobs,
@@ -135,8 +143,10 @@ def make_score(
     return model_jit(score)
 
 
-def with_advantages(config: PPOConfig, experience: Experience, last_values: Array, kl_coef: Array) -> Experience:
-    """Steps 3 and 4; last_values: float32[B], the critic's of the state after the last slot."""
+def with_advantages(
+    config: PPOConfig, experience: Experience, last_values: Float32[Array, "B"], kl_coef: Float32[Array, ""]
+) -> Experience:
+    """Steps 3 and 4; last_values: the critic's of the state after the last slot."""
     values, mask, ended = experience.values, experience.response_mask, experience.ended
     penalty = {"clip": config.reward.clip, "missing_eos_penalty": config.reward.missing_eos_penalty}
     scores = rl.shaped_scores(experience.scores, ended, **penalty)  # [B]
@@ -155,28 +165,26 @@ def with_advantages(config: PPOConfig, experience: Experience, last_values: Arra
 # ---- experience → updates ------------------------------------------------------------------------------------------
 
 
-@struct.dataclass
-class _Iteration:
+class _Iteration(struct.PyTreeNode):
     """What all minibatches of an iteration read: B rows, their frozen activations among them."""
 
     frozen: Frozen
     experience: Experience
-    learn_actor: Array  # bool[], False while only the critic warms up
+    learn_actor: Bool[Array, ""]  # False while only the critic warms up
 
 
-@struct.dataclass
-class _Carry:
+class _Carry(struct.PyTreeNode):
     """What goes from one minibatch to the next."""
 
     trainable: Trainable
     state: PPOState
-    stopped: Array  # bool[], a minibatch has passed target_kl
+    stopped: Bool[Array, ""]  # a minibatch has passed target_kl
 
 
 @functools.cache
 def make_update(
     models: Models, config: PPOConfig, shardings: tuple | None = None, *, donate: bool = True
-) -> Callable[..., tuple[Trainable, PPOState, dict[str, Array]]]:
+) -> Callable[..., tuple[Trainable, PPOState, dict[str, Float32[Array, ""]]]]:
     """update(trainable, state, frozen, experience, texts, seed_key) → (trainable, state, metrics): steps 5 to 8.
 
     shardings: `shardings_of` (trainable, state), in which they come out again; None = one device.
@@ -193,9 +201,10 @@ def make_update(
         frozen: Frozen,
         experience: Experience,
         texts: Batch | None,
-        seed_key: Array,
-    ) -> tuple[Trainable, PPOState, dict[str, Array]]:
+        seed_key: PRNGKeyArray,
+    ) -> tuple[Trainable, PPOState, dict[str, Float32[Array, ""]]]:
         key = jax.random.fold_in(jax.random.fold_in(seed_key, state.iteration), _ORDER_ADDRESS)
+        assert config.microbatch_size is not None, "the trainer chooses it before"
         plan = BatchPlan(len(experience.tokens), config.num_minibatches, config.microbatch_size)
         skipped_before = state.skipped_updates
         if texts is not None:
@@ -204,11 +213,11 @@ def make_update(
             texts = jax.tree.map(lambda x: x.reshape(plan.num_minibatches, plan.microbatches, -1, *x.shape[1:]), texts)
         iteration = _Iteration(frozen, experience, state.iteration >= config.critic.warmup_iterations)
 
-        def row_order(epoch: Array) -> Array:
-            rows = jax.random.permutation(jax.random.fold_in(key, epoch), plan.rows)  # int[B]
+        def row_order(epoch: Int32[Array, ""]) -> Int32[Array, "minibatches microbatches rows"]:
+            rows = jax.random.permutation(jax.random.fold_in(key, epoch), plan.rows)  # [B]
             return rows.reshape(plan.num_minibatches, plan.microbatches, plan.microbatch_size)
 
-        def epoch(carry: _Carry, epoch: Array) -> tuple[_Carry, StepMetrics]:
+        def epoch(carry: _Carry, epoch: Int32[Array, ""]) -> tuple[_Carry, StepMetrics]:
             steps = epoch * plan.num_minibatches + jnp.arange(plan.num_minibatches)
             return jax.lax.scan(functools.partial(minibatch, iteration), carry, (row_order(epoch), texts, steps))
 
@@ -219,7 +228,7 @@ def make_update(
         state = carry.state.replace(bad_steps=jnp.where(skipped, carry.state.bad_steps + 1, 0))
 
         # 8. Coefficients answer to what the actor did: where it did not move, they rest.
-        metrics = experience_metrics(config, experience, state.kl.value)
+        metrics = experience_metrics(config, experience, jnp.asarray(state.kl.value))
         moved = iteration.learn_actor & jnp.any(measured.taken)
         if config.loss.policy == "penalty":
             params, last_rows = Params(carry.trainable, frozen), row_order(jnp.int32(config.ppo_epochs - 1))[-1]
@@ -239,7 +248,7 @@ def make_update(
 def _make_minibatch(models: Models, config: PPOConfig) -> Callable[..., tuple[_Carry, StepMetrics]]:
     """minibatch(iteration, carry, (rows, texts, step)): one optimizer step of the actor, one of the critic.
 
-    rows: int[microbatches, rows each], of the experience. step: int32[], of the iteration.
+    rows: int32[microbatches, rows each], of the experience. step: int32[], of the iteration.
     """
 
     def minibatch(iteration: _Iteration, carry: _Carry, inputs: tuple) -> tuple[_Carry, StepMetrics]:
@@ -248,9 +257,11 @@ def _make_minibatch(models: Models, config: PPOConfig) -> Callable[..., tuple[_C
         params = Params(trainable, iteration.frozen)
         tokens = jnp.maximum(jnp.sum(experience.response_mask[rows]), 1).astype(jnp.float32)  # real ones, whose mean
         text_tokens = 1 if texts is None else jnp.maximum(jnp.sum(rl.predicted_tokens(texts.mask)), 1)  # the losses are
-        weights = LossWeights(state.penalty.value, entropy_coef(config, state), tokens, text_tokens)
+        weights = LossWeights(jnp.asarray(state.penalty.value), entropy_coef(config, state), tokens, text_tokens)
 
-        def microbatch(inputs: tuple[Array, Batch | None]) -> tuple[tuple[ModelParams, ModelParams], LossSums]:
+        def microbatch(
+            inputs: tuple[Int32[Array, "rows"], Batch | None],
+        ) -> tuple[tuple[ModelParams, ModelParams], LossSums]:
             batch, text = jax.tree.map(lambda leaf: leaf[inputs[0]], experience), inputs[1]
             actor = lambda actor: actor_loss(models, config, params.with_actor(actor), batch, text, weights)  # noqa: E731
             critic = lambda critic: critic_loss(models, config, params.with_critic(critic), batch, tokens)  # noqa: E731
@@ -292,20 +303,19 @@ def _make_minibatch(models: Models, config: PPOConfig) -> Callable[..., tuple[_C
     return minibatch
 
 
-@struct.dataclass
-class LossWeights:
+class LossWeights(struct.PyTreeNode):
     """What the losses are multiplied with and divided by, the same for all microbatches of a minibatch."""
 
-    penalty: Array  # float32[], β of PPO-penalty
-    entropy: Array | float  # float32[], the entropy bonus's coefficient, per nat
-    tokens: Array  # float32[], real tokens of the minibatch's responses
-    text_tokens: Array | int  # int32[], predicted tokens of its texts
+    penalty: Float32[Array, ""]  # β of PPO-penalty
+    entropy: Float32[Array, ""] | float  # the entropy bonus's coefficient, per nat
+    tokens: Float32[Array, ""]  # real tokens of the minibatch's responses
+    text_tokens: Int32[Array, ""] | int  # predicted tokens of its texts
 
 
 def actor_loss(
     models: Models, config: PPOConfig, params: Params, batch: Experience, text: Batch | None, weights: LossWeights
-) -> tuple[Array, LossSums]:
-    """Step 6: the actor's loss on a microbatch, float32[], and what is measured of it.
+) -> tuple[Float32[Array, ""], LossSums]:
+    """Step 6: the actor's loss on a microbatch, and what is measured of it.
 
     L = Σ_t L_t^{clip or penalty} / tokens − c_H · entropy + c_ptx · (Σ_t −log π(text_t)) / text tokens
     """
@@ -329,9 +339,9 @@ def actor_loss(
 
 
 def critic_loss(
-    models: Models, config: PPOConfig, params: Params, batch: Experience, tokens: Array
-) -> tuple[Array, dict[str, Array]]:
-    """Step 7: the critic's loss on a microbatch, float32[], and what is measured of it."""
+    models: Models, config: PPOConfig, params: Params, batch: Experience, tokens: Float32[Array, ""]
+) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
+    """Step 7: the critic's loss on a microbatch, and what is measured of it."""
     values = models.values(params, batch.batch)[:, :-1]  # [b, R]
     per_token = rl.clipped_value_loss(values, batch.values, batch.returns, clip_range=config.loss.value_clip_range)
     loss = rl.masked_sum(per_token, batch.response_mask) / tokens
@@ -339,10 +349,16 @@ def critic_loss(
     return loss, {"value_loss": loss, "value_clipped": rl.masked_sum(clipped, batch.response_mask) / tokens}
 
 
-def _penalty_kl(models: Models, config: PPOConfig, params: Params, experience: Experience, rows: Array) -> Array:
-    """Token mean of k3(old ‖ new) over rows int[microbatches, rows each], float32[], for PPO-penalty's β."""
+def _penalty_kl(
+    models: Models,
+    config: PPOConfig,
+    params: Params,
+    experience: Experience,
+    rows: Int32[Array, "microbatches rows"],
+) -> Float32[Array, ""]:
+    """Token mean of k3(old ‖ new) over these rows, in nats, for PPO-penalty's β."""
 
-    def microbatch(rows: Array) -> tuple[Array, Array]:
+    def microbatch(rows: Int32[Array, "rows"]) -> tuple[Float32[Array, "rows R"], Bool[Array, "rows R"]]:
         batch = jax.tree.map(lambda leaf: leaf[rows], experience)
         logprobs, _ = models.actor_logprobs(params, batch.batch, temperature=config.sampling.temperature)  # [b, R]
         return jnp.where(batch.response_mask, rl.kl_estimate(batch.logprobs, logprobs, "k3"), 0), batch.response_mask

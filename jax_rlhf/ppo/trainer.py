@@ -5,16 +5,18 @@ optimizer states that an update changes are donated to it. Between the two nothi
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax import Array
+from jaxtyping import Float32
 
 from jax_rlhf.hub import end_ids
 from jax_rlhf.parallel import (
@@ -92,7 +94,8 @@ class PPOTrainer:
             engine.params = engine.params.replace(trainable=engine.params.trainable.replace(actor_ema=average))
         self.state = create_state(self.config, engine.params.trainable, engine.layout)
         self._key = jax.random.key(self.config.seed)
-        self._started = self._sampled = None
+        self._started: float | None = None  # s, when generation began
+        self._sampled: float | None = None  # s, when it had sampled, where phases are timed
         self.failures = Failures()
 
     def generate_experience(self, prompts: Prompts) -> Experience:
@@ -117,7 +120,7 @@ class PPOTrainer:
         config = self._with_microbatches(batch_rows(len(mask), engine.layout), mask.shape[1])
         rows = (np.asarray(prompts.tokens, np.int32), mask, np.asarray(prompts.row_ids, np.int32))
         on_device = Prompts(*put_rows(rows, engine.layout), columns=None)
-        key, kl_coef = _fold_in(self._key, self.state.iteration), self.state.kl.value
+        key, kl_coef = _fold_in(self._key, self.state.iteration), jnp.asarray(self.state.kl.value)
         if not self.reward_functions and in_one_program(models, self.config):
             return make_experience(models, config)(engine.params, on_device, key, kl_coef)
         samples = make_sample(models, self.sampling)(engine.params, on_device, key)
@@ -142,16 +145,18 @@ class PPOTrainer:
         """
         engine, rows = self.engine, len(experience.tokens)
         times = {}
-        if self._sampled is not None:
+        if self._started is not None and self._sampled is not None:
             jax.block_until_ready(experience)
             scored = time.perf_counter()
             times = {"time/generate": self._sampled - self._started, "time/score": scored - self._sampled}
         config = self._with_microbatches(rows, experience.prompt_mask.shape[1])
+        assert config.microbatch_size is not None
         self._check_texts(texts, rows // config.microbatch_size)
         texts = None if texts is None else put_rows(texts, engine.layout)
         shardings = None if engine.layout is None else shardings_of((engine.params.trainable, self.state))
         # JAX's NaN checks run a program again to find the place, and must find its arguments.
-        update = make_update(engine.models, config, shardings, donate=not jax.config.jax_debug_nans)
+        debug = jax.config.jax_debug_nans  # pyright: ignore[reportAttributeAccessIssue] -- JAX adds its flags at run time
+        update = make_update(engine.models, config, shardings, donate=not debug)
         trainable, self.state, metrics = update(
             engine.params.trainable, self.state, engine.params.frozen, experience, texts, self._key
         )
@@ -223,39 +228,46 @@ class PPOTrainer:
             f"{scores[row]}: prompt {prompt!r}, response {response!r}. Updates by these rows are left out."
         )
 
-    def _function_scores(self, samples: Samples, prompts: Prompts) -> Array:
+    def _function_scores(self, samples: Samples, prompts: Prompts) -> Float32[Array, "B"]:
         """The texts that this process owns to its functions; the scores go to all who hold their rows."""
         width = prompts.mask.shape[1]
         tokens, mask = local_rows(samples.tokens), local_rows(samples.response_mask)
-        masks, decode = (np.asarray(prompts.mask), mask), self.engine.tokenizer.decode
+        masks, tokenizer = (np.asarray(prompts.mask), mask), self.engine.tokenizer
+        assert tokenizer is not None, "reward functions come with one"
 
-        def read(skip_special_tokens: bool) -> list[list[str]]:
+        def read(skip_special_tokens: bool) -> tuple[list[str], list[str]]:
             """The prompts and the responses."""
-            return [
-                [decode(row[real], skip_special_tokens=skip_special_tokens) for row, real in zip(*part, strict=True)]
+            decode = functools.partial(tokenizer.decode, skip_special_tokens=skip_special_tokens)
+            texts, responses = (
+                [cast(str, decode(row[real])) for row, real in zip(*part, strict=True)]
                 for part in zip((tokens[:, :width], tokens[:, width:]), masks, strict=True)
-            ]
+            )
+            return texts, responses
 
         texts, responses = read(skip_special_tokens=True)
         special = asks_for_special_tokens_of(self.reward_functions)
         with_special = read(skip_special_tokens=False) if special else None
         ids = [row[real].tolist() for row, real in zip(tokens[:, width:], mask, strict=True)]
-        mine = np.flatnonzero(owned_rows(batch_rows(len(texts), self.engine.layout), self.engine.layout))
+        owned = np.flatnonzero(owned_rows(batch_rows(len(texts), self.engine.layout), self.engine.layout))
+        mine = owned.tolist()
         scores, config = np.zeros(len(texts), np.float32), self.config
+        special_of_mine = None
+        if with_special is not None:
+            special_of_mine = [with_special[0][row] for row in mine], [with_special[1][row] for row in mine]
         # What they all leave alone is the reward model's.
         unscored = None if self.engine.models.reward is None else 0.0
         with barrier("scoring responses"):
-            scores[mine] = score_texts(
+            scores[owned] = score_texts(
                 self.reward_functions,
                 [texts[row] for row in mine],
                 [responses[row] for row in mine],
-                {name: [values[row] for row in mine] for name, values in prompts.columns.items()},
+                {name: [values[row] for row in mine] for name, values in (prompts.columns or {}).items()},
                 OnFailure(config.reward.retries, config.reward.on_failure, config.reward.failure_score),
                 self.failures,
                 completion_ids=[ids[row] for row in mine],
                 chats=None if prompts.chats is None else [prompts.chats[row] for row in mine],
                 continued=None if prompts.continued is None else [prompts.continued[row] for row in mine],
-                with_special_tokens=with_special and tuple([part[row] for row in mine] for part in with_special),
+                with_special_tokens=special_of_mine,
                 unscored=unscored,
             )
         everywhere = all_rows(scores, self.engine.layout)

@@ -4,17 +4,20 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float
+
+from jax_rlhf.rl.types import AnyArray
 
 
 def gae(
-    rewards: Array,
-    values: Array,
-    mask: Array,
+    rewards: Float[AnyArray, "*batch T"],
+    values: Float[AnyArray, "*batch T"],
+    mask: Bool[AnyArray, "*batch T"],
     *,
     gamma: float = 1.0,
     lam: float = 0.95,
-    bootstrap: Array | None = None,
-) -> tuple[Array, Array]:
+    bootstrap: Float[AnyArray, "*batch"] | None = None,
+) -> tuple[Float[Array, "*batch T"], Float[Array, "*batch T"]]:
     """Generalized advantage estimation over the real steps of each row.
 
     δ_t = r_t + γ V_{t+1} − V_t,   A_t = δ_t + γλ A_{t+1},   returns_t = A_t + V_t
@@ -23,20 +26,20 @@ def gae(
     `bootstrap`.
 
     Args:
-      rewards: float[..., T], in reward units.
-      values: float[..., T], V of the state before each step, in reward units.
-      mask: bool[..., T], True = real step.
-      gamma: discount a step.
+      rewards: in reward units.
+      values: V of the state before each step, in reward units.
+      mask: True = real step.
+      gamma: discount per step.
       lam: λ, from 0 (one-step) to 1 (Monte Carlo).
-      bootstrap: float[...], value of the state after the last real step; None = 0, an episode that ended.
+      bootstrap: value of the state after the last real step; None = 0, an episode that ended.
 
     Returns:
-      (advantages, returns), each float[..., T], 0 where the mask is False. Advantages are not whitened.
+      (advantages, returns), 0 where the mask is False. Advantages are not whitened.
 
     Source: Schulman et al. 2015, "High-Dimensional Continuous Control Using GAE", eq. 16.
     """
     rewards, values = jnp.asarray(rewards), jnp.asarray(values)
-    bootstrap = jnp.zeros(values.shape[:-1], values.dtype) if bootstrap is None else jnp.asarray(bootstrap)
+    bootstrap = jnp.zeros(values.shape[:-1], values.dtype) if bootstrap is None else jnp.asarray(bootstrap)  # [...]
     chex.assert_type([rewards, values, mask, bootstrap], [float, float, bool, float])
     chex.assert_equal_shape([rewards, values, mask])
     chex.assert_shape(bootstrap, values.shape[:-1])
@@ -48,8 +51,9 @@ def gae(
         carry = jnp.where(real, advantage, next_advantage), jnp.where(real, value, next_value)
         return carry, jnp.where(real, advantage, 0)
 
-    time_first = [jnp.moveaxis(x, -1, 0) for x in (rewards, values, jnp.asarray(mask))]
+    # [T, ...] each
+    rewards_first, values_first, mask_first = (jnp.moveaxis(x, -1, 0) for x in (rewards, values, jnp.asarray(mask)))
     start = jnp.zeros_like(bootstrap), bootstrap
-    _, advantages = jax.lax.scan(step, start, tuple(time_first), reverse=True)
-    advantages = jnp.moveaxis(advantages, 0, -1)
+    _, advantages = jax.lax.scan(step, start, (rewards_first, values_first, mask_first), reverse=True)
+    advantages = jnp.moveaxis(advantages, 0, -1)  # [..., T]
     return advantages, jnp.where(mask, advantages + values, 0)

@@ -5,16 +5,19 @@ from typing import Literal
 import chex
 import jax.numpy as jnp
 from flax import struct
-from jax import Array
+from jaxtyping import Float
 
 from jax_rlhf.rl.losses import MAX_LOG_RATIO
+from jax_rlhf.rl.types import AnyArray, Scalar
 
 _LEAST, _MOST = 1e-8, 1e8  # bounds of an adaptive coefficient, from where it can come back
 
 KLKind = Literal["k1", "k2", "k3", "abs"]
 
 
-def kl_estimate(logprobs: Array, ref_logprobs: Array, kind: KLKind = "k1") -> Array:
+def kl_estimate(
+    logprobs: Float[AnyArray, "*batch T"], ref_logprobs: Float[AnyArray, "*batch T"], kind: KLKind = "k1"
+) -> Float[AnyArray, "*batch T"]:
     """An estimate of KL(π ‖ π_ref) from tokens that π sampled, per token.
 
     k1 = log π − log π_ref;  k2 = ½ k1²;  k3 = exp(−k1) − 1 + k1;  abs = |k1|
@@ -22,12 +25,12 @@ def kl_estimate(logprobs: Array, ref_logprobs: Array, kind: KLKind = "k1") -> Ar
     k1 and k3 are unbiased, k3 is never negative and varies less; k2 is biased, with a good gradient.
 
     Args:
-      logprobs: float[..., T], log π of the sampled tokens, in nats.
-      ref_logprobs: float[..., T], log π_ref of the same tokens.
+      logprobs: log π of the sampled tokens, in nats.
+      ref_logprobs: log π_ref of the same tokens, in nats.
       kind: which one.
 
     Returns:
-      float[..., T], in nats. The exponent of k3 is clamped at 20.
+      In nats per token. The exponent of k3 is clamped at 20.
 
     Raises:
       ValueError: the kind is not one of these.
@@ -48,24 +51,22 @@ def kl_estimate(logprobs: Array, ref_logprobs: Array, kind: KLKind = "k1") -> Ar
     raise ValueError(f'kind={kind!r}; "k1", "k2", "k3" and "abs" are the estimates there are.')
 
 
-@struct.dataclass
-class FixedKL:
+class FixedKL(struct.PyTreeNode):
     """A KL coefficient that stays.
 
     Attributes:
       value: β, reward units per nat.
     """
 
-    value: Array | float
+    value: Scalar
 
-    def update(self, kl: Array | float, n_episodes: int) -> "FixedKL":
+    def update(self, kl: Scalar, n_episodes: int) -> "FixedKL":
         """The same controller, whatever was measured."""
         del kl, n_episodes
         return self
 
 
-@struct.dataclass
-class AdaptiveKL:
+class AdaptiveKL(struct.PyTreeNode):
     """A KL coefficient that steers KL towards a target.
 
     β ← β · max(1 + clip(KL / target − 1, ±0.2) · n_episodes / horizon, 0.1)
@@ -80,11 +81,11 @@ class AdaptiveKL:
     Source: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", section 2.2.
     """
 
-    value: Array | float
-    target: Array | float
-    horizon: Array | float
+    value: Scalar
+    target: Scalar
+    horizon: Scalar
 
-    def update(self, kl: Array | float, n_episodes: int) -> "AdaptiveKL":
+    def update(self, kl: Scalar, n_episodes: int) -> "AdaptiveKL":
         """The controller after a batch.
 
         Args:
@@ -101,8 +102,7 @@ class AdaptiveKL:
         return self.replace(value=jnp.where(jnp.isfinite(kl), value, self.value))
 
 
-@struct.dataclass
-class AdaptivePenalty:
+class AdaptivePenalty(struct.PyTreeNode):
     """The penalty coefficient of PPO-penalty: doubled where KL is above 1.5 · target, halved below target / 1.5.
 
     Attributes:
@@ -112,10 +112,10 @@ class AdaptivePenalty:
     Source: Schulman et al. 2017, section 4.
     """
 
-    value: Array | float
-    target: Array | float
+    value: Scalar
+    target: Scalar
 
-    def update(self, kl: Array | float) -> "AdaptivePenalty":
+    def update(self, kl: Scalar) -> "AdaptivePenalty":
         """The controller after an update.
 
         Args:

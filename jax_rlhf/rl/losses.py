@@ -8,30 +8,33 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from jax_rlhf.rl.types import AnyArray, Scalar
 
 MAX_LOG_RATIO = 20.0  # e²⁰ ≈ 5e8: one token's ratio cannot overflow a loss
 
 
 def clipped_surrogate(
-    log_ratio: Array,
-    advantages: Array,
+    log_ratio: Float[AnyArray, "*batch T"],
+    advantages: Float[AnyArray, "*batch T"],
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
-) -> Array:
+) -> Float[Array, "*batch T"]:
     """PPO-clip, per token.
 
     L_t = max(−A ρ, −A clip(ρ, 1 − ε_low, 1 + ε_high)),  ρ = exp(log_ratio);  with dual clip min(L_t, c |A|) where A < 0
 
     Args:
-      log_ratio: float[..., T], log π(a) − log π_old(a), in nats; clamped to ±20.
-      advantages: float[..., T].
+      log_ratio: log π(a) − log π_old(a), in nats; clamped to ±20.
+      advantages: in reward units, or whitened.
       clip_low, clip_high: ε below and above 1.
       dual_clip: c > 1, the cap on the loss where A < 0, which is unbounded otherwise; None = no cap.
 
     Returns:
-      float[..., T].
+      The loss of each token, in the unit of the advantages.
 
     Raises:
       ValueError: dual_clip is not above 1.
@@ -50,40 +53,52 @@ def clipped_surrogate(
     return jnp.where(advantages < 0, jnp.minimum(loss, dual_clip * jnp.abs(advantages)), loss)
 
 
-def penalized_surrogate(log_ratio: Array, advantages: Array, kl: Array, *, beta: Array | float) -> Array:
+def penalized_surrogate(
+    log_ratio: Float[AnyArray, "*batch T"],
+    advantages: Float[AnyArray, "*batch T"],
+    kl: Float[AnyArray, "*batch T"],
+    *,
+    beta: Scalar,
+) -> Float[Array, "*batch T"]:
     """PPO-penalty, per token.
 
     L_t = −A ρ + β kl,  ρ = exp(log_ratio)
 
     Args:
-      log_ratio: float[..., T], log π(a) − log π_old(a), in nats; clamped to ±20.
-      advantages: float[..., T].
-      kl: float[..., T], KL(old ‖ new) in nats, estimated or exact: `kl_estimate(old_logprobs, logprobs, "k3")`.
+      log_ratio: log π(a) − log π_old(a), in nats; clamped to ±20.
+      advantages: in reward units, or whitened.
+      kl: KL(old ‖ new) in nats, estimated or exact: `kl_estimate(old_logprobs, logprobs, "k3")`.
       beta: β, from `AdaptivePenalty`.
 
     Returns:
-      float[..., T].
+      The loss of each token, in the unit of the advantages.
 
     Source: Schulman et al. 2017, eq. 8.
     """
     chex.assert_type([log_ratio, advantages, kl], float)
     chex.assert_equal_shape([log_ratio, advantages, kl])
-    return -advantages * _ratio(log_ratio) + beta * kl
+    return -jnp.asarray(advantages) * _ratio(log_ratio) + beta * jnp.asarray(kl)
 
 
-def clipped_value_loss(values: Array, old_values: Array, returns: Array, *, clip_range: float = 0.2) -> Array:
+def clipped_value_loss(
+    values: Float[AnyArray, "*batch T"],
+    old_values: Float[AnyArray, "*batch T"],
+    returns: Float[AnyArray, "*batch T"],
+    *,
+    clip_range: float = 0.2,
+) -> Float[Array, "*batch T"]:
     """PPO's clipped value loss, per token.
 
     L_t = ½ max((V_t − R_t)², (clip(V_t, V_old,t − ε, V_old,t + ε) − R_t)²)
 
     Args:
-      values: float[..., T], the critic's values now, in reward units.
-      old_values: float[..., T], its values when the experience was made.
-      returns: float[..., T], advantages + old_values before whitening.
+      values: the critic's values now, in reward units.
+      old_values: its values when the experience was made.
+      returns: advantages + old_values before whitening.
       clip_range: ε, in reward units.
 
     Returns:
-      float[..., T].
+      The loss of each token, in reward units squared.
 
     Source: OpenAI baselines ppo2; Huang et al. 2022, "The 37 Implementation Details of PPO", detail 9.
     """
@@ -93,15 +108,20 @@ def clipped_value_loss(values: Array, old_values: Array, returns: Array, *, clip
     return 0.5 * jnp.maximum(jnp.square(values - returns), jnp.square(clipped - returns))
 
 
-def bradley_terry_loss(chosen_scores: Array, rejected_scores: Array, *, margin: Array | None = None) -> Array:
+def bradley_terry_loss(
+    chosen_scores: Float[AnyArray, "B"],
+    rejected_scores: Float[AnyArray, "B"],
+    *,
+    margin: Float[AnyArray, "B"] | None = None,
+) -> Float[Array, "B"]:
     """−log σ(chosen − rejected − margin), per pair.
 
     Args:
-      chosen_scores, rejected_scores: float[B], of the whole answers.
-      margin: float[B], by how much chosen should win, in reward units; None = 0.
+      chosen_scores, rejected_scores: of the whole answers, in reward units.
+      margin: by how much chosen should win, in reward units; None = 0.
 
     Returns:
-      float[B].
+      The loss of each pair, in nats.
 
     Source: Ouyang et al. 2022, "InstructGPT", eq. 1; margin: Touvron et al. 2023, "Llama 2", eq. 2.
     """
@@ -116,24 +136,24 @@ def bradley_terry_loss(chosen_scores: Array, rejected_scores: Array, *, margin: 
 
 
 def token_ranking_loss(
-    chosen_scores: Array,
-    rejected_scores: Array,
-    chosen_ids: Array,
-    rejected_ids: Array,
-    chosen_mask: Array,
-    rejected_mask: Array,
-) -> Array:
+    chosen_scores: Float[AnyArray, "B T"],
+    rejected_scores: Float[AnyArray, "B T"],
+    chosen_ids: Int[AnyArray, "B T"],
+    rejected_ids: Int[AnyArray, "B T"],
+    chosen_mask: Bool[AnyArray, "B T"],
+    rejected_mask: Bool[AnyArray, "B T"],
+) -> Float[Array, "B"]:
     """The mean of −log σ(chosen_t − rejected_t) from the first differing token to the end of the longer answer.
 
     A pair of identical answers counts at the last slot only, as in DeepSpeed-Chat.
 
     Args:
-      chosen_scores, rejected_scores: float[B, T], one score a token.
-      chosen_ids, rejected_ids: int[B, T]; prompt and answer, padded on the right.
-      chosen_mask, rejected_mask: bool[B, T], True = real token.
+      chosen_scores, rejected_scores: one score per token, in reward units.
+      chosen_ids, rejected_ids: prompt and answer, padded on the right.
+      chosen_mask, rejected_mask: True = real token.
 
     Returns:
-      float[B].
+      The loss of each pair, in nats.
 
     Source: DeepSpeed-Chat, `training/utils/model/reward_model.py`.
     """
@@ -141,16 +161,16 @@ def token_ranking_loss(
     chex.assert_type(floats + ids + masks, [float, float, int, int, bool, bool])
     chex.assert_rank(floats + ids + masks, 2)
     chex.assert_equal_shape(floats + ids + masks)
-    slot = jnp.arange(chosen_ids.shape[1])
-    either = jnp.logical_or(chosen_mask, rejected_mask)
+    slot = jnp.arange(chosen_ids.shape[1])  # [T]
+    either = jnp.logical_or(chosen_mask, rejected_mask)  # [B, T]
     differ = jnp.logical_and(either, (chosen_ids != rejected_ids) | (chosen_mask != rejected_mask))
     any_differs = jnp.any(differ, axis=1, keepdims=True)
-    first = jnp.argmax(differ, axis=1, keepdims=True)
+    first = jnp.argmax(differ, axis=1, keepdims=True)  # [B, 1], as the two around it
     end = jnp.max(jnp.where(either, slot + 1, 0), axis=1, keepdims=True)
-    counted = jnp.where(any_differs, (slot >= first) & (slot < end), slot == slot[-1])
+    counted = jnp.where(any_differs, (slot >= first) & (slot < end), slot == slot[-1])  # [B, T]
     loss = jnp.where(counted, -jax.nn.log_sigmoid(chosen_scores - rejected_scores), 0)
     return jnp.sum(loss, axis=1) / jnp.sum(counted, axis=1)
 
 
-def _ratio(log_ratio: Array) -> Array:
+def _ratio(log_ratio: Float[AnyArray, "*batch T"]) -> Float[Array, "*batch T"]:
     return jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))

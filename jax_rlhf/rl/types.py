@@ -8,94 +8,96 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
+from jaxtyping import Bool, Float, Int
+
+AnyArray = Array | np.ndarray
+"""An array on the devices, or in NumPy on the host."""
+Scalar = Float[Array, ""] | float
+"""A number that may be traced."""
 
 
-@struct.dataclass
-class Prompts:
+class Prompts(struct.PyTreeNode):
     """Prompts of one iteration, padded on the left.
 
     Attributes:
-      tokens: int32[B, P].
-      mask: bool[B, P], True = real token; each row ends with one.
-      row_ids: int32[B], the address of each row's randomness: no two rows of an iteration share one.
+      tokens: ids.
+      mask: True = real token; each row ends with one.
+      row_ids: the address of each row's randomness: no two rows of an iteration share one.
       columns: the data set's other columns, one entry per row each; they go to reward functions. None under `jit`.
       chats: the messages of each prompt, None where it is a plain text; None = all are. They go to reward functions.
       continued: bool each, the chat ends within a turn of the assistant, which the response goes on with; None = none.
     """
 
-    tokens: Array
-    mask: Array
-    row_ids: Array
+    tokens: Int[AnyArray, "B P"]
+    mask: Bool[AnyArray, "B P"]
+    row_ids: Int[AnyArray, "B"]
     columns: Mapping[str, Sequence[Any]] | None = struct.field(pytree_node=False, default_factory=dict)
     chats: Sequence[Any] | None = struct.field(pytree_node=False, default=None)
     continued: Sequence[bool] | None = struct.field(pytree_node=False, default=None)
 
 
-@struct.dataclass
-class FrozenActivations:
+class FrozenActivations(struct.PyTreeNode):
     """Outputs of the frozen bottom layers, computed once per rollout.
 
     Attributes:
-      actor, critic: float[B, T, D] each; None where everything trains, and where they are not cached.
+      actor, critic: None where everything trains, and where they are not cached.
     """
 
-    actor: Array | None = None
-    critic: Array | None = None
+    actor: Float[Array, "B T D"] | None = None
+    critic: Float[Array, "B T D"] | None = None
 
 
-@struct.dataclass
-class Batch:
+class Batch(struct.PyTreeNode):
     """Rows that the models run over.
 
     Attributes:
-      tokens: int32[B, T].
-      mask: bool[B, T], True = real token.
+      tokens: ids.
+      mask: True = real token.
       frozen_activations: of the same rows.
       start: the first slot whose tokens are scored, 1 or more: P, where these are prompts and responses.
     """
 
-    tokens: Array
-    mask: Array
+    tokens: Int[AnyArray, "B T"]
+    mask: Bool[AnyArray, "B T"]
     frozen_activations: FrozenActivations = FrozenActivations()
     start: int = struct.field(pytree_node=False, default=1)
 
 
-@struct.dataclass
-class Experience:
+class Experience(struct.PyTreeNode):
     """What `generate_experience` made of B prompts, and `train_rlhf` learns from.
 
     Attributes:
-      tokens: int32[B, P + R], prompts padded on the left, then responses padded on the right.
-      prompt_mask: bool[B, P].
-      response_mask: bool[B, R], True through EOS.
-      logprobs: float32[B, R], the scorer's log-probs of the actor when it sampled: the old ones, in nats.
-      sampler_logprobs: float32[B, R], the sampler's log-probs of the same.
-      ref_logprobs: float32[B, R], the reference's.
-      values: float32[B, R], the critic's value of the state before each token, in reward units.
-      rewards: float32[B, R], score and KL penalty per token.
-      advantages: float32[B, R], whitened where the config says so.
-      returns: float32[B, R], advantages + values, before whitening.
-      scores: float32[B], what the reward source gave, before clipping and penalties.
-      ended: bool[B], the response has its EOS.
-      kept_mass: float32[B, R], probability that the sampler's filters (top-k, top-p, min-new-tokens) left.
-      frozen_activations: outputs of the frozen bottom layers, [B, P + R, D].
+      tokens: prompts padded on the left, then responses padded on the right: T = P + R.
+      prompt_mask: True = real token.
+      response_mask: True through EOS.
+      logprobs: the scorer's log-probs of the actor when it sampled: the old ones, in nats.
+      sampler_logprobs: the sampler's log-probs of the same.
+      ref_logprobs: the reference's.
+      values: the critic's value of the state before each token, in reward units.
+      rewards: score and KL penalty per token.
+      advantages: whitened where the config says so.
+      returns: advantages + values, before whitening.
+      scores: what the reward source gave, before clipping and penalties.
+      ended: the response has its EOS.
+      kept_mass: probability that the sampler's filters (top-k, top-p, min-new-tokens) left.
+      frozen_activations: outputs of the frozen bottom layers, of all T slots.
 
     All per-token arrays are 0 where the response mask is False.
     """
 
-    tokens: Array
-    prompt_mask: Array
-    response_mask: Array
-    logprobs: Array
-    sampler_logprobs: Array
-    ref_logprobs: Array
-    values: Array
-    rewards: Array
-    advantages: Array
-    returns: Array
-    scores: Array
-    ended: Array
-    kept_mass: Array
+    tokens: Int[Array, "B T"]
+    prompt_mask: Bool[Array, "B P"]
+    response_mask: Bool[Array, "B R"]
+    logprobs: Float[Array, "B R"]
+    sampler_logprobs: Float[Array, "B R"]
+    ref_logprobs: Float[Array, "B R"]
+    values: Float[Array, "B R"]
+    rewards: Float[Array, "B R"]
+    advantages: Float[Array, "B R"]
+    returns: Float[Array, "B R"]
+    scores: Float[Array, "B"]
+    ended: Bool[Array, "B"]
+    kept_mass: Float[Array, "B R"]
     frozen_activations: FrozenActivations = FrozenActivations()
 
     @property

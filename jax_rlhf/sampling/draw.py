@@ -12,45 +12,45 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jaxtyping import Bool, Float32, Int32, Key
 
 from jax_rlhf.sampling.filters import keep_top_k, keep_top_p
 
 
-@struct.dataclass
-class Draw:
+class Draw(struct.PyTreeNode):
     """One token a row.
 
     Attributes:
-      tokens: int32[B].
-      logprobs: float32[B], log-prob in the unfiltered softmax of the logits, in nats.
-      kept_mass: float32[B], probability of the tokens that the filters left, 0 to 1.
-      margin: float32[B], by how much the perturbed score of the winner beat the next, the smaller of both levels.
+      tokens: ids.
+      logprobs: log-prob in the unfiltered softmax of the logits, in nats.
+      kept_mass: probability of the tokens that the filters left, 0 to 1.
+      margin: by how much the perturbed score of the winner beat the next, the smaller of both levels, in nats.
     """
 
-    tokens: Array
-    logprobs: Array
-    kept_mass: Array
-    margin: Array
+    tokens: Int32[Array, "B"]
+    logprobs: Float32[Array, "B"]
+    kept_mass: Float32[Array, "B"]
+    margin: Float32[Array, "B"]
 
 
 def draw_tokens(
-    logits: Array,
-    keys: Array,
+    logits: Float32[Array, "B V"],
+    keys: Key[Array, "B"],
     *,
     top_k: int = 0,
     top_p: float = 1.0,
     banned: tuple[int, ...] = (),
-    ban: Array | bool = False,
+    ban: Bool[Array, ""] | bool = False,
 ) -> Draw:
     """Draws a token of each row's softmax, filtered.
 
     Args:
-      logits: float32[B, V], divided by the temperature.
-      keys: random keys [B], one a row.
+      logits: divided by the temperature.
+      keys: random keys, one per row.
       top_k: draw among the k likeliest; 0 = all; 1 = argmax, the first of ties.
       top_p: draw among the fewest that hold this probability (after top-k).
       banned: ids that may not be drawn where `ban` is True.
-      ban: bool[].
+      ban: whether these ids are banned now.
 
     Returns:
       The draw.
@@ -66,10 +66,10 @@ def draw_tokens(
     # Block sums of exp(logit − the largest that may be drawn): of exp(logit − the largest) all would underflow where a
     # banned token leads by far. With them the log-normaliser falls out.
     size = 1 << math.ceil(math.log2(vocab) / 2)
-    blocks = _blocks(candidates, size)
-    peak, kept_peak = jnp.max(logits, axis=1), jnp.max(candidates, axis=1)
-    sums = jnp.sum(jnp.exp(blocks - kept_peak[:, None, None]), axis=2)
-    kept = jnp.sum(sums, axis=1)
+    blocks = _blocks(candidates, size)  # [B, blocks, size]
+    peak, kept_peak = jnp.max(logits, axis=1), jnp.max(candidates, axis=1)  # [B]
+    sums = jnp.sum(jnp.exp(blocks - kept_peak[:, None, None]), axis=2)  # [B, blocks]
+    kept = jnp.sum(sums, axis=1)  # [B]
     total = kept if allowed is None else jnp.sum(jnp.exp(logits - peak[:, None]), axis=1)
 
     if top_k == 1:
@@ -87,8 +87,10 @@ def draw_tokens(
     return Draw(tokens, logprobs, jnp.exp(kept_peak - peak) * kept / total, margin)
 
 
-def _allowed(logits: Array, top_k: int, top_p: float, banned: tuple[int, ...], ban: Array | bool) -> Array | None:
-    """bool[B, V], or None where nothing is filtered."""
+def _allowed(
+    logits: Float32[Array, "B V"], top_k: int, top_p: float, banned: tuple[int, ...], ban: Bool[Array, ""] | bool
+) -> Bool[Array, "B V"] | None:
+    """True = may be drawn; None where nothing is filtered."""
     allowed = None
     if banned and ban is not False:
         ids = jnp.arange(logits.shape[1])
@@ -105,14 +107,14 @@ def _allowed(logits: Array, top_k: int, top_p: float, banned: tuple[int, ...], b
     return allowed
 
 
-def _blocks(logits: Array, size: int) -> Array:
-    """float32[B, V] → float32[B, ⌈V / size⌉, size], filled up with −∞."""
+def _blocks(logits: Float32[Array, "B V"], size: int) -> Float32[Array, "B blocks {size}"]:
+    """⌈V / size⌉ blocks per row, filled up with −∞."""
     padded = jnp.pad(logits, ((0, 0), (0, -logits.shape[1] % size)), constant_values=-jnp.inf)
     return padded.reshape(len(logits), -1, size)
 
 
-def _winner(scores: Array) -> tuple[Array, Array]:
-    """float32[B, N] → the index of the largest, int32[B], and by how much it beats the next, float32[B]."""
+def _winner(scores: Float32[Array, "B N"]) -> tuple[Int32[Array, "B"], Float32[Array, "B"]]:
+    """The index of the largest, and by how much it beats the next."""
     winner = jnp.argmax(scores, axis=1).astype(jnp.int32)
     others = jnp.where(jnp.arange(scores.shape[1]) == winner[:, None], -jnp.inf, scores)
     return winner, jnp.max(scores, axis=1) - jnp.max(others, axis=1)

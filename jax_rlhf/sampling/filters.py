@@ -9,48 +9,51 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float32, Int32
 
 
-def keep_top_k(logits: Array, k: int) -> Array:
+def keep_top_k(logits: Float32[Array, "B V"], k: int) -> Bool[Array, "B V"]:
     """The k largest of each row; ties with the last of them are kept too.
 
     Args:
-      logits: float32[B, V].
+      logits: of a row each.
       k: 1 to V, in tokens.
 
     Returns:
-      bool[B, V].
+      True = kept.
     """
     ordered = _ordered_bits(logits)
     return ordered >= _largest_threshold(ordered, lambda kept: jnp.sum(kept, axis=1) >= k)
 
 
-def keep_top_p(logits: Array, p: float) -> Array:
+def keep_top_p(logits: Float32[Array, "B V"], p: float) -> Bool[Array, "B V"]:
     """The fewest tokens, largest first, whose probabilities sum to p or more; ties with the last are kept too.
 
     Args:
-      logits: float32[B, V], −∞ for what is filtered out already.
+      logits: −∞ for what is filtered out already.
       p: 0 < p < 1.
 
     Returns:
-      bool[B, V], at least one True a row.
+      True = kept; at least one per row.
 
     Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1.
     """
-    ordered, probabilities = _ordered_bits(logits), jax.nn.softmax(logits, axis=1)
+    ordered, probabilities = _ordered_bits(logits), jax.nn.softmax(logits, axis=1)  # [B, V]
     mass = lambda kept: jnp.sum(jnp.where(kept, probabilities, 0), axis=1)  # noqa: E731
     return ordered >= _largest_threshold(ordered, lambda kept: mass(kept) >= p)
 
 
-def _ordered_bits(x: Array) -> Array:
+def _ordered_bits(x: Float32[Array, "B V"]) -> Int32[Array, "B V"]:
     # float32 → int32 with the same order: negative floats count down as their bits count up.
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
 
-def _largest_threshold(ordered: Array, enough: Callable[[Array], Array]) -> Array:
-    """The largest t, int32[B, 1], with enough(ordered ≥ t); the row's least value where none is."""
-    low, high = jnp.min(ordered, axis=1), jnp.max(ordered, axis=1)  # the answer lies in [low, high]
+def _largest_threshold(
+    ordered: Int32[Array, "B V"], enough: Callable[[Bool[Array, "B V"]], Bool[Array, "B"]]
+) -> Int32[Array, "B 1"]:
+    """The largest t with enough(ordered ≥ t); the row's least value where none is."""
+    low, high = jnp.min(ordered, axis=1), jnp.max(ordered, axis=1)  # [B]; the answer lies in [low, high]
 
     def halve(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds

@@ -10,42 +10,55 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Bool, Float, Float32, Int, Shaped
 
 from jax_rlhf.models import Decoder, DecoderConfig, model_jit
 from jax_rlhf.models.decoder import Params
+from jax_rlhf.rl.types import AnyArray
 
 _SAVED = "log_normalizer_and_entropy"
 
 
 def token_logprobs(
-    model: Decoder, params: Params, tokens: Array, mask: Array, *, temperature: float = 1.0, chunk: int | None = None
-) -> Array:
+    model: Decoder,
+    params: Params,
+    tokens: Int[AnyArray, "B T"],
+    mask: Bool[AnyArray, "B T"],
+    *,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+) -> Float32[Array, "B T-1"]:
     """log π(token | the tokens before it), from log softmax(logits / τ).
 
     Args:
       model: with an LM head.
       params: its parameters.
-      tokens: int[B, T].
-      mask: bool[B, T], True = real token.
+      tokens: ids.
+      mask: True = real token.
       temperature: τ, as in sampling.
       chunk: positions whose logits exist at once; None chooses by the vocabulary and the backend.
 
     Returns:
-      float32[B, T − 1], of tokens[:, 1:], in nats; 0 for pads and for a row's first real token.
+      Of tokens[:, 1:], in nats; 0 for pads and for a row's first real token.
     """
     return _token_logprobs(model, params, jnp.asarray(tokens), jnp.asarray(mask), temperature, chunk)
 
 
 @functools.partial(model_jit, static_argnums=(0, 4, 5))
 def _token_logprobs(
-    model: Decoder, params: Params, tokens: Array, mask: Array, temperature: float, chunk: int | None
-) -> Array:
-    hidden = model.apply({"params": params}, tokens, mask=mask, method="hidden_states")
+    model: Decoder,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    temperature: float,
+    chunk: int | None,
+) -> Float32[Array, "B T-1"]:
+    hidden = model.apply({"params": params}, tokens, mask=mask, method="hidden_states")  # [B, T, E]
     # The first real token has nothing before it; after it, a token's predecessor is the last real one, which may
     # stand further back where pads are inside.
     before = jnp.cumsum(mask, axis=1)[:, :-1] > 0
     slot = jax.lax.cummax(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)[:, :-1]
-    hidden = jnp.take_along_axis(hidden, slot[..., None], axis=1)
+    hidden = jnp.take_along_axis(hidden, slot[..., None], axis=1)  # [B, T − 1, E]
     logprobs, _ = score_hidden(model, params, hidden, tokens[:, 1:], temperature=temperature, chunk=chunk)
     return jnp.where(mask[:, 1:] & before, logprobs, 0)
 
@@ -53,43 +66,45 @@ def _token_logprobs(
 def score_hidden(
     model: Decoder,
     params: Params,
-    hidden: Array,
-    targets: Array,
+    hidden: Float[Array, "B T E"],
+    targets: Int[AnyArray, "B T"],
     *,
     temperature: float = 1.0,
     chunk: int | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Float32[Array, "B T"], Float32[Array, "B T"]]:
     """Log-probs of target tokens, and the entropy of the distribution that they are from.
 
     Args:
       model: with an LM head.
       params: its parameters; only those of the head are read.
-      hidden: float[B, T, E], what the head reads.
-      targets: int[B, T], the token that follows each; an id outside the vocabulary counts as 0 (a pad's).
+      hidden: what the head reads.
+      targets: the token that follows each; an id outside the vocabulary counts as 0 (a pad's).
       temperature: τ.
       chunk: positions at once; None chooses.
 
     Returns:
-      (logprobs, entropy), each float32[B, T], in nats, differentiable in params and hidden.
+      (logprobs, entropy), in nats, differentiable in params and hidden.
     """
     chex.assert_rank([hidden, targets], [3, 2])
     chex.assert_type([hidden, targets], [float, int])
     (batch, length), vocab = targets.shape, model.config.vocab_size
-    targets = jnp.where((targets >= 0) & (targets < vocab), targets, 0)
-    chunk = min(length, default_chunk(batch, model.config) if chunk is None else chunk)
+    targets = jnp.where((targets >= 0) & (targets < vocab), targets, 0)  # [B, T]
+    positions = min(length, default_chunk(batch, model.config) if chunk is None else chunk)
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(_SAVED))
-    def score(hidden: Array, targets: Array) -> tuple[Array, Array]:
-        logits = model.apply({"params": params}, hidden, method="apply_head")
+    def score(
+        hidden: Float[Array, "B chunk E"], targets: Int[Array, "B chunk"]
+    ) -> tuple[Float32[Array, "B chunk"], Float32[Array, "B chunk"]]:
+        logits = model.apply({"params": params}, hidden, method="apply_head")  # [B, chunk, V]
         return categorical(logits / temperature, targets)
 
-    if chunk == length:
+    if positions == length:
         return score(hidden, targets)
-    count = -(-length // chunk)
+    count = -(-length // positions)
 
-    def split(x: Array) -> Array:  # [B, T, ...] → [count, B, chunk, ...]
-        x = jnp.pad(x, ((0, 0), (0, count * chunk - length)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, count, chunk, *x.shape[2:]), 1, 0)
+    def split(x: Shaped[Array, "B T ..."]) -> Shaped[Array, "count B chunk ..."]:
+        x = jnp.pad(x, ((0, 0), (0, count * positions - length)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, count, positions, *x.shape[2:]), 1, 0)
 
     _, scored = jax.lax.scan(lambda carry, xs: (carry, score(*xs)), None, (split(hidden), split(targets)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length], scored)
@@ -112,26 +127,30 @@ def default_chunk(batch: int, config: DecoderConfig) -> int:
 
 
 @jax.custom_vjp
-def categorical(logits: Array, targets: Array) -> tuple[Array, Array]:
+def categorical(
+    logits: Float32[Array, "*batch V"], targets: Int[Array, "*batch"]
+) -> tuple[Float32[Array, "*batch"], Float32[Array, "*batch"]]:
     """Log-probs of the targets and entropy of softmax(logits).
 
     log p_y = z_y − log Σ exp z;   H = log Σ exp z − Σ p z
 
     Args:
-      logits: float32[..., V].
-      targets: int[...], ids within V.
+      logits: of a position each.
+      targets: ids within V.
 
     Returns:
-      (logprobs, entropy), each float32[...], in nats.
+      (logprobs, entropy), in nats.
     """
     return _categorical_forward(logits, targets)[0]
 
 
-def _categorical_forward(logits: Array, targets: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+def _categorical_forward(
+    logits: Float32[Array, "*batch V"], targets: Int[Array, "*batch"]
+) -> tuple[tuple[Float32[Array, "*batch"], Float32[Array, "*batch"]], tuple[Array, ...]]:
     chex.assert_type(logits, jnp.float32)
     peak = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp(logits - peak)
-    total = jnp.sum(weights, axis=-1)
+    total = jnp.sum(weights, axis=-1)  # [...]
     log_normalizer = peak[..., 0] + jnp.log(total)
     entropy = log_normalizer - jnp.sum(weights * logits, axis=-1) / total
     # Saved by name, so that the backward pass has one product and one exp to compute again, and no reduction.
@@ -140,7 +159,9 @@ def _categorical_forward(logits: Array, targets: Array) -> tuple[tuple[Array, Ar
     return (logprobs, entropy), (logits, targets, log_normalizer, entropy)
 
 
-def _categorical_backward(residuals: tuple[Array, ...], gradients: tuple[Array, Array]) -> tuple[Array, None]:
+def _categorical_backward(
+    residuals: tuple[Array, ...], gradients: tuple[Float32[Array, "*batch"], Float32[Array, "*batch"]]
+) -> tuple[Float32[Array, "*batch V"], None]:
     logits, targets, log_normalizer, entropy = residuals
     logprob_gradient, entropy_gradient = (g[..., None] for g in gradients)
     logp = logits - log_normalizer[..., None]

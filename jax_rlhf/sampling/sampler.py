@@ -14,7 +14,6 @@ the response), so a row's response does not depend on its batch, slot, padding o
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import chex
 import jax
@@ -23,11 +22,21 @@ import numpy as np
 from flax import struct
 from jax import Array
 from jax.sharding import NamedSharding
+from jaxtyping import Bool, Float, Float32, Int, Int32, PRNGKeyArray
 
-from jax_rlhf.models import Decoder, DecoderConfig, create_cache, grow_cache, kernels_by_output, model_jit, traced
+from jax_rlhf.models import (
+    Decoder,
+    DecoderConfig,
+    KVCache,
+    create_cache,
+    grow_cache,
+    kernels_by_output,
+    model_jit,
+    traced,
+)
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.parallel import Layout, constrained
-from jax_rlhf.rl.types import Prompts
+from jax_rlhf.rl.types import AnyArray, Prompts
 from jax_rlhf.sampling.config import Sampling
 from jax_rlhf.sampling.draw import draw_tokens
 from jax_rlhf.sampling.weights import rollout_form
@@ -37,29 +46,28 @@ MAX_STAGES = 4
 TURNING_PAYS = 32  # tokens per response, from which on turning the kernels round once is made up for by faster steps
 
 
-@struct.dataclass
-class Samples:
+class Samples(struct.PyTreeNode):
     """Prompts with their responses.
 
     Attributes:
-      tokens: int32[B, P + R].
-      response_mask: bool[B, R], True through EOS.
-      logprobs: float32[B, R], of the unfiltered softmax at the temperature, in nats; 0 after EOS.
-      kept_mass: float32[B, R], probability that the filters left; 1 where nothing is filtered, 0 after EOS.
+      tokens: ids, of T = P + R slots.
+      response_mask: True through EOS.
+      logprobs: of the unfiltered softmax at the temperature, in nats; 0 after EOS.
+      kept_mass: probability that the filters left; 1 where nothing is filtered, 0 after EOS.
     """
 
-    tokens: Array
-    response_mask: Array
-    logprobs: Array
-    kept_mass: Array
+    tokens: Int32[Array, "B T"]
+    response_mask: Bool[Array, "B R"]
+    logprobs: Float32[Array, "B R"]
+    kept_mass: Float32[Array, "B R"]
 
 
 def sample(
     model: Decoder,
     params: Params,
-    prompts: Array,
-    prompt_mask: Array,
-    key: Array,
+    prompts: Int[AnyArray, "B P"],
+    prompt_mask: Bool[AnyArray, "B P"],
+    key: PRNGKeyArray,
     *,
     max_new_tokens: int,
     min_new_tokens: int = 0,
@@ -68,7 +76,7 @@ def sample(
     top_p: float = 1.0,
     eos_id: int | Sequence[int] | None = None,
     pad_id: int = 0,
-    row_ids: Array | None = None,
+    row_ids: Int[AnyArray, "B"] | None = None,
 ) -> Samples:
     """Samples a response to each prompt.
 
@@ -86,7 +94,7 @@ def sample(
       top_p: draw among the fewest tokens that hold this probability (after top-k); 1 = all.
       eos_id: one id or several, any of which ends a response; None = none does.
       pad_id: what stands after the end; it may equal an EOS.
-      row_ids: int[B], the address of each row's randomness; default 0 … B − 1.
+      row_ids: the address of each row's randomness; default 0 … B − 1.
 
     Returns:
       The samples. Log-probs are of the unfiltered softmax at the temperature.
@@ -123,7 +131,7 @@ def check_prompts(model: Decoder, prompt_mask: np.ndarray, sampling: Sampling) -
 
     Args:
       model: the model.
-      prompt_mask: bool[B, P], on the host.
+      prompt_mask: on the host; that it is bool[B, P] is looked at here.
       sampling: how they will be sampled.
 
     Raises:
@@ -146,13 +154,18 @@ def check_prompts(model: Decoder, prompt_mask: np.ndarray, sampling: Sampling) -
 
 
 def check_positions(
-    config: DecoderConfig, lengths: np.ndarray, max_new_tokens: int, *, run: int | None = None, whose: str = "model's"
+    config: DecoderConfig,
+    lengths: Int[np.ndarray, "B"],
+    max_new_tokens: int,
+    *,
+    run: int | None = None,
+    whose: str = "model's",
 ) -> None:
     """Raises where a prompt and its response are longer than a learned table of positions.
 
     Args:
       config: the model's.
-      lengths: int[B], of the prompts, in tokens.
+      lengths: of the prompts, in tokens.
       max_new_tokens: R.
       run: how many of a response's tokens the model runs over; None = all.
       whose: positions, for the message.
@@ -169,7 +182,7 @@ def check_positions(
 
 
 @functools.partial(model_jit, static_argnums=(0, 4))
-def sample_program(model: Decoder, params: Params, prompts: Prompts, key: Array, sampling: Sampling) -> Samples:
+def sample_program(model: Decoder, params: Params, prompts: Prompts, key: PRNGKeyArray, sampling: Sampling) -> Samples:
     """`rollout`, in the form that decodes fastest, and its rows with the sharding of the training layout."""
     return in_rows(rollout(*rollout_form(model, params), prompts, key, sampling), model.config.layout)
 
@@ -187,23 +200,22 @@ def in_rows(samples: Samples, layout: Layout | None) -> Samples:
     return jax.tree.map(lambda leaf: constrained(leaf, layout, "rows", "length"), samples)
 
 
-@struct.dataclass
-class _Decoding:
+class _Decoding(struct.PyTreeNode):
     """What a loop over tokens carries; index, of the next token, counts from 0 at the first response slot."""
 
-    index: Array  # int32[]
-    running: Array  # bool[B], no EOS so far
-    hidden: Array  # float[B, E], what the head reads next
-    cache: Any
-    token: Array  # int32[B], drawn last
-    real: Array  # bool[B], whether it belongs to the response
-    tokens: Array  # int32[B, R]
-    mask: Array  # bool[B, R]
-    logprobs: Array  # float32[B, R]
-    kept_mass: Array  # float32[B, R]
+    index: Int32[Array, ""]
+    running: Bool[Array, "B"]  # no EOS so far
+    hidden: Float[Array, "B E"]  # what the head reads next
+    cache: KVCache
+    token: Int32[Array, "B"]  # drawn last
+    real: Bool[Array, "B"]  # whether it belongs to the response
+    tokens: Int32[Array, "B R"]
+    mask: Bool[Array, "B R"]
+    logprobs: Float32[Array, "B R"]
+    kept_mass: Float32[Array, "B R"]
 
 
-def rollout(model: Decoder, params: Params, prompts: Prompts, key: Array, sampling: Sampling) -> Samples:
+def rollout(model: Decoder, params: Params, prompts: Prompts, key: PRNGKeyArray, sampling: Sampling) -> Samples:
     """`sample` without its checks, to be called under `jit`.
 
     Args:
@@ -216,7 +228,7 @@ def rollout(model: Decoder, params: Params, prompts: Prompts, key: Array, sampli
     Returns:
       The samples, in the model's layout.
     """
-    tokens, mask, row_ids = prompts.tokens, prompts.mask, prompts.row_ids
+    tokens, mask, row_ids = (jnp.asarray(x) for x in (prompts.tokens, prompts.mask, prompts.row_ids))
     chex.assert_rank([tokens, mask, row_ids], [2, 2, 1])
     chex.assert_type([tokens, mask, row_ids], [int, bool, int])
     chex.assert_equal_shape([tokens, mask])
@@ -262,7 +274,11 @@ def rollout(model: Decoder, params: Params, prompts: Prompts, key: Array, sampli
 
 
 def _make_draw(
-    head: Callable[[Array], Array], key: Array, row_ids: Array, sampling: Sampling, layout: Layout | None
+    head: Callable[[Float[Array, "B E"]], Float32[Array, "B V"]],
+    key: PRNGKeyArray,
+    row_ids: Int[Array, "B"],
+    sampling: Sampling,
+    layout: Layout | None,
 ) -> Callable[[_Decoding], _Decoding]:
     """draw(state): draws token `index` of every row from `hidden`."""
     row_keys, eos_ids = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_ids), sampling.eos_ids or ()

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax import Array
 from jax.sharding import PartitionSpec
+from jaxtyping import Float
 
 from jax_rlhf.models import NORM_AXES, Decoder, DecoderConfig, logical_axes, unstack_layers
 from jax_rlhf.models.decoder import Params
@@ -42,9 +43,11 @@ def reshard(model: Decoder, params: Any, axes: Any) -> tuple[Decoder, Any]:
       The model in the rollout layout, and its parameters there.
     """
     layout = sampling_layout(model.config)
-    steps = [None] if layout is None else reshard_steps(model.config.layout, layout)
+    steps = [None]
+    if layout is not None and model.config.layout is not None:
+        steps = reshard_steps(model.config.layout, layout)
 
-    def move(spec: PartitionSpec, leaf: Array) -> Array:
+    def move(spec: PartitionSpec, leaf: Float[Array, "..."]) -> Float[Array, "..."]:
         leaf = leaf if spec in NORM_AXES else leaf.astype(model.config.dtype)
         for step in steps:
             leaf = constrained(leaf, step, *spec)

@@ -136,7 +136,7 @@ def test_a_stopped_phase_goes_on_bit_for_bit(settings, straight, tmp_path, phase
     [("reward", None, 2), ("ppo", {"starts": 5}, 6), ("reward", [1], 2), ("reward", {"starts": "x"}, 2)],
 )
 def test_what_starting_again_cost_is_summed_up(
-    settings, straight, interrupted, tmp_path, phase, file, starts, monkeypatch
+    settings, straight, interrupted, tmp_path, monkeypatch, *, phase, file, starts
 ):
     """Also of starts that were killed before they saved anything; a file that says nothing of use is not asked."""
     told = tmp_path / "told"
@@ -227,7 +227,7 @@ def other_reward_model(folder, straight):
         ),
     ],
 )
-def test_what_it_cannot_go_on_with_is_said(settings, straight, interrupted, tmp_path, phase, field, value, message):
+def test_what_it_cannot_go_on_with_is_said(settings, straight, interrupted, tmp_path, *, phase, field, value, message):
     interrupted(phase, tmp_path)
     other = settings.copy_and_resolve_references()
     *sections, name = field.split(".")

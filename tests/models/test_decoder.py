@@ -1,6 +1,7 @@
 """The decoder by itself: scan against unrolled, remat, gradients, depth, and what goes in."""
 
 import time
+from inspect import unwrap
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax_rlhf.models import (
     logical_axes,
     unstack_layers,
 )
+from jax_rlhf.models.decoder import _checked
 from jax_rlhf.parallel import LOGICAL_TO_MESH
 
 
@@ -136,12 +138,13 @@ def test_padding_of_the_vocabulary_never_shows():
 def test_a_call_that_does_not_fit_is_refused():
     model = Decoder(tiny_config())
     params = init_params(model, jax.random.key(0))
+    check = unwrap(_checked)
     with pytest.raises(AssertionError, match="type"):
-        model.apply({"params": params}, TOKENS, mask=MASK.astype(int))  # a mask is boolean
+        check(TOKENS, None, MASK.astype(int))  # a mask is boolean
     with pytest.raises(AssertionError, match="shape"):
-        model.apply({"params": params}, TOKENS, mask=MASK[:, 1:])
+        check(TOKENS, None, MASK[:, 1:])
     with pytest.raises(AssertionError, match="rank"):
-        model.apply({"params": params}, TOKENS[0])
+        check(TOKENS[0], None, None)
     cache = create_cache(model.config, 2, 8, scan_layers=True)
     with pytest.raises(ValueError, match="9 tokens, span 8: the cache has 8"):
         model.apply({"params": params}, TOKENS, cache, method="extend")

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
-from jax_rlhf.hub.load_model import running
 
 from jax_rlhf import RLHFEngine
 from jax_rlhf.hub.config import ModelConfig
+from jax_rlhf.hub.load_model import running
 from jax_rlhf.models import Decoder, DecoderConfig, Rotary, attention, create_cache, init_params
 from jax_rlhf.models.attention import AttentionContext, attend, token_order, visible
 from jax_rlhf.models.flash import MIN_LENGTH, check_flash, flash_attend, uses_flash

@@ -182,7 +182,7 @@ def surrogate(config, ratio, advantages, penalty):
     return loss, jnp.where(advantages < 0, ratio < low, (ratio > high) & (advantages > 0))
 
 
-def update(networks, frozen, trained, config, made, text, state):
+def update(networks, frozen, trained, config, made, *, text, state):
     """An iteration's updates: (actor, critic, metrics, state after).
 
     networks: (actor, critic) as functions of their trainable parameters: tree → (model, whole parameters).

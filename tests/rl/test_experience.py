@@ -1,5 +1,7 @@
 """Rewards per token: where the score lands, and what the KL penalty costs."""
 
+from inspect import unwrap
+
 import jax
 import numpy as np
 import pytest
@@ -75,9 +77,9 @@ def test_with_the_mean_form_length_costs_nothing():
 
 def test_integer_scores_and_unknown_forms_are_errors():
     with pytest.raises(AssertionError):
-        ours(SCORES.astype(int), LOGPROBS, REF, MASK)
+        unwrap(rl.token_rewards)(SCORES.astype(int), LOGPROBS, REF, MASK, kl_coef=0.1)
     with pytest.raises(ValueError, match="median"):
-        ours(SCORES, LOGPROBS, REF, MASK, kl_reduction="median")
+        unwrap(rl.token_rewards)(SCORES, LOGPROBS, REF, MASK, kl_coef=0.1, kl_reduction="median")
 
 
 def whole_experience():

@@ -12,7 +12,7 @@ from jax_rlhf import sample, token_logprobs
 from jax_rlhf.models import Decoder, init_params, unstack_layers
 from jax_rlhf.parallel import put_rows
 from jax_rlhf.rl import Prompts
-from jax_rlhf.sampling import Sampling, decode_stages, loop_turns, rollout, sampler
+from jax_rlhf.sampling import Sampling, check_prompts, decode_stages, loop_turns, rollout, sampler
 from jax_rlhf.sampling.draw import draw_tokens
 from jax_rlhf.sampling.sampler import TURNING_PAYS
 from tests.models.test_decoder import tiny_config
@@ -43,15 +43,15 @@ def full_logits(model, params, tokens, mask):
     return model.apply({"params": params}, tokens, mask=mask)
 
 
-def margin_at(model, params, tokens, mask, row_id, index, prompt_width, temperature=1.0):
+def margin_at(model, params, tokens, mask, *, row_id, index, prompt_width):
     """By how much the winner of one draw beat the next, from a full forward: tokens[T], mask[T]."""
     end = prompt_width + index
-    logits = full_logits(model, params, tokens[None, :end], mask[None, :end])[:, -1] / temperature
+    logits = full_logits(model, params, tokens[None, :end], mask[None, :end])[:, -1]
     key = jax.random.fold_in(jax.random.fold_in(KEY, row_id), index)
     return float(draw_tokens(logits, key[None]).margin[0])
 
 
-def assert_same_responses(model, params, first, second, prompts, mask, row_ids):
+def assert_same_responses(model, params, first, second, *, prompts, mask, row_ids):
     """Equal tokens and log-probs to 1e-5; a row may part from the other only at a near tie."""
     width = prompts.shape[1]
     parted = 0
@@ -63,7 +63,7 @@ def assert_same_responses(model, params, first, second, prompts, mask, row_ids):
             parted, until = parted + 1, int(differ[0])
             tokens = np.concatenate([prompts[row], one])
             real = np.concatenate([mask[row], np.ones(len(one), bool)])
-            assert margin_at(model, params, tokens, real, row_id, until, width) < 1e-5
+            assert margin_at(model, params, tokens, real, row_id=row_id, index=until, prompt_width=width) < 1e-5
         else:
             np.testing.assert_array_equal(first.response_mask[row], second.response_mask[row])
         np.testing.assert_allclose(first.logprobs[row, :until], second.logprobs[row, :until], atol=1e-5)
@@ -234,7 +234,7 @@ def test_what_is_drawn_does_not_depend_on_the_stages(monkeypatch, scan_layers):
     lengths = whole.response_mask.sum(axis=1)
     assert 1 < int(lengths.min()) < 15
     assert int(lengths.max()) == 21
-    assert_same_responses(model, params, whole, staged, prompts, mask, ids)
+    assert_same_responses(model, params, whole, staged, prompts=prompts, mask=mask, row_ids=ids)
 
 
 def test_a_step_reads_the_slots_of_its_stage_alone(monkeypatch):
@@ -280,15 +280,18 @@ def test_a_row_alone_among_others_reordered_or_padded_wider():
     order = np.random.RandomState(1).permutation(64)
     shuffled = sample(model, params, prompts[order], mask[order], KEY, row_ids=order, **settings)
     back = jax.tree.map(lambda leaf: leaf[np.argsort(order)], shuffled)
-    check(back, prompts, mask, ids)
+    check(back, prompts=prompts, mask=mask, row_ids=ids)
 
     wide = sample(model, params, np.pad(prompts, ((0, 0), (5, 0))), np.pad(mask, ((0, 0), (5, 0))), KEY, **settings)
-    check(wide, prompts, mask, ids)
+    check(wide, prompts=prompts, mask=mask, row_ids=ids)
 
     for row in (0, 17, 63):
-        alone = sample(model, params, prompts[row : row + 1], mask[row : row + 1], KEY, row_ids=[row], **settings)
+        alone = sample(
+            model, params, prompts[row : row + 1], mask[row : row + 1], KEY, row_ids=ids[row : row + 1], **settings
+        )
         one = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], together)
-        assert_same_responses(model, params, one, alone, prompts[row : row + 1], mask[row : row + 1], [row])
+        mine = {"prompts": prompts[row : row + 1], "mask": mask[row : row + 1], "row_ids": [row]}
+        assert_same_responses(model, params, one, alone, **mine)
     # With other row ids, or another key, the responses are others: the test can fail.
     other = sample(model, params, prompts, mask, KEY, row_ids=ids + 64, **settings)
     assert (np.asarray(other.tokens) != np.asarray(together.tokens)).any(axis=1).mean() > 0.9
@@ -313,7 +316,7 @@ def test_eight_devices_draw_what_one_draws():
     replicated = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     eight = sample(model, replicated, rows[0], rows[1], KEY, row_ids=rows[2], **settings)
     assert len(eight.tokens.sharding.device_set) == 8
-    assert_same_responses(model, params, one, eight, prompts, mask, np.arange(64))
+    assert_same_responses(model, params, one, eight, prompts=prompts, mask=mask, row_ids=np.arange(64))
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------
@@ -362,6 +365,6 @@ def test_bad_prompts_are_named():
     with pytest.raises(ValueError, match="prompt 1 is not padded on the left"):
         run(right, KEY)
     with pytest.raises(ValueError, match="prompt_mask must be bool"):
-        run(mask.astype(np.int32), KEY)
+        check_prompts(model, mask.astype(np.int32), Sampling(max_new_tokens=4))
     with pytest.raises(ValueError, match=r"prompt 0 has 6 tokens.*16 positions"):
         sample(model, params, prompts, mask, KEY, max_new_tokens=12)
