@@ -27,7 +27,7 @@ SECONDS = 20
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "pythia", "opt")
 
 
-def is_refused(call, error, match):
+def assert_refused(call, error, match):
     def refused():
         with pytest.raises(error, match=match):
             call()
@@ -61,7 +61,7 @@ def test_a_config_that_claims_what_no_model_has(tmp_path, case):
     whole = json.loads((folder / "config.json").read_text())
     for name, value in HUGE.items():
         (folder / "config.json").write_text(json.dumps(whole | {name: value}))
-        is_refused(lambda: load_pretrained(folder), CheckpointError, name)
+        assert_refused(lambda: load_pretrained(folder), CheckpointError, name)
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
@@ -70,11 +70,11 @@ def test_files_of_a_checkpoint_that_are_far_too_large(tmp_path, name):
     if name.startswith("model"):
         (folder / "model.safetensors").unlink()
     (folder / name).write_text('{"a": [' + "[]," * 10_000_000 + "[]]}")
-    is_refused(lambda: load_pretrained(folder), CheckpointError, f"{name}: .*it has more than 16,777,216 bytes")
+    assert_refused(lambda: load_pretrained(folder), CheckpointError, f"{name}: .*it has more than 16,777,216 bytes")
     (folder / name).write_text('{"a": ' * 100 + "1" + "}" * 100)
-    is_refused(lambda: load_pretrained(folder), CheckpointError, f"{name}: .*nested more than 64 deep")
+    assert_refused(lambda: load_pretrained(folder), CheckpointError, f"{name}: .*nested more than 64 deep")
     (folder / name).write_text("[" * 1_000_000)
-    is_refused(lambda: load_pretrained(folder), CheckpointError, f"{name}: .*not JSON")
+    assert_refused(lambda: load_pretrained(folder), CheckpointError, f"{name}: .*not JSON")
 
 
 def test_a_vocabulary_with_a_hole_of_billions(tmp_path):
@@ -83,25 +83,27 @@ def test_a_vocabulary_with_a_hole_of_billions(tmp_path):
     content = dict.fromkeys(["truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"])
     file = {"version": "1.0", "added_tokens": [], "model": model, **content}
     (folder / "tokenizer.json").write_text(json.dumps(file))
-    is_refused(lambda: load_tokenizer(folder), CheckpointError, "its largest id is 4294967295")
+    assert_refused(lambda: load_tokenizer(folder), CheckpointError, "its largest id is 4294967295")
 
 
 def test_a_token_of_a_million_characters(tmp_path):
     """Of which transformers would look at a million ways to cut it in two."""
     fields = {"ggml.model": "llama", "ggml.tokens": ["<unk>", "a", "a" * 1_000_000], "ggml.scores": [0.0, -1.0, -2.0]}
-    is_refused(lambda: gguf_tokenizer(fields, tmp_path / "x.gguf"), CheckpointError, "has 1,000,000 characters")
+    assert_refused(lambda: gguf_tokenizer(fields, tmp_path / "x.gguf"), CheckpointError, "has 1,000,000 characters")
     many = [f"{'a' * 1000}{number}" for number in range(21_000)]
     fields |= {"ggml.tokens": many, "ggml.scores": [-1.0] * len(many)}
-    is_refused(lambda: gguf_tokenizer(fields, tmp_path / "x.gguf"), CheckpointError, "its tokens have 21,")
+    assert_refused(lambda: gguf_tokenizer(fields, tmp_path / "x.gguf"), CheckpointError, "its tokens have 21,")
     (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "a" * 1_000_000: 1}))
-    is_refused(lambda: load_tokenizer(tmp_path), CheckpointError, r"vocab.json: the token 'a.* 1,000,000 characters")
+    assert_refused(
+        lambda: load_tokenizer(tmp_path), CheckpointError, r"vocab.json: the token 'a.* 1,000,000 characters"
+    )
     (tmp_path / "vocab.json").unlink()
     piece = b"\x0a\xc0\x84\x3d" + b"a" * 1_000_000  # SentencePiece.piece
     entry = b"\x0a" + b"\xc4\x84\x3d" + piece  # ModelProto.pieces
     (tmp_path / "tokenizer.model").write_bytes(entry)
-    is_refused(lambda: load_tokenizer(tmp_path), CheckpointError, "tokenizer.model: a token is too long")
+    assert_refused(lambda: load_tokenizer(tmp_path), CheckpointError, "tokenizer.model: a token is too long")
     (tmp_path / "tokenizer.model").write_bytes(entry[:100])
-    is_refused(lambda: load_tokenizer(tmp_path), CheckpointError, "not a whole sentencepiece model")
+    assert_refused(lambda: load_tokenizer(tmp_path), CheckpointError, "not a whole sentencepiece model")
 
 
 @pytest.mark.parametrize("what", ["fields", "tensors"])
@@ -112,7 +114,7 @@ def test_a_gguf_file_of_very_many_fields_or_tensors(tmp_path, what):
     one = text(b"a") + struct.pack("<IB", 0, 1) if what == "fields" else text(b"a") + struct.pack("<IQIQ", 1, 0, 0, 0)
     counts = (0, 20_000) if what == "fields" else (20_000, 0)
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts) + one * 20_000)
-    is_refused(lambda: load_pretrained(tmp_path / "x.gguf"), CheckpointError, r"20,000 .*are supported")
+    assert_refused(lambda: load_pretrained(tmp_path / "x.gguf"), CheckpointError, r"20,000 .*are supported")
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------
@@ -151,13 +153,13 @@ def test_a_parquet_file_that_stands_for_gigabytes(tmp_path, name):
     file = tmp_path / "x.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": column()}), file, compression="zstd", **how)
     assert file.stat().st_size < 100_000
-    is_refused(lambda: read(file), DataError, r"x.parquet: its [\d,]+ bytes expand to more than")
+    assert_refused(lambda: read(file), DataError, r"x.parquet: its [\d,]+ bytes expand to more than")
     program = [sys.executable, "-P", decode_arrow.__file__, "parquet", str(file), str(2**26), "1000"]
     done = subprocess.run([sys.executable, "-c", PEAK, *program], capture_output=True, check=True)
     assert int(done.stdout) * 1024 < 1_200_000_000  # of the process that decodes it
     (tmp_path / "set").mkdir()
     file.rename(tmp_path / "set" / "train.parquet")
-    is_refused(lambda: read(tmp_path / "set"), DataError, r"train.parquet: its [\d,]+ bytes expand to more than")
+    assert_refused(lambda: read(tmp_path / "set"), DataError, r"train.parquet: its [\d,]+ bytes expand to more than")
 
 
 ARROW = {
@@ -180,7 +182,7 @@ def test_an_arrow_file_that_stands_for_gigabytes(tmp_path, name, form):
     with form(file, table.schema, options=pyarrow.ipc.IpcWriteOptions(compression="zstd")) as written:
         written.write_table(table)
     assert file.stat().st_size < 100_000
-    is_refused(lambda: read(tmp_path / "set"), DataError, r"arrow: its [\d,]+ bytes expand to more than")
+    assert_refused(lambda: read(tmp_path / "set"), DataError, r"arrow: its [\d,]+ bytes expand to more than")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
@@ -188,7 +190,7 @@ def test_a_gzip_file_that_stands_for_gigabytes(tmp_path, suffix):
     file = tmp_path / f"x{suffix}.gz"
     line = b'{"text": "a"}\n' if suffix == ".jsonl" else b"text\n"
     file.write_bytes(gzip.compress(line * 10 + b" " * 200_000_000 + line))
-    is_refused(lambda: read(file), DataError, "gz: its .* bytes expand to more than|more than 67,108,864 bytes")
+    assert_refused(lambda: read(file), DataError, "gz: its .* bytes expand to more than|more than 67,108,864 bytes")
 
 
 @pytest.mark.parametrize(
@@ -205,7 +207,7 @@ def test_few_bytes_that_unpack_to_many_small_values(tmp_path, suffix, begin, pie
     file = tmp_path / f"x{suffix}.gz"
     file.write_bytes(gzip.compress(begin + piece * 2_000_000 + end))
     assert file.stat().st_size < 20_000
-    is_refused(lambda: read(file), DataError, r"gz: its [\d,]+ bytes expand to more than")
+    assert_refused(lambda: read(file), DataError, r"gz: its [\d,]+ bytes expand to more than")
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".arrow"])
@@ -259,7 +261,7 @@ def test_a_line_of_fifty_megabytes_takes_a_few_times_its_size(tmp_path, phase, t
 
 def test_a_line_that_is_no_row_but_a_file(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "a"}\n{"text": "' + b"a" * 80_000_000 + b'"}\n')
-    is_refused(lambda: read(tmp_path / "x.jsonl"), DataError, "line 2: it has more than 67,108,864 bytes")
+    assert_refused(lambda: read(tmp_path / "x.jsonl"), DataError, "line 2: it has more than 67,108,864 bytes")
     (tmp_path / "x.json").write_bytes(b'[{"text": "a"}, {"text": "' + b"a" * 80_000_000 + b'"}]')
     with pytest.raises(DataError, match="row 2: it has more than 67,108,864 characters"):
         read(tmp_path / "x.json")
