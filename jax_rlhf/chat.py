@@ -1,6 +1,6 @@
-"""`python -m jax_rlhf.chat MODEL`: asks a model line by line, with its chat template where it has one.
+"""`python -m jax_rlhf.chat MODEL`: chats with a model, line by line.
 
-A model without a template goes on with each line as it stands.
+A model without a chat template continues the text of each line.
 """
 
 import collections
@@ -25,26 +25,26 @@ from jax_rlhf.io.terminal import make_output_harmless
 from jax_rlhf.sampling import sample
 
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "The longest answer, in tokens.", lower_bound=1)
-_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the likeliest token each time.", lower_bound=0.0)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the answers.")
-_LONGEST = 1 << 20  # tokens; a chat is not cut
-_WIDTHS = 64  # tokens; prompts are padded to a multiple, so that not every line compiles anew
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 = the most likely token (greedy).", lower_bound=0.0)
+_SEED = flags.DEFINE_integer("seed", 0, "The random seed of sampling.")
+_LONGEST = 1 << 20  # tokens; large enough that a chat is never filtered
+_WIDTHS = 64  # tokens; prompts are padded to a multiple of it, so that not every line needs a new compilation
 
 
-def answer(pretrained: Pretrained, messages: list[dict[str, Any]], key: jax.Array, **how: Any) -> str:
-    """What a model answers.
+def answer(pretrained: Pretrained, messages: list[dict[str, Any]], key: jax.Array, **keywords: Any) -> str:
+    """Samples a model's answer.
 
     Args:
-      pretrained: with a tokenizer.
-      messages: the chat so far; without a chat template the last one's text is gone on with.
-      key: of the draw.
-      how: `max_new_tokens` and other settings of `sample`.
+      pretrained: the model, with a tokenizer.
+      messages: the chat so far; without a chat template the model continues the text of the last message.
+      key: a JAX random key.
+      keywords: `max_new_tokens` and other arguments of `sample`.
 
     Returns:
       The answer, without special tokens.
 
     Raises:
-      ValueError: the chat leaves no room in a table of positions, or its template fails.
+      ValueError: the chat is longer than the model's table of positions, or the chat template fails.
     """
     tokenizer, decoder = tokenizer_of(pretrained), pretrained.model.config
     if tokenizer.chat_template is None:
@@ -53,36 +53,35 @@ def answer(pretrained: Pretrained, messages: list[dict[str, Any]], key: jax.Arra
         row = Row({"prompt": messages}, "the chat", len(messages))
     data, ends = DataConfig(max_prompt_tokens=_LONGEST), end_ids(tokenizer, pretrained.generation_config)
     dropped: collections.Counter = collections.Counter()
-    texts = [row_texts(row, "ppo", data, tokenizer)]  # as in PPO: with BOS, without EOS
+    texts = [row_texts(row, "ppo", data, tokenizer)]  # as a prompt of PPO: with BOS, without EOS
     examples = tokenized([row], texts, tokenizer, data, dropped, ends)
     if not examples:
-        raise ValueError(f"there is nothing to go on with: {', '.join(dropped)}.")
+        raise ValueError(f"the prompt is not valid: {', '.join(dropped)}.")
     ids = examples[0].prompt
     width = -(-len(ids) // _WIDTHS) * _WIDTHS
     if decoder.position_kind == "learned":
         width, room = len(ids), decoder.max_positions - len(ids)
         if room < 1:
-            raise ValueError(f"the chat has {len(ids)} tokens, and the model {decoder.max_positions} positions.")
-        how["max_new_tokens"] = min(how["max_new_tokens"], room)
-    prompt = np.full(
-        (1, width), pad_id(tokenizer, DataConfig(pad_token=str(tokenizer.pad_token or tokenizer.eos_token)))
-    )
+            raise ValueError(f"the chat has {len(ids)} tokens, but the model only {decoder.max_positions} positions.")
+        keywords["max_new_tokens"] = min(keywords["max_new_tokens"], room)
+    pad = pad_id(tokenizer, DataConfig(pad_token=str(tokenizer.pad_token or tokenizer.eos_token)))
+    prompt = np.full((1, width), pad)
     prompt[0, width - len(ids) :] = ids
     mask = np.arange(width)[None] >= width - len(ids)
     model = pretrained.model.clone(config=sampled_ids(pretrained.model.config, tokenizer))
-    samples = sample(model, pretrained.params, prompt, mask, key, eos_id=ends, **how)
+    samples = sample(model, pretrained.params, prompt, mask, key, eos_id=ends, **keywords)
     response = np.asarray(samples.tokens)[0, width:][np.asarray(samples.response_mask)[0]]
     return decode(tokenizer, response)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Reads lines until there are no more.
+    """Answers lines from standard input until its end.
 
     Args:
       arguments: the program and the model.
 
     Returns:
-      The exit code: 0, or 1 where the model cannot be used.
+      The exit code: 0, 1 if the model cannot be loaded, or 2 for wrong usage.
     """
     if len(arguments) != 2:
         print("usage: python -m jax_rlhf.chat MODEL [--max_new_tokens=256] [--temperature=1.0]", file=sys.stderr)
@@ -92,12 +91,12 @@ def main(arguments: Sequence[str]) -> int:
     try:
         pretrained = load_model(ModelConfig(path=arguments[1]), "lm")
         if pretrained.tokenizer is None:
-            raise CheckpointError(f"{arguments[1]} came without a tokenizer.")
+            raise CheckpointError(f"{arguments[1]} has no tokenizer; add the tokenizer's files to its folder.")
     except (FileNotFoundError, ValueError, CheckpointError) as error:
         print(f"error: {printable_lines(str(error))}", file=sys.stderr)
         return 1
-    how = {"max_new_tokens": _MAX_NEW_TOKENS.value, "temperature": _TEMPERATURE.value or 1.0}
-    how |= {} if _TEMPERATURE.value else {"top_k": 1}
+    keywords = {"max_new_tokens": _MAX_NEW_TOKENS.value, "temperature": _TEMPERATURE.value or 1.0}
+    keywords |= {} if _TEMPERATURE.value else {"top_k": 1}
     messages: list[dict[str, Any]] = []
     for turn in itertools.count():
         try:
@@ -108,13 +107,13 @@ def main(arguments: Sequence[str]) -> int:
             continue
         messages.append({"role": "user", "content": line})
         try:
-            said = answer(pretrained, messages, jax.random.fold_in(jax.random.key(_SEED.value), turn), **how)
+            response = answer(pretrained, messages, jax.random.fold_in(jax.random.key(_SEED.value), turn), **keywords)
         except ValueError as error:
             print(f"error: {printable_lines(str(error))}", file=sys.stderr)
             messages.pop()
             continue
-        messages.append({"role": "assistant", "content": said})
-        print(printable_lines(said), flush=True)
+        messages.append({"role": "assistant", "content": response})
+        print(printable_lines(response), flush=True)
     raise AssertionError("unreachable")
 
 

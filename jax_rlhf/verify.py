@@ -1,7 +1,7 @@
-"""`python -m jax_rlhf.verify WORKDIR`: reads every checkpoint and model of a run, and says which are whole.
+"""`python -m jax_rlhf.verify WORKDIR`: checks the integrity of every checkpoint and model of a run.
 
-A checkpoint is whole where each of its arrays has the checksum that it was written with, a model where each of its
-files has the digest that the phase's manifest lists. Nothing is changed.
+A checkpoint is whole if each of its arrays has the checksum with which it was written. A model is whole if each of its
+files has the digest in the phase's manifest. Nothing is changed.
 """
 
 import json
@@ -26,20 +26,20 @@ _LINES = ("metrics.jsonl", "samples.jsonl")
 
 
 def verify(workdir: Path) -> Iterator[tuple[str, str]]:
-    """Looks at all that a run has left.
+    """Checks all files, checkpoints and models of a run.
 
     Args:
-      workdir: its folder.
+      workdir: the run's folder.
 
     Yields:
-      (what, "" where it is whole, else what is wrong with it).
+      (name, problem); the problem is "" if the file, checkpoint or model is whole.
 
     Raises:
-      FileNotFoundError: it is no run's folder.
+      FileNotFoundError: the folder is not a run's workdir.
     """
     phases = [phase for phase in PHASES if (workdir / phase).is_dir()]
     if not phases:
-        raise FileNotFoundError(f"{workdir} holds no phase of a run ({', '.join(PHASES)}).")
+        raise FileNotFoundError(f"{workdir} is not the workdir of a run: it has none of {', '.join(PHASES)}.")
     yield "config.json", _of_object(workdir / "config.json")
     for phase in phases:
         folder = workdir / phase
@@ -50,20 +50,20 @@ def verify(workdir: Path) -> Iterator[tuple[str, str]]:
             if (folder / name).exists():
                 yield f"{phase}/{name}", _of_lines(folder / name)
         checkpoints = checkpoints_of(folder)
-        found = (
+        steps = (
             [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()] if checkpoints.is_dir() else []
         )
-        for step in sorted(found):
-            wrong = of_checkpoint(checkpoints / str(step))
-            if not wrong or (checkpoints / str(step)).exists():  # a run that goes on deletes older ones
-                yield f"{phase}/checkpoints/{step}", wrong
+        for step in sorted(steps):
+            problem = of_checkpoint(checkpoints / str(step))
+            if not problem or (checkpoints / str(step)).exists():  # an active run deletes older checkpoints
+                yield f"{phase}/checkpoints/{step}", problem
         yield from _of_models(folder, finished=status(workdir, phase) == "finished")
 
 
 def _of_models(folder: Path, *, finished: bool) -> Iterator[tuple[str, str]]:
     try:
         models = set(manifest.listed_models(folder))
-    except ManifestError:  # which is said of the manifest
+    except ManifestError:  # already reported for the manifest itself
         return
     if not (folder / manifest.NAME).exists():
         return
@@ -110,29 +110,29 @@ def _of_lines(file: Path) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints a line for each file, checkpoint and model.
+    """Prints a line per file, checkpoint and model.
 
     Args:
       arguments: the program and the workdir.
 
     Returns:
-      The exit code: 0 where all is whole, 1 where something is not, 2 where nothing could be looked at.
+      The exit code: 0 if everything is whole, 1 if something is damaged, 2 if the workdir could not be checked.
     """
     make_output_harmless()
     if len(arguments) != 2:
         print("usage: python -m jax_rlhf.verify WORKDIR", file=sys.stderr)
         return 2
-    logging.set_verbosity(logging.ERROR)  # what is damaged is said here
+    logging.set_verbosity(logging.ERROR)  # damage is reported below
     jax.config.update("jax_platforms", "cpu")
     damaged = count = 0
     try:
         workdir, _lock = open_workdir_at(arguments[1])
         if is_locked(workdir):
-            print("a run writes here: what it is writing at the moment is not whole yet.")
-        for what, wrong in verify(workdir):
-            count, damaged = count + 1, damaged + bool(wrong)
+            print("a run is active in this workdir: files that it is writing may be incomplete.")
+        for name, problem in verify(workdir):
+            count, damaged = count + 1, damaged + bool(problem)
             print(
-                f"{'DAMAGED' if wrong else 'whole  '}  {what}{f': {printable(wrong, 400)}' if wrong else ''}",
+                f"{'DAMAGED' if problem else 'whole  '}  {name}{f': {printable(problem, 400)}' if problem else ''}",
                 flush=True,
             )
     except (ValueError, OSError) as error:

@@ -46,5 +46,5 @@ def test_a_table_of_positions_bounds_an_answer_and_a_chat(monkeypatch):
     pretrained = Pretrained(model, init_params(model, random.key(0)), data.tokenizer())
     _, ((ids, how),) = says(monkeypatch, pretrained, [user("a b c")], max_new_tokens=256)
     assert len(ids) + how["max_new_tokens"] == 12
-    with pytest.raises(ValueError, match="the chat has 15 tokens, and the model 12 positions"):
+    with pytest.raises(ValueError, match="the chat has 15 tokens, but the model only 12 positions"):
         chat.answer(pretrained, [user(" ".join("a" * 12))], random.key(0), max_new_tokens=4)

@@ -100,8 +100,8 @@ def tokenized(
     ends an answer.
 
     Prompt and completion are tokenized as one text, and the completion's tokens are those after the prompt's. If tokens
-    would merge across the boundary, both are tokenized separately: in PPO too, a completion is sampled after the
-    prompt's tokens.
+    would merge across the end of the prompt, both are tokenized separately: in PPO too, a completion is sampled after
+    the prompt's tokens.
 
     Args:
       rows: the rows from which the texts are.

@@ -1,1 +1,1 @@
-"""Files, paths and texts that others wrote, and the terminal."""
+"""Files, paths and texts from untrusted sources, durable writes, and output to the terminal."""

@@ -1,4 +1,4 @@
-"""Files that decide, written so that a crash or a power cut leaves the former one or the whole new one."""
+"""Writes files so that after a crash or power failure either the old file or the complete new file is there."""
 
 import contextlib
 import errno
@@ -9,22 +9,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-_RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # in the text of what Rust's standard library says of a file
-_NOT_FOR_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # what file systems say that cannot sync a folder
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # in messages of Rust's standard library
+_NOT_FOR_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # errors of file systems that cannot sync a folder
 
 
 @contextlib.contextmanager
 def file_errors(path: Path) -> Iterator[None]:
-    """Names the file where something cannot be read or written.
+    """Adds the path to errors of reading and writing a file, and converts them to OSError.
 
-    Python's own error of a read or write does not say of which file. safetensors and tokenizers raise types of their
-    own, or a bare Exception, of which only the text says that the disk was full.
+    Python's errors of `read` and `write` do not name the file. safetensors and tokenizers raise their own types, or
+    bare Exception, and only the message says that, for example, the disk was full.
 
     Args:
-      path: what is read or written.
+      path: the file that is read or written.
 
     Raises:
-      OSError: it could not be; with its number, and a path.
+      OSError: the file could not be read or written; it has the error number and a path.
     """
     try:
         yield
@@ -41,10 +41,7 @@ def file_errors(path: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's entries, are on the disk.
-
-    Args:
-      path: a file or folder.
+    """Flushes a file's content, or a folder's entries, to disk.
 
     Raises:
       OSError: the disk fails.
@@ -61,10 +58,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Waits until a folder, and all that is in it, is on the disk under its name.
-
-    Args:
-      folder: a local folder.
+    """Flushes a local folder to disk, with everything in it and its entry in the parent folder.
 
     Raises:
       OSError: the disk fails.
@@ -77,14 +71,14 @@ def sync_tree(folder: Path) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes a file as a whole, and waits until it is on the disk under its name.
+    """Writes a file atomically, and flushes it to disk.
 
     Args:
-      file: to make or replace; its folder is there.
+      file: the file to make or replace, in an existing folder.
       text: its content.
 
     Raises:
-      OSError: the disk is full, …; the former file is as it was.
+      OSError: the disk is full, …; an old file is unchanged.
     """
     partial = file.with_name(f"{file.name}.partial")
     with file_errors(file):
@@ -95,13 +89,9 @@ def write_text(file: Path, text: str) -> None:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """The same with a JSON object, its keys sorted.
-
-    Args:
-      file: to make or replace.
-      content: the object.
+    """Writes a JSON object with sorted keys like `write_text`.
 
     Raises:
-      OSError: as above.
+      OSError: as for `write_text`.
     """
     write_text(file, json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -1,4 +1,4 @@
-"""JSON files that others wrote: nothing is taken from one before its size, depth and texts have been looked at."""
+"""Reads JSON files from untrusted sources; size, depth of nesting and texts are checked before the content is used."""
 
 import json
 import re
@@ -14,23 +14,23 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 class JSONFileError(ValueError):
-    """A file that holds no such JSON; the message says why, and not where."""
+    """A JSON file is invalid; the message says why, but does not name the file."""
 
 
 def read_object(file: Path, *, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
     """Reads a JSON object.
 
     Args:
-      file: a file.
-      most_bytes: a larger one is not read.
+      file: the file.
+      most_bytes: the largest allowed size.
 
     Returns:
-      Its content: nested at most 64 deep, and every text of it can be written as UTF-8.
+      The object. It is nested at most 64 deep, and all its texts can be encoded as UTF-8.
 
     Raises:
-      JSONFileError: the file is a folder, too large, not UTF-8, not JSON, no object, or nested too deeply.
-      FileNotFoundError: there is no such file.
-      OSError: it cannot be read.
+      JSONFileError: the file is a folder, too large, not UTF-8, not JSON, not an object, or nested too deeply.
+      FileNotFoundError: the file does not exist.
+      OSError: the file cannot be read.
     """
     if file.is_dir():
         raise JSONFileError("it is a folder")
@@ -43,25 +43,25 @@ def read_object(file: Path, *, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise JSONFileError(f"not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise JSONFileError(f"a JSON object is expected, this is {json.dumps(value)[:40]}")
+        raise JSONFileError(f"it must be a JSON object, and is {json.dumps(value)[:40]}")
     for level in levels(value):
         lone = next((text for text in level if isinstance(text, str) and _SURROGATE.search(text)), None)
         if lone is not None:
-            raise JSONFileError(f"half of a surrogate pair, which is no character, in {lone[:80]!r}")
+            raise JSONFileError(f"half of a surrogate pair, which is not a character, in {lone[:80]!r}")
     return value
 
 
 def levels(value: Any) -> Iterator[list[Any]]:
-    """A value, what it holds, what that holds …: a deep value cannot be walked by recursion.
+    """Walks a JSON value level by level, without recursion, which would fail for deeply nested values.
 
     Args:
-      value: what JSON can hold.
+      value: any JSON value.
 
     Yields:
-      What is on each level, keys and values.
+      The values of each level, keys and values of objects among them.
 
     Raises:
-      JSONFileError: there are more than 64.
+      JSONFileError: there are more than 64 levels.
     """
     level = [value]
     for _ in range(DEEPEST):

@@ -1,4 +1,4 @@
-"""What other packages write to the terminal: log records, warnings and tracebacks, with names and texts of files."""
+"""Removes control characters from all output to the terminal: log records, warnings, and tracebacks."""
 
 import logging
 import os
@@ -13,19 +13,19 @@ from jax_rlhf.io.printable import printable_lines
 
 
 class _Record(logging.LogRecord):
-    """A log record without control characters, whoever made it."""
+    """A log record without control characters, from any logger."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.exc_info and self.exc_info[0] is not None:
-            self.exc_text = _printable_trace(*self.exc_info)  # which formatters take as it is
+            self.exc_text = _printable_trace(*self.exc_info)  # formatters use it unchanged
 
     def getMessage(self) -> str:
         return printable_lines(super().getMessage())
 
 
 class _Lasting:
-    """A stream that nobody may read any more: what is written then goes nowhere, and nobody fails for it."""
+    """A stream that does not fail when its reader is gone: further output is discarded."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -44,12 +44,15 @@ class _Lasting:
             self._give_up()
 
     def _give_up(self) -> None:
-        """The pipe is closed, the terminal gone, the disk full: Python's last flush must not fail on it either."""
+        """Redirects the stream to /dev/null after the pipe or terminal is closed or the disk is full.
+
+        The file descriptor itself is redirected, so that Python's flush at exit does not fail either.
+        """
         try:
             number = self._stream.fileno()
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, number)
-            os.close(nowhere)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, number)
+            os.close(null)
         except (OSError, ValueError):
             self._stream = open(os.devnull, "w")  # noqa: SIM115 — for as long as the process lives
 
@@ -58,13 +61,13 @@ class _Lasting:
 
 
 def make_output_harmless() -> None:
-    """Takes escape sequences out of what goes to the terminal, and goes on where nobody reads it any more.
+    """Makes output to the terminal safe: without escape sequences, and without errors when the terminal is gone.
 
-    Log records, warnings and uncaught exceptions pass through `jax_rlhf.io.printable`, as does what the program prints
-    itself. A character that the terminal's encoding lacks is written as its escape. A pipe or terminal that is closed
-    is no error. For programs: it changes how the whole process logs.
+    Log records, warnings and uncaught exceptions pass through `jax_rlhf.io.printable`; the program itself uses it for
+    all that it prints. A character that the terminal's encoding lacks is written as an escape. A closed pipe or
+    terminal is not an error. Only programs should call this, because it changes logging of the whole process.
     """
-    for number in range(3):  # one that was closed at the start would become the next file that is opened
+    for number in range(3):  # the next file to be opened would get the number of a standard stream that is closed
         try:
             os.fstat(number)
         except OSError:
@@ -78,8 +81,8 @@ def make_output_harmless() -> None:
         if not isinstance(stream, _Lasting):
             setattr(sys, name, _Lasting(stream))
     logging.setLogRecordFactory(_Record)
-    former = warnings.formatwarning
-    warnings.formatwarning = lambda *args, **how: printable_lines(former(*args, **how))
+    format_warning = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **keywords: printable_lines(format_warning(*args, **keywords))
     sys.excepthook = _print_trace
     threading.excepthook = lambda args: _print_trace(args.exc_type, args.exc_value, args.exc_traceback)
     sys.unraisablehook = lambda args: _print_trace(args.exc_type, args.exc_value, args.exc_traceback)

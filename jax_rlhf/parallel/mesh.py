@@ -79,14 +79,14 @@ def create_layout(
 def _sizes(wanted: tuple[int, ...], devices: int, where: str) -> list[int]:
     """The sizes with −1 replaced; ValueError if their product is not the number of devices."""
     sizes = list(wanted)
-    known = math.prod(size for size in sizes if size != -1)
+    fixed = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise ValueError(
             f"config.{where}: data={wanted[0]}, fsdp={wanted[1]}, tensor={wanted[2]}; each must be 1 or more, and one "
             "of them may be -1, all the remaining devices."
         )
-    if -1 in sizes and devices % known == 0:
-        sizes[sizes.index(-1)] = devices // known
+    if -1 in sizes and devices % fixed == 0:
+        sizes[sizes.index(-1)] = devices // fixed
     if math.prod(sizes) != devices:
         fits = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
         raise ValueError(

@@ -1,1 +1,1 @@
-"""`python -m jax_rlhf.plan`: compiles every program of a run for hardware that is not there, and says what it takes."""
+"""`python -m jax_rlhf.plan`: compiles a run for hardware that need not be present, to estimate its memory and time."""

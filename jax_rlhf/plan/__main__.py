@@ -1,8 +1,8 @@
 """`python -m jax_rlhf.plan --config=FILE [--config.a.b=value …] --topology=v5p:2x2x4 [--json]`: a plan before you rent.
 
-Compiles every jitted function of the run ahead of time: neither weights, nor data, nor a network, nor the hardware is
-needed. With --measure instead of --topology, on the hardware, it puts measured memory beside. The exit code is 0 where
-all fits, 3 where something does not.
+Compiles every jitted function of the run ahead of time. It needs no weights, no data, no network, and not the hardware.
+With --measure instead of --topology it runs on the hardware, and shows measured memory too. The exit code is 0 if
+everything fits, 3 if something does not.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ from jax_rlhf.plan.topology import Topology, describe_topology, layout_on
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5p:2x2x4, v5e:…, v6e:…, h100:8, h100:4x8, 2*v5p:2x2x4 (slices).")
 _JSON = flags.DEFINE_bool("json", False, "The plan as JSON on standard output.")
-_MEASURE = flags.DEFINE_bool("measure", False, "On the devices that are here: run each program once, on zeros, too.")
-_ADVICE = flags.DEFINE_bool("advice", True, "Where something does not fit, try out which settings would help.")
+_MEASURE = flags.DEFINE_bool("measure", False, "Plan for the available devices, and run each program once on zeros.")
+_ADVICE = flags.DEFINE_bool("advice", True, "If something does not fit, try out which settings would help.")
 
 DOES_NOT_FIT = 3
 
@@ -42,23 +42,23 @@ def main(arguments: Sequence[str]) -> int:
     """Prints the plan.
 
     Args:
-      arguments: what is left of the command line.
+      arguments: the program, and arguments that are not flags.
 
     Returns:
-      0 where all fits, 3 where something does not, 1 after an error in what the user gave.
+      0 if everything fits, 3 if something does not, 1 for invalid settings.
     """
     make_output_harmless()
     try:
         if len(arguments) > 1:
-            raise ValueError(f"{arguments[1]!r} is no flag; fields are given as --config.name=value.")
+            raise ValueError(f"{arguments[1]!r} is not a flag; set fields with --config.name=value.")
         if _MEASURE.value:
             return _plan(CONFIG.value, topology_here())
         if _TOPOLOGY.value is None:
-            raise ValueError("--topology is missing: v5p:2x2x4, v5e:2x4, h100:8, …")
-        jax.config.update("jax_platforms", "cpu")  # the hardware is not here, and is not to be looked for
+            raise ValueError("--topology is missing; set it to v5p:2x2x4, v5e:2x4, h100:8, …")
+        jax.config.update("jax_platforms", "cpu")  # JAX must not search for the hardware, which need not be present
         return _plan(CONFIG.value, describe_topology(_TOPOLOGY.value))
     except (ValueError, RuntimeError, OSError, CheckpointError) as error:
-        logging.debug("where it came from", exc_info=True)
+        logging.debug("the error's origin", exc_info=True)
         print(f"error: {printable_lines(str(error))}", file=sys.stderr)
         return 1
 
@@ -66,32 +66,32 @@ def main(arguments: Sequence[str]) -> int:
 def _plan(config: ConfigDict, topology: Topology) -> int:
     settings = run_config(config)
     layout = layout_on(topology, settings)
-    accounts, forms, notes, programs = [], _form("mesh", layout.mesh), [], programs_of(settings, layout)
+    accounts, meshes, notes, programs = [], _mesh_text("mesh", layout.mesh), [], programs_of(settings, layout)
     for program in programs:
         print(f"compiling {program.phase} {program.name}", file=sys.stderr, flush=True)
         accounts.append(account(program, topology))
         rollout = program.rollout
         if rollout is not None:
-            forms += f", {_form('rollout', rollout.mesh)}"
+            meshes += f", {_mesh_text('rollout', rollout.mesh)}"
             if not tensor_has_fast_links(rollout):
-                notes.append(_leaves(accounts[-1]))
+                notes.append(_slow_rollout_note(accounts[-1]))
     if _MEASURE.value:
         accounts = _measured(programs, accounts)
     found, hosts = [], host_accounts(programs, topology)
     if _ADVICE.value and not all(one.fits for one in accounts):
-        print("trying out what would help", file=sys.stderr, flush=True)
+        print("trying out which settings would help", file=sys.stderr, flush=True)
         found = list(advice(config, topology, accounts))
     if _JSON.value:
         plan = as_json(accounts, hosts, topology, notes) | {"advice": [one.as_dict() for one in found]}
         print(json.dumps(plan, indent=2))
     else:
-        print(as_table(accounts, hosts, topology, forms + ".", notes))
+        print(as_table(accounts, hosts, topology, meshes + ".", notes))
         _print_advice(found)
     return 0 if all(one.fits for one in accounts) else DOES_NOT_FIT
 
 
 def _measured(programs: list[Program], accounts: list[Account]) -> list[Account]:
-    """The accounts with what the programs took, run from the smallest to the largest, as far as they fit."""
+    """The accounts with measured peaks; programs that fit are run, from the smallest planned peak to the largest."""
     peaks = {}
     for index in sorted(range(len(programs)), key=lambda index: accounts[index].peak):
         if accounts[index].fits:
@@ -100,17 +100,17 @@ def _measured(programs: list[Program], accounts: list[Account]) -> list[Account]
     return [dataclasses.replace(one, measured=peaks.get(index)) for index, one in enumerate(accounts)]
 
 
-def _leaves(rollout: Account) -> str:
-    """Of a rollout whose `tensor` is longer than fast links reach."""
+def _slow_rollout_note(rollout: Account) -> str:
+    """The note on a rollout in which the devices along `tensor` do not share fast links."""
     decoding = (one for one in rollout.collectives if "decode_" in one.source)
-    far = sum(one.count for one in decoding if one.near < one.group)
+    far = sum(one.count for one in decoding if one.local_group < one.group)
     return (
-        f"Note: in sampling `tensor` leaves the machine: {far:,} collectives go over the network while tokens are "
-        "drawn, one after the other. Take a smaller config.rollout_mesh.tensor (or config.mesh.tensor)."
+        f"Note: in sampling `tensor` leaves the machine: {far:,} collectives go over the network, one after the other, "
+        "while tokens are sampled. Set a smaller config.rollout_mesh.tensor (or config.mesh.tensor)."
     )
 
 
-def _form(name: str, mesh: Mesh) -> str:
+def _mesh_text(name: str, mesh: Mesh) -> str:
     sizes = dict(mesh.shape)
     for axis in ("data", "tensor"):
         sizes[axis] = sizes.get(axis, 1) * sizes.pop(f"fsdp_to_{axis}", 1)
@@ -119,7 +119,7 @@ def _form(name: str, mesh: Mesh) -> str:
 
 def _print_advice(found: list[Advice]) -> None:
     if found:
-        print("\nTried out, each with those above it:")
+        print("\nSettings that were tried out, each with those above it:")
     for one in found:
         print(f"  {one}")
 

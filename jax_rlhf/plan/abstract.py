@@ -1,4 +1,4 @@
-"""A run without its arrays: models, batches and programs as shapes with shardings."""
+"""Abstract models, batches and programs of a run: shapes with shardings instead of arrays."""
 
 import dataclasses
 import math
@@ -23,18 +23,19 @@ from jax_rlhf.sampling import decode_stages, sampling_layout
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One jitted function of a run, and what it is called with.
+    """A jitted function of a run with its arguments.
 
     Attributes:
-      phase, name: where it belongs, and what it does.
+      phase, name: the phase to which it belongs, and its name there.
       function: the jitted function.
-      arguments: as it is called, static ones and shapes.
-      resident: what lies on the devices whether this program reads it or not: parameters, optimizer states.
-      passing: what lies there for this program: batches, experience.
-      decode: bytes of kernels and cache that a device reads in its loops over tokens, run to their end; 0 without any.
-      layout: of training.
-      waiting: parameters that lie in the host's memory.
-      rollout: the layout that it samples in; None where it is no rollout of PPO.
+      arguments: its arguments: static values, and shapes instead of arrays.
+      resident: arrays that are on the devices during the whole phase: parameters, optimizer states.
+      passing: arrays that are on the devices for this program only: batches, experience.
+      decode: bytes of kernels and KV cache that a device reads in loops over tokens, if all tokens are sampled; 0
+        without such loops.
+      layout: the layout for training.
+      waiting: parameters that are offloaded to the host's memory.
+      rollout: the layout for sampling; None if it is not a rollout of PPO.
     """
 
     phase: str
@@ -50,27 +51,18 @@ class Program:
 
 
 def abstract_model(config: ModelConfig, head: Head, layout: Layout) -> Pretrained | None:
-    """A model as `load_model` would load it, as shapes.
-
-    Args:
-      config: where it comes from.
-      head: "lm" or "scalar".
-      layout: the devices.
-
-    Returns:
-      The model; None where config.path is None.
-    """
+    """The model that `load_model` would load, with shapes as parameters; None if config.path is None."""
     if config.path is None:
         return None
     decoder, stored = model_shape(config.path, config.revision)
     decoder = decoder.replace(padded_vocab_size=padded_vocab_size(decoder.vocab_size, layout), layout=layout)
     model = Decoder(running(decoder, config), head=head)
-    places = SplitModel(model).shardings(layout).trainable
-    return Pretrained(model, placed(abstract_params(model), places, jnp.dtype(stored)))
+    shardings = SplitModel(model).shardings(layout).trainable
+    return Pretrained(model, with_shardings(abstract_params(model), shardings, jnp.dtype(stored)))
 
 
 def as_saved(pretrained: Pretrained) -> Pretrained:
-    """A model as the phase that trained it writes it, and the next one loads it."""
+    """The model with the dtypes in which one phase writes it and the next phase loads it."""
     shapes = jax.tree.map(
         lambda leaf, dtype: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding),
         pretrained.params,
@@ -79,98 +71,64 @@ def as_saved(pretrained: Pretrained) -> Pretrained:
     return dataclasses.replace(pretrained, params=shapes)
 
 
-def placed(shapes: Any, places: Any, dtype: Any = None) -> Any:
-    """Shapes with shardings.
+def with_shardings(shapes: Any, shardings: Any, dtype: Any = None) -> Any:
+    """Adds shardings to shapes.
 
     Args:
       shapes: a tree.
-      places: its shardings.
-      dtype: of all leaves; None = each its own.
-
-    Returns:
-      The tree.
+      shardings: a tree of the same structure.
+      dtype: of all leaves; None = the dtype of each leaf.
     """
     return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=place), shapes, places
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
     )
 
 
-def everywhere(layout: Layout, value: Any) -> jax.ShapeDtypeStruct:
-    """A value that each device has whole.
-
-    Args:
-      layout: the devices.
-      value: an array.
-
-    Returns:
-      Its shape.
-    """
+def replicated(layout: Layout, value: Any) -> jax.ShapeDtypeStruct:
+    """The shape of an array that is replicated on all devices."""
     shape = jax.eval_shape(lambda: value)
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=layout.sharding(()))
 
 
-def rows_of(layout: Layout, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-    """An array whose rows lie on the devices along `data` and `fsdp`.
-
-    Args:
-      layout: the devices.
-      dtype: of the array.
-      shape: of the array.
-
-    Returns:
-      Its shape.
-    """
+def sharded_rows(layout: Layout, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    """The shape of an array whose rows are sharded over `data` and `fsdp`."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(("rows",), shape))
 
 
 def token_rows(layout: Layout, rows: int, width: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """A batch of tokens and its mask.
-
-    Args:
-      layout: the devices.
-      rows: of the batch.
-      width: of a row, in tokens.
-
-    Returns:
-      int32[rows, width], bool[rows, width].
-    """
-    return rows_of(layout, jnp.int32, rows, width), rows_of(layout, jnp.bool_, rows, width)
+    """Shapes of a batch of tokens and its mask: int32[rows, width], bool[rows, width]."""
+    return sharded_rows(layout, jnp.int32, rows, width), sharded_rows(layout, jnp.bool_, rows, width)
 
 
-def in_rows(tree: Any, layout: Layout) -> Any:
-    """`rows_of` each leaf.
-
-    Args:
-      tree: of shapes.
-      layout: the devices.
-
-    Returns:
-      The tree.
-    """
-    return jax.tree.map(lambda leaf: rows_of(layout, leaf.dtype, *leaf.shape), tree)
+def shard_rows(tree: Any, layout: Layout) -> Any:
+    """Shards the rows of each leaf of a tree of shapes, as in `sharded_rows`."""
+    return jax.tree.map(lambda leaf: sharded_rows(layout, leaf.dtype, *leaf.shape), tree)
 
 
 def decode_bytes(model: Decoder, rows: int, width: int, length: int) -> float:
-    """Bytes of kernels and cache that a device reads while it decodes, in the rollout layout.
+    """Bytes of kernels and KV cache that a device reads while it decodes, in the rollout layout.
 
-    A step reads every kernel, of a table that only looks tokens up a row per token, and each slot of its stage's cache.
+    Each step reads every kernel, and every slot of the cache of its stage. An embedding table without a tied LM head is
+    only looked up, one row per token, and does not count.
 
     Args:
       model: the model.
-      rows: of the batch.
+      rows: B, rows of the batch.
       width: P, tokens per prompt.
-      length: R, new tokens per row, all of which are drawn.
+      length: R, new tokens per row; all of them are sampled.
 
     Returns:
-      Bytes of all steps together.
+      Bytes of all steps.
     """
     config, layout = model.config, sampling_layout(model.config)
 
-    def held(axes: PartitionSpec | tuple[str, ...], shape: tuple[int, ...]) -> int:
+    def shard_size(axes: PartitionSpec | tuple[str, ...], shape: tuple[int, ...]) -> int:
         return math.prod(layout.sharding(axes, shape).shard_shape(shape))
 
     sizes = jax.tree.map(
-        lambda spec, leaf: held(spec, leaf.shape),
+        lambda spec, leaf: shard_size(spec, leaf.shape),
         logical_axes(model),
         abstract_params(model),
         is_leaf=lambda x: isinstance(x, PartitionSpec),
@@ -181,43 +139,38 @@ def decode_bytes(model: Decoder, rows: int, width: int, length: int) -> float:
     stages = decode_stages(length)
     slots = sum((end - start) * (width + end - 1) for start, end in zip((1, *stages), stages, strict=False))
     slot = config.num_layers, rows, config.num_kv_heads, config.head_dim
-    cache = 2 * slots * held(("layers", "rows", "kv_heads", "head_dim"), slot)  # keys and values
+    cache = 2 * slots * shard_size(("layers", "rows", "kv_heads", "head_dim"), slot)  # keys and values
     return float((kernels + cache) * config.dtype.itemsize)
 
 
 def joined(network: SplitModel, params: SplitParams, layout: Layout) -> tuple[Params, Params]:
-    """A model's two parts in one tree, as it is exported, and as it answers after SFT.
-
-    Args:
-      network: the model.
-      params: its parameters.
-      layout: the devices.
+    """Joins the trainable and frozen parameters of a model, as for export and for sampling after SFT.
 
     Returns:
-      (the tree, of it what is copied: all layers, where only some of them train).
+      (tree of all parameters, tree of those that joining copies: all layers if only some of them are trained).
     """
     shapes = jax.eval_shape(network.join, params)
-    whole = placed(shapes, SplitModel(network.model).shardings(layout).trainable)
+    whole = with_shardings(shapes, SplitModel(network.model).shardings(layout).trainable)
     return whole, {"layers": whole["layers"]} if "layers" in params.frozen else {}
 
 
 def export_program(
     phase: str, models: Sequence[tuple[SplitModel, SplitParams]], resident: dict[str, Any], layout: Layout
 ) -> list[Program]:
-    """What puts the largest tensor of a phase's models together on every device, from where it is written.
+    """The program that gathers the largest tensor of a phase's models on every device, to write it.
 
     Args:
-      phase: whose models they are.
-      models: those that it exports, one after the other.
+      phase: the phase.
+      models: the models that it exports, one after the other.
       resident: as in `Program`.
       layout: the devices.
 
     Returns:
-      One program; none where there is one device.
+      One program; none for one device.
     """
     if layout.mesh.size == 1:
         return []
-    tensors = []  # (bytes, leaf, whether it is stacked, dtype in which it is saved, what is copied before)
+    tensors = []  # (bytes, leaf, whether it is stacked, dtype in which it is saved, parameters copied by `joined`)
     for network, params in models:
         whole, made = joined(network, params, layout)
         dtypes = jax.tree.leaves(compute_dtypes(network.model))
@@ -231,37 +184,24 @@ def export_program(
 
 
 def prompt_width(config: RunConfig) -> int:
-    """Of a batch of prompts.
-
-    Args:
-      config: the run's settings.
-
-    Returns:
-      P, tokens.
-    """
+    """P, the width of a batch of prompts in tokens."""
     return config.data.prompt_tokens or config.data.max_prompt_tokens
 
 
 def device_bytes(tree: Any) -> float:
-    """Bytes of a device's shards, without what waits in the host's memory.
+    """Bytes of the shards of one device, without leaves in the host's memory.
 
     Args:
       tree: `jax.ShapeDtypeStruct`s with shardings.
-
-    Returns:
-      Bytes.
     """
     return shard_bytes([leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != "pinned_host"])
 
 
 def shard_bytes(tree: Any) -> float:
-    """Bytes of a device's shards, wherever they are.
+    """Bytes of the shards of one device, in any memory.
 
     Args:
       tree: `jax.ShapeDtypeStruct`s with shardings.
-
-    Returns:
-      Bytes.
     """
     leaves = jax.tree.leaves(tree)
     return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))

@@ -1,4 +1,4 @@
-"""Settings that would make a run fit, tried out: each is compiled before it is named."""
+"""Searches for settings with which a run fits; each is compiled before it is recommended."""
 
 import copy
 import dataclasses
@@ -20,10 +20,10 @@ class Advice:
     """A setting that was tried.
 
     Attributes:
-      program: "phase name".
-      change: fields and their values; empty = nothing more that was tried helps.
-      before, after: bytes at the peak, of a device; with all changes so far.
-      fits: whether that program does now.
+      program: "phase name", the phase and the program's name.
+      change: field → value; empty = no further setting helps.
+      before, after: peak bytes of a device, with all changes so far.
+      fits: whether the program fits after the change.
     """
 
     program: str
@@ -34,32 +34,32 @@ class Advice:
 
     def __str__(self) -> str:
         if not self.change:
-            reached = f"{self.program}: {self.after / GIB:.1f} GiB is what was reached"
-            return f"{reached}; it takes more devices, or model.trainable_layers"
+            reached = f"{self.program}: {self.after / GIB:.1f} GiB is the lowest peak that was reached"
+            return f"{reached}; use more devices, or set model.trainable_layers"
         fields = " ".join(f"--config.{name}={value}" for name, value in self.change.items())
         verdict = "fits" if self.fits else "does not fit yet"
         return f"{self.program}: {fields}  {self.before / GIB:.1f} → {self.after / GIB:.1f} GiB, {verdict}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields, for JSON."""
         return dataclasses.asdict(self)
 
 
 def advice(config: ConfigDict, topology: Topology, accounts: list[Account]) -> Iterator[Advice]:
-    """What would help, for each program that does not fit: changes that lower its peak, kept until it fits.
+    """For each program that does not fit, tries changes that lower its peak, and keeps them until it fits.
 
     Args:
-      config: the run's, with its flags.
+      config: the run's settings, with its flags.
       topology: the hardware.
-      accounts: of the run as it is.
+      accounts: the accounts of the unchanged run.
 
     Yields:
-      Each change that helped, in the order of what it costs: those that change no result first. What does not fit with
-      any of them comes last.
+      Each change that helps, ordered by its cost, so that changes without effect on results come first. If a program
+      does not fit with any of them, an `Advice` without a change follows.
     """
     config, changed = copy.deepcopy(config), False
     for one in accounts:
-        now = _again(config, topology, one) if changed else one
+        now = _replan(config, topology, one) if changed else one
         if now is None or now.fits:
             continue
         for change in _changes(run_config(config), now, len(topology.devices)):
@@ -67,7 +67,7 @@ def advice(config: ConfigDict, topology: Topology, accounts: list[Account]) -> I
             with trial.unlocked():
                 trial.update_from_flattened_dict(change)
             print(f"trying {one.phase} {one.name} with {change}", file=sys.stderr, flush=True)
-            after = _again(trial, topology, one)
+            after = _replan(trial, topology, one)
             if after is None or after.peak > 0.99 * now.peak:
                 continue
             config, changed = trial, True
@@ -79,8 +79,8 @@ def advice(config: ConfigDict, topology: Topology, accounts: list[Account]) -> I
             yield Advice(f"{one.phase} {one.name}", {}, now.peak, now.peak, False)
 
 
-def _again(config: ConfigDict, topology: Topology, one: Account) -> Account | None:
-    """The same program with other settings; None where they cannot be."""
+def _replan(config: ConfigDict, topology: Topology, one: Account) -> Account | None:
+    """The account of the same program with other settings; None if the settings are invalid."""
     try:
         settings = dataclasses.replace(run_config(config), phases=(one.phase,))
         layout = layout_on(topology, settings)
@@ -91,7 +91,7 @@ def _again(config: ConfigDict, topology: Topology, one: Account) -> Account | No
 
 
 def _changes(settings: RunConfig, one: Account, devices: int) -> Iterator[dict[str, Any]]:
-    """From those that change nothing but speed to those that change what is computed."""
+    """Changes to try: first those that only affect speed, then those that change what is computed."""
     for role in ("model", "critic", "reward_model", "reference"):
         if getattr(settings, role).remat in ("none", "dots"):
             yield {f"{role}.remat": "full"}

@@ -1,4 +1,4 @@
-"""Every program of a run, those of the phases themselves, for devices that are only described."""
+"""All programs of a run, for simulated devices; they are the jitted functions of the phases themselves."""
 
 from jax_rlhf.config import RunConfig
 from jax_rlhf.parallel import Layout
@@ -8,17 +8,10 @@ from jax_rlhf.plan.supervised_programs import reward_programs, sft_programs
 
 
 def programs_of(config: RunConfig, layout: Layout) -> list[Program]:
-    """All programs of a run.
-
-    Args:
-      config: the run's settings.
-      layout: the devices.
-
-    Returns:
-      The programs, by phase.
+    """All programs of a run, in the order of the phases.
 
     Raises:
-      ValueError: sizes that the mesh does not divide, or a model whose shape is not known.
+      ValueError: the mesh does not divide a size, or the shape of a model is unknown.
     """
     made = []
     for phase in config.phases:

@@ -1,4 +1,4 @@
-"""Accelerators by their data sheets, and what XLA's compiler for GPUs must know of a card that is not there."""
+"""Data sheets of accelerators, and descriptions of GPUs for XLA's compiler, for cards that need not be present."""
 
 import dataclasses
 from typing import Any
@@ -9,19 +9,19 @@ _MEMORY_FRACTION = 0.92  # XLA_PYTHON_CLIENT_MEM_FRACTION in launch/gpu.sh
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device of JAX, by the data sheet.
+    """One device of JAX, by its data sheet.
 
     Attributes:
-      name: as people call it.
+      name: the common name.
       memory: bytes that a program may use.
-      flops: bfloat16 matrix products without sparsity, FLOP/s.
+      flops: FLOP/s of bfloat16 matrix products without sparsity.
       bandwidth: of its memory, bytes/s.
-      link: to its neighbours in the slice or machine (ICI, NVLink), bytes/s each way, all links together.
-      network: to other slices or machines, bytes/s each way per device.
+      link: bytes/s to its neighbours in the slice or machine (ICI, NVLink), per direction, over all links.
+      network: bytes/s to other slices or machines, per direction and device.
       hop: latency of one step of a collective over links, seconds.
-      network_hop: of one over the network, seconds; 0 where no figure is published.
-      start: of a collective, before its first step, seconds.
-      host_memory: of the host, bytes per device.
+      network_hop: latency of one step over the network, seconds; 0 if no figure is published.
+      start: latency of a collective before its first step, seconds.
+      host_memory: memory of the host, bytes per device.
       axes: dimensions of a TPU slice; 0 for GPUs.
       most: chips of the largest TPU slice; 0 for GPUs.
     """
@@ -45,16 +45,16 @@ class Card:
     """A GPU as XLA's `GpuTargetConfigProto` describes it.
 
     Attributes:
-      name: as the driver says it.
+      name: as the driver reports it.
       capability: compute capability, major and minor.
       cores: streaming multiprocessors.
       units: float32 units per core.
       clock: GHz.
       memory: bytes.
       bandwidth: of the memory, bytes/s.
-      cache: L2, bytes.
-      shared: memory that the threads of a core share, bytes.
-      threads: per core, at most.
+      cache: L2 cache, bytes.
+      shared: shared memory per core, bytes.
+      threads: the largest number of threads per core.
     """
 
     name: str
@@ -69,11 +69,7 @@ class Card:
     threads: int = 2048
 
     def target(self) -> str:
-        """The proto in text form, with CUDA 12.9 and cuDNN 9.12.
-
-        Returns:
-          What `get_topology_desc` takes as target_config.
-        """
+        """The proto in text format, with CUDA 12.9 and cuDNN 9.12: `target_config` of `get_topology_desc`."""
         major, minor = self.capability
         return f"""
 gpu_device_info {{
@@ -103,7 +99,7 @@ device_description_str: "{self.name}"
 """
 
 
-# NVIDIA's data sheets; what XLA knows of a card as its own descriptions have it, the L4's from NVIDIA's tuning guide.
+# From NVIDIA's data sheets and XLA's own descriptions of these cards; for the L4 from NVIDIA's tuning guide.
 CARDS = {
     "l4": Card("NVIDIA L4", (8, 9), 58, 128, 2.04, 24_152_899_584, 300_096_000_000, 50_331_648, 102_400, 1536),
     "a100": Card(
@@ -128,10 +124,10 @@ def _tpu(*sheet: Any, host: float, axes: int, most: int) -> Chip:
     return Chip(*sheet, hop=1e-6, network_hop=0.0, start=0.0, host_memory=host, axes=axes, most=most)
 
 
-# TPU: cloud.google.com/tpu/docs; memory as the compiler's out-of-memory message has it; 1 µs per hop as in "How to
-# Scale Your Model" (Austin et al. 2025). GPU: NVLink, for the L4 PCIe; the network of NVIDIA's machines of eight cards
-# (of Google's g2-standard-96 for the L4); latencies as NCCL's own model of a ring in its LL protocol has them
-# (src/graph/tuning.cc). Host memory: of Google's machine types with 4 TPU chips (TPU7x: 8 devices) or 8 GPUs.
+# TPU: cloud.google.com/tpu/docs; memory from the compiler's out-of-memory message; 1 µs per hop from "How to Scale Your
+# Model" (Austin et al. 2025). GPU: NVLink (PCIe for the L4); network of NVIDIA's machines with eight cards (Google's
+# g2-standard-96 for the L4); latencies from NCCL's model of a ring with the LL protocol (src/graph/tuning.cc). Host
+# memory: Google's machine types with 4 TPU chips (TPU7x: 8 devices) or 8 GPUs.
 CHIPS = {
     "v4": _tpu("TPU v4", 30.75 * GIB, 275e12, 1.228e12, 300e9, 6.25e9, host=407e9 / 4, axes=3, most=4096),
     "v5e": _tpu("TPU v5e", 15.75 * GIB, 197e12, 0.819e12, 200e9, 3.125e9, host=192e9 / 4, axes=2, most=256),

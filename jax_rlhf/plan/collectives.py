@@ -1,8 +1,9 @@
-"""What a compiled program sends between devices, read from its HLO text.
+"""Finds the collectives of a compiled program in its HLO text.
 
-A collective inside loops counts as often as they turn: a scan's length is in its condition, a loop over tokens is taken
-to run to its end. Bytes are those that a device receives in a ring of n: an all-gather (n − 1)/n of its result, a
-reduce-scatter (n − 1)/n of its operand, an all-reduce both, an all-to-all (n − 1)/n, a permutation all of it.
+A collective inside a loop counts once per iteration. The length of a scan is in its condition, and a loop over tokens
+counts as if all tokens were sampled. Bytes are those that a device receives in a ring of n devices: (n − 1)/n of the
+result for an all-gather, (n − 1)/n of the operand for a reduce-scatter, the sum of both for an all-reduce, (n − 1)/n
+for an all-to-all, and all bytes for a permutation.
 """
 
 import dataclasses
@@ -30,19 +31,19 @@ class Collective:
     """One collective of a program.
 
     Attributes:
-      kind: of `KINDS`.
-      count: how often it runs.
-      bytes: that a device receives each time.
-      group: devices that take part together.
-      near: of these, as many as lie in one slice or machine; all = `group`.
-      source: the operation of the program that it serves.
+      kind: one of `KINDS`.
+      count: the number of times that it runs.
+      bytes: bytes that a device receives each time.
+      group: the number of devices that take part in it.
+      local_group: the number of these that are in the same slice or machine; `group` if all are.
+      source: `op_name` of the operation of the program from which XLA made it.
     """
 
     kind: str
     count: int
     bytes: float
     group: int
-    near: int
+    local_group: int
     source: str
 
 
@@ -51,30 +52,23 @@ class _Computation:
     lines: list[tuple[str, str, str]]  # (result type, operation, the rest)
 
 
-def collectives(hlo: str, *, devices: int, near: int | None = None) -> list[Collective]:
+def collectives(hlo: str, *, devices: int, devices_per_machine: int | None = None) -> list[Collective]:
     """The collectives of a compiled program.
 
     Args:
       hlo: `compiled.as_text()`.
-      devices: of the program.
-      near: of them, as many as links join, a slice or a machine; None = all.
+      devices: the number of devices of the program.
+      devices_per_machine: the number of devices that share fast links, a slice or a machine; None = all.
 
     Returns:
-      Each once, with how often it runs.
+      One entry per instruction.
     """
     computations, entry = _parse(hlo)
-    return list(_walk(computations, entry, 1, (devices, near or devices)))
+    return list(_walk(computations, entry, 1, (devices, devices_per_machine or devices)))
 
 
 def computations_of(hlo: str) -> dict[str, list[str]]:
-    """The lines of a compiled program, by computation.
-
-    Args:
-      hlo: `compiled.as_text()`.
-
-    Returns:
-      name → lines.
-    """
+    """Name → lines of each computation of a compiled program; `hlo` is `compiled.as_text()`."""
     found: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in hlo.splitlines():
@@ -104,8 +98,8 @@ def _walk(
         if kind in KINDS:
             # A TPU's reduce-scatter is an all-reduce inside a computation of that name.
             scatters = kind == "all-reduce" and name.startswith("all-reduce-scatter")
-            how = {"started": operation.endswith("-start"), "of_operands": scatters}
-            yield _collective("reduce-scatter" if scatters else kind, result, rest, times, devices, **how)
+            keywords = {"started": operation.endswith("-start"), "of_operands": scatters}
+            yield _collective("reduce-scatter" if scatters else kind, result, rest, times, devices, **keywords)
             continue
         called = [part.strip(" %") for match in _CALLED.findall(rest) for part in match.split(",")]
         turns = 1
@@ -118,9 +112,9 @@ def _walk(
 
 
 def _turns(computations: dict[str, _Computation], condition: str, rest: str) -> int:
-    known = re.search(r"known_trip_count[^\d]*(\d+)", rest)
-    if known:
-        return int(known[1])
+    trip_count = re.search(r"known_trip_count[^\d]*(\d+)", rest)
+    if trip_count:
+        return int(trip_count[1])
     name = re.search(r'op_name="([^"]*)"', rest)
     over_tokens = loop_turns(name[1]) if name else None
     if over_tokens is not None:
@@ -141,7 +135,7 @@ def _constants(computations: dict[str, _Computation], name: str) -> Iterator[str
 def _collective(
     kind: str, result: str, rest: str, times: int, devices: tuple[int, int], *, started: bool, of_operands: bool
 ) -> Collective:
-    group, near = _group(rest, *devices)
+    group, local_group = _group(rest, *devices)
     sizes = [_bytes(*shape) for shape in _SHAPE.findall(result)]
     share, whole = (group - 1) / group, sum(sizes)
     if kind == "collective-permute":
@@ -152,15 +146,16 @@ def _collective(
         whole *= group
     received = whole * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
     source = re.search(r'op_name="([^"]*)"', rest)
-    return Collective(kind, times, received, group, near, source[1] if source else "")
+    return Collective(kind, times, received, group, local_group, source[1] if source else "")
 
 
-def _group(rest: str, devices: int, near: int) -> tuple[int, int]:
-    """How many take part together, and how many of them lie where the first does."""
+def _group(rest: str, devices: int, devices_per_machine: int) -> tuple[int, int]:
+    """(devices that take part, those of them in the same slice or machine as the first)."""
     pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", rest)
     if pairs:
         ends = [tuple(map(int, pair.split(","))) for pair in re.findall(r"\{(\d+,\d+)\}", pairs[1])]
-        return 2, 1 if any(source // near != target // near for source, target in ends) else 2
+        crosses = any(source // devices_per_machine != target // devices_per_machine for source, target in ends)
+        return 2, 1 if crosses else 2
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
     axes = re.search(
@@ -176,12 +171,12 @@ def _group(rest: str, devices: int, near: int) -> tuple[int, int]:
         order = _in_order(axes[2] or ",".join(map(str, shape)), axes[3]).reshape(shape)
         members = order[tuple(slice(None) if axis in along else 0 for axis in sizes)].reshape(-1)
     else:
-        return devices, min(devices, near)
-    return len(members), int(np.sum(members // near == members[0] // near))
+        return devices, min(devices, devices_per_machine)
+    return len(members), int(np.sum(members // devices_per_machine == members[0] // devices_per_machine))
 
 
 def _in_order(shape: str, transposed: str | None) -> np.ndarray:
-    """Device numbers, written [2,4]T(1,0)."""
+    """Indices of devices from XLA's notation, such as [2,4]T(1,0)."""
     order = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
     return order.transpose(_numbers(transposed)) if transposed else order
 

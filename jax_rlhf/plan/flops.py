@@ -1,4 +1,4 @@
-"""Matrix products of a traced program, counted from shapes: XLA's own count takes a scanned body once."""
+"""Counts FLOPs of matrix products in a traced program from shapes. XLA counts the body of a scan only once."""
 
 import math
 from collections.abc import Iterator
@@ -8,22 +8,19 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from jax_rlhf.sampling import loop_turns
 
-# cuDNN's attention is one operation; backward computes the scores again, then four gradients' products.
+# cuDNN's attention is one operation. Its backward pass recomputes the scores, and has four more products for gradients.
 _CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 
 
 def product_flops(jaxpr: ClosedJaxpr | Jaxpr) -> float:
-    """Floating-point operations of all matrix products, what remat computes again included.
+    """FLOPs of all matrix products over all devices, with those that remat recomputes.
 
-    2 · batch · rows · columns · contracted each; a scan's body as often as it is long, of a conditional the dearer
-    branch, a loop over tokens to its end. Attention kernels count as if they looked at all pairs of tokens, as the
-    plain form does; they leave out about half.
+    A product has 2 · batch · rows · columns · contracted FLOPs. The body of a scan counts once per iteration, a
+    conditional counts as its most expensive branch, and a loop over tokens as if all tokens were sampled. Attention
+    kernels count as if they computed all pairs of tokens, as "xla" attention does, although they skip about half.
 
     Args:
-      jaxpr: of the traced program.
-
-    Returns:
-      FLOPs of all devices together.
+      jaxpr: the jaxpr of the traced program.
     """
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     total = 0.0
@@ -45,9 +42,9 @@ def product_flops(jaxpr: ClosedJaxpr | Jaxpr) -> float:
 
 def _turns(equation: JaxprEqn) -> int:
     params = equation.params
-    if equation.primitive.name == "while":  # over tokens; another loop's turns the program does not say
+    if equation.primitive.name == "while":  # a loop over tokens; the iterations of other loops are unknown
         return loop_turns(str(equation.source_info.name_stack)) or 1
-    if equation.primitive.name == "shard_map":  # its body is what one device does
+    if equation.primitive.name == "shard_map":  # its body is the work of one device
         return params["mesh"].size
     if equation.primitive.name == "pallas_call":
         return math.prod(params["grid_mapping"].grid)

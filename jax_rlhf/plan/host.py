@@ -1,4 +1,4 @@
-"""What a host needs memory for beside the program itself: offloaded parameters, and state on its way to a disk."""
+"""Memory that a host needs besides the program itself: offloaded parameters, and state that is written to disk."""
 
 import collections
 import dataclasses
@@ -13,15 +13,15 @@ from jax_rlhf.plan.topology import Topology
 
 @dataclasses.dataclass(frozen=True)
 class HostAccount:
-    """A phase on one host; all in bytes.
+    """Memory of a phase on one host, in bytes.
 
     Attributes:
-      phase: which.
-      devices: of the host.
-      offloaded: parameters that wait there, of all its devices.
-      checkpoint: trained parameters and optimizer states, copied there while they are written in the background.
-      file: of a model that process 0 exports, which is put together there, at most.
-      memory: that the host has, of the machine types in `chips.py`; NaN = not known.
+      phase: the phase.
+      devices: the number of devices of the host.
+      offloaded: offloaded parameters of all its devices.
+      checkpoint: trained parameters and optimizer states, copied to the host while they are written in the background.
+      file: the largest weight file, which process 0 gathers in memory when it exports a model.
+      memory: memory of the host, by the machine types in `chips.py`; NaN = unknown.
     """
 
     phase: str
@@ -33,28 +33,25 @@ class HostAccount:
 
     @property
     def peak(self) -> float:
-        """All at once: the last checkpoint of a phase may still be written while its model is exported."""
+        """The sum: the last checkpoint of a phase may still be written while its model is exported."""
         return self.offloaded + self.checkpoint + self.file
 
     @property
     def fits(self) -> bool:
-        """Whether the host has the memory; what else it needs, such as the data, comes on top."""
+        """Whether the host has enough memory for this; other needs, such as the data, are not counted."""
         return not self.peak > self.memory
 
 
 def host_accounts(programs: Iterable[Program], topology: Topology) -> list[HostAccount]:
-    """What each phase of a run needs of a host's memory.
+    """The memory that each phase of a run needs on a host.
 
     Args:
-      programs: of the run.
+      programs: all programs of the run.
       topology: the devices.
-
-    Returns:
-      One per phase.
     """
     phases = {program.phase: program for program in programs}
     devices = min(collections.Counter(device.process_index for device in topology.devices).values())
-    devices = topology.devices_per_machine or devices  # GPUs of a machine may have a process each
+    devices = topology.devices_per_machine or devices  # each GPU of a machine may have a process of its own
     found = []
     for phase, program in phases.items():
         trained = program.resident["parameters"][0]

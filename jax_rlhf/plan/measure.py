@@ -1,4 +1,4 @@
-"""What a plan's programs really take, on the devices that are here: each is run once, on zeros."""
+"""Measures the memory of a plan's programs on the available devices: each program is run once, on zeros."""
 
 import collections
 import dataclasses
@@ -26,19 +26,16 @@ _KINDS = {
 
 
 def topology_here() -> Topology:
-    """The devices of this machine, or of this job, as a topology.
-
-    Returns:
-      The topology; where no data sheet is known, times are NaN.
+    """The devices of this machine, or of this job, as a topology. Without a data sheet, times are NaN.
 
     Raises:
-      ValueError: the devices do not report their memory, as CPUs do not.
+      ValueError: the devices do not report their memory, such as CPUs.
     """
     devices = tuple(jax.devices())
     stats = jax.local_devices()[0].memory_stats()
     if not stats or "bytes_limit" not in stats:
         raise ValueError(
-            f"--measure: {devices[0].device_kind} devices do not report their memory; call it on GPUs or TPUs."
+            f"--measure: {devices[0].device_kind} devices do not report their memory; use --measure on GPUs or TPUs."
         )
     kind = devices[0].device_kind
     unknown = Chip(kind, 0.0, *(math.nan,) * 8)
@@ -48,28 +45,20 @@ def topology_here() -> Topology:
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The data sheet of a device.
-
-    Args:
-      device_kind: as JAX calls it.
-
-    Returns:
-      The chip; None = not known.
-    """
+    """The data sheet of a device by `jax.Device.device_kind`; None if it is unknown."""
     return CHIPS.get(_KINDS.get(device_kind, ""))
 
 
 def measured_peak(program: Program) -> float:
-    """Runs a program on zeros.
+    """Runs a program on zeros, and returns the peak memory of this process's devices in bytes.
+
+    The peak counts from the start of the process. So run programs in the order of their planned peaks, the smallest
+    first.
 
     Args:
-      program: lowered for the devices that are here.
-
-    Returns:
-      The highest that any of this process's devices has held since the process began, in bytes: run programs in the
-      order of their plans' peaks, the smallest first.
+      program: a program for the available devices.
     """
-    made: dict[int, Any] = {}  # a shape that stands in several places is one array
+    made: dict[int, Any] = {}  # id of a shape → array: a shape that occurs several times becomes one array
 
     def make(leaf: Any) -> Any:
         if not _is_shape(leaf):

@@ -1,4 +1,4 @@
-"""The programs of PPO: rollout, scoring, update, export. Held-out prompts are answered and scored by the first two."""
+"""The programs of PPO: rollout, scoring, update, export. Evaluation on held-out prompts uses the first two."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,13 +15,13 @@ from jax_rlhf.plan.abstract import (
     abstract_model,
     as_saved,
     decode_bytes,
-    everywhere,
     export_program,
-    in_rows,
-    placed,
     prompt_width,
-    rows_of,
+    replicated,
+    shard_rows,
+    sharded_rows,
     token_rows,
+    with_shardings,
 )
 from jax_rlhf.plan.supervised_programs import policy, reward_model
 from jax_rlhf.ppo import state as ppo_state
@@ -71,37 +71,29 @@ def _engine(config: RunConfig, layout: Layout) -> tuple[Models, Params]:
     moving, trainable = config.ppo.actor.ema_decay is not None, params.trainable
     trainable = dataclasses.replace(trainable, actor_ema=trainable.actor if moving else None)
     shardings = trainable_shardings(models_of_run, layout, moving_average=moving)
-    frozen = placed(params.frozen, frozen_shardings(models_of_run, layout))
-    return models_of_run, Params(placed(trainable, shardings), frozen)
+    frozen = with_shardings(params.frozen, frozen_shardings(models_of_run, layout))
+    return models_of_run, Params(with_shardings(trainable, shardings), frozen)
 
 
 def _settings(config: RunConfig, vocab_size: int, layout: Layout) -> PPOConfig:
-    """PPO's settings, with what the tokenizer would say made up: it changes no shape."""
+    """PPO's settings, with arbitrary ids of special tokens, which do not affect shapes."""
     settings = resolve(config.ppo, config.data, layout, eos_ids=(vocab_size - 1,), pad_id=0)
     plan = batch_plan(settings, config.data.ppo_batch_size, prompt_width(config), layout, layout.platform)
     return dataclasses.replace(settings, microbatch_size=plan.microbatch_size)
 
 
 def ppo_programs(config: RunConfig, layout: Layout) -> list[Program]:
-    """Those of PPO.
-
-    Args:
-      config: the run's settings.
-      layout: the devices.
-
-    Returns:
-      The programs.
-    """
+    """The programs of PPO."""
     models, params = _engine(config, layout)
     trainable, frozen = params.trainable, params.frozen
     settings = _settings(config, models.actor.model.config.vocab_size, layout)
-    state = placed(
+    state = with_shardings(
         ppo_state.abstract_state(settings, trainable), ppo_state.state_shardings(settings, trainable, layout)
     )
     rows, width = config.data.ppo_batch_size, prompt_width(config)
     tokens, mask = token_rows(layout, rows, width)
-    ids, key = rows_of(layout, jnp.int32, rows), everywhere(layout, jax.random.key(0))
-    beta, scores = everywhere(layout, jnp.float32(0)), None
+    ids, key = sharded_rows(layout, jnp.int32, rows), replicated(layout, jax.random.key(0))
+    beta, scores = replicated(layout, jnp.float32(0)), None
     waiting = {role: getattr(frozen, role) for role in models.offloaded}
     resident = {
         "parameters": (trainable, dataclasses.replace(frozen, **dict.fromkeys(waiting))),
@@ -115,12 +107,13 @@ def ppo_programs(config: RunConfig, layout: Layout) -> list[Program]:
     sample, score = make_sample(models, settings.sampling), make_score(models, settings)
     prompts = (params, Prompts(tokens, mask, ids, columns=None), key)
     decode = decode_bytes(models.actor.model, rows, width, settings.sampling.max_new_tokens)
-    samples = in_rows(sample.eval_shape(*prompts), layout)
+    samples = shard_rows(sample.eval_shape(*prompts), layout)
     if settings.reward.functions:
-        scores = rows_of(layout, jnp.float32, rows)
+        scores = sharded_rows(layout, jnp.float32, rows)
     scored = (params, mask, samples, scores, beta)
-    experience = in_rows(score.eval_shape(*scored), layout)
-    # A described GPU has no memory kinds, so XLA does not see that these are copied to the device, and counts no room.
+    experience = shard_rows(score.eval_shape(*scored), layout)
+    # A simulated GPU has no memory kinds. XLA does not know that offloaded parameters are copied to the device, and
+    # reserves no memory for them.
     fetched = [leaf for leaf in jax.tree.leaves(waiting) if leaf.sharding.memory_kind != "pinned_host"]
     if in_one_program(models, settings):
         both, passing = (*prompts, beta), (tokens, mask, fetched)

@@ -1,4 +1,4 @@
-"""Shapes of common models, as their config.json files have them: what a plan needs of them, without weights."""
+"""Shapes of common models from their config.json files, for plans without a checkpoint."""
 
 from typing import Any
 
@@ -54,8 +54,8 @@ def _gpt2(width: int, layers: int, heads: int) -> dict[str, Any]:
 
 def _pythia(width: int, layers: int, heads: int, *, vocab: int = 50_304) -> dict[str, Any]:
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
-    more = {"num_attention_heads": heads, "vocab_size": vocab, "max_position_embeddings": 2048, "rotary_pct": 0.25}
-    return {"model_type": "gpt_neox", **sizes, **more, "torch_dtype": "float16"}
+    fields = {"num_attention_heads": heads, "vocab_size": vocab, "max_position_embeddings": 2048, "rotary_pct": 0.25}
+    return {"model_type": "gpt_neox", **sizes, **fields, "torch_dtype": "float16"}
 
 
 def _opt(width: int, layers: int, heads: int, **fields: Any) -> dict[str, Any]:
@@ -134,4 +134,4 @@ PRESETS: dict[str, dict[str, Any]] = {
     "opt-30b": _opt(7168, 48, 56),
     "opt-66b": _opt(9216, 64, 72),
 }
-"""By name; config.json of each as far as shapes depend on it."""
+"""Name → the fields of config.json on which shapes depend."""

@@ -1,4 +1,4 @@
-"""What each program takes: memory against the device's, what is sent, and how long it takes at least."""
+"""Compiles programs, and reports their memory, communication and lower bounds of their time."""
 
 import dataclasses
 import re
@@ -17,22 +17,23 @@ from jax_rlhf.plan.topology import Topology
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """One program on one device; bytes and FLOPs are of a device.
+    """The resources of a program; bytes and FLOPs are per device.
 
     Attributes:
       phase, name: the program.
-      parameters, optimizer: bytes that lie there for the whole phase.
-      batch: bytes of what the program is called with besides.
-      temporaries: bytes that the compiler needs while it runs, results included where they take no argument's place.
+      parameters, optimizer: bytes that are on the device during the whole phase.
+      batch: bytes of the program's other arguments.
+      temporaries: bytes that the compiler reserves while the program runs, with results that do not reuse the memory of
+        an argument.
       peak: the sum of these.
-      memory: bytes that the device has.
-      flops: matrix products, remat's included.
-      traffic: bytes of parameters and cache that decoding reads; 0 for the others.
-      collectives: what it sends.
-      seconds: the bounds of the time, by what bounds it.
-      compile_seconds: how long it took to compile here.
-      measured: bytes that a device held at most when it was run; None = it was not.
-      failure: the compiler's words where it found no room; temporaries are then what it says that it lacks.
+      memory: bytes of the device's memory.
+      flops: FLOPs of matrix products, with those that remat recomputes.
+      traffic: bytes of parameters and KV cache that decoding reads; 0 for other programs.
+      collectives: the program's collectives.
+      seconds: resource → lower bound of the time.
+      compile_seconds: the duration of compilation on this machine.
+      measured: peak bytes of a device in a real run; None = not measured.
+      failure: the compiler's message if the program does not fit; temporaries are then taken from that message.
     """
 
     phase: str
@@ -53,20 +54,12 @@ class Account:
 
     @property
     def fits(self) -> bool:
-        """Whether the device has the memory."""
+        """Whether the peak fits into the device's memory."""
         return self.peak <= self.memory
 
 
 def account(program: Program, topology: Topology) -> Account:
-    """Compiles a program, and reads off what it takes.
-
-    Args:
-      program: the program.
-      topology: what to compile for.
-
-    Returns:
-      The account.
-    """
+    """Compiles a program for a topology, and reports its resources."""
     started = time.perf_counter()
     traced = program.function.trace(*program.arguments)
     flops = product_flops(traced.jaxpr) / len(topology.devices)
@@ -75,11 +68,11 @@ def account(program: Program, topology: Topology) -> Account:
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        failure, temporaries = _no_room(error, program)
+        failure, temporaries = _out_of_memory(error, program)
     else:
         memory = compiled.memory_analysis()
         temporaries = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        sent = tuple(collectives(compiled.as_text(), devices=len(topology.devices), near=topology.group))
+        sent = tuple(collectives(compiled.as_text(), devices=len(topology.devices), devices_per_machine=topology.group))
     return Account(
         phase=program.phase,
         name=program.name,
@@ -98,8 +91,11 @@ def account(program: Program, topology: Topology) -> Account:
     )
 
 
-def _no_room(error: Exception, program: Program) -> tuple[str, float]:
-    """What XLA for TPU says when a program does not fit by itself: why, and the bytes of temporaries."""
+def _out_of_memory(error: Exception, program: Program) -> tuple[str, float]:
+    """(message, bytes of temporaries) from XLA's error for a program that does not fit on a TPU by itself.
+
+    Other errors are raised again.
+    """
     text = str(error)
     temporaries = re.search(r"HLO temporaries \(([\d.]+)([GMK])\)", text)
     used = re.search(r"Used ([\d.]+)([GMK]) of", text)
@@ -107,7 +103,7 @@ def _no_room(error: Exception, program: Program) -> tuple[str, float]:
         raise error
     number, unit = (temporaries or used).groups()
     size = float(number) * {"G": GIB, "M": 2**20, "K": 2**10}[unit]
-    if temporaries is None:  # arguments are in it
+    if temporaries is None:  # the size includes the arguments
         size -= device_bytes([leaf for leaf in jax.tree.leaves(program.arguments) if _is_shape(leaf)])
     return text.splitlines()[0], max(0.0, size)
 

@@ -1,4 +1,4 @@
-"""Which decoder a config means, where its weights need not be: presets, config.json files, folders, downloads."""
+"""Finds the shapes of a model without its weights: from presets, config.json files, folders and downloads."""
 
 import re
 from pathlib import Path
@@ -14,24 +14,24 @@ from jax_rlhf.io.paths import local_path
 from jax_rlhf.models import DecoderConfig
 from jax_rlhf.plan.presets import PRESETS
 
-# Of a hub id, what does not change the shapes.
+# Parts of a hub id that do not affect shapes.
 _TUNED = r"(-(instruct|chat|it|base|hf|deduped|\d?\d+k|step-\S+|intermediate-\S+|v1\.0|2407))+$"
 
 
 def model_shape(path: str, revision: str | None = None) -> tuple[DecoderConfig, str]:
-    """The decoder that a config names, without weights and without a network.
+    """The config of a model, without its weights and without a network.
 
     Args:
       path: a config.json; a folder with one; a .gguf file; a hub id whose config.json has been downloaded; a preset, or
-        a hub id that names one ("meta-llama/Meta-Llama-3-8B-Instruct").
-      revision: of a hub id.
+        a hub id that matches a preset ("meta-llama/Meta-Llama-3-8B-Instruct").
+      revision: the revision of a hub id.
 
     Returns:
-      (its config, the dtype that its weights are stored in).
+      (config, dtype in which the weights are stored).
 
     Raises:
-      ValueError: none of these.
-      CheckpointError: the file cannot be used.
+      ValueError: the path is none of these.
+      CheckpointError: the file is invalid.
     """
     local = local_path(path)
     if local.is_dir() and (local / "config.json").is_file():
@@ -46,7 +46,7 @@ def model_shape(path: str, revision: str | None = None) -> tuple[DecoderConfig, 
         content = PRESETS[preset]
     else:
         raise ValueError(
-            f"{path}: a plan needs shapes, not weights, and does not use the network. Give a config.json or a folder "
+            f"{path}: a plan needs shapes, not weights, and does not use the network. Use a config.json or a folder "
             f"with one, a hub id that has been downloaded (`hf download {path} config.json`), or a preset: "
             f"{', '.join(PRESETS)}."
         )
@@ -55,17 +55,10 @@ def model_shape(path: str, revision: str | None = None) -> tuple[DecoderConfig, 
 
 
 def preset_of(path: str) -> str | None:
-    """The preset that a name or a hub id means.
-
-    Args:
-      path: such as "meta-llama/Meta-Llama-3-8B-Instruct", for llama3-8b.
-
-    Returns:
-      Its name; None = there is none.
-    """
+    """The preset that matches a name or hub id: llama3-8b for "meta-llama/Meta-Llama-3-8B-Instruct"; None without."""
     name = path.lower().rpartition("/")[2].removeprefix("meta-")
     name = re.sub(r"^llama-3", "llama3", name)
-    name = re.sub(r"^llama3\.[13]-", "llama3-", name)  # 3.1 and 3.3: the shapes of 3, but for the rotation
+    name = re.sub(r"^llama3\.[13]-", "llama3-", name)  # 3.1 and 3.3 differ from 3 in the rotary scaling only
     name = re.sub(r"^mistral-7b-instruct-", "mistral-7b-", name)
     name = re.sub(r"^mistral-nemo-(instruct|base)-2407$", "mistral-nemo-12b", name)
     name = re.sub(r"^qwen2-", "qwen2.5-", name)
@@ -74,10 +67,10 @@ def preset_of(path: str) -> str | None:
 
 
 def _downloaded(hub_id: str, revision: str | None) -> Path | None:
-    """The config.json of a hub id, where it has been downloaded."""
+    """The downloaded config.json of a hub id; None if there is none."""
     try:
         found = try_to_load_from_cache(hub_id, "config.json", revision=revision)
-    except HFValidationError:  # no hub id
+    except HFValidationError:  # not a hub id
         return None
     return Path(found) if isinstance(found, str) else None
 

@@ -1,4 +1,4 @@
-"""The programs of SFT and of the reward model: steps, evaluation, answers, export."""
+"""The programs of SFT and of the reward model: training step, evaluation, sampling of answers, export."""
 
 import dataclasses
 import functools
@@ -20,14 +20,14 @@ from jax_rlhf.plan.abstract import (
     abstract_model,
     as_saved,
     decode_bytes,
-    everywhere,
     export_program,
-    in_rows,
     joined,
-    placed,
     prompt_width,
-    rows_of,
+    replicated,
+    shard_rows,
+    sharded_rows,
     token_rows,
+    with_shardings,
 )
 from jax_rlhf.ppo.resolve import batch_plan
 from jax_rlhf.reward import calibration, train as reward
@@ -36,12 +36,12 @@ from jax_rlhf.rl import Prompts
 from jax_rlhf.sampling import Sampling, sample_program
 from jax_rlhf.sft import train as sft
 
-_STEPS = 10_000  # of a phase whose data, which a plan does not read, would say: they change no shape
+_STEPS = 10_000  # arbitrary: the number of steps depends on the data, which a plan does not read, and affects no shape
 
 
 @dataclasses.dataclass(frozen=True)
 class _Phase:
-    """What lies on the devices for a whole phase, and what its programs share."""
+    """The state of a phase on the devices, which its programs share."""
 
     name: str
     how: supervised.Supervised
@@ -53,9 +53,9 @@ class _Phase:
     def resident(self) -> dict[str, Any]:
         return {"parameters": (self.state.trainable, self.params.frozen), "optimizer": self.state.optimizer}
 
-    def program(self, name: str, function: Any, arguments: tuple, passing: Any, **more: Any) -> Program:
-        how = {"resident": self.resident} | more
-        return Program(self.name, name, function, arguments, passing=passing, layout=self.layout, **how)
+    def program(self, name: str, function: Any, arguments: tuple, passing: Any, **fields: Any) -> Program:
+        fields = {"resident": self.resident} | fields
+        return Program(self.name, name, function, arguments, passing=passing, layout=self.layout, **fields)
 
     def step(self, batch: Any) -> Program:
         arguments = self.how, shardings_of(self.state), self.state, self.params.frozen, batch
@@ -66,15 +66,7 @@ class _Phase:
 
 
 def sft_programs(config: RunConfig, layout: Layout) -> list[Program]:
-    """Those of supervised fine-tuning.
-
-    Args:
-      config: the run's settings.
-      layout: the devices.
-
-    Returns:
-      The programs.
-    """
+    """The programs of supervised fine-tuning."""
     data, pretrained = config.data, abstract_model(config.model, "lm", layout)
     how = sft.training_spec(
         config.sft,
@@ -98,15 +90,7 @@ def sft_programs(config: RunConfig, layout: Layout) -> list[Program]:
 
 
 def reward_programs(config: RunConfig, layout: Layout) -> list[Program]:
-    """Those of the reward model's training, and of the responses on which its scores are normalised.
-
-    Args:
-      config: the run's settings.
-      layout: the devices.
-
-    Returns:
-      The programs.
-    """
+    """The programs that train the reward model, and that sample and score responses to normalise its scores."""
     data, settings = config.data_of("reward"), config.reward
     pretrained = reward_model(config, layout)
     how = reward.training_spec(settings, pretrained.model, data.reward_batch_size, settings.steps or _STEPS)
@@ -123,22 +107,22 @@ def _pairs(config: RunConfig, layout: Layout) -> PairBatch | PackedPairs:
     rows, width = data.reward_batch_size, data.max_tokens
     ids, flags = token_rows(layout, rows, width)
     if not data.packing:
-        return PairBatch(ids, ids, flags, flags, rows_of(layout, jnp.float32, rows))
-    width, slots = 2 * width, max(1, 2 * width // 64)  # pairs of 32 tokens per text, of which few are shorter
+        return PairBatch(ids, ids, flags, flags, sharded_rows(layout, jnp.float32, rows))
+    width, slots = 2 * width, max(1, 2 * width // 64)  # assumes pairs of 32 tokens per text; few are shorter
     ids, flags = token_rows(layout, rows, width)
     last, real = token_rows(layout, rows, slots)
-    return PackedPairs(ids, flags, ids, ids, last, last, real, rows_of(layout, jnp.float32, rows, slots))
+    return PackedPairs(ids, flags, ids, ids, last, last, real, sharded_rows(layout, jnp.float32, rows, slots))
 
 
 def _normalising(config: RunConfig, phase: _Phase, layout: Layout) -> list[Program]:
-    """The SFT policy's answers, for which it lies on the devices too, and their scores."""
+    """Programs that sample answers of the SFT policy, which then is on the devices too, and that score the answers."""
     answering, ppo, rows = policy(config, layout), config.ppo, config.data.ppo_batch_size
     sampling = dataclasses.replace(ppo.sampling, eos_ids=(answering.model.config.vocab_size - 1,))
     arguments, passing, read = _answers(answering.model, answering.params, rows, config, sampling, layout)
     resident = phase.resident | {"parameters": (phase.state.trainable, phase.params.frozen, answering.params)}
     answers = phase.program("answers", sample_program, arguments, passing, resident=resident, decode=read)
-    samples, width = in_rows(sample_program.eval_shape(*arguments), layout), prompt_width(config)
-    mask = rows_of(layout, jnp.bool_, *samples.tokens.shape)
+    samples, width = shard_rows(sample_program.eval_shape(*arguments), layout), prompt_width(config)
+    mask = sharded_rows(layout, jnp.bool_, *samples.tokens.shape)
     groups = rows // batch_plan(ppo, rows, width, layout, layout.platform).microbatch_size
     scored = phase.how.network, groups, phase.params, samples.tokens, mask
     scores = phase.program("answers' scores", calibration.batch_text_scores, scored, (samples, mask), resident=resident)
@@ -148,38 +132,22 @@ def _normalising(config: RunConfig, phase: _Phase, layout: Layout) -> list[Progr
 def _answers(
     model: Decoder, params: Params, rows: int, config: RunConfig, sampling: Sampling, layout: Layout
 ) -> tuple[tuple, Any, float]:
-    """What the sampler is called with, what of it passes, and the bytes that decoding reads."""
+    """(arguments of the sampler, those that are on the devices for it only, bytes that decoding reads)."""
     width = prompt_width(config)
     tokens, mask = token_rows(layout, rows, width)
-    key, ids = everywhere(layout, jax.random.key(0)), rows_of(layout, jnp.int32, rows)
+    key, ids = replicated(layout, jax.random.key(0)), sharded_rows(layout, jnp.int32, rows)
     arguments = (model, params, Prompts(tokens, mask, ids, columns=None), key, sampling)
     return arguments, (tokens, mask), decode_bytes(model, rows, width, sampling.max_new_tokens)
 
 
 def policy(config: RunConfig, layout: Layout) -> Pretrained:
-    """The SFT policy: another run's, or this one's.
-
-    Args:
-      config: the run's settings.
-      layout: the devices.
-
-    Returns:
-      The model.
-    """
+    """The SFT policy: that of `config.sft_model_path`, or the one that this run trains."""
     given = abstract_model(dataclasses.replace(config.model, path=config.sft_model_path), "lm", layout)
     return given or as_saved(abstract_model(config.model, "lm", layout))
 
 
 def reward_model(config: RunConfig, layout: Layout) -> Pretrained:
-    """What the reward model starts as.
-
-    Args:
-      config: the run's settings.
-      layout: the devices.
-
-    Returns:
-      The model.
-    """
+    """The model with which the training of the reward model starts."""
     settings, layers, models = config.reward, config.reward.num_layers, []
     pretrained = abstract_model(dataclasses.replace(config.model, path=settings.start_from), "lm", layout)
     pretrained = pretrained or policy(config, layout)
@@ -190,15 +158,17 @@ def reward_model(config: RunConfig, layout: Layout) -> Pretrained:
         return start.params
 
     shapes = jax.eval_shape(cut, pretrained.params)
-    places = SplitModel(models[0]).shardings(layout).trainable
-    return Pretrained(models[0], placed(shapes, places))
+    shardings = SplitModel(models[0]).shardings(layout).trainable
+    return Pretrained(models[0], with_shardings(shapes, shardings))
 
 
 def _phase(name: str, how: supervised.Supervised, pretrained: Pretrained, layout: Layout) -> _Phase:
-    places = how.network.shardings(layout)
+    shardings = how.network.shardings(layout)
     shapes = jax.eval_shape(functools.partial(supervised.split_params, how), pretrained.params)
-    params = SplitParams(placed(shapes.frozen, places.frozen), placed(shapes.trainable, places.trainable))
-    state = placed(
+    params = SplitParams(
+        with_shardings(shapes.frozen, shardings.frozen), with_shardings(shapes.trainable, shardings.trainable)
+    )
+    state = with_shardings(
         supervised.abstract_state(how, params.trainable), supervised.state_shardings(how, params.trainable, layout)
     )
     return _Phase(name, how, state, SplitParams(params.frozen, state.trainable), layout)

@@ -1,4 +1,4 @@
-"""The plan for people, as tables, and for machines, as JSON."""
+"""Formats a plan as tables and as JSON."""
 
 import dataclasses
 from typing import Any
@@ -13,41 +13,35 @@ _BOUNDS = ("products", "memory", "links", "network", "latency")
 
 
 def by_kind(sent: tuple[Collective, ...]) -> dict[str, dict[str, float]]:
-    """Collectives added up.
-
-    Args:
-      sent: of a program.
+    """Sums a program's collectives by kind.
 
     Returns:
-      kind → "count", "far" (of these, over the network) and "bytes" that a device receives.
+      kind → "count", "far" (the number of those over the network) and "bytes" that a device receives.
     """
     kinds: dict[str, dict[str, float]] = {}
     for one in sorted(sent, key=lambda one: one.kind):
         row = kinds.setdefault(one.kind, {"count": 0, "far": 0, "bytes": 0.0})
         row["count"] += one.count
-        row["far"] += one.count * (one.near < one.group)
+        row["far"] += one.count * (one.local_group < one.group)
         row["bytes"] += one.count * one.bytes
     return kinds
 
 
 def as_table(
-    accounts: list[Account], hosts: list[HostAccount], topology: Topology, forms: str, notes: list[str]
+    accounts: list[Account], hosts: list[HostAccount], topology: Topology, meshes: str, notes: list[str]
 ) -> str:
-    """The plan for people.
+    """The plan as tables.
 
     Args:
       accounts: of all programs.
       hosts: of all phases.
-      topology: what they were compiled for.
-      forms: the mesh and the rollout mesh, in words.
-      notes: what to look at.
-
-    Returns:
-      Lines.
+      topology: the devices for which they were compiled.
+      meshes: a description of the mesh and the rollout mesh.
+      notes: remarks for the user.
     """
     memory = topology.chip.memory / GIB
     lines = [
-        f"{topology.name}: {len(topology.devices)} × {topology.chip.name}, {memory:.1f} GiB each. {forms}",
+        f"{topology.name}: {len(topology.devices)} × {topology.chip.name}, {memory:.1f} GiB each. {meshes}",
         *notes,
         "Compiled ahead of time, not run: what the compiler reserves, not a measurement. GiB per device:",
     ]
@@ -78,7 +72,7 @@ def _host(hosts: list[HostAccount]) -> list[str]:
         f"{'phase':<10}{'devices':>8}{'offloaded':>11}{'checkpoint':>12}{'export':>8}{'peak':>9}   fits?",
     ]
     for one in hosts:
-        known = one.memory == one.memory  # NaN is not
+        known = one.memory == one.memory  # False for NaN
         lines.append(
             f"{one.phase:<10}{one.devices:>8}{one.offloaded / GIB:11.2f}{one.checkpoint / GIB:12.2f}"
             f"{one.file / GIB:8.2f}{one.peak / GIB:9.2f}   "
@@ -110,17 +104,13 @@ def _times(accounts: list[Account]) -> list[str]:
 
 
 def as_json(accounts: list[Account], hosts: list[HostAccount], topology: Topology, notes: list[str]) -> dict[str, Any]:
-    """The plan for machines.
+    """The plan as JSON-compatible data; arguments as for `as_table`.
 
-    Args:
-      accounts, hosts, topology, notes: as for `as_table`.
-
-    Returns:
-      What `json.dumps` takes: "programs" in bytes, FLOPs and seconds of a device, "hosts" in bytes of a host.
+    "programs" has bytes, FLOPs and seconds per device, and "hosts" has bytes per host.
     """
     rows = []
     for one in accounts:
         rows.append(dataclasses.asdict(one) | {"fits": one.fits, "collectives": by_kind(one.collectives)})
     here = {"topology": topology.name, "devices": len(topology.devices), "chip": topology.chip.name}
-    known = [dataclasses.asdict(one) | {"peak": one.peak, "fits": one.fits} for one in hosts]
-    return here | {"notes": notes, "programs": rows, "hosts": known}
+    host_rows = [dataclasses.asdict(one) | {"peak": one.peak, "fits": one.fits} for one in hosts]
+    return here | {"notes": notes, "programs": rows, "hosts": host_rows}

@@ -1,4 +1,4 @@
-"""Sources of rewards. A reward model on the mesh is the engine's; here are functions over texts."""
+"""Reward functions: Python functions that score texts. (The engine runs the reward model on the mesh.)"""
 
 from jax_rlhf.rewards.functions import (
     Failures,

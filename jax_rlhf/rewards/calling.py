@@ -1,4 +1,4 @@
-"""How a reward function is called: in this project's form, or in TRL's, whichever its parameters say."""
+"""Calls a reward function with this project's signature or with TRL's, depending on its parameters."""
 
 import copy
 import dataclasses
@@ -14,16 +14,16 @@ _TRL = ("prompts", "completions", "completion_ids")
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What reward functions score.
+    """A batch of B responses for reward functions to score.
 
     Attributes:
       prompts: B texts.
       responses: B texts, without special tokens.
       columns: the data set's other columns, B entries each.
-      completion_ids: the ids of each response, its EOS included; None = not known.
-      chats: the messages of each prompt, None where it is a plain text; None = all are.
-      with_special_tokens: prompts and responses once more, special tokens among them; None = no function asked.
-      continued: the chat ends within a turn of the assistant, which the response goes on with; None = none does.
+      completion_ids: the token ids of each response, with its EOS; None = not available.
+      chats: the messages of each prompt, or None for a plain text; None = all prompts are plain texts.
+      continued: whether each chat ends within a turn of the assistant that the response continues; None = none does.
+      with_special_tokens: (prompts, responses) decoded with special tokens; None = no function asks for them.
     """
 
     prompts: Sequence[str]
@@ -40,18 +40,21 @@ class Answers:
 
 
 def arguments(function: Callable, answers: Answers) -> tuple[tuple, dict[str, Any]]:
-    """What a function is called with: copies, so that it may sort or pop them.
+    """The arguments of a reward function. They are copies, which the function may modify.
 
-    A function with a parameter `completions` or `completion_ids`, or with ** alone, is called as TRL calls it:
-    f(prompts=…, completions=…, completion_ids=…, **columns), where a chat's prompt is its messages and its completion a
-    list with the assistant's message. All others are called as f(prompts, responses, **columns); one with a parameter
-    `messages` or `completion_ids` has those too, and one of either form with a parameter `prompts_with_special_tokens`
-    or `responses_with_special_tokens` has those. A column whose name is taken by these is left out, and so is a column
-    that the function has no parameter for.
+    A function with a parameter `completions`, with `completion_ids` as its first, or with nothing but **, is called as
+    in TRL: f(prompts=…, completions=…, completion_ids=…, **columns). For a chat, the prompt is the list of messages,
+    and the completion is a list with the assistant's message.
+
+    Every other function is called as f(prompts, responses, **columns). It also gets `messages` and `completion_ids` if
+    it has parameters of these names.
+
+    Both kinds get `prompts_with_special_tokens` and `responses_with_special_tokens` if they have such parameters. A
+    column is left out if one of these arguments has the same name, or if the function has no parameter for it.
 
     Args:
-      function: the function.
-      answers: what it scores.
+      function: the reward function.
+      answers: the responses to score.
 
     Returns:
       (positional arguments, keyword arguments).
@@ -60,32 +63,25 @@ def arguments(function: Callable, answers: Answers) -> tuple[tuple, dict[str, An
     named = [name for name, parameter in parameters.items() if parameter.kind in _NAMED]
     takes_all = not parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     columns = {name: copy.deepcopy(list(values)) for name, values in answers.columns.items()}
-    more = {"completion_ids": [list(ids) for ids in answers.completion_ids or ()] or None}
+    extras = {"completion_ids": [list(ids) for ids in answers.completion_ids or ()] or None}
     texts = answers.with_special_tokens or (answers.prompts, answers.responses)
     special = {name: list(some) for name, some in zip(_WITH_SPECIAL, texts, strict=True) if name in named}
     columns |= special
-    if in_trl_form(function):
+    if has_trl_signature(function):
         prompts, completions = _conversations(answers)
-        given = columns | {"prompts": prompts, "completions": completions} | more
-        return (), given if takes_all else {name: value for name, value in given.items() if name in named}
-    places = [name for name, parameter in parameters.items() if parameter.kind in _BY_POSITION][:2]
-    given = {name: values for name, values in columns.items() if name not in places}
-    more["messages"] = copy.deepcopy(list(answers.chats or [None] * len(answers)))
-    given |= {name: value for name, value in more.items() if name in named}
+        keywords = columns | {"prompts": prompts, "completions": completions} | extras
+        return (), keywords if takes_all else {name: value for name, value in keywords.items() if name in named}
+    positional = [name for name, parameter in parameters.items() if parameter.kind in _BY_POSITION][:2]
+    keywords = {name: values for name, values in columns.items() if name not in positional}
+    extras["messages"] = copy.deepcopy(list(answers.chats or [None] * len(answers)))
+    keywords |= {name: value for name, value in extras.items() if name in named}
     if not takes_all:
-        given = {name: value for name, value in given.items() if name in named}
-    return (list(answers.prompts), list(answers.responses)), given
+        keywords = {name: value for name, value in keywords.items() if name in named}
+    return (list(answers.prompts), list(answers.responses)), keywords
 
 
-def in_trl_form(function: Callable) -> bool:
-    """Whether a function wants TRL's keywords.
-
-    Args:
-      function: the function.
-
-    Returns:
-      Whether.
-    """
+def has_trl_signature(function: Callable) -> bool:
+    """Whether a function is called with TRL's keyword arguments."""
     parameters = _parameters(function)
     named = [name for name, parameter in parameters.items() if parameter.kind in _NAMED]
     if "responses" in named:
@@ -95,34 +91,24 @@ def in_trl_form(function: Callable) -> bool:
 
 
 def asks_for_special_tokens(function: Callable) -> bool:
-    """Whether a function has a parameter for texts with special tokens.
-
-    Args:
-      function: the function.
-
-    Returns:
-      Whether.
-    """
+    """Whether a function has a parameter for texts with special tokens."""
     return not _parameters(function).keys().isdisjoint(_WITH_SPECIAL)
 
 
-def call_in_words(function: Callable, name: str, columns: Mapping[str, Any]) -> str:
-    """How a function is called, for messages.
+def describe_call(function: Callable, name: str, columns: Mapping[str, Any]) -> str:
+    """The call of a function for error messages, such as "f(prompts, responses, answer=…)".
 
     Args:
       function: the function.
-      name: its name.
-      columns: the data set's.
-
-    Returns:
-      Such as "f(prompts, responses, answer=…)".
+      name: its name in messages.
+      columns: the columns of the data set.
     """
-    first = ", ".join(f"{keyword}=…" for keyword in _TRL) if in_trl_form(function) else "prompts, responses"
+    first = ", ".join(f"{keyword}=…" for keyword in _TRL) if has_trl_signature(function) else "prompts, responses"
     return f"{name}({first}{''.join(f', {column}=…' for column in columns)})"
 
 
 def _parameters(function: Callable) -> Mapping[str, inspect.Parameter]:
-    """A function's parameters; none where Python cannot say, as of a few written in C."""
+    """A function's parameters; none if they cannot be determined, as for a few functions written in C."""
     try:
         return inspect.signature(function).parameters
     except (TypeError, ValueError):
@@ -130,16 +116,16 @@ def _parameters(function: Callable) -> Mapping[str, inspect.Parameter]:
 
 
 def _conversations(answers: Answers) -> tuple[list, list]:
-    """Prompts and completions as TRL has them: of chats messages, and of a turn that is continued the whole turn."""
+    """Prompts and completions in TRL's format: messages for chats, and the whole turn for a continued turn."""
     prompts, completions, count = [], [], len(answers)
     chats, continued = answers.chats or [None] * count, answers.continued or [False] * count
-    for prompt, response, chat, goes_on in zip(answers.prompts, answers.responses, chats, continued, strict=True):
+    for prompt, response, chat, continues in zip(answers.prompts, answers.responses, chats, continued, strict=True):
         if chat is None:
             prompts.append(prompt)
             completions.append(response)
             continue
         chat = copy.deepcopy(chat)
-        begun = chat.pop()["content"] if goes_on else ""
+        beginning = chat.pop()["content"] if continues else ""
         prompts.append(chat)
-        completions.append([{"role": "assistant", "content": begun + response}])
+        completions.append([{"role": "assistant", "content": beginning + response}])
     return prompts, completions

@@ -1,4 +1,4 @@
-"""Reward functions over texts: other people's Python, with what it returns checked."""
+"""Reward functions over texts: user-supplied Python functions, whose results are checked."""
 
 import asyncio
 import dataclasses
@@ -16,20 +16,21 @@ import numpy as np
 from absl import logging
 
 from jax_rlhf.io.printable import printable
-from jax_rlhf.rewards.calling import Answers, arguments, asks_for_special_tokens, call_in_words
+from jax_rlhf.rewards.calling import Answers, arguments, asks_for_special_tokens, describe_call
 from jax_rlhf.rewards.isolation import IsolatedFunction, IsolationError
 
 ScoreTexts = Callable[..., Sequence[float] | np.ndarray]
 
-_HANGING = 16  # calls that never ended, after which it is no use to begin another
+_HANGING = 16  # calls that have not returned, after which no further call is started
 
 
 class RewardError(ValueError):
-    """A reward source returned something that is no reward; the message names it and shows the text.
+    """A reward function failed, or returned something other than rewards; the message names it and shows a text.
 
     Attributes:
-      scores, given: float32[B] and bool[B], what it returned, where that is a number per response; else None.
-      timed_out: it did not return in time.
+      scores, given: float32[B] and bool[B], the results as in `RewardFunction.score` if there is one per response, with
+        invalid numbers among them; else None.
+      timed_out: the function did not return in time.
     """
 
     scores: np.ndarray | None = None
@@ -42,17 +43,17 @@ class RewardFunction:
     """A Python function as a source of rewards.
 
     Attributes:
-      function: f(prompts: list[str], responses: list[str], **columns) → float[B], columns being the data set's others;
-        or TRL's f(prompts=…, completions=…, completion_ids=…, **columns): see `calling.arguments`. None instead of a
-        number says that a response is not this function's.
-      weight: its score is multiplied by this before sources are summed.
-      name: for messages; default: the function's own.
-      timeout: seconds that a call may take; None = for ever. With one it runs in a thread of its own, which Python
-        cannot end: a call that hangs stays in memory.
-      isolation: "process": it runs in a process of its own, which is killed where it takes too long, and started again
-        where it ends. `function` is "package.module:function" then, or a function that can be imported so. "none": it
-        runs in this process, with its rights and its memory.
-      memory_gb: with isolation, address space that a process of it may take, in GB; None = no limit.
+      function: f(prompts: list[str], responses: list[str], **columns) → float[B], where columns are the data set's
+        other columns; or with TRL's signature f(prompts=…, completions=…, completion_ids=…, **columns), see
+        `calling.arguments`. None instead of a number means that the function does not apply to a response.
+      weight: factor of its scores in the sum of all functions.
+      name: in messages; None = the function's own name.
+      timeout: the longest duration of a call in seconds; None = no limit. With a limit the call runs in a separate
+        thread. Python cannot end threads, so a call that hangs stays in memory.
+      isolation: "process" = it runs in a separate process, which is killed if a call takes too long, and started again
+        if it ends. Then `function` must be "package.module:function", or a function that can be imported by such a
+        name. "none" = it runs in this process, with the same permissions and memory.
+      memory_gb: with isolation, the largest address space of its process, in GB; None = no limit.
     """
 
     function: ScoreTexts | str
@@ -67,20 +68,19 @@ class RewardFunction:
             isolated = IsolatedFunction(import_name(self.function), memory_gb=self.memory_gb)
             object.__setattr__(self, "_isolated", isolated)
         elif isinstance(self.function, str):
-            raise ValueError(f'function={self.function!r}: a name is for isolation="process"; else give the function.')
+            raise ValueError(
+                f'function={self.function!r}: a name is for isolation="process"; otherwise pass the function itself.'
+            )
 
     @property
     def title(self) -> str:
-        """What messages call it."""
+        """The function's name in messages."""
         if isinstance(self.function, str):
             return self.name or self.function.rpartition(":")[2]
         return self.name or getattr(self.function, "__name__", type(self.function).__name__)
 
     def asks_for_special_tokens(self) -> bool:
-        """Whether it has a parameter for texts with special tokens. With isolation its process is started.
-
-        Returns:
-          Whether.
+        """Whether it has a parameter for texts with special tokens. With isolation this starts its process.
 
         Raises:
           RewardError: its process cannot import it.
@@ -103,7 +103,7 @@ class RewardFunction:
           columns: the data set's other columns, B entries each.
 
         Returns:
-          float32[B], weighted; NaN where the function gave None.
+          float32[B], weighted; NaN where the function returned None.
 
         Raises:
           RewardError: it raised an exception, took too long, or did not return B finite numbers (or Nones).
@@ -112,16 +112,17 @@ class RewardFunction:
         return np.where(given, scores, np.float32(math.nan))
 
     def score(self, answers: Answers) -> tuple[np.ndarray, np.ndarray]:
-        """Scores answers.
+        """Scores B responses.
 
         Args:
-          answers: B of them.
+          answers: the responses.
 
         Returns:
-          (scores, given): float32[B], weighted, 0 where the function gave None; bool[B], whether it gave a number.
+          (scores, given): float32[B], weighted, 0 where the function returned None; bool[B], whether it returned a
+          number.
 
         Raises:
-          RewardError: as above.
+          RewardError: as for `__call__`.
         """
         name, count = self.title, len(answers)
         prompts, responses = list(answers.prompts), list(answers.responses)
@@ -132,17 +133,17 @@ class RewardFunction:
         except RewardError:
             raise
         except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            form = name if isinstance(self.function, str) else call_in_words(self.function, name, answers.columns)
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            form = name if isinstance(self.function, str) else describe_call(self.function, name, answers.columns)
             raise RewardError(
                 f"reward function {name!r} failed, or did not return numbers: {type(error).__name__}: "
-                f"{printable(_text_of(error), 400)} ({place.filename}, line {place.lineno}). It is called as {form} "
-                f"and returns a float, or None, for each of {count} responses; the first was {responses[0]!r}."
+                f"{printable(_text_of(error), 400)} ({frame.filename}, line {frame.lineno}). It is called as {form} "
+                f"and must return a float, or None, for each of {count} responses; the first was {responses[0]!r}."
             ) from error
         if scores.shape != (count,):
             raise RewardError(
-                f"reward function {name!r} returned shape {list(scores.shape)} for {count} responses; one float each "
-                f"is expected. The first response was {responses[0]!r}."
+                f"reward function {name!r} returned shape {list(scores.shape)} for {count} responses; it must return "
+                f"one float per response. The first response was {responses[0]!r}."
             )
         wrong = np.flatnonzero(given & ~np.isfinite(scores))
         scores = np.where(given, np.float32(self.weight) * scores, np.float32(0))
@@ -157,7 +158,7 @@ class RewardFunction:
         return scores, given
 
     def _called(self, answers: Answers, responses: list[str]) -> Any:
-        """What the function returns, wherever it runs."""
+        """Calls the function, in this process or in its own."""
         if self.isolation == "process":
             try:
                 return self._isolated(answers, self.timeout)
@@ -167,22 +168,18 @@ class RewardFunction:
         call = lambda: _awaited(self.function(*positional, **keywords))  # noqa: E731
         return _in_time(call, self.timeout, self.title, responses)
 
-    def _failure(self, error: IsolationError, of: str) -> RewardError:
+    def _failure(self, error: IsolationError, on: str) -> RewardError:
         failure = RewardError(
-            f"reward function {self.title!r}, in its own process, failed{of}: {printable(str(error), 600)}."
+            f"reward function {self.title!r}, in its own process, failed{on}: {printable(str(error), 600)}."
         )
         failure.timed_out = error.timed_out
         return failure
 
 
 def asks_for_special_tokens_of(functions: Sequence[RewardFunction]) -> bool:
-    """Whether any of them asks for texts with special tokens, as they are about to be called.
+    """Whether any of the functions, which are about to be called, has a parameter for texts with special tokens.
 
-    Args:
-      functions: any number.
-
-    Returns:
-      Whether. One whose process cannot be started does not ask: its call fails, and is counted, as others that fail.
+    A function whose process cannot be started counts as having none: its call will fail, and be counted as a failure.
     """
     asks = False
     for function in functions:
@@ -194,16 +191,16 @@ def asks_for_special_tokens_of(functions: Sequence[RewardFunction]) -> bool:
 
 
 def import_name(function: Callable | str) -> str:
-    """By what name another process can import a function.
+    """The name by which another process can import a function.
 
     Args:
-      function: one, or its name.
+      function: the function, or its name.
 
     Returns:
       "package.module:function".
 
     Raises:
-      ValueError: it is a lambda, a method of an object, or of the program that was started.
+      ValueError: it is a lambda, a method of an object, or defined in the main program.
     """
     if isinstance(function, str):
         return function
@@ -213,8 +210,8 @@ def import_name(function: Callable | str) -> str:
         found = getattr(found, part, None)
     if not name or found is not function or module == "__main__":
         raise ValueError(
-            f"{function!r} cannot be imported by another process, as isolation needs: put it into a module of its own, "
-            'and give it, or its name "package.module:function".'
+            f"{function!r} cannot be imported by another process, which isolation needs: put it into a separate "
+            'module, and pass it, or its name "package.module:function".'
         )
     return f"{module}:{name}"
 
@@ -222,20 +219,20 @@ def import_name(function: Callable | str) -> str:
 def _text_of(error: Exception) -> str:
     try:
         return str(error)
-    except Exception:  # it is somebody else's class
-        return "(without words)"
+    except Exception:  # `__str__` of a user's class may fail
+        return "(no message)"
 
 
 def _is_list(returned: Any) -> bool:
-    """Whether it may hold Nones; an array of numbers cannot."""
+    """Whether a result may contain None; an array of numbers cannot."""
     return isinstance(returned, list | tuple) or (isinstance(returned, np.ndarray) and returned.dtype == object)
 
 
 def _awaited(returned: Any) -> Any:
-    """What an async function, as TRL takes them too, ends with."""
+    """The result of an async function; TRL supports these too. Other results are returned unchanged."""
     if not inspect.isawaitable(returned):
         return returned
-    with ThreadPoolExecutor(1) as thread:  # this one may have a loop that runs, as in a notebook
+    with ThreadPoolExecutor(1) as thread:  # the current thread may already run an event loop, as in a notebook
         return thread.submit(asyncio.run, _wait_for(returned)).result()
 
 
@@ -244,26 +241,28 @@ async def _wait_for(returned: Any) -> Any:
 
 
 def _in_time(call: Callable[[], Any], timeout: float | None, name: str, responses: Sequence[str]) -> Any:
-    """What a call returns, or its exception; RewardError where it takes too long."""
+    """Returns the result of a call, or raises its exception; RewardError if it takes too long."""
     if timeout is None:
         try:
             return call()
         except (Exception, KeyboardInterrupt):
             raise
-        except BaseException as error:  # SystemExit, asyncio's, a library's panic: a judge may not end the run
+        except BaseException as error:  # SystemExit, asyncio.CancelledError, a panic: the function must not end the run
             raise RuntimeError(f"it ended with {type(error).__name__}") from error
     title = f"reward function {name}"
     if sum(thread.name == title for thread in threading.enumerate()) >= _HANGING:
-        raise RewardError(f"reward function {name!r}: {_HANGING} calls of it have not ended, and no other is begun.")
+        raise RewardError(
+            f"reward function {name!r}: {_HANGING} calls have not returned, so no further call is started."
+        )
     answers: queue.SimpleQueue = queue.SimpleQueue()
 
     def run() -> None:
         try:
             answers.put((call(), None))
-        except BaseException as error:  # SystemExit too: a judge may not end the run
+        except BaseException as error:  # also SystemExit: the function must not end the run
             answers.put((None, error))
 
-    # A daemon: Python does not wait for it at its end.
+    # A daemon thread, because Python does not wait for it at exit.
     threading.Thread(target=run, name=title, daemon=True).start()
     try:
         value, error = answers.get(timeout=timeout)
@@ -283,12 +282,12 @@ def _in_time(call: Callable[[], Any], timeout: float | None, name: str, response
 
 @dataclasses.dataclass(frozen=True)
 class OnFailure:
-    """What becomes of a reward function's failures.
+    """What happens if a reward function fails.
 
     Attributes:
-      retries: how often a call is repeated.
-      then: "fatal": RewardError; "penalize": its responses without a score get `score`.
-      score: of those, instead of all functions' sum.
+      retries: how often a failed call is repeated.
+      then: after the last attempt: "fatal" raises RewardError; "penalize" gives `score` to responses without a score.
+      score: replaces the sum of all functions' scores for these responses.
     """
 
     retries: int = 0
@@ -298,13 +297,13 @@ class OnFailure:
 
 @dataclasses.dataclass
 class Failures:
-    """What went wrong so far.
+    """Counts of failures.
 
     Attributes:
-      failed_calls: repeated ones and time-outs among them.
+      failed_calls: failed calls, including retries and time-outs.
       timeouts: calls that took too long.
       penalized: responses that got `OnFailure.score`.
-      calls: that have ended, well or not.
+      calls: all calls, successful or not.
     """
 
     failed_calls: int = 0
@@ -333,61 +332,61 @@ def score_texts(
       functions: one or more.
       prompts, responses: B texts each.
       columns: the data set's other columns, B entries each.
-      on_failure: what becomes of failures; None = they are fatal at once.
-      failures: counts them, where given.
-      completion_ids: the ids of each response; None = not known.
-      chats, continued: of each prompt, as `Prompts` has them.
-      with_special_tokens: prompts and responses once more, special tokens among them, for functions that ask for them.
-      unscored: of a response for which all functions gave None; None = that is a failure.
+      on_failure: what happens if a function fails; None = the first failure is fatal.
+      failures: counts failures, and is updated in place; None = they are not counted.
+      completion_ids: the token ids of each response; None = not available.
+      chats, continued: of each prompt, as in `Prompts`.
+      with_special_tokens: (prompts, responses) decoded with special tokens, for functions that ask for them.
+      unscored: the score of a response for which all functions return None; None = this is a failure.
 
     Returns:
       float32[B].
 
     Raises:
-      RewardError: a function did not return B finite numbers, or none scored a response, and that is fatal.
+      RewardError: a function fails, or no function scores a response, and this is fatal.
     """
-    if not responses:  # of several processes one may own no rows
+    if not responses:  # one of several processes may own no rows
         return np.zeros(0, np.float32)
-    how, count = on_failure or OnFailure(), Failures() if failures is None else failures
+    on_failure, failures = on_failure or OnFailure(), Failures() if failures is None else failures
     answers = Answers(prompts, responses, columns, completion_ids, chats, continued, with_special_tokens)
-    scored = [_tried(function, answers, how, count) for function in functions]
-    total = np.sum([scores for scores, _ in scored], axis=0, dtype=np.float32)
-    nobody = ~np.any([given for _, given in scored], axis=0)
+    scored = [_score_with_retries(function, answers, on_failure, failures) for function in functions]
+    total = np.sum([scores for scores, _ in scored], axis=0, dtype=np.float32)  # [B]
+    nobody = ~np.any([given for _, given in scored], axis=0)  # [B], no function returned a number
     if unscored is None and nobody.any():
         row, names = int(np.flatnonzero(nobody)[0]), ", ".join(function.title for function in functions)
         message = (
-            f"{names} gave None for {int(nobody.sum())} of {len(answers)} responses, which have no score then; first "
-            f"for row {row}: prompt {prompts[row]!r}, response {responses[row]!r}."
+            f"{names} returned None for {int(nobody.sum())} of {len(answers)} responses, which therefore have no "
+            f"score; first for row {row}: prompt {prompts[row]!r}, response {responses[row]!r}."
         )
-        if how.then == "fatal":
+        if on_failure.then == "fatal":
             raise RewardError(message)
-        logging.warning("%s They get %g.", message, how.score)
+        logging.warning("%s They get %g.", message, on_failure.score)
         total = np.where(nobody, np.float32(math.nan), total)
     missing = ~np.isfinite(total)
-    count.penalized += int(np.sum(missing))
-    total = np.where(missing, np.float32(how.score), total)
+    failures.penalized += int(np.sum(missing))
+    total = np.where(missing, np.float32(on_failure.score), total)
     return total if unscored is None else np.where(nobody, np.float32(unscored), total)
 
 
-def _tried(
-    function: RewardFunction, answers: Answers, how: OnFailure, count: Failures
+def _score_with_retries(
+    function: RewardFunction, answers: Answers, on_failure: OnFailure, failures: Failures
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A function's scores, and which it gave; NaN where it has none, and that is not fatal."""
-    for attempt in range(how.retries + 1):
+    """The result of `function.score`; after a failure that is not fatal, NaN for responses without a valid score."""
+    for attempt in range(on_failure.retries + 1):
         try:
             return function.score(answers)
         except RewardError as error:
-            count.failed_calls += 1
-            count.timeouts += error.timed_out
-            if attempt < how.retries:
-                logging.warning("%s Attempt %d of %d.", error, attempt + 1, how.retries + 1)
+            failures.failed_calls += 1
+            failures.timeouts += error.timed_out
+            if attempt < on_failure.retries:
+                logging.warning("%s Attempt %d of %d.", error, attempt + 1, on_failure.retries + 1)
                 continue
-            if how.then == "fatal":
+            if on_failure.then == "fatal":
                 raise
-            logging.warning("%s The responses without a score get %g.", error, how.score)
+            logging.warning("%s The responses without a score get %g.", error, on_failure.score)
             if error.scores is None:
                 return np.full(len(answers), math.nan, np.float32), np.ones(len(answers), bool)
             return error.scores, error.given
         finally:
-            count.calls += 1
+            failures.calls += 1
     raise AssertionError("unreachable")

@@ -1,7 +1,7 @@
-"""A reward function in a process of its own, which is killed where it takes too long, and started again where it ends.
+"""Runs a reward function in a separate process, which is killed if a call takes too long, and restarted if it ends.
 
-Whatever it does there (`os._exit`, a segmentation fault, a fork, closing descriptors) ends its own process, and is a
-failure of that call.
+Whatever the function does there (`os._exit`, a segmentation fault, a fork, closing descriptors) ends that process only,
+and counts as a failure of the call.
 """
 
 import contextlib
@@ -21,18 +21,18 @@ from jax_rlhf.io.printable import printable
 from jax_rlhf.rewards import worker
 from jax_rlhf.rewards.calling import Answers
 
-_LOOK_EVERY = 0.5  # seconds; a child of the function may hold the socket of a process that is gone
-_END = 10.0  # seconds in which the process ends what the function has started
-_GREETING = 2**16  # bytes
-_SCORE = 64  # bytes of a number
-_LONGEST_LINE = 2000  # bytes of what it prints that are shown together
+_POLL_SECONDS = 0.5  # the process is polled, since its children may keep its socket open after it has ended
+_END = 10.0  # seconds in which the process must end all that the function has started
+_GREETING = 2**16  # the largest size of its first message, in bytes
+_SCORE = 64  # the largest size of a number in a message, in bytes
+_LONGEST_LINE = 2000  # its output is shown in lines of at most so many bytes
 
 
 class IsolationError(Exception):
-    """The function's process has not answered; the message says why, and not whose.
+    """The function's process has not returned a result; the message says why, but does not name the function.
 
     Attributes:
-      timed_out: it took too long.
+      timed_out: the call took too long.
     """
 
     def __init__(self, message: str, *, timed_out: bool = False) -> None:
@@ -41,15 +41,15 @@ class IsolationError(Exception):
 
 
 class IsolatedFunction:
-    """One function, and its process as long as it lives. Calls from several threads come one after another."""
+    """A function and its process. Calls from several threads run one after another."""
 
     def __init__(self, name: str, *, memory_gb: float | None = None) -> None:
-        """Starts nothing yet.
+        """Does not start the process yet.
 
         Args:
           name: "package.module:function".
-          memory_gb: address space that a process may take, in GB; None = no limit. Each that the function starts has
-            as much.
+          memory_gb: the largest address space of the process, in GB; None = no limit. The limit applies to each process
+            that the function starts, too.
         """
         self.name, self._memory = name, round((memory_gb or 0) * 1e9)
         self._process: subprocess.Popen | None = None
@@ -59,16 +59,13 @@ class IsolatedFunction:
         self._one_at_a_time = threading.Lock()
 
     def asks_for_special_tokens(self, timeout: float | None) -> bool:
-        """Whether it has a parameter for texts with special tokens; starts the process.
+        """Whether the function has a parameter for texts with special tokens; starts the process.
 
         Args:
-          timeout: seconds that its import may take.
-
-        Returns:
-          Whether.
+          timeout: the longest duration of its import, in seconds.
 
         Raises:
-          IsolationError: it cannot be imported.
+          IsolationError: the function cannot be imported.
         """
         with self._one_at_a_time:
             if self._special is None:
@@ -76,17 +73,17 @@ class IsolatedFunction:
             return bool(self._special)
 
     def __call__(self, answers: Answers, timeout: float | None) -> Any:
-        """Calls it.
+        """Calls the function.
 
         Args:
-          answers: what it scores.
-          timeout: seconds that it may take; None = for ever.
+          answers: the responses to score.
+          timeout: the longest duration in seconds; None = no limit.
 
         Returns:
-          What it returned, in lists.
+          The function's result, with lists instead of arrays.
 
         Raises:
-          IsolationError: it raised an exception, took too long, or its process ended.
+          IsolationError: the function raised an exception or took too long, or its process ended.
         """
         try:
             content = worker.encode({field.name: getattr(answers, field.name) for field in dataclasses.fields(answers)})
@@ -103,27 +100,27 @@ class IsolatedFunction:
         return reply["returned"]
 
     def close(self) -> None:
-        """Ends the process, and what it started."""
+        """Ends the process, and all processes that it started."""
         if self._finalizer is not None:
-            self._finalizer()  # once: its number may be another process's later
+            self._finalizer()  # only once: another process may get the same id later
         self._process = self._socket = self._finalizer = None
 
     def _start(self, timeout: float | None) -> None:
         self.close()
-        ours, theirs = socket.socketpair()
-        command = [sys.executable, "-P", worker.__file__, str(theirs.fileno()), self.name, str(self._memory)]
+        own_socket, worker_socket = socket.socketpair()
+        command = [sys.executable, "-P", worker.__file__, str(worker_socket.fileno()), self.name, str(self._memory)]
         self._process = subprocess.Popen(
             command,
-            stdin=subprocess.PIPE,  # by whose end it knows that the run has ended
+            stdin=subprocess.PIPE,  # when it closes, the process knows that the run has ended
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,  # Ctrl-C is the run's
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},  # the devices are the run's
+            pass_fds=[worker_socket.fileno()],
+            start_new_session=True,  # Ctrl-C must reach the run only
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},  # the run uses the devices
         )
-        theirs.close()
-        self._socket = ours
-        self._finalizer = weakref.finalize(self, _end, self._process, ours)
+        worker_socket.close()
+        self._socket = own_socket
+        self._finalizer = weakref.finalize(self, _end, self._process, own_socket)
         threading.Thread(target=_show, args=(self._process.stdout, self.name), daemon=True).start()
         deadline = None if timeout is None else time.monotonic() + timeout
         self._send(sys.path, deadline)
@@ -137,50 +134,51 @@ class IsolatedFunction:
         message = json.dumps(content).encode()
         left = memoryview(worker.LENGTH.pack(len(message)) + message)
         while left:
-            sent = self._tried(lambda: self._socket.send(left[: 2**20]), deadline)  # noqa: B023 — called here
+            sent = self._until(lambda: self._socket.send(left[: 2**20]), deadline)  # noqa: B023 — called here
             left = left[sent:]
 
     def _receive(self, what: str, most: int, deadline: float | None) -> dict[str, Any]:
-        """A message that has `what`, or "error", in no more bytes than its scores can need."""
+        """A message with the key `what` or "error", of at most `most` bytes."""
         (length,) = worker.LENGTH.unpack(self._exactly(worker.LENGTH.size, deadline))
         if length > most:
-            self._fail(f"it answered with {length:,} bytes, more than a number for each response takes")
+            self._fail(f"it answered with {length:,} bytes, more than a number per response needs")
         try:
             reply = json.loads(self._exactly(length, deadline))
         except ValueError:
             reply = None
         if not isinstance(reply, dict) or not reply.keys() & {what, "error"}:
-            self._fail("something else was written to its socket")
+            self._fail("its socket contains data that is not an answer")
         return reply
 
     def _exactly(self, count: int, deadline: float | None) -> bytes:
         pieces = []
         while count:
-            piece = self._tried(lambda: self._socket.recv(min(count, 2**20)), deadline)  # noqa: B023 — called here
+            piece = self._until(lambda: self._socket.recv(min(count, 2**20)), deadline)  # noqa: B023 — called here
             if not piece:
-                self._fail(self._how_it_ended())
+                self._fail(self._exit_reason())
             pieces.append(piece)
             count -= len(piece)
         return b"".join(pieces)
 
-    def _tried(self, do: Any, deadline: float | None) -> Any:
+    def _until(self, do: Any, deadline: float | None) -> Any:
+        """Repeats a socket operation until it succeeds, the deadline passes, or the process has ended."""
         while True:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 self.close()
                 raise IsolationError("it took too long", timed_out=True)
-            self._socket.settimeout(_LOOK_EVERY if left is None else min(_LOOK_EVERY, left))
+            self._socket.settimeout(_POLL_SECONDS if left is None else min(_POLL_SECONDS, left))
             try:
                 return do()
             except TimeoutError:
                 if self._process.poll() is not None:
-                    self._fail(self._how_it_ended())
-            except OSError:  # it is gone
-                self._fail(self._how_it_ended())
+                    self._fail(self._exit_reason())
+            except OSError:  # the process has ended
+                self._fail(self._exit_reason())
 
-    def _how_it_ended(self) -> str:
+    def _exit_reason(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(5.0)  # its socket may be closed first
+            self._process.wait(5.0)  # its socket may close before it ends
         code = self._process.poll()
         if code is None:
             return "it closed its socket"
@@ -196,7 +194,7 @@ class IsolatedFunction:
 
 def _end(process: subprocess.Popen, connection: socket.socket) -> None:
     connection.close()
-    process.stdin.close()  # it ends then, after all that the function has started
+    process.stdin.close()  # then the process ends all that the function has started, and itself
     try:
         process.wait(_END)
     except subprocess.TimeoutExpired:
@@ -205,7 +203,7 @@ def _end(process: subprocess.Popen, connection: socket.socket) -> None:
 
 
 def _show(stream: BinaryIO, name: str) -> None:
-    """What it prints, on stderr."""
+    """Copies the output of the function to stderr, line by line."""
     with contextlib.suppress(ValueError, OSError), stream:
         while line := stream.readline(_LONGEST_LINE):
             text = printable(line.decode(errors="replace").rstrip("\n"), _LONGEST_LINE)

@@ -1,11 +1,11 @@
-"""A program of its own: calls one reward function for another process, which it cannot harm.
+"""A separate program: calls one reward function for the process of a run, which the function then cannot harm.
 
 It is run by its path. Of this package it loads `calling.py` and `import_function.py` alone, so that it starts fast and
-without JAX. Both ends speak JSON over a socket, each message behind its length: nothing that a function returns is
-unpickled.
+without JAX. Both processes exchange JSON messages over a socket, each with its length before it. So no result of a
+function is unpickled.
 
-It forks: a child calls the function, and the parent waits. Once the child has ended, or the run has (its end of stdin
-is closed), the parent ends all that the child has started.
+The program forks: a child calls the function, and the parent waits. When the child ends, or when the run ends (which
+closes stdin), the parent kills all processes that the child has started.
 """
 
 import asyncio
@@ -30,21 +30,18 @@ from typing import Any
 LENGTH = struct.Struct("<Q")
 _TAG = "\0"
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
-_LOOK_EVERY = 2.0  # seconds; another child of the run may hold the other end of stdin
-_SAID = {"datetime": datetime.datetime, "date": datetime.date, "time": datetime.time}
+_POLL_SECONDS = 2.0  # the run is polled, since another child of it may keep the other end of stdin open
+_ISO_TYPES = {"datetime": datetime.datetime, "date": datetime.date, "time": datetime.time}
 
 
 def encode(value: Any) -> Any:
-    """What JSON can hold of a column's value.
+    """Converts the value of a column to JSON-compatible data for `decode`.
 
     Args:
-      value: of a row: what JSON knows, bytes, dates and times, decimals, NumPy's numbers and arrays.
-
-    Returns:
-      For `decode`.
+      value: a JSON value, bytes, date, time, decimal, or NumPy number or array.
 
     Raises:
-      TypeError: it is something else.
+      TypeError: the value has another type.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -56,7 +53,7 @@ def encode(value: Any) -> Any:
         return [_TAG, "bytes", value.hex()]
     if isinstance(value, datetime.timedelta):
         return [_TAG, "timedelta", value.total_seconds()]
-    for name, kind in _SAID.items():
+    for name, kind in _ISO_TYPES.items():
         if isinstance(value, kind):
             return [_TAG, name, value.isoformat()]
     if isinstance(value, decimal.Decimal):
@@ -67,14 +64,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """The inverse of `encode`; tuples and arrays have become lists.
-
-    Args:
-      value: from `encode`.
-
-    Returns:
-      The value.
-    """
+    """The inverse of `encode`, except that tuples and arrays become lists."""
     if not isinstance(value, list):
         return value
     if value[0] != _TAG:
@@ -86,19 +76,19 @@ def decode(value: Any) -> Any:
         return bytes.fromhex(content)
     if kind == "timedelta":
         return datetime.timedelta(seconds=content)
-    return decimal.Decimal(content) if kind == "decimal" else _SAID[kind].fromisoformat(content)
+    return decimal.Decimal(content) if kind == "decimal" else _ISO_TYPES[kind].fromisoformat(content)
 
 
 def main(socket_number: int, name: str, memory: int) -> None:
-    """Answers requests until the other end is gone, and ends as the process does that calls the function.
+    """Answers requests until the run ends; exits with the status of the child that calls the function.
 
     Args:
-      socket_number: the file descriptor of a connected socket. The first message names Python's search path.
+      socket_number: the file descriptor of a connected socket. The first message is Python's search path.
       name: "package.module:function" or "FILE.py:function".
-      memory: bytes of address space of a process; 0 = no limit.
+      memory: the largest address space of a process, in bytes; 0 = no limit.
     """
     run = os.getppid()
-    with contextlib.suppress(AttributeError, OSError):  # Linux alone; what has lost its parent is ours then
+    with contextlib.suppress(AttributeError, OSError):  # Linux only; this process then adopts orphaned descendants
         ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
     child = os.fork()
     if child == 0:
@@ -107,24 +97,24 @@ def main(socket_number: int, name: str, memory: int) -> None:
         _serve(socket.socket(fileno=socket_number), name, memory)
         os._exit(0)
     os.close(socket_number)
-    _end_as(_waited_for(child, run))
+    _exit_with(_wait_for(child, run))
 
 
-def _waited_for(child: int, run: int) -> int:
-    """How the child ended, by itself or since the run is gone; nothing that it started is left then."""
+def _wait_for(child: int, run: int) -> int:
+    """Waits until the child or the run ends, kills all that the child has started, and returns the child's status."""
     ended, wakes = os.pipe()
     os.set_blocking(wakes, False)
     signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     status = None
     while status is None and os.getppid() == run:
-        found, how = os.waitpid(-1, os.WNOHANG)
+        found, exit_status = os.waitpid(-1, os.WNOHANG)
         if found == child:
-            status = how
+            status = exit_status
         elif found == 0:
-            ready = select.select([0, ended], [], [], _LOOK_EVERY)[0]
+            ready = select.select([0, ended], [], [], _POLL_SECONDS)[0]
             if 0 in ready:
-                break  # nothing is ever written to stdin
+                break  # closed, since the run never writes to stdin
             if ended in ready:
                 os.read(ended, 2**10)
     if sys.platform != "linux" and status is None:
@@ -134,25 +124,26 @@ def _waited_for(child: int, run: int) -> int:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(process, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
-            found, how = os.waitpid(-1, 0)
-            status = how if found == child and status is None else status
+            found, exit_status = os.waitpid(-1, 0)
+            status = exit_status if found == child and status is None else status
     return 0 if status is None else status
 
 
 def _children() -> list[int]:
-    """Of this process; as it is their reaper, all that the function has started become its own."""
+    """Children of this process. As it is a subreaper, all that the function has started become its children."""
     found = []
     for entry in Path("/proc").iterdir() if Path("/proc/self").exists() else ():
-        with contextlib.suppress(OSError, ValueError, IndexError):  # it has ended meanwhile
+        with contextlib.suppress(OSError, ValueError, IndexError):  # the process has ended meanwhile
             if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == os.getpid():
                 found.append(int(entry.name))
     return found
 
 
-def _end_as(status: int) -> None:
+def _exit_with(status: int) -> None:
+    """Ends this process with an exit status of `os.waitpid`: the same signal or exit code."""
     if os.WIFSIGNALED(status):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        with contextlib.suppress(OSError):  # SIGKILL needs none
+        with contextlib.suppress(OSError):  # SIGKILL cannot have a handler
             signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
         os.kill(os.getpid(), os.WTERMSIG(status))
     os._exit(os.waitstatus_to_exitcode(status) & 255)
@@ -170,16 +161,16 @@ def _serve(connection: socket.socket, name: str, memory: int) -> None:
         function = importing.import_function(name)
         _send(connection, {"special": calling.asks_for_special_tokens(function)})
     except BaseException as error:
-        _send(connection, {"error": f"cannot be imported: {_in_words(error)}"})
+        _send(connection, {"error": f"cannot be imported: {_describe(error)}"})
         return
     while True:
         answers = calling.Answers(**decode(_receive(connection)))
         try:
             positional, keywords = calling.arguments(function, answers)
             reply = {"returned": _plain(_awaited(function(*positional, **keywords)))}
-        except BaseException as error:  # SystemExit too
-            reply = {"error": _in_words(error)}
-        if os.getpid() != process:  # a child that the function forked, and that came back here as well
+        except BaseException as error:  # also SystemExit
+            reply = {"error": _describe(error)}
+        if os.getpid() != process:  # a child that the function has forked also returns here
             os._exit(0)
         _send(connection, reply)
 
@@ -202,7 +193,7 @@ def _awaited(returned: Any) -> Any:
 
 
 def _plain(returned: Any) -> Any:
-    """Numbers and Nones in lists, as they were returned; what is none of these in words."""
+    """The result as numbers and Nones in lists; TypeError for anything else."""
     if hasattr(returned, "tolist"):
         returned = returned.tolist()
     if isinstance(returned, list | tuple):
@@ -211,17 +202,17 @@ def _plain(returned: Any) -> Any:
         return returned
     with contextlib.suppress(TypeError, ValueError):
         return float(returned)
-    raise TypeError(f"it returned a {type(returned).__name__} where a number is expected")
+    raise TypeError(f"it returned a {type(returned).__name__} instead of a number")
 
 
-def _in_words(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    location = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     try:
         text = str(error)[:400]
-    except Exception:  # it is somebody else's class
-        text = "(without words)"
-    return f"{type(error).__name__}: {text}{place}"
+    except Exception:  # `__str__` of a user's class may fail
+        text = "(no message)"
+    return f"{type(error).__name__}: {text}{location}"
 
 
 def _send(connection: socket.socket, content: Any) -> None:

@@ -13,8 +13,8 @@ MUTANTS = [
         _COUNTS,
         ('passes = topology.chip, 2 if one.kind == "all-reduce" else 1', "passes = topology.chip, 1"),
         ("one.group - 1 - far", "one.group - 1"),
-        ("math.ceil(one.group / one.near) - 1", "0"),
-        ("(1, 0) if one.near == one.group else (0, 1)", "(1, 0)"),
+        ("math.ceil(one.group / one.local_group) - 1", "0"),
+        ("(1, 0) if one.local_group == one.group else (0, 1)", "(1, 0)"),
         ("return chip.start + passes", "return passes"),
     ),
     *variants(

@@ -102,8 +102,8 @@ def test_collectives_in_a_scan_count_as_often_as_it_turns():
         specs=[PartitionSpec(), PartitionSpec(None, None, "fsdp")],
         out=PartitionSpec(),
     )
-    (one,) = collectives(text, devices=8, near=4)
-    assert (one.kind, one.count, one.group, one.near) == ("all-reduce", 6, 4, 4)
+    (one,) = collectives(text, devices=8, devices_per_machine=4)
+    assert (one.kind, one.count, one.group, one.local_group) == ("all-reduce", 6, 4, 4)
     assert one.bytes == 2 * 16 * 64 * 4 * 3 / 4
 
 
@@ -123,8 +123,8 @@ def test_latency_counts_the_steps_of_a_collective():
 
 def test_what_crosses_machines_is_told_apart():
     text = compiled(lambda x: x, (64, 32), specs=[PartitionSpec("data")], out=PartitionSpec())
-    assert [(one.group, one.near) for one in collectives(text, devices=8, near=4)] == [(2, 1)]
-    assert [(one.group, one.near) for one in collectives(text, devices=8, near=8)] == [(2, 2)]
+    assert [(one.group, one.local_group) for one in collectives(text, devices=8, devices_per_machine=4)] == [(2, 1)]
+    assert [(one.group, one.local_group) for one in collectives(text, devices=8, devices_per_machine=8)] == [(2, 2)]
 
 
 TPU = """HloModule jit_f, entry_computation_layout={()->()}
@@ -159,7 +159,12 @@ ENTRY %main () -> bf16[64,32] {
 
 
 def test_a_tpu_s_way_of_writing_is_understood():
-    scatter, permute, mean = collectives(TPU, devices=8, near=4)
+    scatter, permute, mean = collectives(TPU, devices=8, devices_per_machine=4)
     assert (scatter.kind, scatter.count, scatter.bytes, scatter.group) == ("reduce-scatter", 11, 64 * 32 * 2 * 7 / 8, 8)
-    assert (permute.kind, permute.count, permute.bytes, permute.near) == ("collective-permute", 11, 64 * 32 * 2, 2)
-    assert (mean.kind, mean.count, mean.bytes, mean.group, mean.near) == ("all-reduce", 1, 16, 2, 1)
+    assert (permute.kind, permute.count, permute.bytes, permute.local_group) == (
+        "collective-permute",
+        11,
+        64 * 32 * 2,
+        2,
+    )
+    assert (mean.kind, mean.count, mean.bytes, mean.group, mean.local_group) == ("all-reduce", 1, 16, 2, 1)

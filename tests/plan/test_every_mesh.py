@@ -95,7 +95,9 @@ def test_the_compilers_for_tpu_and_gpu_do_as_well(tmp_path, monkeypatch, chips):
 def test_scoring_sends_no_rows_between_machines_where_each_has_its_own_copies(tmp_path, monkeypatch):
     made = programs(tmp_path, monkeypatch, "h100:2x4", (2, 2, 2), ("ppo",))
     texts = check([one for one in made if one.name == "scoring"], (2, 2, 2))
-    between = [one for one in collectives(texts["scoring"], devices=8, near=4) if one.near < one.group]
+    between = [
+        one for one in collectives(texts["scoring"], devices=8, devices_per_machine=4) if one.local_group < one.group
+    ]
     assert sum(one.count * one.bytes for one in between) < 1000  # means of metrics
 
 

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from jax_rlhf.plan.__main__ import _leaves
+from jax_rlhf.plan.__main__ import _slow_rollout_note
 from jax_rlhf.plan.abstract import device_bytes
 from jax_rlhf.plan.all_programs import programs_of
 from jax_rlhf.plan.collectives import Collective
@@ -91,4 +91,4 @@ def test_only_what_goes_over_the_network_while_tokens_are_drawn_is_noted():
         Collective("all-gather", 70, 1.0, 8, 4, "jit(sample)/layers/mlp"),
     )
     rollout = Account("ppo", "rollout", *(0.0,) * 8, collectives=sent, seconds={}, compile_seconds=0.0)
-    assert "1,000 collectives go over the network" in _leaves(rollout)
+    assert "1,000 collectives go over the network" in _slow_rollout_note(rollout)

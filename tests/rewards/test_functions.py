@@ -43,7 +43,7 @@ def returning(value):
         (0.5, r"returned shape \[\]"),
         ([0.1, float("nan"), 0.3], "returned nan for 1 of 3 responses, first for row 1: prompt 'two', response 'bb'"),
         ([0.1, 0.2, float("inf")], r"returned inf .* row 2: prompt 'three', response '<odd>\\n'"),
-        ([0.1, None, 0.2], "named gave None for 1 of 3 responses, .* first for row 1: prompt 'two', response 'bb'"),
+        ([0.1, None, 0.2], "named returned None for 1 of 3 responses, .* first for row 1: prompt 'two', response 'bb'"),
         ([None, float("nan"), 0.2], "returned nan for 1 of 3 responses, first for row 1"),
         (["good", "bad", "bad"], "'named' failed, or did not return numbers: ValueError"),
         (None, r"returned shape \[\]"),
@@ -220,7 +220,7 @@ def test_none_says_that_a_response_is_not_the_function_s():
     np.testing.assert_allclose(score_texts(functions, PROMPTS, RESPONSES, {}, unscored=0.0), [2.0, 3.0, 0.0])
     verdicts = score_texts(functions, PROMPTS, RESPONSES, {}, unscored=float("nan"))
     np.testing.assert_allclose(verdicts, [2.0, 3.0, np.nan])
-    with pytest.raises(RewardError, match=r"named, named gave None for 1 of 3 .* row 2: prompt 'three'"):
+    with pytest.raises(RewardError, match=r"named, named returned None for 1 of 3 .* row 2: prompt 'three'"):
         score_texts(functions, PROMPTS, RESPONSES, {})
     failures = Failures()
     how = OnFailure(then="penalize", score=-7.0)

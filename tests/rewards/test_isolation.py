@@ -70,14 +70,14 @@ def test_its_process_stays_as_long_as_it_works():
         (judges.leaves_a_child, "its process ended with exit code 7"),
         (judges.closes, "ended with exit code|closed its socket"),
         (judges.raises, r"KeyError: '\\x1b\[31m' \(.*judges.py, line"),
-        (judges.wrong, "returned a dict where a number is expected"),
-        (judges.texts, "returned a str where a number is expected"),
+        (judges.wrong, "returned a dict instead of a number"),
+        (judges.texts, "returned a str instead of a number"),
         (judges.not_numbers, "returned nan for 3 of 3"),
-        (judges.writes_into_its_socket, "something else was written to its socket"),
-        (judges.says_much, r"it answered with 4,000,\d{3} bytes, more than a number"),
+        (judges.writes_into_its_socket, "its socket contains data that is not an answer"),
+        (judges.says_much, r"it answered with 4,000,\d{3} bytes, more than a number per response"),
         (judges.is_cancelled, "CancelledError"),
-        (judges.has_no_words, "WithoutWords: .without words"),
-        ("tests.rewards.greets:score", "something else was written to its socket"),
+        (judges.has_no_words, "WithoutWords: .no message"),
+        ("tests.rewards.greets:score", "its socket contains data that is not an answer"),
         ("tests.rewards.judges:nobody", "cannot be imported: AttributeError"),
         ("tests.rewards.nowhere:x", "cannot be imported: ModuleNotFoundError"),
         ("tests.rewards.judges:PROMPTS", "cannot be imported: AttributeError"),
@@ -236,7 +236,9 @@ def test_one_that_cannot_be_started_is_a_failure_of_its_call():
 
 
 @pytest.mark.parametrize("timeout", [None, 20.0])
-@pytest.mark.parametrize(("function", "said"), [(judges.is_cancelled, "Cancelled"), (judges.has_no_words, "without w")])
+@pytest.mark.parametrize(
+    ("function", "said"), [(judges.is_cancelled, "Cancelled"), (judges.has_no_words, "no message")]
+)
 def test_without_isolation_odd_exceptions_are_failures_too(timeout, function, said):
     with pytest.raises(RewardError, match=said):
         scored(RewardFunction(function, timeout=timeout))
@@ -281,7 +283,7 @@ def test_what_cannot_be_imported_elsewhere_is_said(function):
         with pytest.raises(ValueError, match='a name is for isolation="process"'):
             RewardFunction("numpy:array")
         return
-    with pytest.raises(ValueError, match="put it into a module of its own"):
+    with pytest.raises(ValueError, match="put it into a separate module"):
         isolated(function)
 
 

@@ -326,7 +326,7 @@ def test_all_that_a_run_left_is_looked_at(workdir, capsys):
         ("reward/metrics.jsonl", lambda file: file.write_bytes(file.read_bytes()[:-4]), "is not a whole JSON object"),
         ("sft/metrics.jsonl", lambda file: file.write_bytes(file.read_bytes()[:-1]), "is not a whole JSON object"),
         ("ppo/samples.jsonl", lambda file: file.write_bytes(b"[1]\n"), "line 1 is not"),
-        ("sft/summary.json", lambda file: file.write_text("null"), "a JSON object is expected"),
+        ("sft/summary.json", lambda file: file.write_text("null"), "it must be a JSON object"),
         ("config.json", lambda file: file.unlink(), "No such file"),
         ("ppo/manifest.json", lambda file: file.write_text("{"), "not JSON"),
         ("ppo/manifest.json", lambda file: file.write_text("{}"), "is not what this program writes"),
@@ -366,9 +366,9 @@ def test_a_run_that_goes_on_is_not_damaged(workdir, monkeypatch, capsys):
     monkeypatch.setattr(verify, "of_checkpoint", of_checkpoint)
     with lock_workdir(workdir):
         assert verify.main(["verify", str(workdir)]) == 0
-    assert "a run writes here" in capsys.readouterr().out
+    assert "a run is active in this workdir" in capsys.readouterr().out
     assert verify.main(["verify", str(workdir)]) == 0
-    assert "a run writes here" not in capsys.readouterr().out
+    assert "a run is active in this workdir" not in capsys.readouterr().out
 
 
 def test_every_damaged_file_of_a_checkpoint_is_seen(workdir):
@@ -391,7 +391,7 @@ def test_every_damaged_file_of_a_checkpoint_is_seen(workdir):
 
 def test_what_is_no_run_is_said(tmp_path, capsys):
     assert verify.main(["verify", str(tmp_path)]) == 2
-    assert "holds no phase of a run" in capsys.readouterr().err
+    assert "is not the workdir of a run" in capsys.readouterr().err
     assert verify.main(["verify"]) == 2
 
 
