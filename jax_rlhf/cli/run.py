@@ -132,7 +132,8 @@ def _keep_compiled(folder: str) -> None:
 
     Not with several processes, which would have to agree on what is there, and not where JAX is told another folder.
     """
-    if not folder or jax.process_count() > 1 or jax.config.read("jax_compilation_cache_dir") is not None:
+    given = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if not folder or jax.process_count() > 1 or given is not None:
         return
     # On the CPU a program uses what its machine has: one that shares the folder, and has less, must not run it.
     first = _CPU_INFO.read_text().partition("\n\n")[0].splitlines() if _CPU_INFO.exists() else []
