@@ -27,8 +27,8 @@ from jax_rlhf.settings import from_mapping
 Phase = Literal["sft", "reward", "ppo"]
 _HELD_OUT = "held out as well; --config.data.deduplicate=false keeps them"
 _NOTHING_DRAWN = (
-    "nothing of paths is held out: each prompt has more than eval_rows rows, or more than a tenth of them; set "
-    "--config.data.eval_paths to evaluate"
+    "nothing of paths is held out: any whole prompt would exceed eval_rows, a tenth of the rows or a tenth of the "
+    "prompts; set --config.data.eval_paths to evaluate"
 )
 _SHOWN = 150  # characters of the beginning and of the end of a text
 _IMPLICIT = "pairs have no prompt column; the common beginning of both texts is taken as the prompt."

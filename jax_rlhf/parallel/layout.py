@@ -162,11 +162,11 @@ def lookup_layout(layout: Layout | None) -> Layout | None:
 
 
 def rollout_layout(layout: Layout, divided: Sequence[int]) -> Layout:
-    """The layout for sampling. No weight is sharded over `fsdp`: decoding would have to gather it for every token.
+    """The layout for sampling, where a weight sharded over `fsdp` would have to be gathered for every token.
 
-    `config.rollout_mesh` sets the sizes. By default as many devices of `fsdp` as possible move to `tensor`, and the
-    rest to `data`. The model's sizes limit `tensor`, and so do fast links: each token costs two all-reduces over
-    `tensor` per layer, so `tensor` stays within a machine of GPUs. With 8 key/value heads and fsdp=8 the result is
+    `config.rollout_mesh` sets the sizes. By default `fsdp` is 1: as many of its devices as possible move to `tensor`,
+    and the rest to `data`. The model's sizes limit `tensor`, and so do fast links: each token costs two all-reduces
+    over `tensor` per layer, so `tensor` stays within a machine of GPUs. With 8 key/value heads and fsdp=8 the result is
     tensor=8, which needs as much memory per device as before.
 
     Args:

@@ -168,7 +168,7 @@ def test_a_check_trains_nothing_and_shows_a_row_of_each_phase(tmp_path):
     )
     code, _, errors = run(tmp_path, "--check", "--config.data.paths=nowhere.jsonl")
     assert code == 1
-    assert "'nowhere.jsonl' is no file or folder here" in errors
+    assert "'nowhere.jsonl' is neither an existing file or folder" in errors
 
 
 def test_sft_and_reward_model_learn(whole):

@@ -68,9 +68,9 @@ def set_field(config, path, value):
             r"a batch of 12 rows cannot be cut evenly .* 2 minibatches × 8 row shards = 16 rows",
         ),
         ({"data.ppo_batch_size": 160}, "the ppo phase has 90 rows, fewer than a batch of 160"),
-        ({"data.paths": ("gone.jsonl",)}, "'gone.jsonl' is no file or folder here"),
+        ({"data.paths": ("gone.jsonl",)}, "'gone.jsonl' is neither an existing file or folder"),
         ({"ppo.reward.functions": ("tests.cli.tiny:nobody",)}, "cannot be imported"),
-        ({"mesh.data": 3}, "data=3 × fsdp=-1 × tensor=1 is not the 8 devices that there are"),
+        ({"mesh.data": 3}, "data=3 × fsdp=-1 × tensor=1 is not the 8 devices that are available"),
         ({"ppo.loss.clip_range": -1.0}, "clip_range=-1.0 must be 0 or more"),
         ({"ppo.critic.warmup_iterations": 3}, "critic.warmup_iterations=3 leaves the actor none of .*iterations=3"),
         ({"critic.revision": "main"}, r"config.critic.revision='main' is of a hub id; set config.critic.path too"),
@@ -235,7 +235,7 @@ def test_a_token_past_the_embedding_is_named_with_its_row_at_the_start(config, t
     rows[41]["prompt"] = "a z b"
     config.data.paths = (data.write(tmp_path / "bad.jsonl", rows),)
     (tmp_path / "small" / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=rf"bad.jsonl, line 42: token 'z' has the id {known}, .* has {known} rows"):
+    with pytest.raises(ValueError, match=rf"bad.jsonl, line 42: token 'z' has the id {known}, .* has only {known} rows"):
         check(config, tmp_path)
 
 

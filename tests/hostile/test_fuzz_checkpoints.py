@@ -196,6 +196,6 @@ def test_headers_that_claim_terabytes_are_refused(tmp_path):
     # What is there, but more of it than a tokenizer needs: the gguf package takes 200 times its size.
     field = key + struct.pack("<IIQ", 9, 8, 2_000_000)
     gguf.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field + b"\0" * 16_000_000)
-    with pytest.raises(CheckpointError, match="claims 2,000,000 entries; all together may have 1,500,000"):
+    with pytest.raises(CheckpointError, match="claims 2,000,000 entries; all arrays together may have 1,500,000"):
         load_pretrained(gguf)
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < GROWTH

@@ -240,7 +240,7 @@ def test_a_reward_model_without_a_head_is_an_error(folders, tmp_path):
     file = tmp_path / "reward" / "model.safetensors"
     save_file({name: array for name, array in load_file(file).items() if name != "score.weight"}, file)
     for role in ("reward_model", "critic"):
-        with pytest.raises(CheckpointError, match=r"LlamaForSequenceClassification, and has no score\.weight"):
+        with pytest.raises(CheckpointError, match=r"LlamaForSequenceClassification, but it has no score\.weight"):
             RLHFEngine.create({"model": {"path": path}, role: {"path": str(tmp_path / "reward")}})
 
 
