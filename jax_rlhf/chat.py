@@ -7,7 +7,7 @@ import collections
 import itertools
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -46,6 +46,7 @@ def answer(pretrained: Pretrained, messages: list[dict[str, Any]], key: jax.Arra
       ValueError: the chat leaves no room in a table of positions, or its template fails.
     """
     tokenizer, decoder = pretrained.tokenizer, pretrained.model.config
+    assert tokenizer is not None, "who calls this looks first"
     if tokenizer.chat_template is None:
         row = Row({"prompt": messages[-1]["content"]}, "the line", len(messages))
     else:
@@ -63,13 +64,14 @@ def answer(pretrained: Pretrained, messages: list[dict[str, Any]], key: jax.Arra
         if room < 1:
             raise ValueError(f"the chat has {len(ids)} tokens, and the model {decoder.max_positions} positions.")
         how["max_new_tokens"] = min(how["max_new_tokens"], room)
-    prompt = np.full((1, width), pad_id(tokenizer, DataConfig(pad_token=tokenizer.pad_token or tokenizer.eos_token)))
+    pad_token = cast(str | None, tokenizer.pad_token or tokenizer.eos_token)
+    prompt = np.full((1, width), pad_id(tokenizer, DataConfig(pad_token=pad_token)))
     prompt[0, width - len(ids) :] = ids
     mask = np.arange(width)[None] >= width - len(ids)
     model = pretrained.model.clone(config=sampled_ids(pretrained.model.config, tokenizer))
     samples = sample(model, pretrained.params, prompt, mask, key, eos_id=ends, **how)
     response = np.asarray(samples.tokens)[0, width:][np.asarray(samples.response_mask)[0]]
-    return tokenizer.decode(response, skip_special_tokens=True)
+    return cast(str, tokenizer.decode(response, skip_special_tokens=True))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -88,6 +90,7 @@ def main(arguments: Sequence[str]) -> int:
     logging.set_verbosity(logging.WARNING)  # at INFO JAX reports each missing device
     try:
         pretrained = load_model(ModelConfig(path=arguments[1]), "lm")
+        assert pretrained is not None, "there is a path"
         if pretrained.tokenizer is None:
             raise CheckpointError(f"{arguments[1]} came without a tokenizer.")
     except (FileNotFoundError, ValueError, CheckpointError) as error:

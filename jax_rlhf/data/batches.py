@@ -11,6 +11,7 @@ from jax import Array
 
 from jax_rlhf.data.tokens import Example
 from jax_rlhf.rl import Prompts
+from jax_rlhf.rl.types import AnyArray
 
 FIRST_EVAL_ROW = 1 << 24
 """Row ids of held-out prompts count from here, so that they share no randomness with those of training."""
@@ -27,11 +28,11 @@ class TextBatch(struct.PyTreeNode):
       positions: int32[B, T], tokens of the same text before it.
     """
 
-    tokens: Array
-    mask: Array
-    completion_mask: Array
-    segments: Array
-    positions: Array
+    tokens: AnyArray
+    mask: AnyArray
+    completion_mask: AnyArray
+    segments: AnyArray
+    positions: AnyArray
 
 
 class PairBatch(struct.PyTreeNode):
@@ -43,11 +44,11 @@ class PairBatch(struct.PyTreeNode):
       margin: float32[B], in reward units.
     """
 
-    chosen: Array
-    rejected: Array
-    chosen_mask: Array
-    rejected_mask: Array
-    margin: Array
+    chosen: AnyArray
+    rejected: AnyArray
+    chosen_mask: AnyArray
+    rejected_mask: AnyArray
+    margin: AnyArray
 
 
 class PackedPairs(struct.PyTreeNode):
@@ -63,14 +64,14 @@ class PackedPairs(struct.PyTreeNode):
       margin: float32[B, S], in reward units.
     """
 
-    tokens: Array
-    mask: Array
-    segments: Array
-    positions: Array
-    chosen_last: Array
-    rejected_last: Array
-    real: Array
-    margin: Array
+    tokens: AnyArray
+    mask: AnyArray
+    segments: AnyArray
+    positions: AnyArray
+    chosen_last: AnyArray
+    rejected_last: AnyArray
+    real: AnyArray
+    margin: AnyArray
 
 
 def real_tokens(batch: TextBatch | PairBatch | PackedPairs) -> Array:
@@ -83,7 +84,7 @@ def real_tokens(batch: TextBatch | PairBatch | PackedPairs) -> Array:
       int32[].
     """
     masks = (batch.chosen_mask, batch.rejected_mask) if isinstance(batch, PairBatch) else (batch.mask,)
-    return sum(jnp.sum(mask) for mask in masks)
+    return jnp.asarray(sum(jnp.sum(mask) for mask in masks))
 
 
 def width(longest: int, buckets: Sequence[int]) -> int:
@@ -147,7 +148,7 @@ def pair_batch(rows: Sequence[Example | None], columns: int, pad: int) -> PairBa
             ids = np.concatenate([example.prompt, example.completions[answer]])
             tokens[answer][r, : len(ids)], masks[answer][r, : len(ids)] = ids, True
         margin[r] = example.margin
-    return PairBatch(*tokens, *masks, margin)
+    return PairBatch(tokens[0], tokens[1], masks[0], masks[1], margin)
 
 
 def packed_pairs(rows: Sequence[Sequence[Example]], columns: int, slots: int, pad: int) -> PackedPairs:

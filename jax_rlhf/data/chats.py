@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -65,7 +65,8 @@ class Rendering:
     def __call__(self, messages: list[Message], **how: bool) -> str:
         """The text of a chat; DataError where the template raises."""
         try:
-            text = self.tokenizer.apply_chat_template(messages, tools=self.tools, tokenize=False, **how, **self.options)
+            made = self.tokenizer.apply_chat_template(messages, tools=self.tools, tokenize=False, **how, **self.options)
+            text = cast(str, made)
             if self.has_marks:
                 check_marks(text, self.tokenizer)
             return text

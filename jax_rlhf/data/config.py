@@ -123,4 +123,5 @@ def shares(data_split: str) -> tuple[float, float, float] | None:
         numbers = []
     if len(numbers) != 3 or any(not 0 <= number < float("inf") for number in numbers) or sum(numbers) <= 0:
         raise ValueError(f'data_split={data_split!r}; three numbers for SFT, reward and PPO are expected: "2,4,4".')
-    return tuple(number / sum(numbers) for number in numbers)
+    sft, reward, ppo = (number / sum(numbers) for number in numbers)
+    return sft, reward, ppo

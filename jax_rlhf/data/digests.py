@@ -12,7 +12,7 @@ import pathlib
 import re
 import uuid
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -102,6 +102,6 @@ def _said(value: Any) -> Any:
     if isinstance(value, _SAID):
         return str(value)
     if callable(content := getattr(value, "tobytes", None)):  # images, arrays of Python's own
-        return [type(value).__qualname__, str(getattr(value, "size", "")), content().hex()]
+        return [type(value).__qualname__, str(getattr(value, "size", "")), cast(bytes, content()).hex()]
     said = repr(value)
     return type(value).__qualname__ if _ADDRESS.search(said) else said

@@ -12,7 +12,7 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import pyarrow
 import pyarrow.ipc
@@ -129,7 +129,7 @@ class _Budget:
         """Raises DataError where it is used up."""
         if self._left is not None:
             self._left -= cost
-            if self._left < 0:
+            if self._left < 0 and self._most is not None:
                 raise DataError(_too_large(self._file, self._most))
 
 
@@ -238,7 +238,8 @@ def _columns(file: Path, kind: str) -> Numbered:
         broken = None
         try:
             first = 1
-            for batch in _batches(process.stdout):
+            assert process.stdout is not None
+            for batch in _batches(cast(BinaryIO, process.stdout)):
                 if isinstance(batch, Exception):
                     broken = batch
                     break

@@ -12,7 +12,7 @@ import json
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -77,7 +77,7 @@ def marked_text(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     Returns:
       The same, with marks.
     """
-    bos = tokenizer.bos_token
+    bos = cast(str | None, tokenizer.bos_token)
     begin = bos if bos and text.startswith(bos) and begins_with_bos(tokenizer) else ""
     return begin + marked(text[len(begin) :], tokenizer)
 
@@ -192,6 +192,7 @@ def token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[
                     ids[index] = one
             renamed = _renamed(tokenizer, _special(tokenizer).texts) if with_marks else None
             for some in _groups(texts, with_marks):
+                assert renamed is not None
                 given = [_with_names(texts[index], renamed, tokenizer) for index in some]
                 found = renamed.tokenizer.encode_batch(given, add_special_tokens=False)
                 for index, one in zip(some, found, strict=True):
@@ -210,7 +211,7 @@ def _normalizes_special(tokenizer: PreTrainedTokenizerBase, size: int) -> bool:
     Then all texts are tokenized as those with marks, where that gives the tokens of a template's text the same ids.
     """
     del size  # a tokenizer that tokens were added to is another one
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content = json.loads(cast(Any, tokenizer.backend_tokenizer).to_str())
     texts = _special(tokenizer).numbers
     normalized = [one["content"] for one in content["added_tokens"] if one["normalized"] and one["content"] in texts]
     if not normalized or content["normalizer"] is None:
@@ -311,7 +312,7 @@ def _renamed(tokenizer: PreTrainedTokenizerBase, special: tuple[str, ...]) -> _R
     secret = secrets.token_hex(8)  # which no row can know; ids do not depend on it
     texts = [text for text in special if text != MARK]
     names = {text: f"\ufdd1{secret}-{number}\ufdd1" for number, text in enumerate(texts)}
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content = json.loads(cast(Any, tokenizer.backend_tokenizer).to_str())
     content |= {"padding": None, "truncation": None, "post_processor": None}
     for token in content["added_tokens"]:
         if token["content"] in names:

@@ -49,8 +49,8 @@ class Source:
           Those rows, in the same order.
         """
         kept = [index for index, want in enumerate(wanted) if want]
-        parts = ([part[index] for index in kept] for part in (self.rows, self.prompts, self.groups))
-        return Source(self.path, *parts)
+        rows, prompts = [self.rows[index] for index in kept], [self.prompts[index] for index in kept]
+        return Source(self.path, rows, prompts, [self.groups[index] for index in kept])
 
 
 def grouped(path: str, rows: Sequence[Row], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Source:

@@ -189,6 +189,7 @@ class GGUFSource:
 
     def _llama3_parameters(self, theta: float, head_dim: int) -> dict[str, Any]:
         # A file keeps only llama3's divisors of each frequency; find the published setting that they come from.
+        assert self._divisors is not None
         divisors = np.asarray(self._divisors.data, np.float64).reshape(-1)
         plain = frequencies(Rotary(theta=theta, dim=head_dim))
         for factor in (8.0, 32.0, 16.0, 4.0, 2.0):

@@ -30,19 +30,24 @@ class TensorSource(Protocol):
       shapes: of every tensor, known without reading any.
     """
 
-    shapes: Mapping[str, tuple[int, ...]]
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...  # noqa: D102
 
     def where(self, name: str) -> str:
         """The file that holds a tensor, for messages."""
+        ...
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype that `read` gives; a CheckpointError where it is not float32, float16 or bfloat16."""
+        ...
 
     def read(self, name: str) -> np.ndarray:
         """The tensor."""
+        ...
 
     def read_rows(self, name: str, rows: int) -> Iterator[tuple[int, np.ndarray]]:
         """The tensor in pieces of up to `rows` rows, each with the number of its first row."""
+        ...
 
 
 class SafetensorsSource:

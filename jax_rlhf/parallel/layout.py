@@ -20,6 +20,7 @@ A mesh may lack any of the axes; what would lie along a missing one is replicate
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import overload
 
 import jax
 from jax import Array
@@ -110,6 +111,12 @@ class Layout:
         return NamedSharding(self.mesh, self.spec(axes, shape))
 
 
+@overload
+def as_layout(mesh: Mesh | Layout) -> Layout: ...
+@overload
+def as_layout(mesh: None) -> None: ...
+@overload
+def as_layout(mesh: Mesh | Layout | None) -> Layout | None: ...
 def as_layout(mesh: Mesh | Layout | None) -> Layout | None:
     """What public functions are given as `mesh`.
 
@@ -229,7 +236,7 @@ def _joined(layout: Layout, size: int) -> bool:
     return all(len(set(machines[start : start + size])) == 1 for start in range(0, len(machines), size))
 
 
-def machine_of(device: jax.Device, near: int | None = None) -> int:
+def machine_of(device: jax.Device, near: int | None = None) -> int:  # pyright: ignore[reportInvalidTypeForm] -- jax.Device is a class
     """Which machine or slice a device lies in, within which fast links join all.
 
     Args:

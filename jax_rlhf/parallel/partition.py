@@ -54,7 +54,7 @@ def shardings(axes: Any, shapes: Any, mesh: Mesh | Layout) -> Any:
                     f"parameter {jax.tree_util.keystr(path, simple=True, separator='/')}; "
                     f"sizes of {name!r} that do: {', '.join(map(str, fits))}."
                 )
-        placed = layout.spec(spec)
+        placed = layout.spec(tuple(spec))
         return NamedSharding(layout.mesh, PartitionSpec(*placed, *(None,) * (len(leaf.shape) - len(placed))))
 
     return jax.tree_util.tree_map_with_path(place, axes, shapes, is_leaf=lambda x: isinstance(x, PartitionSpec))

@@ -108,7 +108,7 @@ def everywhere(layout: Layout, value: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=layout.sharding(()))
 
 
-def rows_of(layout: Layout, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+def rows_of(layout: Layout, dtype: Any, *shape: int) -> Any:
     """An array whose rows lie on the devices along `data` and `fsdp`.
 
     Args:
@@ -122,7 +122,7 @@ def rows_of(layout: Layout, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(("rows",), shape))
 
 
-def token_rows(layout: Layout, rows: int, width: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+def token_rows(layout: Layout, rows: int, width: int) -> tuple[Any, Any]:
     """A batch of tokens and its mask.
 
     Args:
@@ -166,7 +166,8 @@ def decode_bytes(model: Decoder, rows: int, width: int, length: int) -> float:
     config, layout = model.config, sampling_layout(model.config)
 
     def held(axes: PartitionSpec | tuple[str, ...], shape: tuple[int, ...]) -> int:
-        return math.prod(layout.sharding(axes, shape).shard_shape(shape))
+        assert layout is not None, "a plan is for a mesh"
+        return math.prod(layout.sharding(tuple(axes), shape).shard_shape(shape))
 
     sizes = jax.tree.map(
         lambda spec, leaf: held(spec, leaf.shape),

@@ -53,7 +53,7 @@ class _Phase:
         return {"parameters": (self.state.trainable, self.params.frozen), "optimizer": self.state.optimizer}
 
     def program(self, name: str, function: Any, arguments: tuple, passing: Any, **more: Any) -> Program:
-        how = {"resident": self.resident} | more
+        how: dict[str, Any] = {"resident": self.resident} | more
         return Program(self.name, name, function, arguments, passing=passing, layout=self.layout, **how)
 
     def step(self, batch: Any) -> Program:
@@ -75,6 +75,7 @@ def sft_programs(config: RunConfig, layout: Layout) -> list[Program]:
       The programs.
     """
     data, pretrained = config.data, abstract_model(config.model, "lm", layout)
+    assert pretrained is not None, "the actor has a path"
     how = sft.how_to_train(config, pretrained.model, data.sft_batch_size, config.sft.steps or _STEPS)
     phase = _phase("sft", how, pretrained, layout)
     ids, flags = token_rows(layout, data.sft_batch_size, data.max_tokens)
@@ -160,7 +161,9 @@ def policy(config: RunConfig, layout: Layout) -> Pretrained:
       The model.
     """
     given = abstract_model(dataclasses.replace(config.model, path=config.sft_model_path), "lm", layout)
-    return given or as_saved(abstract_model(config.model, "lm", layout))
+    start = abstract_model(config.model, "lm", layout)
+    assert start is not None, "the actor has a path"
+    return given or as_saved(start)
 
 
 def reward_model(config: RunConfig, layout: Layout) -> Pretrained:

@@ -56,7 +56,9 @@ def layout_on(topology: Topology, settings: RunConfig) -> Layout:
     Raises:
       ValueError: as in `create_layout`.
     """
-    return create_layout(settings.mesh, settings.rollout_mesh, topology.devices, near=topology.near)
+    layout = create_layout(settings.mesh, settings.rollout_mesh, topology.devices, near=topology.near)
+    assert layout is not None, "devices are given"
+    return layout
 
 
 def describe_topology(name: str) -> Topology:

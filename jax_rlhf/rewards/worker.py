@@ -188,6 +188,8 @@ def _serve(connection: socket.socket, name: str, memory: int) -> None:
 def _calling() -> Any:
     """`calling.py`, without the package around it."""
     spec = importlib.util.spec_from_file_location("jax_rlhf_calling", Path(__file__).with_name("calling.py"))
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -130,7 +130,7 @@ MUTANTS = [
         ("*prompt[len(prompt) - rest :]]", "*prompt[len(begin) :][:rest]]"),
         ("if len(prompt) + min(map(len, answers)) < 2:", "if False:"),
         ("return completion + added", "return completion"),
-        ("[tokenizer.eos_token_id] if tokenizer.eos_token_id in eos_ids else list(eos_ids[:1])", "list(eos_ids[:1])"),
+        ("[eos_id] if eos_id in eos_ids else list(eos_ids[:1])", "list(eos_ids[:1])"),
         ("for place in range(max(0, len(completion) - 3), len(completion)):", "for place in range(len(completion)):"),
         (
             "len(prompt) + max(map(len, answers)) > config.max_tokens",
@@ -207,6 +207,6 @@ MUTANTS = [
     *variants(
         _CONFIG,
         _ALL,
-        ("tuple(number / sum(numbers) for number in numbers)", "tuple(number / max(numbers) for number in numbers)"),
+        ("(number / sum(numbers) for number in numbers)", "(number / max(numbers) for number in numbers)"),
     ),
 ]

@@ -185,7 +185,7 @@ MUTANTS = [
         ("count.penalized += int(np.sum(missing))", "count.penalized += len(missing)"),
         ("count.timeouts += error.timed_out", "count.timeouts += 1"),
         ("count.failed_calls += 1", "count.failed_calls = 1"),
-        ("arguments(self.function, answers)", "arguments(self.function, Answers(answers.responses, answers.prompts))"),
+        ("arguments(function, answers)", "arguments(function, Answers(answers.responses, answers.prompts))"),
         ("missing = ~np.isfinite(total)", "missing = np.isnan(total)"),
     ),
     *variants(
