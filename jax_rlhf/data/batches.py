@@ -14,6 +14,7 @@ from jax import Array
 
 from jax_rlhf.data.tokens import Example
 from jax_rlhf.rl import Prompts
+from jax_rlhf.rl.types import AnyArray
 
 FIRST_EVAL_ROW = 1 << 24
 """Row ids of held-out prompts start here, so that they share no random numbers with training prompts."""
@@ -30,11 +31,11 @@ class TextBatch(struct.PyTreeNode):
       positions: int32[B, T], position of a token in its text.
     """
 
-    tokens: Array
-    mask: Array
-    completion_mask: Array
-    segments: Array
-    positions: Array
+    tokens: AnyArray
+    mask: AnyArray
+    completion_mask: AnyArray
+    segments: AnyArray
+    positions: AnyArray
 
 
 class PairBatch(struct.PyTreeNode):
@@ -46,11 +47,11 @@ class PairBatch(struct.PyTreeNode):
       margin: float32[B], in reward units.
     """
 
-    chosen: Array
-    rejected: Array
-    chosen_mask: Array
-    rejected_mask: Array
-    margin: Array
+    chosen: AnyArray
+    rejected: AnyArray
+    chosen_mask: AnyArray
+    rejected_mask: AnyArray
+    margin: AnyArray
 
 
 class PackedPairs(struct.PyTreeNode):
@@ -66,20 +67,20 @@ class PackedPairs(struct.PyTreeNode):
       margin: float32[B, S], in reward units.
     """
 
-    tokens: Array
-    mask: Array
-    segments: Array
-    positions: Array
-    chosen_last: Array
-    rejected_last: Array
-    real: Array
-    margin: Array
+    tokens: AnyArray
+    mask: AnyArray
+    segments: AnyArray
+    positions: AnyArray
+    chosen_last: AnyArray
+    rejected_last: AnyArray
+    real: AnyArray
+    margin: AnyArray
 
 
 def real_tokens(batch: TextBatch | PairBatch | PackedPairs) -> Array:
     """The number of tokens of a batch, without padding; int32[]."""
     masks = (batch.chosen_mask, batch.rejected_mask) if isinstance(batch, PairBatch) else (batch.mask,)
-    return sum(jnp.sum(mask) for mask in masks)
+    return jnp.asarray(sum(jnp.sum(mask) for mask in masks))
 
 
 def width(longest: int, buckets: Sequence[int]) -> int:
@@ -140,7 +141,7 @@ def pair_batch(rows: Sequence[Example | None], columns: int, pad: int) -> PairBa
             ids = np.concatenate([example.prompt, example.completions[answer]])
             tokens[answer][r, : len(ids)], masks[answer][r, : len(ids)] = ids, True
         margin[r] = example.margin
-    return PairBatch(*tokens, *masks, margin)
+    return PairBatch(tokens[0], tokens[1], masks[0], masks[1], margin)
 
 
 def packed_pairs(rows: Sequence[Sequence[Example]], columns: int, slots: int, pad: int) -> PackedPairs:

@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -66,9 +66,10 @@ class Rendering:
     def __call__(self, messages: list[Message], **flags: bool) -> str:
         """The text of a chat; DataError if the template fails. `flags` are arguments of `apply_chat_template`."""
         try:
-            text = self.tokenizer.apply_chat_template(
+            rendering = self.tokenizer.apply_chat_template(
                 messages, tools=self.tools, tokenize=False, **flags, **self.options
             )
+            text = cast(str, rendering)  # since tokenize=False
             if self.has_marks:
                 check_marks(text, self.tokenizer)
             return text

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import grain
 import jax
@@ -129,8 +129,8 @@ def create_datasets(
     if not config.paths:
         raise DataError("config.data.paths is empty; set it to the data, such as --config.data.paths=preferences.jsonl")
     pad, eos_ids = pad_id(tokenizer, config, vocab_size), end_ids(tokenizer) if eos_ids is None else eos_ids
-    eval_rows = config.eval_rows if eval_rows is None else eval_rows
-    reader = _ExampleReader(phase, config, tokenizer, seed, eos_ids, eval_rows, vocab_size)
+    held_out_rows = config.eval_rows if eval_rows is None else eval_rows
+    reader = _ExampleReader(phase, config, tokenizer, seed, eos_ids, held_out_rows, vocab_size)
     train, held_out = reader.train_and_held_out()
     for path, examples in zip(config.paths, train, strict=True):
         if not examples:
@@ -264,7 +264,9 @@ def _decoded(phase: str, example: Example, tokenizer: PreTrainedTokenizerBase) -
     """One example as the model sees it, so that the user can notice missing or doubled special tokens."""
     names = {"sft": ["completion"], "reward": ["chosen", "rejected"], "ppo": []}[phase]
     parts = {"prompt": example.prompt} | dict(zip(names, example.completions, strict=True))
-    texts = (f"{name} ({len(ids)} tokens) {_middle_cut(tokenizer.decode(ids))!r}" for name, ids in parts.items())
+    texts = (
+        f"{name} ({len(ids)} tokens) {_middle_cut(cast(str, tokenizer.decode(ids)))!r}" for name, ids in parts.items()
+    )
     return f"{phase} data, an example: {', '.join(texts)}"
 
 
@@ -298,7 +300,7 @@ def _prompt_of(example: Example) -> tuple[bytes, ...]:
 
 
 def _batched(
-    train: list[list[Example]],
+    train: list[list[Any]],
     held_out: list[Example],
     *,
     config: DataConfig,

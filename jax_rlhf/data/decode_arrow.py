@@ -10,12 +10,15 @@ import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pyarrow
 import pyarrow.compute
 import pyarrow.ipc
 import pyarrow.parquet
 from pyarrow import types
+
+_compute: Any = pyarrow.compute  # whose functions are made at run time
 
 _ROWS_AT_ONCE = 256
 ROW, _VALUE = 300, 16  # bytes of memory per row in Python, and at least per value
@@ -140,7 +143,7 @@ def _check_sizes(batch: pyarrow.RecordBatch, first: int) -> None:
 def json_cost(text: str | bytes) -> int:
     """An estimate of the bytes of memory that a JSON text takes when it is parsed."""
     marks = [mark.encode() for mark in (*CONTAINERS, ",")] if isinstance(text, bytes) else [*CONTAINERS, ","]
-    *containers, commas = map(text.count, marks)
+    *containers, commas = map(cast(Any, text).count, marks)
     return len(text) + _CONTAINER * sum(containers) + _VALUE * commas
 
 
@@ -148,7 +151,7 @@ def _cost(array: pyarrow.Array) -> int:
     """An estimate of the bytes of memory that an array's values take as Python objects."""
     kind, cost = array.type, _VALUE * len(array)
     if isinstance(kind, pyarrow.JsonType):  # its texts are parsed later
-        count = pyarrow.compute.count_substring
+        count = _compute.count_substring
         containers = sum(_sum(count(array.storage, mark)) for mark in CONTAINERS)
         return _cost(array.storage) + _CONTAINER * containers + _VALUE * _sum(count(array.storage, ","))
     if isinstance(array, pyarrow.ExtensionArray):
@@ -157,7 +160,7 @@ def _cost(array: pyarrow.Array) -> int:
         sizes = _sizes(array.dictionary)
         if sizes is not None:
             return cost + _sum(pyarrow.compute.take(sizes, array.indices))
-        times = pyarrow.compute.value_counts(array.indices.drop_null()).to_pylist()
+        times = _compute.value_counts(array.indices.drop_null()).to_pylist()
         return cost + sum(one["counts"] * _cost(array.dictionary.slice(one["values"], 1)) for one in times)
     sizes = _sizes(array)
     if sizes is not None:
@@ -191,11 +194,11 @@ def _sizes(array: pyarrow.Array) -> pyarrow.Array | None:
         )
     ):
         return None
-    return pyarrow.compute.binary_length(array)
+    return _compute.binary_length(array)
 
 
 def _sum(sizes: pyarrow.Array) -> int:
-    return pyarrow.compute.sum(sizes.cast(pyarrow.int64())).as_py() or 0
+    return _compute.sum(sizes.cast(pyarrow.int64())).as_py() or 0
 
 
 if __name__ == "__main__":

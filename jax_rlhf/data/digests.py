@@ -12,7 +12,7 @@ import pathlib
 import re
 import uuid
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -96,6 +96,6 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, _TYPES_AS_STR):
         return str(value)
     if callable(content := getattr(value, "tobytes", None)):  # images, Python's array.array
-        return [type(value).__qualname__, str(getattr(value, "size", "")), content().hex()]
+        return [type(value).__qualname__, str(getattr(value, "size", "")), cast(bytes, content()).hex()]
     text = repr(value)
     return type(value).__qualname__ if _ADDRESS.search(text) else text

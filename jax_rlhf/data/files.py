@@ -12,7 +12,7 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import pyarrow
 import pyarrow.ipc
@@ -122,7 +122,7 @@ class _Budget:
         """Subtracts bytes from the budget; DataError if it is exhausted."""
         if self._left is not None:
             self._left -= cost
-            if self._left < 0:
+            if self._left < 0 and self._most is not None:
                 raise DataError(_too_large(self._file, self._most))
 
 
@@ -231,7 +231,8 @@ def _columns(file: Path, kind: str) -> Numbered:
         broken = None
         try:
             first = 1
-            for batch in _batches(process.stdout):
+            assert process.stdout is not None
+            for batch in _batches(cast(BinaryIO, process.stdout)):
                 if isinstance(batch, Exception):
                     broken = batch
                     break

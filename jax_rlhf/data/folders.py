@@ -6,7 +6,7 @@ A folder's card (the YAML in its README.md) may name any file of the machine, an
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import huggingface_hub
@@ -82,14 +82,15 @@ def _saved_rows(folder: Path, split: str) -> Iterator[tuple[Path, int, Any]]:
     files = state.get("_data_files")
     entries = files if isinstance(files, list) else [None]
     named = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
-    if not all(isinstance(name, str) and is_name(name) for name in named):
+    names = [name for name in named if isinstance(name, str) and is_name(name)]
+    if len(names) < len(named):
         raise DataError(
             f"{folder / _STATE}: its _data_files must name files in its folder; they are {str(files)[:200]}."
         )
     if state.get("_indices_data_files"):
         raise DataError(f"{folder}: it was saved by an old version of datasets; load and save it again.")
     columns = state.get("_format_columns")
-    for name in named:
+    for name in names:
         if not (folder / name).is_file():
             raise DataError(f"{folder / name} is missing; copy the folder again, or save it again.")
         if kind_of(folder / name) != ".arrow":
@@ -137,7 +138,7 @@ def _files(folder: Path, split: str) -> tuple[list[Path], dict[str, str]]:
     return sorted(file for file in files if kind_of(file) == chosen), keywords
 
 
-def _patterns(folder: Path) -> tuple[dict[str, list[str]], Path, dict[str, str]]:
+def _patterns(folder: Path) -> tuple[dict[str, list[str]], Path, dict[str, Any]]:
     """(split → patterns, the folder that they are relative to, keyword arguments of `rows_of`).
 
     They come from the card; without one the patterns come from the names of the files.
@@ -176,7 +177,7 @@ def _as_patterns(named: Any, folder: Path) -> dict[str, list[str]]:
         paths = path if isinstance(path, list) else [path]
         if not isinstance(split, str) or not all(isinstance(one, str) for one in paths):
             raise DataError(f"{folder}: its card's data_files must be patterns, or lists of split and path.")
-        patterns.setdefault(split, []).extend(paths)
+        patterns.setdefault(split, []).extend(cast(list[str], paths))
     return patterns
 
 

@@ -15,7 +15,7 @@ import json
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -87,7 +87,7 @@ def marked_text(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     Returns:
       The text with marks.
     """
-    bos = tokenizer.bos_token
+    bos = cast(str | None, tokenizer.bos_token)
     begin = bos if bos and text.startswith(bos) and begins_with_bos(tokenizer) else ""
     return begin + marked(text[len(begin) :], tokenizer)
 
@@ -188,6 +188,7 @@ def token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[
                     ids[index] = one
             renamed = _renamed(tokenizer, _special(tokenizer).texts) if with_marks else None
             for some in _groups(texts, with_marks):
+                assert renamed is not None  # only texts with marks have groups
                 renamed_texts = [_with_names(texts[index], renamed, tokenizer) for index in some]
                 found = renamed.tokenizer.encode_batch(renamed_texts, add_special_tokens=False)
                 for index, one in zip(some, found, strict=True):
@@ -206,7 +207,7 @@ def _normalizes_special(tokenizer: PreTrainedTokenizerBase, size: int) -> bool:
     Then all texts are tokenized like texts with marks, if that gives the special tokens of a template the same ids.
     """
     del size  # part of the cache key: tokens may have been added to the tokenizer
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content = json.loads(cast(Any, tokenizer.backend_tokenizer).to_str())
     texts = _special(tokenizer).numbers
     normalized = [one["content"] for one in content["added_tokens"] if one["normalized"] and one["content"] in texts]
     if not normalized or content["normalizer"] is None:
@@ -307,7 +308,7 @@ def _renamed(tokenizer: PreTrainedTokenizerBase, special: tuple[str, ...]) -> _R
     secret = secrets.token_hex(8)  # no row can contain it; the ids do not depend on it
     texts = [text for text in special if text != MARK]
     names = {text: f"\ufdd1{secret}-{number}\ufdd1" for number, text in enumerate(texts)}
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content = json.loads(cast(Any, tokenizer.backend_tokenizer).to_str())
     content |= {"padding": None, "truncation": None, "post_processor": None}
     for token in content["added_tokens"]:
         if token["content"] in names:

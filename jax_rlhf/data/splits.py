@@ -42,8 +42,8 @@ class Source:
     def where(self, wanted: Iterable[bool]) -> "Source":
         """Selects rows; `wanted` has one value per row."""
         kept = [index for index, want in enumerate(wanted) if want]
-        parts = ([part[index] for index in kept] for part in (self.rows, self.prompts, self.groups))
-        return Source(self.path, *parts)
+        rows, prompts = [self.rows[index] for index in kept], [self.prompts[index] for index in kept]
+        return Source(self.path, rows, prompts, [self.groups[index] for index in kept])
 
 
 def grouped(path: str, rows: Sequence[Row], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Source:

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -73,7 +73,7 @@ def pad_id(tokenizer: PreTrainedTokenizerBase, config: DataConfig, vocab_size: i
             f"the tokenizer has no pad token: set --config.data.pad_token={tokenizer.eos_token!r}. Any of its tokens "
             "will do, EOS too: masks are made from lengths, not from ids."
         )
-    index = tokenizer.get_vocab().get(token)
+    index = tokenizer.get_vocab().get(cast(str, token))
     if index is None:
         raise DataError(f"config.data.pad_token={token!r} is not in the tokenizer's vocabulary.")
     if vocab_size is not None and index >= vocab_size:
@@ -126,7 +126,8 @@ def tokenized(
     count = len(texts[0].completions) if texts else 0
     completions = [_completions(texts, prompts, i, tokenizer) for i in range(count)]
     bos = _bos(tokenizer)
-    added = [tokenizer.eos_token_id] if tokenizer.eos_token_id in eos_ids else list(eos_ids[:1])
+    eos_id = cast(int, tokenizer.eos_token_id)
+    added = [eos_id] if eos_id in eos_ids else list(eos_ids[:1])
     examples = []
     for index, text in enumerate(texts):
         prompt = prompts[index] if text.templated else _with_bos(prompts[index], bos)
@@ -246,7 +247,7 @@ def _completions(
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
+    return [cast(int, tokenizer.bos_token_id)] if begins_with_bos(tokenizer) else []
 
 
 def _with_bos(prompt: list[int], bos: list[int]) -> list[int]:

@@ -194,6 +194,7 @@ class GGUFSource:
 
     def _llama3_parameters(self, theta: float, head_dim: int) -> dict[str, Any]:
         # A file has only the divisor of each frequency. Find the published llama3 settings that give these divisors.
+        assert self._divisors is not None  # the caller has looked
         divisors = np.asarray(self._divisors.data, np.float64).reshape(-1)
         plain = frequencies(Rotary(theta=theta, dim=head_dim))
         for factor in (8.0, 32.0, 16.0, 4.0, 2.0):

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +121,7 @@ def load_pretrained(
     config = in_file(path, config_from_hub, config_dict)
     if mesh is not None:
         config = config.replace(padded_vocab_size=padded_vocab_size(config.vocab_size, mesh), layout=as_layout(mesh))
+    assert source is not None, "weights are asked for"
     config = _untie_if_stored_apart(source, config, head)
     model, tensors, stored_as = _planned(path, source, config_dict, config, head, new_head=key is not None)
     new_head = head == "scalar" and stored_as is None
@@ -134,8 +135,8 @@ def load_pretrained(
         sharding_tree = jax.tree.map(lambda _: device, abstract)
     else:
         sharding_tree = shardings(logical_axes(model), abstract, mesh)
-    shapes = {keys: leaf.shape for keys, leaf in flatten_dict(abstract).items()}
-    leaf_shardings = flatten_dict(sharding_tree)
+    shapes = {keys: leaf.shape for keys, leaf in cast(dict[tuple, Any], flatten_dict(abstract)).items()}
+    leaf_shardings = cast(dict[tuple, Any], flatten_dict(sharding_tree))
     params = read_params(source, tensors, shapes, leaf_shardings, dtype, config.num_layers)
     if new_head:
         params[_SCORE] = _new_head(shapes[_SCORE], dtype or stored, leaf_shardings[_SCORE], key)
@@ -148,10 +149,10 @@ def load_pretrained(
             config.vocab_size,
         )
     biases = [0.0, 0.0]
-    if head == "scalar" and not new_head:
+    if head == "scalar" and stored_as is not None:
         biases = [_number(path, config_dict, name) for name in ("reward_bias", "reward_missing_eos_bias")]
         biases[0] += head_bias(source, stored_as)
-    return Pretrained(model, unflatten_dict(params), tokenizer, generation_config, *biases, new_head)
+    return Pretrained(model, unflatten_dict(params), tokenizer, generation_config, biases[0], biases[1], new_head)
 
 
 def _planned(
@@ -206,6 +207,7 @@ def describe_pretrained(
     source, config_dict, generation_config = open_source(path, str(path_or_hub_id), weights=head is not None)
     config = in_file(path, config_from_hub, config_dict)
     if head is not None:
+        assert source is not None  # weights are asked for
         _planned(path, source, config_dict, config, head, new_head=new_head)
     scalar_head = None if source is None else stored_head(source)
     return Description(config, _load_tokenizer(path, source), generation_config, scalar_head)

@@ -124,12 +124,11 @@ def _pieces(source: TensorSource, tensor: HubTensor, name: str) -> Iterator[tupl
         yield first, [piece]
 
 
-def _buffers(
-    shape: tuple[int, ...], sharding: Sharding, dtype: np.dtype
-) -> list[tuple[Shard, np.ndarray, list[jax.Device]]]:
+def _buffers(shape: tuple[int, ...], sharding: Sharding, dtype: np.dtype) -> list[tuple[Shard, np.ndarray, list[Any]]]:
     """(slices, zeroed host buffer, devices) of each distinct shard on this process's devices."""
-    shards: dict[tuple, tuple[Shard, list[jax.Device]]] = {}
+    shards: dict[tuple, tuple[Shard, list[Any]]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None, "a device that is addressed has a part"
         index = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
         key = tuple((part.start, part.stop) for part in index)
         shards.setdefault(key, (index, []))[1].append(device)

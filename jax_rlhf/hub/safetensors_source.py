@@ -30,19 +30,24 @@ class TensorSource(Protocol):
       shapes: the shape of every tensor, available without reading any.
     """
 
-    shapes: Mapping[str, tuple[int, ...]]
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...  # noqa: D102
 
     def where(self, name: str) -> str:
         """The file of a tensor, for error messages."""
+        ...
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype of `read`'s result; CheckpointError if it is not float32, float16 or bfloat16."""
+        ...
 
     def read(self, name: str) -> np.ndarray:
         """The tensor."""
+        ...
 
     def read_rows(self, name: str, rows: int) -> Iterator[tuple[int, np.ndarray]]:
         """The tensor in pieces of up to `rows` rows, each with the index of its first row."""
+        ...
 
 
 class SafetensorsSource:
@@ -71,6 +76,7 @@ class SafetensorsSource:
 
     def where(self, name: str) -> str:
         """The file of a tensor, for error messages."""
+        ...
         return str(self._file[name])
 
     def dtype(self, name: str) -> np.dtype:
@@ -90,6 +96,7 @@ class SafetensorsSource:
 
     def read_rows(self, name: str, rows: int) -> Iterator[tuple[int, np.ndarray]]:
         """The tensor in pieces of up to `rows` rows, each with the index of its first row."""
+        ...
         self.dtype(name)
         count = self.shapes[name][0]
         for first in range(0, count, rows):

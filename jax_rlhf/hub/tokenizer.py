@@ -174,8 +174,8 @@ def _check_settings(content: Mapping[str, Any], file: Path) -> None:
             raise CheckpointError(f"{file}: {name} must not be set there; it belongs in a separate file.")
         if name.endswith("_file") and isinstance(value, str) and _exists(value):
             _check_own_file(file.parent, Path(value))
-        is_size = isinstance(value, int) and not isinstance(value, bool) and not name.endswith(_NO_SIZES)
-        if is_size and abs(value) > _LARGEST_SETTING:
+        is_size = not isinstance(value, bool) and not name.endswith(_NO_SIZES)
+        if is_size and isinstance(value, int) and abs(value) > _LARGEST_SETTING:
             raise CheckpointError(f"{file}: {name}={value} is not plausible; at most {_LARGEST_SETTING:,} is allowed.")
 
 
@@ -244,7 +244,8 @@ def gguf_tokenizer(fields: Mapping[str, Any], file: Path) -> PreTrainedTokenizer
             tokenizer = builders[kind](fields, file)
             added = _typed(fields, _CONTROL), _typed(fields, _USER_DEFINED)
             for tokens, special in zip(added, (True, False), strict=True):
-                tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token in tokens])
+                named = [AddedToken(token, normalized=False, special=special) for token in tokens]
+                tokenizer.add_tokens(named)  # pyright: ignore[reportArgumentType] -- transformers' name for the same class
             _checked(tokenizer)
     except CheckpointError:
         raise

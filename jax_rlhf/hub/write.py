@@ -82,7 +82,7 @@ def write_weights(folder: Path | None, params: dict, files: list[list[_Entry]], 
         for entry, array in _gathered(params, entries):
             if folder is not None and failure is None:
                 content[entry.name] = array
-        if not content:
+        if folder is None or not content:
             continue
         file = folder / file_name(number, len(files))
         try:

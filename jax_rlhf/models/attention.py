@@ -134,7 +134,7 @@ def _write(
     stacked = cache[0].ndim == 5  # one array for all layers, carried through a scan
     start = (layer, 0, 0, slot, 0) if stacked else (0, 0, slot, 0)
 
-    def put(buffer: Array, new: Array) -> Array:
+    def put(buffer: Float[Array, "*L B K S head_dim"], new: Float[Array, "B K T head_dim"]) -> Float[Array, "..."]:
         new = new.astype(buffer.dtype)
         return jax.lax.dynamic_update_slice(buffer, new[None] if stacked else new, start)
 

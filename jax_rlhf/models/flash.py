@@ -156,13 +156,13 @@ def _moved(
 ) -> Float[Array, "*shape"]:
     """x[b, forth[b, t]]; its gradient is the way back, where JAX would scatter."""
 
-    def take(x: Array, places: Array) -> Array:
+    def take(x: Float[Array, "*shape"], places: Int[Array, "B T"]) -> Float[Array, "*shape"]:
         shape = [1] * x.ndim
         shape[0], shape[axis] = places.shape
         return jnp.take_along_axis(x, places.reshape(shape), axis=axis)
 
     @jax.custom_vjp
-    def move(x: Array, forth: Array, back: Array) -> Array:
+    def move(x: Float[Array, "*shape"], forth: Int[Array, "B T"], back: Int[Array, "B T"]) -> Float[Array, "*shape"]:
         del back
         return take(x, forth)
 

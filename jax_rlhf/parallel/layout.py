@@ -21,6 +21,7 @@ A mesh may lack any of these axes; an array axis that would be sharded over a mi
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, overload
 
 import jax
 from jax import Array
@@ -109,6 +110,12 @@ class Layout:
         return NamedSharding(self.mesh, self.spec(axes, shape))
 
 
+@overload
+def as_layout(mesh: Mesh | Layout) -> Layout: ...
+@overload
+def as_layout(mesh: None) -> None: ...
+@overload
+def as_layout(mesh: Mesh | Layout | None) -> Layout | None: ...
 def as_layout(mesh: Mesh | Layout | None) -> Layout | None:
     """Normalizes the `mesh` argument of public functions.
 
@@ -206,7 +213,7 @@ def _share_fast_links(layout: Layout, size: int) -> bool:
     return all(len(set(machines[start : start + size])) == 1 for start in range(0, len(machines), size))
 
 
-def machine_of(device: jax.Device, devices_per_machine: int | None = None) -> int:
+def machine_of(device: Any, devices_per_machine: int | None = None) -> int:
     """The index of the machine or slice whose fast links a device shares: the slice of a TPU, the host of a GPU.
 
     Args:

@@ -45,7 +45,7 @@ def shardings(axes: Any, shapes: Any, mesh: Mesh | Layout) -> Any:
                     f"parameter {jax.tree_util.keystr(path, simple=True, separator='/')}; "
                     f"sizes of {name!r} that do: {', '.join(map(str, fits))}."
                 )
-        mesh_axes = layout.spec(spec)
+        mesh_axes = layout.spec(tuple(spec))
         return NamedSharding(layout.mesh, PartitionSpec(*mesh_axes, *(None,) * (len(leaf.shape) - len(mesh_axes))))
 
     return jax.tree_util.tree_map_with_path(sharding, axes, shapes, is_leaf=lambda x: isinstance(x, PartitionSpec))

@@ -66,7 +66,7 @@ def start_processes(
     cluster = cluster_name(os.environ)
     if explicit[1] == 1 or (explicit == (None, None, None) and cluster is None):
         return
-    if None not in explicit:
+    if explicit[0] is not None and None not in explicit:
         _wait_for_name(explicit[0].rpartition(":")[0].strip("[]"))
         # Without detection a process takes all devices of its machine; detection of Slurm would assign it one.
         jax.distributed.initialize(*explicit, cluster_detection_method="deactivate", heartbeat_timeout_seconds=timeout)
@@ -177,7 +177,8 @@ def _disable_compilation_cache_on_cpus() -> None:
     Seen with jax 0.10.2: PPO's update of two processes ran when it had just been compiled, and hung when both processes
     had read it from JAX_COMPILATION_CACHE_DIR. A single process of eight devices is not affected.
     """
-    if jax.process_count() > 1 and jax.default_backend() == "cpu" and jax.config.jax_compilation_cache_dir:
+    cache = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue] -- added at run time
+    if jax.process_count() > 1 and jax.default_backend() == "cpu" and cache:
         jax.config.update("jax_enable_compilation_cache", False)
         logging.warning("several processes on CPUs: the compilation cache is not used, since its programs can hang.")
 
@@ -252,7 +253,7 @@ def barrier(what: str) -> Iterator[None]:
             kind, _, text = texts[failed[0]].partition(" ")
             failure = ProcessError(f"process {failed[0]}, {what}: {text}", internal=kind == "internal")
         if failure is not None:
-            failure.on_all_processes = True
+            failure.on_all_processes = True  # pyright: ignore[reportAttributeAccessIssue] -- of any exception
     if failure is not None:
         raise failure
 
@@ -296,7 +297,7 @@ def check_same_on_all_processes(text: str, what: str) -> None:
             f"{what}: process {other} has {shown[0].strip()!r}, process 0 has {shown[1].strip()!r}. All processes need "
             "the same files and the same command line."
         )
-        error.on_all_processes = True
+        error.on_all_processes = True  # pyright: ignore[reportAttributeAccessIssue]
         raise error
 
 

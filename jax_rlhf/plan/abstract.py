@@ -92,12 +92,12 @@ def replicated(layout: Layout, value: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=layout.sharding(()))
 
 
-def sharded_rows(layout: Layout, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-    """The shape of an array whose rows are sharded over `data` and `fsdp`."""
+def sharded_rows(layout: Layout, dtype: Any, *shape: int) -> Any:
+    """The shape, a `jax.ShapeDtypeStruct`, of an array whose rows are sharded over `data` and `fsdp`."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(("rows",), shape))
 
 
-def token_rows(layout: Layout, rows: int, width: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+def token_rows(layout: Layout, rows: int, width: int) -> tuple[Any, Any]:
     """Shapes of a batch of tokens and its mask: int32[rows, width], bool[rows, width]."""
     return sharded_rows(layout, jnp.int32, rows, width), sharded_rows(layout, jnp.bool_, rows, width)
 
@@ -125,7 +125,8 @@ def decode_bytes(model: Decoder, rows: int, width: int, length: int) -> float:
     config, layout = model.config, sampling_layout(model.config)
 
     def shard_size(axes: PartitionSpec | tuple[str, ...], shape: tuple[int, ...]) -> int:
-        return math.prod(layout.sharding(axes, shape).shard_shape(shape))
+        assert layout is not None  # a plan has a mesh
+        return math.prod(layout.sharding(tuple(axes), shape).shard_shape(shape))
 
     sizes = jax.tree.map(
         lambda spec, leaf: shard_size(spec, leaf.shape),

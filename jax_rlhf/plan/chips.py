@@ -114,7 +114,8 @@ CARDS = {
 
 
 def _gpu(name: str, kind: str, flops: float, link: float, network: float, host: float, *, hop: float = 0.47e-6) -> Chip:
-    card, nccl = CARDS[kind], {"network_hop": 2.7e-6, "start": 3.6e-6}
+    card = CARDS[kind]
+    nccl: dict[str, Any] = {"network_hop": 2.7e-6, "start": 3.6e-6}
     return Chip(
         name, _MEMORY_FRACTION * card.memory, flops, card.bandwidth, link, network, hop=hop, host_memory=host, **nccl
     )

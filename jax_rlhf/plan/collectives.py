@@ -10,6 +10,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 
@@ -86,7 +87,7 @@ def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
             current = computations[start[1]] = _Computation([])
             entry = start[1] if line.startswith("ENTRY") else entry
         elif current is not None and (instruction := _INSTRUCTION.match(line)) is not None:
-            current.lines.append(instruction.groups()[1:])
+            current.lines.append(cast(tuple[str, str, str], instruction.groups()[1:]))
     return computations, entry
 
 
@@ -104,8 +105,9 @@ def _walk(
         called = [part.strip(" %") for match in _CALLED.findall(rest) for part in match.split(",")]
         turns = 1
         if operation == "while":
-            condition = re.search(r"condition=%?([\w.\-]+)", rest)[1]
-            turns = _turns(computations, condition, rest)
+            condition = re.search(r"condition=%?([\w.\-]+)", rest)
+            assert condition is not None, "a loop has a condition"
+            turns = _turns(computations, condition[1], rest)
         for callee in called:
             if callee in computations and not (kind == "reduce" or operation.endswith("-done")):
                 yield from _walk(computations, callee, times * turns, devices)

@@ -28,12 +28,12 @@ def product_flops(jaxpr: ClosedJaxpr | Jaxpr) -> float:
         name, inner = equation.primitive.name, list(_inner(equation.params))
         if name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+            shape = _shape(equation.invars[0])
+            total += 2.0 * math.prod(_shape(equation.outvars[0])) * math.prod(shape[axis] for axis in contracted)
         elif name == "cond":
             total += max(product_flops(branch) for branch in inner)
         elif name in _CUDNN_PRODUCTS:
-            query, key = equation.invars[0].aval.shape, equation.invars[1].aval.shape  # [B, T, H, head_dim]
+            query, key = _shape(equation.invars[0]), _shape(equation.invars[1])  # [B, T, H, head_dim]
             total += _CUDNN_PRODUCTS[name] * 2.0 * math.prod(query) * key[1]
         else:
             total += _turns(equation) * sum(product_flops(part) for part in inner)
@@ -49,6 +49,10 @@ def _turns(equation: JaxprEqn) -> int:
     if equation.primitive.name == "pallas_call":
         return math.prod(params["grid_mapping"].grid)
     return params.get("length", 1) if equation.primitive.name == "scan" else 1
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
 
 
 def _inner(params: dict[str, Any]) -> Iterator[ClosedJaxpr | Jaxpr]:

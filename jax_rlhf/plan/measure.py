@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def topology_here() -> Topology:
             f"--measure: {devices[0].device_kind} devices do not report their memory; use --measure on GPUs or TPUs."
         )
     kind = devices[0].device_kind
-    unknown = Chip(kind, 0.0, *(math.nan,) * 8)
+    unknown = Chip(kind, 0.0, *cast(tuple[Any, ...], (math.nan,) * 8))
     chip = dataclasses.replace(chip_of(kind) or unknown, memory=float(stats["bytes_limit"]))
     group = min(collections.Counter(map(machine_of, devices)).values())
     return Topology("here", chip, devices, group, chip.link)
@@ -78,6 +78,6 @@ def _is_shape(leaf: Any) -> bool:
 
 
 def _zeros(leaf: jax.ShapeDtypeStruct) -> Any:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.device_put(jax.random.key(0), leaf.sharding)
     return jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()

@@ -99,9 +99,10 @@ def _out_of_memory(error: Exception, program: Program) -> tuple[str, float]:
     text = str(error)
     temporaries = re.search(r"HLO temporaries \(([\d.]+)([GMK])\)", text)
     used = re.search(r"Used ([\d.]+)([GMK]) of", text)
-    if "RESOURCE_EXHAUSTED" not in text or not (temporaries or used):
+    found = temporaries or used
+    if "RESOURCE_EXHAUSTED" not in text or found is None:
         raise error
-    number, unit = (temporaries or used).groups()
+    number, unit = found.groups()
     size = float(number) * {"G": GIB, "M": 2**20, "K": 2**10}[unit]
     if temporaries is None:  # the size includes the arguments
         size -= device_bytes([leaf for leaf in jax.tree.leaves(program.arguments) if _is_shape(leaf)])

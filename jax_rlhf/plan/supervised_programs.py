@@ -68,6 +68,7 @@ class _Phase:
 def sft_programs(config: RunConfig, layout: Layout) -> list[Program]:
     """The programs of supervised fine-tuning."""
     data, pretrained = config.data, abstract_model(config.model, "lm", layout)
+    assert pretrained is not None  # config.model has a path
     how = sft.training_spec(
         config.sft,
         pretrained.model,
@@ -143,7 +144,9 @@ def _answers(
 def policy(config: RunConfig, layout: Layout) -> Pretrained:
     """The SFT policy: that of `config.sft_model_path`, or the one that this run trains."""
     given = abstract_model(dataclasses.replace(config.model, path=config.sft_model_path), "lm", layout)
-    return given or as_saved(abstract_model(config.model, "lm", layout))
+    start = abstract_model(config.model, "lm", layout)
+    assert start is not None, "the actor has a path"
+    return given or as_saved(start)
 
 
 def reward_model(config: RunConfig, layout: Layout) -> Pretrained:

@@ -97,7 +97,7 @@ def _times(accounts: list[Account]) -> list[str]:
         f"{'program':<26}{'TFLOP':>9}" + "".join(f"{name:>10}" for name in _BOUNDS) + "   bound by",
     ]
     for one in accounts:
-        most = max(one.seconds, key=one.seconds.get)
+        most = max(one.seconds, key=one.seconds.__getitem__)
         times = "".join(f"{one.seconds[name]:10.3f}" for name in _BOUNDS)
         lines.append(f"{one.phase + ' ' + one.name:<26}{one.flops / 1e12:9.1f}{times}   {most}")
     return lines

@@ -49,9 +49,11 @@ def layout_on(topology: Topology, settings: RunConfig) -> Layout:
     Raises:
       ValueError: as in `create_layout`.
     """
-    return create_layout(
+    layout = create_layout(
         settings.mesh, settings.rollout_mesh, topology.devices, devices_per_machine=topology.devices_per_machine
     )
+    assert layout is not None  # since the devices are given
+    return layout
 
 
 def describe_topology(name: str) -> Topology:

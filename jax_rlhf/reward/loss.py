@@ -14,6 +14,7 @@ from jax_rlhf.models.layers import head_init
 from jax_rlhf.models.split import SplitModel, SplitParams, text_scores
 from jax_rlhf.optim.supervised import Sums
 from jax_rlhf.rl import bradley_terry_loss, masked_sum, token_ranking_loss
+from jax_rlhf.rl.types import AnyArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,7 @@ class RewardLoss:
         """
         params = SplitParams(jax.lax.stop_gradient(params.frozen), params.trainable)
         if self.loss == "token":
+            assert isinstance(batch, PairBatch), "the token loss takes no packed pairs"
             chosen, rejected, loss = _token_loss(network, params, batch)
             real = jnp.any(batch.chosen_mask, axis=1)
         else:
@@ -75,7 +77,7 @@ def pair_scores(network: SplitModel, params: SplitParams, batch: PairBatch | Pac
         chosen, rejected = (
             jnp.take_along_axis(values, last, axis=1).reshape(-1) for last in (batch.chosen_last, batch.rejected_last)
         )
-        return chosen, rejected, batch.real.reshape(-1)
+        return chosen, rejected, jnp.asarray(batch.real).reshape(-1)
     tokens, mask = _both(batch)
     chosen, rejected = jnp.split(text_scores(network, params, tokens, mask), 2)
     return chosen, rejected, jnp.any(batch.chosen_mask, axis=1)
@@ -85,11 +87,11 @@ def _token_loss(network: SplitModel, params: SplitParams, batch: PairBatch) -> t
     """(scores of the chosen, of the rejected, loss), float32[B] each."""
     tokens, mask = _both(batch)
     values = _values(network, params, tokens, mask)
-    loss = token_ranking_loss(
-        *jnp.split(values, 2), batch.chosen, batch.rejected, batch.chosen_mask, batch.rejected_mask
-    )
+    chosen, rejected = jnp.split(values, 2)
+    loss = token_ranking_loss(chosen, rejected, batch.chosen, batch.rejected, batch.chosen_mask, batch.rejected_mask)
     last = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)
-    return *jnp.split(jnp.take_along_axis(values, last[:, None], axis=1)[:, 0], 2), loss
+    chosen, rejected = jnp.split(jnp.take_along_axis(values, last[:, None], axis=1)[:, 0], 2)
+    return chosen, rejected, loss
 
 
 def _both(batch: PairBatch) -> tuple[Array, Array]:
@@ -97,7 +99,7 @@ def _both(batch: PairBatch) -> tuple[Array, Array]:
     return jnp.concatenate([batch.chosen, batch.rejected]), jnp.concatenate([batch.chosen_mask, batch.rejected_mask])
 
 
-def _values(network: SplitModel, params: SplitParams, tokens: Array, mask: Array, **apart: Array) -> Array:
+def _values(network: SplitModel, params: SplitParams, tokens: AnyArray, mask: AnyArray, **apart: AnyArray) -> Array:
     """The head's value at each token, float32[B, T]."""
     activations = network.frozen_activations(SplitParams(params.frozen, {}), tokens, mask, **apart)
     hidden = network.hidden_states(params, tokens, mask, activations, **apart)

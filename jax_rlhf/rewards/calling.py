@@ -63,7 +63,7 @@ def arguments(function: Callable, answers: Answers) -> tuple[tuple, dict[str, An
     named = [name for name, parameter in parameters.items() if parameter.kind in _NAMED]
     takes_all = not parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     columns = {name: copy.deepcopy(list(values)) for name, values in answers.columns.items()}
-    extras = {"completion_ids": [list(ids) for ids in answers.completion_ids or ()] or None}
+    extras: dict[str, Any] = {"completion_ids": [list(ids) for ids in answers.completion_ids or ()] or None}
     texts = answers.with_special_tokens or (answers.prompts, answers.responses)
     special = {name: list(some) for name, some in zip(_WITH_SPECIAL, texts, strict=True) if name in named}
     columns |= special

@@ -73,6 +73,10 @@ class RewardFunction:
             )
 
     @property
+    def _in_its_process(self) -> IsolatedFunction:
+        return vars(self)["_isolated"]
+
+    @property
     def title(self) -> str:
         """The function's name in messages."""
         if isinstance(self.function, str):
@@ -86,9 +90,10 @@ class RewardFunction:
           RewardError: its process cannot import it.
         """
         if self.isolation == "none":
+            assert not isinstance(self.function, str)
             return asks_for_special_tokens(self.function)
         try:
-            return self._isolated.asks_for_special_tokens(self.timeout)
+            return self._in_its_process.asks_for_special_tokens(self.timeout)
         except IsolationError as error:
             raise self._failure(error, "") from error
 
@@ -161,11 +166,13 @@ class RewardFunction:
         """Calls the function, in this process or in its own."""
         if self.isolation == "process":
             try:
-                return self._isolated(answers, self.timeout)
+                return self._in_its_process(answers, self.timeout)
             except IsolationError as error:
                 raise self._failure(error, f" for {len(answers)} responses; the first was {responses[0]!r}") from error
-        positional, keywords = arguments(self.function, answers)
-        call = lambda: _awaited(self.function(*positional, **keywords))  # noqa: E731
+        function = self.function
+        assert not isinstance(function, str)
+        positional, keywords = arguments(function, answers)
+        call = lambda: _awaited(function(*positional, **keywords))  # noqa: E731
         return _in_time(call, self.timeout, self.title, responses)
 
     def _failure(self, error: IsolationError, on: str) -> RewardError:
@@ -384,7 +391,7 @@ def _score_with_retries(
             if on_failure.then == "fatal":
                 raise
             logging.warning("%s The responses without a score get %g.", error, on_failure.score)
-            if error.scores is None:
+            if error.scores is None or error.given is None:
                 return np.full(len(answers), math.nan, np.float32), np.ones(len(answers), bool)
             return error.scores, error.given
         finally:

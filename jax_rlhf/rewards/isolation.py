@@ -15,7 +15,8 @@ import sys
 import threading
 import time
 import weakref
-from typing import Any, BinaryIO
+from collections.abc import Callable
+from typing import Any, BinaryIO, NoReturn
 
 from jax_rlhf.io.printable import printable
 from jax_rlhf.rewards import worker
@@ -134,7 +135,7 @@ class IsolatedFunction:
         message = json.dumps(content).encode()
         left = memoryview(worker.LENGTH.pack(len(message)) + message)
         while left:
-            sent = self._until(lambda: self._socket.send(left[: 2**20]), deadline)  # noqa: B023 — called here
+            sent = self._until(lambda connection: connection.send(left[: 2**20]), deadline)  # noqa: B023 — called here
             left = left[sent:]
 
     def _receive(self, what: str, most: int, deadline: float | None) -> dict[str, Any]:
@@ -153,33 +154,38 @@ class IsolatedFunction:
     def _exactly(self, count: int, deadline: float | None) -> bytes:
         pieces = []
         while count:
-            piece = self._until(lambda: self._socket.recv(min(count, 2**20)), deadline)  # noqa: B023 — called here
+            piece = self._until(lambda connection: connection.recv(min(count, 2**20)), deadline)  # noqa: B023 — called here
             if not piece:
                 self._fail(self._exit_reason())
             pieces.append(piece)
             count -= len(piece)
         return b"".join(pieces)
 
-    def _until(self, do: Any, deadline: float | None) -> Any:
+    def _until(self, do: Callable[[socket.socket], Any], deadline: float | None) -> Any:
         """Repeats a socket operation until it succeeds, the deadline passes, or the process has ended."""
+        connection, process = self._socket, self._process
+        assert connection is not None, "the process was started"
+        assert process is not None, "the process was started"
         while True:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 self.close()
                 raise IsolationError("it took too long", timed_out=True)
-            self._socket.settimeout(_POLL_SECONDS if left is None else min(_POLL_SECONDS, left))
+            connection.settimeout(_POLL_SECONDS if left is None else min(_POLL_SECONDS, left))
             try:
-                return do()
+                return do(connection)
             except TimeoutError:
-                if self._process.poll() is not None:
+                if process.poll() is not None:
                     self._fail(self._exit_reason())
             except OSError:  # the process has ended
                 self._fail(self._exit_reason())
 
     def _exit_reason(self) -> str:
+        process = self._process
+        assert process is not None, "the process was started"
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(5.0)  # its socket may close before it ends
-        code = self._process.poll()
+            process.wait(5.0)  # its socket may close before it ends
+        code = process.poll()
         if code is None:
             return "it closed its socket"
         if code < 0:
@@ -187,13 +193,14 @@ class IsolatedFunction:
             return f"its process was ended by {named}"
         return f"its process ended with exit code {code}"
 
-    def _fail(self, message: str) -> None:
+    def _fail(self, message: str) -> NoReturn:
         self.close()
         raise IsolationError(message)
 
 
 def _end(process: subprocess.Popen, connection: socket.socket) -> None:
     connection.close()
+    assert process.stdin is not None
     process.stdin.close()  # then the process ends all that the function has started, and itself
     try:
         process.wait(_END)

@@ -179,6 +179,8 @@ def _load(file: str) -> Any:
     """A module of the package, without the package around it."""
     path = Path(__file__).parents[1] / file
     spec = importlib.util.spec_from_file_location(f"jax_rlhf_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -8,6 +8,8 @@ from jaxtyping import Bool, Float
 
 from jax_rlhf.rl.types import AnyArray
 
+_Pair = tuple[Float[Array, "*batch"], Float[Array, "*batch"]]
+
 
 def gae(
     rewards: Float[AnyArray, "*batch T"],
@@ -44,7 +46,9 @@ def gae(
     chex.assert_equal_shape([rewards, values, mask])
     chex.assert_shape(bootstrap, values.shape[:-1])
 
-    def step(carry: tuple[Array, Array], inputs: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
+    def step(
+        carry: _Pair, inputs: tuple[Float[Array, "*batch"], Float[Array, "*batch"], Bool[Array, "*batch"]]
+    ) -> tuple[_Pair, Float[Array, "*batch"]]:
         next_advantage, next_value = carry
         reward, value, real = inputs
         advantage = reward + gamma * next_value - value + gamma * lam * next_advantage

@@ -55,7 +55,7 @@ def _largest_threshold(
     """The largest t with enough(ordered ≥ t); the row's least value where none is."""
     low, high = jnp.min(ordered, axis=1), jnp.max(ordered, axis=1)  # [B]; the answer lies in [low, high]
 
-    def halve(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(bounds: tuple[Int32[Array, "B"], Int32[Array, "B"]]) -> tuple[Int32[Array, "B"], Int32[Array, "B"]]:
         low, high = bounds
         # ⌈(low + high) / 2⌉ without overflow
         middle = (low >> 1) + (high >> 1) + (low & high & 1) + ((low ^ high) & 1)

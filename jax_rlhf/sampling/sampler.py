@@ -83,8 +83,8 @@ def sample(
     Args:
       model: with an LM head.
       params: its parameters.
-      prompts: int[B, P], padded on the left.
-      prompt_mask: bool[B, P], True = real token; each row ends with one.
+      prompts: ids, padded on the left.
+      prompt_mask: True = real token; each row ends with one.
       key: a JAX random key. The same (key, row id, prompt) gives the same response in any batch, order, padding width
         or mesh, up to draws that float rounding turns: those where two perturbed scores lie within rounding.
       max_new_tokens: R, in tokens.

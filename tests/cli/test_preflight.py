@@ -235,7 +235,9 @@ def test_a_token_past_the_embedding_is_named_with_its_row_at_the_start(config, t
     rows[41]["prompt"] = "a z b"
     config.data.paths = (data.write(tmp_path / "bad.jsonl", rows),)
     (tmp_path / "small" / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=rf"bad.jsonl, line 42: token 'z' has the id {known}, .* has only {known} rows"):
+    with pytest.raises(
+        ValueError, match=rf"bad.jsonl, line 42: token 'z' has the id {known}, .* has only {known} rows"
+    ):
         check(config, tmp_path)
 
 

@@ -130,7 +130,7 @@ MUTANTS = [
         ("*prompt[len(prompt) - rest :]]", "*prompt[len(begin) :][:rest]]"),
         ("if len(prompt) + min(map(len, answers)) < 2:", "if False:"),
         ("return completion + added", "return completion"),
-        ("[tokenizer.eos_token_id] if tokenizer.eos_token_id in eos_ids else list(eos_ids[:1])", "list(eos_ids[:1])"),
+        ("[eos_id] if eos_id in eos_ids else list(eos_ids[:1])", "list(eos_ids[:1])"),
         (
             "for position in range(max(0, len(completion) - 3), len(completion)):",
             "for position in range(len(completion)):",
