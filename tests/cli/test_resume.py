@@ -89,6 +89,24 @@ def straight(settings, tmp_path_factory):
     return workdir
 
 
+@pytest.fixture(scope="module")
+def interrupted(settings, straight, tmp_path_factory):
+    """interrupted(phase, workdir): a workdir whose phase was stopped at step 3 or 4, which all tests have copies of."""
+    made = {}
+
+    def copied(phase, workdir):
+        if phase not in made:
+            made[phase] = tmp_path_factory.mktemp(f"interrupted_{phase}")
+            former_phases(straight, made[phase], phase)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("JAX_RLHF_PROGRESS_FILE", str(made[phase] / "told"))
+                with pytest.raises(Stopped):
+                    PHASES[phase](run_config(settings), made[phase], stop=StopAt(8))
+        shutil.copytree(made[phase], workdir, dirs_exist_ok=True)
+
+    return copied
+
+
 def stopped_at_every_point(run, config, workdir, points):
     """Stops at each of these points, counted from the last one."""
     for point in points:
@@ -117,11 +135,13 @@ def test_a_stopped_phase_goes_on_bit_for_bit(settings, straight, tmp_path, phase
     ("phase", "file", "starts"),
     [("reward", None, 2), ("ppo", {"starts": 5}, 6), ("reward", [1], 2), ("reward", {"starts": "x"}, 2)],
 )
-def test_what_starting_again_cost_is_summed_up(settings, straight, tmp_path, phase, file, starts, monkeypatch):
+def test_what_starting_again_cost_is_summed_up(
+    settings, straight, interrupted, tmp_path, phase, file, starts, monkeypatch
+):
     """Also of starts that were killed before they saved anything; a file that says nothing of use is not asked."""
     told = tmp_path / "told"
     monkeypatch.setenv("JAX_RLHF_PROGRESS_FILE", str(told))
-    stopped(phase, settings, straight, tmp_path)
+    interrupted(phase, tmp_path)
     assert told.read_text() == f"{phase} {latest(tmp_path / phase)}\n"  # of launch scripts
     costs = tmp_path / phase / "costs.json"
     former = json.loads(costs.read_text())
@@ -155,16 +175,10 @@ def former_phases(straight, workdir, phase):
             shutil.copytree(straight / former, workdir / former)
 
 
-def stopped(phase, settings, straight, workdir, point=8):
-    former_phases(straight, workdir, phase)
-    with pytest.raises(Stopped):
-        PHASES[phase](run_config(settings), workdir, stop=StopAt(point))
-
-
-def test_on_another_mesh_it_goes_on_but_for_rounding(settings, straight, tmp_path):
+def test_on_another_mesh_it_goes_on_but_for_rounding(settings, straight, interrupted, tmp_path):
     """With the same samples."""
     phase = "ppo"
-    stopped(phase, settings, straight, tmp_path)
+    interrupted(phase, tmp_path)
     other = settings.copy_and_resolve_references()
     other.mesh.data, other.mesh.fsdp, other.mesh.tensor = 1, 4, 2
     PHASES[phase](run_config(other), tmp_path)
@@ -213,8 +227,8 @@ def other_reward_model(folder, straight):
         ),
     ],
 )
-def test_what_it_cannot_go_on_with_is_said(settings, straight, tmp_path, phase, field, value, message):
-    stopped(phase, settings, straight, tmp_path)
+def test_what_it_cannot_go_on_with_is_said(settings, straight, interrupted, tmp_path, phase, field, value, message):
+    interrupted(phase, tmp_path)
     other = settings.copy_and_resolve_references()
     *sections, name = field.split(".")
     target = functools.reduce(lambda config, section: config[section], sections, other)
@@ -227,8 +241,8 @@ def test_what_it_cannot_go_on_with_is_said(settings, straight, tmp_path, phase, 
         PHASES[phase](run_config(other), tmp_path, accept_changes=True)
 
 
-def test_another_tokenizer_is_named(settings, straight, tmp_path):
-    stopped("sft", settings, straight, tmp_path)
+def test_another_tokenizer_is_named(settings, interrupted, tmp_path):
+    interrupted("sft", tmp_path)
     other = settings.copy_and_resolve_references()
     other.model.path = str(tmp_path / "renamed")
     shutil.copytree(settings.model.path, other.model.path)
@@ -260,8 +274,8 @@ def test_another_machine_goes_on_from_a_bucket(settings, straight, tmp_path):
         np.testing.assert_array_equal(got[name], value, err_msg=name)
 
 
-def test_a_changed_setting_of_its_own_is_taken(settings, straight, tmp_path):
-    stopped("sft", settings, straight, tmp_path)
+def test_a_changed_setting_of_its_own_is_taken(settings, interrupted, tmp_path):
+    interrupted("sft", tmp_path)
     other = settings.copy_and_resolve_references()
     other.sft.optimizer.learning_rate, other.sft.steps = 5e-3, 8
     sft.run(run_config(other), tmp_path)
