@@ -180,41 +180,49 @@ def complete(folder):
     return [int(file.name) for file in (folder / "checkpoints").glob("*") if file.name.isdigit()]
 
 
-def test_a_process_that_dies_ends_the_other_and_the_same_command_goes_on(folder, tmp_path):
-    flags = ("--config.phases=sft", "--config.checkpoint.every=1")  # it dies in a save, or near one
-    first, second = start_two(folder, tmp_path / "run", *flags, "--config.sft.steps=100000")
-    file = tmp_path / "run" / "sft" / "metrics.jsonl"
+ENDLESS = ("--config.phases=sft", "--config.sft.steps=100000")
+"""Of a run that goes on until it is stopped."""
+
+
+def wait_for(what, processes):
     deadline = time.time() + 120
-    while time.time() < deadline and not complete(tmp_path / "run" / "sft"):
-        assert first.poll() is None, first.communicate()[0][-3000:]
+    while time.time() < deadline and not what():
+        assert processes[0].poll() is None, processes[0].communicate()[0][-3000:]
         time.sleep(0.2)
+
+
+def test_a_process_that_dies_ends_the_other_and_one_that_is_asked_to_stop_stops_both(folder, tmp_path):
+    """The same command goes on with the step after the last checkpoint, and ends at the same step on both."""
+    flags = (*ENDLESS, "--config.checkpoint.every=1")  # it dies in a save, or near one
+    first, second = start_two(folder, tmp_path / "run", *flags)
+    wait_for(lambda: complete(tmp_path / "run" / "sft"), [first])
     second.send_signal(signal.SIGKILL)
     killed = time.time()
     (output, code), _ = finish([first, second], timeout=60)
     assert code == 70 or code < 0, output[-3000:]  # what launch scripts start again after
     assert time.time() - killed < 50  # the time-out is 10 seconds
     assert "disk full" not in output
-    steps = complete(tmp_path / "run" / "sft")
-    again = finish(start_two(folder, tmp_path / "run", *flags, f"--config.sft.steps={max(steps) + 3}"))
-    assert [code for _, code in again] == [0, 0], again[0][0][-3000:] + again[1][0][-3000:]
-    assert f"going on from the checkpoint of step {max(steps)}" in again[0][0]
-    rows = alone.lines(file)
-    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, max(steps) + 4))
-
-
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
-def test_stopping_one_process_ends_all_at_the_same_step(folder, tmp_path, number):
-    # A save must not keep the notice from those who wait for it.
-    every = f"--config.checkpoint.every={1 if number == signal.SIGTERM else 0}"
-    flags = ("--config.phases=sft", "--config.sft.steps=100000", every)
-    processes = start_two(folder, tmp_path / "run", *flags)
+    last = max(complete(tmp_path / "run" / "sft"))
     file = tmp_path / "run" / "sft" / "metrics.jsonl"
-    deadline = time.time() + 120
-    while time.time() < deadline and not (file.is_file() and len(alone.lines(file)) > 2):
-        time.sleep(0.2)
-    processes[1].send_signal(number)
+    written = file.read_text().count('"train/loss"')
+    again = start_two(folder, tmp_path / "run", *flags)
+    wait_for(lambda: max(complete(tmp_path / "run" / "sft")) > max(last, written), again)
+    again[1].send_signal(signal.SIGTERM)  # a save must not keep the notice from those who wait for it
+    printed = finish(again, timeout=120)
+    for output, code in printed:
+        assert code == 75, output[-3000:]
+    assert f"going on from the checkpoint of step {last}" in printed[0][0]
+    steps = [row["step"] for row in alone.lines(file) if "train/loss" in row]
+    assert steps == list(range(1, max(complete(tmp_path / "run" / "sft")) + 1))
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_one_process_ends_all_at_the_same_step(folder, tmp_path):
+    processes = start_two(folder, tmp_path / "run", *ENDLESS, "--config.checkpoint.every=0")
+    file = tmp_path / "run" / "sft" / "metrics.jsonl"
+    wait_for(lambda: file.is_file() and len(alone.lines(file)) > 2, processes)
+    processes[1].send_signal(signal.SIGINT)
     for output, code in finish(processes, timeout=120):
         assert code == 75, output[-3000:]
     assert max(complete(tmp_path / "run" / "sft")) == alone.lines(file)[-1]["step"]
-    if number == signal.SIGINT:
-        load_pretrained(tmp_path / "run" / "sft" / "model")
+    load_pretrained(tmp_path / "run" / "sft" / "model")
