@@ -20,9 +20,9 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
-# Modules compile the same small programs: once for all of them, and for the processes that tests start.
+# Modules compile the same programs, most of them small: once for all of them, and for the processes that tests start.
 jax.config.update("jax_compilation_cache_dir", str(COMPILED))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,3 +44,12 @@ def full_compile() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", former)
+
+
+LONGEST = ("tests/test_on_device.py", "tests/plan/test_command.py", "tests/cli/test_processes.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: of two processes that take files in turn, one would wait for the other's last."""
+    first = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.nodeid.partition("::")[0], len(first)))

@@ -20,6 +20,7 @@ GAIN = 0.8  # of the possible gain in the objective; an unlearned policy has 0, 
 LARGEST = 150_000  # bytes of a stored notebook
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": PYTHONPATH, "JAX_COMPILATION_CACHE_DIR": str(COMPILED)}
+ENVIRONMENT["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 def run(example, *arguments):
