@@ -78,6 +78,7 @@ def test_what_does_not_fit_is_said_with_what_would_help(tmp_path):
     # Masters and moments fit; with the activations of the whole batch at once, none computed again, it is too much.
     flags = (
         "--config.phases=sft",
+        "--config.sft.sample_rows=0",
         "--config.data.sft_batch_size=2048",
         "--config.data.max_tokens=1024",
         "--config.model.remat=none",
