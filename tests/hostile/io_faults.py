@@ -49,15 +49,10 @@ def main(folder, first, step):
                 code = f"{type(error).__name__}: {error}"
         return code, said.getvalue()
 
-    shim.faulty_set(b"", 0, 0, 0)
-    code, said = run(folder / "straight")
-    assert code == 0, said
-    wanted = results(folder / "straight")
-    shim.faulty_set(str(folder / "counted").encode(), 0, 0, 0)
+    shim.faulty_set(str(folder / "counted").encode(), 0, 0, 0)  # counts, and lets all through
     code, said = run(folder / "counted")
     assert code == 0, said
-    count = shim.faulty_count()
-    assert same(wanted, results(folder / "counted")) == ""
+    count, wanted = shim.faulty_count(), results(folder / "counted")
     print(json.dumps({"calls": count}), flush=True)
     workdir = folder / "run"
     for number, stays in itertools.product(range(int(first), count + 1, int(step)), (False, True)):
