@@ -194,7 +194,8 @@ def _train(folder: Path, workdir: str) -> subprocess.Popen[str]:
         "ppo.iterations": 6,
         "ppo.sampling.max_new_tokens": 8,
         "data.eval_rows": 4,
-        "reward.normalize_rows": 8,
+        "sft.sample_rows": 0,  # the phases before PPO are there for their models
+        "reward.normalize_rows": 0,
     }
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if device_of_children()[0] == "gpu":
