@@ -22,5 +22,6 @@ pip_install --no-deps -r requirements-quickstart.txt
 "$environment/bin/ruff" check .
 "$environment/bin/ruff" format --check .
 # Two processes, a file at a time: compiling, which takes most of the time, hardly uses a second core by itself. In the
-# files' order, and not those of many tests first: the longest tests are alone in theirs, and would all come last.
+# order of tests/conftest.py, and not those of many tests first: the longest tests are alone in theirs, and would all
+# come last.
 exec "$environment/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
