@@ -235,8 +235,8 @@ MUTANTS = [
         "ppo/step.py",
         _STEP,
         (
-            "jax.random.fold_in(jax.random.fold_in(seed_key, state.iteration), _ORDER_ADDRESS)",
-            "jax.random.fold_in(seed_key, _ORDER_ADDRESS)",
+            "jax.random.fold_in(jax.random.fold_in(seed_key, state.iteration), _SHUFFLE_ID)",
+            "jax.random.fold_in(seed_key, _SHUFFLE_ID)",
         ),
         ("state.iteration >= config.critic.warmup_iterations)", "state.iteration > config.critic.warmup_iterations)"),
         (
