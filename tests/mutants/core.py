@@ -145,7 +145,7 @@ MUTANTS = [
             "check_positions(network.model.config, lengths, max",
             "check_positions(network.model.config, lengths - 1, max",
         ),
-        ("(tokens >= known))", "(tokens > known))"),
+        ("(tokens >= vocab_size))", "(tokens > vocab_size))"),
     ),
     *variants(
         "models/split.py",

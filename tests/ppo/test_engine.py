@@ -379,7 +379,7 @@ def test_only_ids_that_all_models_know_are_sampled_and_have_probability(tmp_path
     jax.tree.map(np.testing.assert_array_equal, again.params, jax.device_get(engine.actor.params))
     for unknown in (-1, 6):
         prompts.tokens[3, -1] = unknown
-        with pytest.raises(ValueError, match=rf"prompt 3 has the id {unknown}; the models know 6 ids"):
+        with pytest.raises(ValueError, match=rf"prompt 3 has the token id {unknown}; .* vocabulary has 6 ids"):
             tiny.trainer(engine, reward=None).generate_experience(prompts)
 
 
