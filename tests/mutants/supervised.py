@@ -197,8 +197,8 @@ MUTANTS = [
             "tokens[:, width:], np.ones_like(mask), strict=True)]\n        owned",
         ),
         (
-            "texts, responses = read(skip_special_tokens=True)",
-            "texts, responses = read(skip_special_tokens=False)",
+            "texts, responses = decode_texts(skip_special_tokens=True)",
+            "texts, responses = decode_texts(skip_special_tokens=False)",
         ),
         ("{name: [values[row] for row in mine] for name, values in (prompts.columns or {}).items()},", "{},"),
         ("OnFailure(config.reward.retries,", "OnFailure(0,"),
@@ -230,7 +230,7 @@ MUTANTS = [
     *variants(
         "ppo/trainer.py",
         "tests/ppo/test_trainer.py -k failures",
-        ("found, self.failures = self.failures, Failures()", "found = self.failures"),
+        ("failures, self.failures = self.failures, Failures()", "failures = self.failures"),
     ),
     *variants(
         "ppo/trainer.py",
