@@ -314,7 +314,9 @@ def test_a_model_without_a_path_of_its_own_runs_as_its_own_settings_say(folders)
         assert how_it_runs(engine.models.critic) == ("bfloat16", "full", "xla")
         assert how_it_runs(engine.models.reference) == ("bfloat16", "none", "flash")
         assert how_it_runs(engine.models.actor) == plain
-    with pytest.raises(ValueError, match=r"config\.critic\.revision='main' is of a hub id; set config\.critic\.path"):
+    with pytest.raises(
+        ValueError, match=r"config\.critic\.revision='main' has no effect without a hub id; set config\.critic\.path"
+    ):
         RLHFEngine.create({"model": model, "critic": {"revision": "main"}})
 
 
