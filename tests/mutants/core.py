@@ -155,8 +155,8 @@ MUTANTS = [
     *variants(
         "ppo/initialize.py",
         _COLLECT,
-        ("config = sampled_ids(config, start.actor.tokenizer, known)", "pass"),
-        ("known = min(given", "known = max(given"),
+        ("config = sampled_ids(config, start.actor.tokenizer, vocab_size)", "pass"),
+        ("vocab_size = min(given", "vocab_size = max(given"),
         ("learned.reward_bias - learned.missing_eos_bias", "learned.reward_bias"),
         ("runs_as is None else runs_as", "True else runs_as"),
         ("start.trainable_layers, start.reference_config)", "start.trainable_layers)"),

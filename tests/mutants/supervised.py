@@ -129,7 +129,7 @@ MUTANTS = [
         "ppo/initialize.py",
         _RUN,
         ("SplitParams({}, narrowed(part, network.compute_dtypes().trainable))", "SplitParams({}, part)"),
-        ("    actor, critic = _frozen_narrowed(models, actor, critic)\n", ""),
+        ("    actor, critic = _narrow_frozen(models, actor, critic)\n", ""),
     ),
     *variants(
         "optim/supervised.py",

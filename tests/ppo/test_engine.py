@@ -166,7 +166,7 @@ def test_bad_configs_and_models_that_do_not_fit_are_named(folders, tmp_path):
     with pytest.raises(ValueError, match=r"reward has another tokenizer .*1 of 9 tokens differ, first 'w9'"):
         RLHFEngine(longer, reward=tiny.policy(5, head="scalar"))
     small = dataclasses.replace(tiny.policy(5, head="scalar", vocab_size=7), tokenizer=None)
-    with pytest.raises(ValueError, match="critic knows 7 tokens, the tokenizer has 8"):
+    with pytest.raises(ValueError, match="critic has a vocabulary of 7 ids, but the tokenizer has 8"):
         RLHFEngine(tiny.policy(), critic=small)
     with pytest.raises(ValueError, match=r"config\.reward_model\.path"):
         RLHFEngine(tiny.policy()).reward(*batch())
