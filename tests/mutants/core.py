@@ -61,7 +61,7 @@ MUTANTS = [
         _RL,
         ("jnp.sum(jnp.where(mask, x, 0))", "jnp.sum(x)"),
         ("jnp.maximum(jnp.sum(mask), 1)", "mask.size"),
-        ("return x - mean - left, mean + left", "return x - mean, mean"),
+        ("return x - mean - error, mean + error", "return x - mean, mean"),
         ("mask) + 1e-8)", "mask) + 1e-4)"),
         ("whitened if shift_mean else whitened + mean", "whitened"),
     ),
