@@ -102,7 +102,7 @@ MUTANTS = [
         ("[config.warmup_steps])", "[config.warmup_steps - 1])"),
         ('not in ("scale", "bias"), params', 'not in ("scale",), params'),
         ('path[0].key == "scalar_head"', 'path[-1].key == "scalar_head"'),
-        ("turn, (params, state, take))", "turn, (params, state, jnp.ones_like(take)))"),
+        ("apply_step, (params, state, take))", "apply_step, (params, state, jnp.ones_like(take)))"),
         ("update(gradient, state, params, step=step, scale=scale)", "update(gradient, state, params, step=step)"),
         ("jnp.sqrt(1 - b2**count) / (1 - b1**count)", "jnp.sqrt(1 - b2**count)"),
         ("(jnp.sqrt(square) + eps)", "jnp.sqrt(square + eps)"),
