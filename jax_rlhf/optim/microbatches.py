@@ -1,8 +1,8 @@
-"""How the rows of a batch are cut: minibatches, microbatches, and the mesh's row shards.
+"""Splits a batch into minibatches, microbatches and row shards, and accumulates over microbatches.
 
-batch           rows of one iteration or step, of all devices
+batch           rows of one iteration or step, on all devices
   minibatch     rows of one optimizer step
-    microbatch  rows whose activations exist at once; each device computes its shard of them
+    microbatch  rows whose activations are in memory at once; each device computes its shard of them
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from jax_rlhf.parallel import Layout, row_shards
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
-    """A batch that divides evenly.
+    """An even split of a batch.
 
     Attributes:
-      rows: of the batch.
+      rows: rows in the batch.
       num_minibatches: optimizer steps per pass over the batch.
-      microbatch_size: rows per microbatch.
+      microbatch_size: rows per microbatch, on all devices.
     """
 
     rows: int
@@ -47,22 +47,20 @@ def plan_batch(
     tokens_per_row: int | None = None,
     platform: str = "cpu",
 ) -> BatchPlan:
-    """Cuts a batch into minibatches and microbatches.
+    """Splits a batch into minibatches and microbatches.
 
     Args:
-      rows: of the batch, of all processes.
-      microbatch_size: rows per microbatch; None = the largest that `microbatch_rows` allows.
+      rows: rows in the batch, of all processes.
+      microbatch_size: rows per microbatch; None = as `microbatch_rows` chooses.
       layout: the mesh; None = one device.
       where: the config section that has these fields, for messages.
       num_minibatches: optimizer steps per pass over the batch.
-      tokens_per_row: tokens per row at most; None = a microbatch without a size is the whole minibatch.
+      tokens_per_row: the largest number of tokens per row, for `microbatch_rows`; None = by default a microbatch is the
+        whole minibatch.
       platform: "cpu", "gpu" or "tpu".
 
-    Returns:
-      The plan.
-
     Raises:
-      ValueError: the sizes do not divide; the message says which would.
+      ValueError: the sizes do not divide; the message lists sizes that do.
     """
     shards, given = row_shards(layout), microbatch_size
     minibatch = rows // num_minibatches
@@ -86,18 +84,19 @@ def plan_batch(
 
 
 def microbatch_rows(rows: int, tokens_per_row: int, shards: int, platform: str) -> int:
-    """Rows per microbatch: as many as divide the minibatch and keep to a budget of tokens per device.
+    """The largest microbatch size that divides the minibatch and stays within a budget of tokens per device.
 
-    1,024 tokens on CPU, where the activations of more leave the caches, and 16,384 on GPU and TPU.
+    The budget is 1,024 tokens on CPU, where the activations of more tokens do not fit the caches, and 16,384 on GPU and
+    TPU.
 
     Args:
-      rows: of a minibatch.
+      rows: rows in a minibatch.
       tokens_per_row: P + R.
-      shards: into which rows are cut over the mesh.
+      shards: number of row shards of the mesh.
       platform: "cpu", "gpu" or "tpu".
 
     Returns:
-      A divisor of `rows` and multiple of `shards`.
+      A divisor of `rows` and multiple of `shards`; the smallest such number if none is within the budget.
     """
     budget = (1024 if platform == "cpu" else 16_384) * shards
     fits = [n for n in range(shards, rows + 1, shards) if rows % n == 0]
@@ -110,15 +109,12 @@ def accumulate(
     *,
     add: Callable[[Any, Any], Any] | None = None,
 ) -> PyTree[Shaped[Array, "..."]]:
-    """Σ function(part) over microbatches, one after the other, so that one microbatch's activations exist.
+    """Σ function(part) over microbatches, in a scan, so that the activations of only one microbatch are in memory.
 
     Args:
       function: a microbatch → a tree of arrays, such as gradients and sums; under `jit`.
-      parts: [microbatches, rows, …] each.
-      add: of two such trees; None = leaf by leaf.
-
-    Returns:
-      The sum.
+      parts: leaves [microbatches, rows, …].
+      add: adds two such trees; None = leaf by leaf.
     """
     add = add or (lambda total, more: jax.tree.map(jnp.add, total, more))
     first = jax.tree.map(lambda leaf: leaf[0], parts)
@@ -129,14 +125,7 @@ def accumulate(
 
 
 def zeros_like_result(function: Callable[[], Any]) -> PyTree[Shaped[Array, "..."]]:
-    """Zeros of the shapes and dtypes that a function returns; it is traced, and not run.
-
-    Args:
-      function: of no arguments.
-
-    Returns:
-      The zeros.
-    """
+    """Zeros with the shapes and dtypes that a function returns; the function is traced but not run."""
 
     def zeros(leaf: jax.ShapeDtypeStruct) -> Shaped[Array, "..."]:
         return jnp.zeros(leaf.shape, leaf.dtype)

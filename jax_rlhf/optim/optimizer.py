@@ -14,14 +14,8 @@ from jax_rlhf.optim.config import OptimizerConfig
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
     """The learning rate as a function of the step, counted from 0.
 
-    Args:
-      config: its fields.
-
-    Returns:
-      An optax schedule.
-
     Raises:
-      ValueError: a schedule that ends, without total_steps above warmup_steps.
+      ValueError: a "linear" or "cosine" schedule without total_steps above warmup_steps.
     """
     peak, steps = config.learning_rate, (config.total_steps or 0) - config.warmup_steps
     if config.schedule != "constant" and steps <= 0:
@@ -47,12 +41,12 @@ def create_optimizer(
     """Clip by global norm → Adam → decoupled weight decay → learning rate.
 
     Args:
-      config: its fields.
-      head_learning_rate: of a scalar head, whose schedule has the same shape; None = as all else.
+      config: the settings.
+      head_learning_rate: peak learning rate of a scalar head, with the same schedule; None = config.learning_rate.
 
     Returns:
-      An optax transformation. Its `update` takes the schedule's place as an argument, `step`, and a factor on the
-      learning rate, `scale`.
+      An optax transformation. Its `update` takes the position in the schedule (`step`) and a factor on the learning
+      rate (`scale`) as extra arguments.
 
     Source: Kingma & Ba 2015; Loshchilov & Hutter 2019.
     """
@@ -70,8 +64,8 @@ def create_optimizer(
 def _scale_by_learning_rate_at_step(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
     """−schedule(step) · scale · updates.
 
-    The caller names the step. optax's own schedules count the updates that were taken, so that one which ends with the
-    phase would not reach its end where updates are left out.
+    The caller passes the step. optax's own schedules count the updates taken, so a schedule that should end with the
+    phase would not reach its end if updates are skipped.
     """
 
     def update(
@@ -87,7 +81,7 @@ def _scale_by_learning_rate_at_step(schedule: optax.Schedule) -> optax.GradientT
         rate = schedule(step) * scale
         return jax.tree.map(lambda leaf: -rate * leaf, updates), state
 
-    # optax types the constructor as that of transformations without more arguments.
+    # optax declares the constructor's type for transformations without extra arguments.
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)  # pyright: ignore[reportArgumentType]
 
 
@@ -106,10 +100,10 @@ def optimizer_step(
     scale: Float[Array, ""] | float = 1.0,
     head_learning_rate: float | None = None,
 ) -> tuple[PyTree[Float[Array, "..."]], optax.OptState, Float32[Array, ""]]:
-    """The optimizer's step, or nothing.
+    """One optimizer step if `take` is True; otherwise parameters and state are unchanged.
 
-    A loop of one turn or none, since XLA changes in place what a loop carries: as `where` over the results, an update
-    of a model of 97 million parameters took 680 MB more.
+    The condition is a loop of at most one iteration, since XLA updates the carry of a loop in place. With `where` over
+    the results, an update of a model with 97 million parameters took 680 MB more.
 
     Args:
       config: the optimizer's settings.
@@ -117,8 +111,8 @@ def optimizer_step(
       state: the optimizer's.
       params: the parameters.
       take: whether to step.
-      step: of the learning rate's schedule.
-      scale: what the learning rate is multiplied by.
+      step: position in the learning rate schedule, from 0.
+      scale: factor on the learning rate.
       head_learning_rate: as in `create_optimizer`.
 
     Returns:
@@ -126,12 +120,12 @@ def optimizer_step(
     """
     optimizer = create_optimizer(config, head_learning_rate=head_learning_rate)
 
-    def turn(carry: tuple) -> tuple:
+    def apply_step(carry: tuple) -> tuple:
         params, state, _ = carry
         updates, state = optimizer.update(gradient, state, params, step=step, scale=scale)
         return optax.apply_updates(params, updates), state, jnp.zeros((), bool)
 
-    params, state, _ = jax.lax.while_loop(lambda carry: carry[2], turn, (params, state, take))
+    params, state, _ = jax.lax.while_loop(lambda carry: carry[2], apply_step, (params, state, take))
     return params, state, jnp.asarray(learning_rate_schedule(config)(step) * scale, jnp.float32)
 
 
@@ -139,52 +133,39 @@ def moment_shardings(
     optimizer: optax.GradientTransformation,
     state: optax.OptState,
     params: optax.Params,
-    elsewhere: jax.sharding.Sharding,
+    other: jax.sharding.Sharding,
 ) -> optax.OptState:
-    """Where an optimizer's state goes: moments as their parameters do.
+    """The shardings of an optimizer's state: moments are sharded like their parameters.
 
     Args:
       optimizer: the optimizer.
-      state: its state's shapes.
-      params: the parameters, on their devices.
-      elsewhere: where all else goes.
-
-    Returns:
-      Shardings, in the tree of the state.
+      state: the shapes of its state.
+      params: the parameters, or shapes with shardings.
+      other: the sharding of everything else.
     """
     return optax.tree_utils.tree_map_params(
         optimizer,
         lambda _, param: param.sharding,
         state,
         params,
-        transform_non_params=lambda _: elsewhere,
+        transform_non_params=lambda _: other,
     )
 
 
 def decayed(params: optax.Params) -> optax.Params:
-    """Which parameters weight decay applies to: kernels and tables, not norm scales and biases.
-
-    Args:
-      params: nested dicts.
-
-    Returns:
-      The same tree of bools.
-    """
+    """A tree of bools, True for parameters with weight decay: kernels and tables, not norm scales and biases."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
 
 
 def scale_by_tensorflow_adam(
     b1: float, b2: float, eps: float, mu_dtype: jnp.dtype = jnp.float32
 ) -> optax.GradientTransformation:
-    """Adam as TensorFlow 1 had it: √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + ε), ε not divided by the bias correction.
+    """Adam as in TensorFlow 1: √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + ε), where bias correction does not scale ε.
 
     Args:
-      b1, b2: decay of the moments.
+      b1, b2: decay rates β₁ and β₂ of the moments.
       eps: ε.
       mu_dtype: of the first moment.
-
-    Returns:
-      An optax transformation.
 
     Source: Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", detail on Adam's ε.
     """
@@ -193,7 +174,7 @@ def scale_by_tensorflow_adam(
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        _, state = plain.update(updates, state, params)  # the moments; its own direction is unused and compiled away
+        _, state = plain.update(updates, state, params)  # only the moments are used; XLA removes the unused direction
         assert isinstance(state, optax.ScaleByAdamState)
         count = jnp.asarray(state.count).astype(jnp.float32)
         scale = jnp.sqrt(1 - b2**count) / (1 - b1**count)

@@ -1,7 +1,8 @@
-"""The four models of PPO on one mesh, and the jitted functions over them; `initialize.py` says who starts as what.
+"""The four models of PPO on one mesh, and jitted functions that run them; `initialize.py` creates their parameters.
 
-With `trainable_layers=k` the layers below the top k are frozen, held once, and shared: by actor and reference, by
-critic and reward model where the one started as the other, by actor and critic where the critic started as the actor.
+With `trainable_layers=k` the layers below the top k are frozen. Models with the same initial weights share one copy of
+them: actor and reference, critic and reward model if the critic started as the reward model, and actor and critic if
+the critic started as the actor.
 """
 
 import dataclasses
@@ -50,7 +51,7 @@ class RLHFEngine:
       models: the four models, without their parameters.
       params: their parameters; the trainer replaces `params.trainable` after every update.
       tokenizer: the actor's, or None.
-      layout: the mesh, and what lies where on it; None = one device.
+      layout: the mesh and its sharding rules; None = one device.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class RLHFEngine:
         critic_config: DecoderConfig | None = None,
         mesh: Mesh | Layout | None = None,
     ) -> None:
-        """Builds the engine from parameters in memory; arguments are copied where they train, else shared.
+        """Builds the engine from parameters in memory. Trainable parameters are copied, frozen ones are shared.
 
         Args:
           actor: with an LM head.
@@ -76,30 +77,31 @@ class RLHFEngine:
           critic: with a scalar head; None = the reward model's weights, or the actor's trunk with a zero head.
           reward: with a scalar head; None = no reward model.
           trainable_layers, critic_trainable_layers: from the top; None = all parameters.
-          critic_zero_head: the critic's head starts at zero, whatever it starts as.
-          offloaded: of "reference" and "reward", those whose parameters wait in host memory between uses.
-          reference_config, critic_config: how these run (dtype, remat, attention) where they start as another model;
-            None = as that one.
-          mesh: the mesh; None = one device. A vocabulary that it does not divide gets zero rows, which are not saved.
+          critic_zero_head: the critic's head starts at zero, whatever its initial weights.
+          offloaded: of "reference" and "reward", those stored in host memory between uses.
+          reference_config, critic_config: dtype, remat and attention of these models if they start from another
+            model's weights; None = those of that model.
+          mesh: the mesh; None = one device. A vocabulary that the mesh does not divide is padded with zero rows, which
+            are not saved.
 
         Raises:
-          ValueError: a wrong head, layers out of range, another tokenizer, or a size that the mesh does not divide.
+          ValueError: a wrong head, layers out of range, a different tokenizer, or a size that the mesh does not divide.
         """
         self.layout = as_layout(mesh)
         layers = trainable_layers, critic_trainable_layers
-        runs = reference_config, critic_config
-        start = InitialModels(actor, reference, critic, reward, *layers, critic_zero_head, tuple(offloaded), *runs)
+        configs = reference_config, critic_config
+        start = InitialModels(actor, reference, critic, reward, *layers, critic_zero_head, tuple(offloaded), *configs)
         check_compatible(start)
         start = pad_vocabularies(start, self.layout)
         self.models = create_models(start, self.layout)
         params = create_params(self.models, start)
-        # Committed to their devices, as an update returns them: else the second iteration would compile anew.
+        # Committed to their devices, as an update returns them: otherwise the second iteration would recompile.
         if self.layout is None:
-            where = jax.tree.map(lambda leaf: leaf.sharding, params.trainable)
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, params.trainable)
         else:
-            where = trainable_shardings(self.models, self.layout)
-        self.params = params.replace(trainable=jax.device_put(params.trainable, where))
-        self._decoder = start.actor.model.config  # with all ids that it knows, for what is saved
+            shardings = trainable_shardings(self.models, self.layout)
+        self.params = params.replace(trainable=jax.device_put(params.trainable, shardings))
+        self._decoder = start.actor.model.config  # with the actor's full vocabulary, for saved models
         self.tokenizer = actor.tokenizer
         self.generation_config = actor.generation_config
 
@@ -108,26 +110,23 @@ class RLHFEngine:
         """Loads the models that a config names.
 
         Args:
-          config: a mapping with `model` and, where wanted, `reference`, `critic`, `reward_model`, each with the fields
-            of `ModelConfig` (`critic`: of `CriticConfig`); other entries (`ppo`, …) are not looked at.
+          config: a mapping with `model` and, optionally, `reference`, `critic`, `reward_model`, each with the fields of
+            `ModelConfig` (`critic`: of `CriticConfig`). Other entries (`ppo`, …) are ignored.
           mesh: the mesh; None = one device.
 
-        Returns:
-          The engine.
-
         Raises:
-          ValueError: an unknown field or a wrong value; says which.
+          ValueError: an unknown field or a wrong value; the message names it.
           FileNotFoundError, CheckpointError: a checkpoint cannot be used.
         """
         if "path" in (config.get("reward") or {}):
-            raise ValueError("config.reward.path: the reward model of PPO is config.reward_model.path now.")
+            raise ValueError("config.reward.path was renamed: PPO's reward model is config.reward_model.path.")
         roles = {role: from_mapping(kind, config.get(role) or {}, f"config.{role}") for role, kind in _KINDS.items()}
         if roles["model"].path is None:
-            raise ValueError("config.model.path is not set; it names the actor's checkpoint.")
+            raise ValueError("config.model.path is not set; it is the actor's checkpoint.")
         if roles["reference"].trainable_layers or roles["reward_model"].trainable_layers:
             raise ValueError(
-                "trainable_layers is a field of config.model and config.critic; reference and reward model are frozen "
-                "in PPO and are cut where the actor and the critic are."
+                "trainable_layers can be set in config.model and config.critic only; PPO freezes the reference and the "
+                "reward model, and splits them at the same layer as the actor and the critic."
             )
         check_roles(roles)
 
@@ -153,20 +152,20 @@ class RLHFEngine:
 
     @property
     def actor(self) -> Pretrained:
-        """The actor as it is now, for `save_pretrained`."""
+        """The actor with its current parameters, for `save_pretrained`."""
         return self._pretrained(self.models.actor, self.params.actor)
 
     @property
     def actor_ema(self) -> Pretrained:
-        """The actor's moving average."""
+        """The actor with the moving average of its parameters."""
         average = self.params.trainable.actor_ema
         if average is None:
-            raise ValueError("no moving average is kept; set config.ppo.actor.ema_decay.")
+            raise ValueError("the engine has no moving average of the actor; set config.ppo.actor.ema_decay.")
         return self._pretrained(self.models.actor, self.params.with_actor(average).actor)
 
     @property
     def critic(self) -> Pretrained:
-        """The critic as it is now."""
+        """The critic with its current parameters."""
         critic = self._pretrained(self.models.critic, self.params.critic)
         bias = float(self.params.frozen.critic_bias)
         return dataclasses.replace(critic, generation_config=None, reward_bias=bias)
@@ -174,8 +173,8 @@ class RLHFEngine:
     def _pretrained(self, network: SplitModel, params: SplitParams) -> Pretrained:
         whole, model = _join(network, params), network.model
         if model.head == "lm":
-            known = {"vocab_size": self._decoder.vocab_size, "absent_ids": self._decoder.absent_ids}
-            model = model.clone(config=model.config.replace(**known))
+            vocabulary = {"vocab_size": self._decoder.vocab_size, "absent_ids": self._decoder.absent_ids}
+            model = model.clone(config=model.config.replace(**vocabulary))
         return Pretrained(model, whole, self.tokenizer, self.generation_config)
 
     def sample(
@@ -186,7 +185,7 @@ class RLHFEngine:
         key: PRNGKeyArray,
         sampling: Sampling,
     ) -> Samples:
-        """The actor's responses; arguments as in `jax_rlhf.sample`."""
+        """Samples responses from the actor; arguments as in `jax_rlhf.sample`."""
         rows = Prompts(prompts, prompt_mask, row_ids, columns=None)
         return make_sample(self.models, sampling)(self.params, rows, key)
 
@@ -197,11 +196,11 @@ class RLHFEngine:
         return _make_score(self.models, temperature)(self.params, Batch(tokens, mask, start=start))
 
     def values(self, tokens: Int[AnyArray, "B T"], mask: Bool[AnyArray, "B T"]) -> Float32[Array, "B T"]:
-        """The critic's value of the state that each token leads to, in reward units."""
+        """The critic's value of the state after each token, in reward units."""
         return _make_values(self.models)(self.params, Batch(tokens, mask))
 
     def reward(self, tokens: Int[AnyArray, "B T"], mask: Bool[AnyArray, "B T"]) -> Float32[Array, "B"]:
-        """The reward model's score of each text, in reward units; whether it ends in EOS is not looked at."""
+        """The reward model's score of each text, in reward units, without a penalty for a missing EOS."""
         if self.models.reward is None:
             raise ValueError("the engine has no reward model; give config.reward_model.path.")
         return _make_reward(self.models)(self.params, Batch(tokens, mask))
@@ -238,18 +237,11 @@ def _make_reward(models: Models) -> Callable[[Params, Batch], Array]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _join(network: SplitModel, params: SplitParams) -> ModelParams:
-    return jax.tree.map(jnp.copy, network.join(params))  # not the buffers that the next update is given
+    return jax.tree.map(jnp.copy, network.join(params))  # copies: the next update donates the original buffers
 
 
 def headless(path: str) -> str:
-    """What to say of a reward model without a scalar head.
-
-    Args:
-      path: its folder, file or hub id.
-
-    Returns:
-      A message.
-    """
+    """The error message for a reward model without a scalar head; path: its folder, file or hub id."""
     return (
         f"config.reward_model.path={path} is a language model: it has no scalar head (score.weight), so every text "
         "would score 0. The reward phase trains a reward model: --config.phases=reward --config.reward.start_from=…"
@@ -257,18 +249,21 @@ def headless(path: str) -> str:
 
 
 def check_roles(roles: Mapping[str, ModelConfig]) -> None:
-    """Stops where a role has settings that nothing would read.
+    """Checks that a model without a path has no settings that would be ignored.
 
     Args:
       roles: "model", "reference", "critic", "reward_model" → settings.
 
     Raises:
-      ValueError: says which, and what to do.
+      ValueError: a model has a revision and no path.
     """
     for role, config in roles.items():
         if config.path is None and config.revision is not None:
-            raise ValueError(f"config.{role}.revision={config.revision!r} is of a hub id; set config.{role}.path too.")
+            raise ValueError(
+                f"config.{role}.revision={config.revision!r} has no effect without a hub id; set config.{role}.path "
+                "too."
+            )
     reward = roles["reward_model"]
     offload = isinstance(reward, FrozenConfig) and reward.offload
     if reward.path is None and (offload or reward.dtype or reward.remat or reward.attention):
-        logging.warning("config.reward_model has no path, so no reward model runs: its other settings change nothing.")
+        logging.warning("config.reward_model has no path, so no reward model runs; its other settings have no effect.")

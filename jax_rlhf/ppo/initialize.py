@@ -1,12 +1,13 @@
-"""Who starts as what: from checkpoints to the parameters that PPO trains and those that it holds frozen.
+"""Initial weights of the four models: from checkpoints to the trainable and frozen parameters of PPO.
 
-actor       trains                     as given
-reference   frozen                     as given, or the actor's weights at the start (no second copy)
-critic      trains                     as given, or the reward model, or the actor's trunk with a zero head
-reward      frozen                     as given, or none where Python functions score
+            training    initial weights
+actor       trainable   as given
+reference   frozen      as given, or the actor's (frozen layers are shared with it)
+critic      trainable   as given, or the reward model's, or the actor's trunk with a zero head
+reward      frozen      as given, or no reward model if only Python functions score
 
-Only ids that all four know, and that are tokens of the actor's tokenizer, are sampled: actor and reference have no
-probability on others, in sampling, log-probs and entropy alike.
+Only ids in the vocabularies of all four models that are tokens of the actor's tokenizer are sampled. For actor and
+reference all other ids have probability 0, in sampling, log-probs and entropy alike.
 """
 
 import dataclasses
@@ -27,16 +28,16 @@ from jax_rlhf.ppo.models import Frozen, Models, Params, Trainable
 
 @dataclasses.dataclass(frozen=True)
 class InitialModels:
-    """What the four models start as; parameters may be `jax.ShapeDtypeStruct`s, for a plan.
+    """The initial weights of the four models; parameters may be `jax.ShapeDtypeStruct`s, for a plan.
 
     Attributes:
-      actor, reference: with LM heads; None = the actor's weights.
-      critic, reward: with scalar heads; None = as the module says.
+      actor, reference: with LM heads; reference=None = the actor's weights.
+      critic, reward: with scalar heads; None = see the module's docstring.
       trainable_layers, critic_trainable_layers: from the top; None = all parameters.
-      critic_zero_head: the critic's head starts at zero, whatever it starts as.
-      offloaded: of "reference" and "reward", those whose parameters wait in host memory.
-      reference_config, critic_config: how these run (dtype, remat, attention) where they start as another model; None =
-        as that one.
+      critic_zero_head: the critic's head starts at zero, whatever its initial weights.
+      offloaded: of "reference" and "reward", those stored in host memory between uses.
+      reference_config, critic_config: dtype, remat and attention of these models if they start from another model's
+        weights; None = those of that model.
     """
 
     actor: Pretrained
@@ -52,15 +53,7 @@ class InitialModels:
 
 
 def pad_vocabularies(start: InitialModels, layout: Layout | None) -> InitialModels:
-    """Models whose vocabularies the mesh divides, as `load_pretrained` makes them: zeros past the last id's row.
-
-    Args:
-      start: what the models start as.
-      layout: the mesh; None = one device.
-
-    Returns:
-      The same models.
-    """
+    """Pads embedding tables and LM heads with zero rows until the mesh divides them, as `load_pretrained` does."""
     if layout is None:
         return start
 
@@ -70,46 +63,44 @@ def pad_vocabularies(start: InitialModels, layout: Layout | None) -> InitialMode
     def model(given: Pretrained | None) -> Pretrained | None:
         if given is None or given.model.config.table_rows % layout.num_shards("vocab") == 0:
             return given
-        wide = given.model.clone(config=config(given.model.config))
-        return dataclasses.replace(given, model=wide, params=jax.tree.map(_grown, given.params, abstract_params(wide)))
+        padded = given.model.clone(config=config(given.model.config))
+        params = jax.tree.map(_pad_to, given.params, abstract_params(padded))
+        return dataclasses.replace(given, model=padded, params=params)
 
     models = {role: model(getattr(start, role)) for role in ("actor", "reference", "critic", "reward")}
     configs = {name: config(getattr(start, name)) for name in ("reference_config", "critic_config")}
     return dataclasses.replace(start, **models, **configs)
 
 
-def _grown(leaf: Float[jax.Array, "..."], wide: jax.ShapeDtypeStruct) -> Float[jax.Array, "..."]:
-    return jnp.pad(leaf, [(0, new - old) for old, new in zip(leaf.shape, wide.shape, strict=True)])
+def _pad_to(leaf: Float[jax.Array, "..."], padded: jax.ShapeDtypeStruct) -> Float[jax.Array, "..."]:
+    return jnp.pad(leaf, [(0, new - old) for old, new in zip(leaf.shape, padded.shape, strict=True)])
 
 
 def create_models(start: InitialModels, layout: Layout | None) -> Models:
-    """The models, on a mesh.
+    """The models without their parameters, on a mesh.
 
     Args:
-      start: what they start as. A model in float16 computes in float32 on CPU, else in bfloat16: gradients of float16
-        underflow.
+      start: the initial models. A model in float16 computes in float32 on CPU and in bfloat16 elsewhere, because
+        float16 gradients underflow.
       layout: the mesh; None = one device.
-
-    Returns:
-      The models.
 
     Raises:
       ValueError: layers out of range.
     """
-    known = min(given.model.config.vocab_size for given in _given(start))
+    vocab_size = min(given.model.config.vocab_size for given in _given(start))  # ids that all models have
 
     def network(pretrained: Pretrained, layers: int | None = None, runs_as: DecoderConfig | None = None) -> SplitModel:
         config = pretrained.model.config if runs_as is None else runs_as
         if config.dtype == jnp.float16:
             config = config.replace(dtype=jnp.float32 if config.platform == "cpu" else jnp.bfloat16)
         if pretrained.model.head == "lm":
-            config = sampled_ids(config, start.actor.tokenizer, known)
+            config = sampled_ids(config, start.actor.tokenizer, vocab_size)
         return SplitModel(on_layout(pretrained.model.clone(config=config), layout), layers)
 
     actor = network(start.actor, start.trainable_layers)
     critic_start, critic_layers = start.critic or start.reward or _zero_head(start.actor), start.critic_trainable_layers
     critic = network(critic_start, critic_layers, start.critic_config if start.critic is None else None)
-    alone = start.critic is None and start.reward is None
+    critic_from_actor = start.critic is None and start.reward is None
     if start.reference is None:
         reference = network(start.actor, start.trainable_layers, start.reference_config)
     else:
@@ -123,7 +114,7 @@ def create_models(start: InitialModels, layout: Layout | None) -> Models:
         critic=critic,
         reward=reward,
         reference_shares=start.reference is None,
-        critic_shares=alone
+        critic_shares=critic_from_actor
         and critic.first_layer == actor.first_layer
         and None not in (start.trainable_layers, start.critic_trainable_layers),
         reward_shares=start.reward is not None and start.critic is None,
@@ -136,49 +127,40 @@ def _given(start: InitialModels) -> list[Pretrained]:
 
 
 def on_layout(model: Decoder, layout: Layout | None) -> Decoder:
-    """The same model on a mesh.
-
-    Args:
-      model: the model.
-      layout: the mesh; None = as it is.
-
-    Returns:
-      The model.
-    """
+    """The model with this layout in its config; unchanged if layout is None."""
     return model if layout is None else model.clone(config=model.config.replace(layout=layout))
 
 
 def create_params(models: Models, start: InitialModels) -> Params:
-    """The four models' parameters in a frozen and a trained part each; what two of them have in common is held once.
+    """The parameters of the four models, split into frozen and trainable; shared parameters are stored once.
+
+    Trainable parameters are float32 copies, since every update donates their buffers. Frozen parameters are stored in
+    the dtype that they are computed in, unless theirs is narrower.
 
     Args:
-      models: of the same start.
-      start: the parameters.
-
-    Returns:
-      Their parameters: what trains is a copy in float32, since its buffers are donated to every update; what does not
-      is in no wider a dtype than it is computed in.
+      models: from `create_models` with the same `start`.
+      start: the initial weights.
     """
     critic_start = start.critic or start.reward or _zero_head(start.actor)
     actor = models.actor.split(_on_mesh(start.actor, models.actor))
     critic = models.critic.split(_on_mesh(critic_start, models.critic))
 
-    def held(part: ModelParams, network: SplitModel, role: str) -> SplitParams:
+    def frozen_params(part: ModelParams, network: SplitModel, role: str) -> SplitParams:
         frozen = SplitParams({}, narrowed(part, network.compute_dtypes().trainable))
         return jax.device_put(frozen, jax.memory.Space.Host) if role in models.offloaded else frozen
 
     reference, reward = actor.trainable, None
     if not models.reference_shares:
-        assert start.reference is not None, "the models are of another start"
+        assert start.reference is not None, "models and start do not match"
         reference = _on_mesh(start.reference, models.reference)
-    reference = held(reference, models.reference, "reference")
+    reference = frozen_params(reference, models.reference, "reference")
     if models.reward is not None:
-        assert start.reward is not None, "the models are of another start"
+        assert start.reward is not None, "models and start do not match"
         reward = critic.trainable if models.reward_shares else _on_mesh(start.reward, models.reward)
-        reward = held(reward, models.reward, "reward")
-    actor, critic = _frozen_narrowed(models, actor, critic)
+        reward = frozen_params(reward, models.reward, "reward")
+    actor, critic = _narrow_frozen(models, actor, critic)
 
-    # The critic values unfinished responses, so it starts without the bonus that the reward model gives for those.
+    # The critic values unfinished responses, whose reward model scores are reduced by missing_eos_bias.
     learned = start.critic or start.reward
     critic_bias = learned.reward_bias - learned.missing_eos_bias if learned is not None else 0.0
     critic_trainable = critic.trainable
@@ -197,8 +179,8 @@ def create_params(models: Models, start: InitialModels) -> Params:
     return Params(Trainable(_copies(actor.trainable), _copies(critic_trainable), None), frozen)
 
 
-def _frozen_narrowed(models: Models, actor: SplitParams, critic: SplitParams) -> tuple[SplitParams, SplitParams]:
-    """Actor and critic with frozen layers as wide as the widest of the models that run them computes."""
+def _narrow_frozen(models: Models, actor: SplitParams, critic: SplitParams) -> tuple[SplitParams, SplitParams]:
+    """Casts the frozen layers of actor and critic to the widest dtype that any model sharing them computes in."""
     actors, critics = [models.actor], [models.critic]
     if models.reference_shares:
         actors.append(models.reference)
@@ -228,46 +210,22 @@ def _on_mesh(pretrained: Pretrained, network: SplitModel) -> ModelParams:
 
 
 def whole_shardings(network: SplitModel, layout: Layout) -> ModelParams:
-    """The sharding of a whole model's parameters.
-
-    Args:
-      network: the model.
-      layout: the mesh.
-
-    Returns:
-      `NamedSharding`s.
+    """The `NamedSharding`s of all parameters of a model in one tree, not split.
 
     Raises:
-      ValueError: the mesh does not divide one; says which sizes would.
+      ValueError: the mesh does not divide a parameter; the message lists sizes that would work.
     """
     return SplitModel(network.model).shardings(layout).trainable
 
 
 def trainable_shardings(models: Models, layout: Layout, *, moving_average: bool = False) -> Trainable:
-    """The sharding of what updates change.
-
-    Args:
-      models: the models.
-      layout: the mesh.
-      moving_average: whether one is kept.
-
-    Returns:
-      `NamedSharding`s.
-    """
+    """The `NamedSharding`s of the trainable parameters; `moving_average` includes the actor's moving average."""
     actor = models.actor.shardings(layout).trainable
     return Trainable(actor, models.critic.shardings(layout).trainable, actor if moving_average else None)
 
 
 def frozen_shardings(models: Models, layout: Layout) -> Frozen:
-    """The sharding of what no update changes, pinned host memory for what is offloaded.
-
-    Args:
-      models: the models.
-      layout: the mesh.
-
-    Returns:
-      `NamedSharding`s.
-    """
+    """The `NamedSharding`s of the frozen parameters; those of offloaded models are in pinned host memory."""
     actor, critic = models.actor.shardings(layout), models.critic.shardings(layout)
     reference, reward = SplitParams({}, actor.trainable), None
     if not models.reference_shares:
@@ -281,7 +239,7 @@ def frozen_shardings(models: Models, layout: Layout) -> Frozen:
         reference = jax.tree.map(host, reference)
     if "reward" in models.offloaded:
         reward = jax.tree.map(host, reward)
-    replicated = cast(Any, layout.sharding(()))  # where an array is, in the same tree
+    replicated = cast(Any, layout.sharding(()))  # a sharding in the field of an array
     return Frozen(actor.frozen, critic.frozen, reference, reward, replicated, replicated, replicated)
 
 
@@ -294,29 +252,27 @@ def _zero_head(actor: Pretrained) -> Pretrained:
 
 
 def check_compatible(start: InitialModels) -> None:
-    """Raises where the four models do not fit together.
-
-    Args:
-      start: what they start as.
+    """Checks that the four models can be used together.
 
     Raises:
-      ValueError: a wrong head, or another tokenizer; says whose.
+      ValueError: a model has the wrong head, a different tokenizer or too few ids; the message names it.
     """
     heads = {"actor": "lm", "reference": "lm", "critic": "scalar", "reward": "scalar"}
     actor = start.actor
     tokens = 0 if actor.tokenizer is None else len(actor.tokenizer)
-    for role, wanted in heads.items():
+    for role, head in heads.items():
         given = getattr(start, role)
         if given is None:
             continue
-        if given.model.head != wanted:
-            raise ValueError(f'{role} has a {given.model.head!r} head; load it with head="{wanted}".')
-        differ = actor.tokenizer and given.tokenizer and other_ids(actor.tokenizer, given.tokenizer)
-        if differ:
+        if given.model.head != head:
+            raise ValueError(f'{role} has a {given.model.head!r} head; load it with head="{head}".')
+        difference = actor.tokenizer and given.tokenizer and other_ids(actor.tokenizer, given.tokenizer)
+        if difference:
             raise ValueError(
-                f"{role} has another tokenizer than the actor ({differ}). Token ids are carried from one to the other, "
-                "never made again from text: use a model of the same tokenizer (it may have more tokens), or score "
-                "texts with a reward function."
+                f"{role} has another tokenizer than the actor ({difference}). All models read the actor's token ids, "
+                "which are not tokenized again: use a model with the same tokenizer (it may have more tokens), or "
+                "score texts with a reward function."
             )
         if role != "actor" and given.model.config.vocab_size < tokens:
-            raise ValueError(f"{role} knows {given.model.config.vocab_size} tokens, the tokenizer has {tokens}.")
+            size = given.model.config.vocab_size
+            raise ValueError(f"{role} has a vocabulary of {size} ids, but the tokenizer has {tokens} tokens.")

@@ -1,4 +1,4 @@
-"""What is measured of an experience and of the updates by it, under the names that TRL's users know."""
+"""Metrics of an experience and of the updates on it, under TRL's names."""
 
 from typing import Any
 
@@ -14,17 +14,17 @@ from jax_rlhf.rl import Experience, masked_mean, masked_sum, masked_variance, sh
 
 
 class LossSums(struct.PyTreeNode):
-    """Losses and more, summed over a microbatch's tokens and divided by the minibatch's token count.
+    """Losses and statistics, summed over a microbatch's tokens and divided by the minibatch's token count.
 
     Attributes:
       policy_loss, value_loss, ptx_loss: the losses, without entropy bonus and coefficients.
       entropy: in nats.
       approx_kl: ½ (log ρ)², in nats.
       penalty_kl: k3(old ‖ new), in nats.
-      clipped: share of tokens whose gradient PPO-clip removes.
-      value_clipped: share of tokens on which the clipped value loss is the larger one.
+      clipped: fraction of tokens whose policy gradient is zero because PPO-clip is active.
+      value_clipped: fraction of tokens where the clipped value loss exceeds the unclipped one.
       ratio: ρ.
-      ratio_gap: the largest |ρ − 1|: not a sum.
+      ratio_gap: the largest |ρ − 1|; the only field that is a maximum instead of a sum.
     """
 
     policy_loss: Float32[Array, "*steps"]
@@ -40,14 +40,14 @@ class LossSums(struct.PyTreeNode):
 
 
 class StepMetrics(struct.PyTreeNode):
-    """What is measured of one minibatch, or of all steps after one another.
+    """Metrics of one minibatch, or of all minibatches of an iteration along axis 0.
 
     Attributes:
-      sums: of its microbatches.
-      done: False past `target_kl`, where nothing is computed.
-      taken: whether the parameters moved.
-      actor_norm, critic_norm: of the gradients before clipping.
-      actor_lr, critic_lr: the learning rates of this step.
+      sums: summed over the microbatches.
+      done: False after early stopping at `target_kl`, where nothing is computed.
+      taken: whether the optimizer step was applied.
+      actor_norm, critic_norm: gradient norms before clipping.
+      actor_lr, critic_lr: learning rates of the step.
     """
 
     sums: LossSums
@@ -69,13 +69,16 @@ def policy_sums(
     old_to_new: Float32[Array, "B R"],
     tokens: Float32[Array, ""],
 ) -> LossSums:
-    """What is measured of the actor on a microbatch; `value_loss`, `value_clipped` and `ptx_loss` are 0.
+    """The actor's sums over a microbatch; `value_loss`, `value_clipped` and `ptx_loss` are 0.
 
     Args:
       config: PPO's.
-      batch: b rows of the experience.
-      policy_loss, entropy, log_ratio, old_to_new: the loss, and in nats H, log ρ and k3(old ‖ new).
-      tokens: real tokens of the minibatch.
+      batch: the microbatch.
+      policy_loss: per token, without entropy bonus.
+      entropy: H, in nats.
+      log_ratio: log ρ, in nats.
+      old_to_new: k3(old ‖ new), in nats.
+      tokens: number of real response tokens in the minibatch.
     """
     mask, ratio, advantages, zero = batch.response_mask, jnp.exp(log_ratio), batch.advantages, jnp.float32(0)
     low, high = config.loss.clip_ranges
@@ -96,7 +99,7 @@ def policy_sums(
 
 
 def add_gradients_and_sums(total: tuple[Any, LossSums], more: tuple[Any, LossSums]) -> tuple[Any, LossSums]:
-    """Adds two microbatches' (gradients, sums); of the ratio gaps the largest counts."""
+    """Adds the (gradients, sums) of two microbatches; the ratio gap is their maximum."""
     gradients, sums = jax.tree.map(jnp.add, total, more)
     return gradients, sums.replace(ratio_gap=jnp.maximum(total[1].ratio_gap, more[1].ratio_gap))
 
@@ -108,34 +111,37 @@ def experience_metrics(
 
     Args:
       config: PPO's.
-      experience: what was generated.
-      kl_coef: β that its rewards were made with.
+      experience: with scores and rewards.
+      kl_coef: the β of its rewards.
 
     Returns:
       By name:
         objective/kl: Σ log π − log π_ref, in nats per response; objective/kl_per_token: its mean per token.
         objective/entropy: Σ −log π of the sampled tokens, in nats per response.
-        objective/scores, objective/scores_std: from the reward source.
-        objective/rlhf_reward: what is optimised: the score, clipped and less the penalty for a missing EOS, less the KL
-          penalty, by the estimate and the reduction of the config; objective/non_score_reward: the KL penalty alone.
+        objective/scores, objective/scores_std: mean and standard deviation of the scores before clipping and penalties.
+        objective/rlhf_reward: the optimised objective: the score, clipped, minus the penalty for a missing EOS, minus
+          the KL penalty with the config's estimator and reduction.
+        objective/non_score_reward: minus the KL penalty.
         objective/kl_coef: β.
-        objective/response_length: tokens, EOS included; objective/eos_rate, val/num_eos_tokens: responses that ended.
+        objective/response_length: tokens per response, EOS included.
+        objective/eos_rate, val/num_eos_tokens: fraction and number of responses that end with EOS.
         val/explained_variance: 1 − var(returns − values) / var(returns).
-        val/sampler_logprob_gap: the largest |log π of the sampler − of the scorer|.
-        val/kept_mass: mean probability that the sampler's filters left.
-        val/bad_scores: responses whose score is not finite.
+        val/sampler_logprob_gap: the largest |log π of the sampler − log π of the scorer|, in nats.
+        val/kept_mass: mean probability mass that the sampling filters leave.
+        val/bad_scores: number of responses whose score is not finite.
     """
     mask = experience.response_mask
     log_ratio = jnp.where(mask, experience.logprobs - experience.ref_logprobs, 0)  # [B, R]
     kl = jnp.mean(jnp.sum(log_ratio, axis=1))
     scores = jnp.mean(experience.scores)
-    how = {"kl_coef": kl_coef, "kl_kind": config.kl.kind, "kl_reduction": config.kl.reduction}
-    none = jnp.zeros_like(experience.scores)
-    penalty = jnp.mean(jnp.sum(token_rewards(none, experience.logprobs, experience.ref_logprobs, mask, **how), axis=1))
-    shape = {"clip": config.reward.clip, "missing_eos_penalty": config.reward.missing_eos_penalty}
-    optimised = jnp.mean(shaped_scores(experience.scores, experience.ended, **shape))
-    ended = experience.ended.astype(jnp.float32)
-    spread = masked_variance(experience.returns, mask)
+    keywords = {"kl_coef": kl_coef, "kl_kind": config.kl.kind, "kl_reduction": config.kl.reduction}
+    zero = jnp.zeros_like(experience.scores)  # [B]
+    kl_rewards = token_rewards(zero, experience.logprobs, experience.ref_logprobs, mask, **keywords)  # [B, R]
+    penalty = jnp.mean(jnp.sum(kl_rewards, axis=1))
+    shaping = {"clip": config.reward.clip, "missing_eos_penalty": config.reward.missing_eos_penalty}
+    optimised = jnp.mean(shaped_scores(experience.scores, experience.ended, **shaping))
+    ended = experience.ended.astype(jnp.float32)  # [B]
+    variance = masked_variance(experience.returns, mask)
     unexplained = masked_variance(experience.returns - experience.values, mask)
     return {
         "objective/kl": kl,
@@ -149,7 +155,7 @@ def experience_metrics(
         "objective/response_length": jnp.mean(jnp.sum(mask, axis=1).astype(jnp.float32)),
         "objective/eos_rate": jnp.mean(ended),
         "val/num_eos_tokens": jnp.sum(ended),
-        "val/explained_variance": 1 - unexplained / jnp.maximum(spread, 1e-12),
+        "val/explained_variance": 1 - unexplained / jnp.maximum(variance, 1e-12),
         "val/sampler_logprob_gap": jnp.max(
             jnp.abs(experience.logprobs - experience.sampler_logprobs), where=mask, initial=0
         ),
@@ -159,7 +165,7 @@ def experience_metrics(
 
 
 def update_metrics(state: PPOState, steps: StepMetrics) -> dict[str, Float32[Array, ""]]:
-    """Means over the updates that were done; each leaf of `steps` is [updates]."""
+    """Means over the minibatches that were computed (`done`); each leaf of `steps` is [epochs · minibatches]."""
     sums = steps.sums
     mean = lambda x: masked_mean(x.astype(jnp.float32), steps.done)  # noqa: E731
     last = jnp.sum(steps.done) - 1

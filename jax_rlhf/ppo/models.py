@@ -1,17 +1,17 @@
-"""The four models of PPO: what they share, what is frozen, and what is asked of them.
+"""The four models of PPO: which parameters they share, which are frozen, and their forward passes.
 
-    models = engine.models                              static: which models, what they share; hashable
-    params = engine.params                              their parameters, a pytree
+    models = engine.models                              static and hashable: the architectures, and what they share
+    params = engine.params                              the parameters, a pytree
 
     models.actor_logprobs(params, batch, …)             log π, and the entropy
     models.reference_logprobs(params, batch, …)         log π_ref
-    models.values(params, batch)                        the critic's
-    models.scores(params, batch)                        the reward model's
+    models.values(params, batch)                        the critic's values
+    models.scores(params, batch)                        the reward model's scores
 
-With `trainable_layers=k` the layers below the top k are frozen. They exist once where two models started as the same
-checkpoint, and their output, `cache_frozen_activations`, is computed once per rollout.
+With `trainable_layers=k` the layers below the top k are frozen. Models that started from the same checkpoint share one
+copy of them, and their output is computed once per rollout (`cache_frozen_activations`).
 
-Sizes: B rows, P prompt slots, R response slots, T = P + R, D width.
+Sizes: B rows, P prompt slots, R response slots, T = P + R, D hidden size, E width of the head's input.
 """
 
 import dataclasses
@@ -31,11 +31,11 @@ from jax_rlhf.sampling import check_positions, decodes_unrolled, reshard, score_
 
 
 class Trainable(struct.PyTreeNode):
-    """What an update changes.
+    """The parameters that an update changes.
 
     Attributes:
       actor, critic: their trainable parameters, float32.
-      actor_ema: moving average of the actor's, float32; None where none is kept.
+      actor_ema: exponential moving average of the actor's, float32; None if there is none.
     """
 
     actor: ModelParams
@@ -43,7 +43,7 @@ class Trainable(struct.PyTreeNode):
     actor_ema: ModelParams | None
 
     def with_average(self, decay: float | None) -> "Trainable":
-        """The average moves where this trainer keeps one; another trainer's, kept by the engine, stays as it is."""
+        """Updates the moving average; with decay=None it is unchanged (another trainer of the engine owns it)."""
         if self.actor_ema is None or decay is None:
             return self
         average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, self.actor_ema, self.actor)
@@ -51,14 +51,15 @@ class Trainable(struct.PyTreeNode):
 
 
 class Frozen(struct.PyTreeNode):
-    """What no update changes.
+    """The parameters that no update changes.
 
     Attributes:
-      actor, critic: the frozen bottom layers of these models; empty dicts where everything trains.
-      reference: the reference; its `frozen` is empty where it shares the actor's.
-      reward: the reward model; its `frozen` is empty where it shares the critic's. None where there is none.
-      reward_bias, critic_bias: added to what the heads say, in reward units. A reward model's gain is in its head, its
-        bias here. A critic that starts as a reward model starts with its scores of unfinished texts.
+      actor, critic: the frozen bottom layers of these models; empty dicts if all their layers train.
+      reference: the reference; its `frozen` is empty if it shares the actor's.
+      reward: the reward model; its `frozen` is empty if it shares the critic's. None without a reward model.
+      reward_bias, critic_bias: added to the outputs of the scalar heads, in reward units. The gain of a reward model is
+        part of its head, its bias is stored here. A critic that starts as a reward model starts with the bias for
+        unfinished texts.
       missing_eos_bias: subtracted from the reward model's scores of responses without EOS.
     """
 
@@ -72,7 +73,7 @@ class Frozen(struct.PyTreeNode):
 
 
 class Params(struct.PyTreeNode):
-    """Parameters of the four models: what an update changes, and what it does not."""
+    """Parameters of the four models."""
 
     trainable: Trainable
     frozen: Frozen
@@ -88,11 +89,11 @@ class Params(struct.PyTreeNode):
         return SplitParams(self.frozen.critic, self.trainable.critic)
 
     def with_actor(self, actor: ModelParams) -> "Params":
-        """The same with other trainable parameters of the actor, to differentiate by them."""
+        """A copy with other trainable parameters of the actor, to differentiate with respect to them."""
         return self.replace(trainable=self.trainable.replace(actor=actor))
 
     def with_critic(self, critic: ModelParams) -> "Params":
-        """The same with other trainable parameters of the critic."""
+        """A copy with other trainable parameters of the critic."""
         return self.replace(trainable=self.trainable.replace(critic=critic))
 
 
@@ -103,12 +104,12 @@ class Models:
     Attributes:
       actor, reference: with LM heads.
       critic: with a scalar head.
-      reward: with a scalar head; None where only functions over texts score.
-      reference_shares: the reference's frozen bottom is the actor's.
-      critic_shares: the critic's is the actor's.
-      reward_shares: the reward model's is the critic's.
-      offloaded: of "reference" and "reward", those whose parameters wait in host memory (not what they share).
-      logprob_chunk: positions whose logits exist at once; None chooses.
+      reward: with a scalar head; None if all scores come from reward functions.
+      reference_shares: the reference's frozen layers are the actor's.
+      critic_shares: the critic's frozen layers are the actor's.
+      reward_shares: the reward model's frozen layers are the critic's.
+      offloaded: of "reference" and "reward", those stored in host memory between uses, except for shared layers.
+      logprob_chunk: positions whose logits are in memory at once; None chooses.
     """
 
     actor: SplitModel
@@ -127,21 +128,21 @@ class Models:
         return self.actor.model.config.layout
 
     def fetch_offloaded(self, params: Params) -> Params:
-        """Brings what waits in host memory to the devices, under jit; before any loop that reads it."""
+        """Copies offloaded parameters to the devices. Call it under jit, before any loop that reads them."""
         frozen = params.frozen
         fetched = {role: jax.device_put(getattr(frozen, role), jax.memory.Space.Device) for role in self.offloaded}
         return params.replace(frozen=frozen.replace(**fetched))
 
     def cache_frozen_activations(self, params: Params, batch: Batch, *, critic: bool = True) -> FrozenActivations:
-        """Runs the frozen bottoms of actor and critic, once for all that is asked later of the same tokens.
+        """Runs the frozen layers of actor and critic, once for all later forward passes over the same tokens.
 
         Args:
           params: of the four models.
           batch: B rows.
-          critic: whether the critic will be asked at all.
+          critic: False skips the critic.
 
         Returns:
-          The activations, None for a model that trains as a whole or is not asked.
+          The activations; None for a model without frozen layers, and for a skipped critic.
         """
         actor = self.actor.frozen_activations(SplitParams(params.frozen.actor, {}), batch.tokens, batch.mask)
         if not critic:
@@ -154,12 +155,12 @@ class Models:
     def actor_logprobs(
         self, params: Params, batch: Batch, *, temperature: float
     ) -> tuple[Float32[Array, "B R"], Float32[Array, "B R"]]:
-        """Log-probs of the tokens from slot `batch.start` on, and the entropy of the distributions they are from.
+        """Log-probs of the tokens from slot `batch.start` on, and the entropy of the predicted distributions.
 
         Args:
           params: of the four models.
           batch: B rows.
-          temperature: τ, as sampled: the distribution is softmax(logits / τ).
+          temperature: τ of sampling: the distribution is softmax(logits / τ).
 
         Returns:
           (logprobs, entropy) of R = T − start tokens, in nats. At pads they are unspecified.
@@ -182,15 +183,15 @@ class Models:
           Of T − start + 1 states, in reward units.
         """
         hidden = _hidden(self.critic, params.critic, batch, batch.frozen_activations.critic)
-        hidden = hidden[:, batch.start - 1 :]  # [B, R + 1, D]
+        hidden = hidden[:, batch.start - 1 :]  # [B, R + 1, E]
         head = {"params": self.critic.head_params(params.critic)}
         return self.critic.model.apply(head, hidden, method="apply_head") + params.frozen.critic_bias
 
     def scores(self, params: Params, batch: Batch) -> Float32[Array, "B"]:
-        """The reward model's score of each row, read at its last real token, its bias added; in reward units."""
+        """The reward model's score of each row at its last real token, plus its bias; in reward units."""
         network, reward, activations = self.reward, params.frozen.reward, None
-        assert network is not None, "there is no reward model to ask"
-        assert reward is not None, "the parameters are of other models"
+        assert network is not None, "there is no reward model"
+        assert reward is not None, "the parameters have no reward model"
         if self.reward_shares:
             reward = SplitParams(params.frozen.critic, reward.trainable)
             if _same_forward(network, self.critic):
@@ -199,14 +200,14 @@ class Models:
         return last_token_values(network, reward, hidden, batch.mask) + params.frozen.reward_bias
 
     def sampling_weights(self, params: Params) -> tuple[Decoder, ModelParams]:
-        """The actor as the sampler runs it, (model, parameters): see `sampling/weights.py`."""
+        """(model, parameters) of the actor in the form that the sampler runs; see `sampling/weights.py`."""
         model, weights = reshard(self.actor.model, params.actor, self.actor.axes())
         if decodes_unrolled(model.config):
             return model.clone(scan_layers=False), self.actor.unstack(weights)
         return model, self.actor.join(weights)
 
     def check_prompts(self, tokens: Int[np.ndarray, "B P"], mask: Bool[np.ndarray, "B P"], max_new_tokens: int) -> None:
-        """Raises where one of the four models cannot run over these prompts and their responses.
+        """Checks that all four models can run over these prompts and their responses.
 
         Args:
           tokens: ids, on the host.
@@ -214,13 +215,17 @@ class Models:
           max_new_tokens: R, in tokens.
 
         Raises:
-          ValueError: an id that not all models know, or a row that is longer than a table of positions; says which.
+          ValueError: an id is outside the models' common vocabulary, or a row is longer than a learned position table;
+            the message names the prompt.
         """
-        lengths, known = mask.sum(axis=1), self.actor.model.config.vocab_size
-        unknown = mask & ((tokens < 0) | (tokens >= known))
-        if unknown.any():
-            row, column = np.argwhere(unknown)[0]
-            raise ValueError(f"prompt {row} has the id {tokens[row, column]}; the models know {known} ids.")
+        lengths, vocab_size = mask.sum(axis=1), self.actor.model.config.vocab_size
+        outside = mask & ((tokens < 0) | (tokens >= vocab_size))
+        if outside.any():
+            row, column = np.argwhere(outside)[0]
+            raise ValueError(
+                f"prompt {row} has the token id {tokens[row, column]}; the models' common vocabulary has {vocab_size} "
+                "ids."
+            )
         for role in ("actor", "reference", "critic", "reward"):
             network = getattr(self, role)
             if network is not None:
@@ -234,7 +239,8 @@ class Models:
         activations: Float[Array, "B T D"] | None,
         temperature: float,
     ) -> tuple[Float32[Array, "B R"], Float32[Array, "B R"]]:
-        hidden = _hidden(network, params, batch, activations)[:, batch.start - 1 : -1]  # [B, R, D], before each token
+        # The hidden state one slot before a token predicts it.
+        hidden = _hidden(network, params, batch, activations)[:, batch.start - 1 : -1]  # [B, R, E]
         targets, head = batch.tokens[:, batch.start :], network.head_params(params)
         return score_hidden(network.model, head, hidden, targets, temperature=temperature, chunk=self.logprob_chunk)
 
@@ -242,13 +248,13 @@ class Models:
 def _hidden(
     network: SplitModel, params: SplitParams, batch: Batch, activations: Float[Array, "B T D"] | None
 ) -> Float[Array, "B T E"]:
-    """What the head reads; the frozen bottom runs here where its output is not given."""
+    """The head's input; runs the frozen layers first if their output is not given."""
     if activations is None:
         activations = network.frozen_activations(params, batch.tokens, batch.mask)
     return network.hidden_states(params, batch.tokens, batch.mask, activations)
 
 
 def _same_forward(network: SplitModel, other: SplitModel) -> bool:
-    """Whether two models of the same frozen bottom compute the same: in one dtype, by one form of attention."""
+    """Whether two models that share frozen layers also compute alike: same dtype, same attention implementation."""
     config = other.model.config
     return network.model.config.replace(remat=config.remat) == config

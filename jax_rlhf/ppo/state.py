@@ -1,4 +1,4 @@
-"""What the trainer carries from iteration to iteration, beside the models."""
+"""The training state besides the models: optimizer states, coefficients and counters."""
 
 import functools
 from collections.abc import Mapping
@@ -26,10 +26,10 @@ class PPOState(struct.PyTreeNode):
       kl: the KL controller.
       penalty: the controller of PPO-penalty's β.
       iteration: iterations done.
-      skipped_updates: optimizer steps left out since something was not finite.
-      bad_steps: iterations in a row that had such a step.
-      lr_scale: what the actor's learning rate is multiplied by: 1 until a limit lowers it.
-      entropy: of the actor on the last minibatch, in nats per token; 0 before the first.
+      skipped_updates: optimizer steps skipped because a loss, gradient or score was not finite.
+      bad_steps: consecutive iterations with at least one skipped step.
+      lr_scale: factor on the actor's learning rate: 1 until a limit lowers it.
+      entropy: the actor's on the last minibatch, in nats per token; 0 before the first minibatch.
     """
 
     actor_optimizer: Any
@@ -43,25 +43,29 @@ class PPOState(struct.PyTreeNode):
     entropy: Float32[Array, ""]
 
     def adapt_kl(self, kl: Float32[Array, ""], episodes: int, moved: Bool[Array, ""]) -> "PPOState":
-        """With the KL coefficient of the next iteration, where the actor moved; kl: in nats per response."""
+        """Adapts the KL coefficient if the actor was updated (`moved`); kl: in nats per response."""
         return self.replace(kl=_where(moved, self.kl.update(kl, episodes), self.kl))
 
     def adapt_penalty(self, kl: Float32[Array, ""], moved: Bool[Array, ""]) -> "PPOState":
-        """With PPO-penalty's next β, where the actor moved; kl: k3(old ‖ new), in nats per token."""
+        """Adapts PPO-penalty's β if the actor was updated (`moved`); kl: k3(old ‖ new), in nats per token."""
         return self.replace(penalty=_where(moved, self.penalty.update(kl), self.penalty))
 
     def apply_limits(
         self, config: PPOConfig, metrics: dict[str, Float32[Array, ""]]
     ) -> tuple["PPOState", dict[str, Float32[Array, ""]]]:
-        """Where a limit is passed, the learning rate falls, or the run is told to stop; (state, metrics)."""
+        """Compares metrics with the limits, and lowers the learning rate if one is exceeded and the config says so.
+
+        Returns:
+          (state, metrics). "limit/kl" and "limit/ratio" are 1 if the limit is exceeded, for the run to stop.
+        """
         state, limits = self, {}
         if config.limits.kl is not None:
             limits["limit/kl"] = metrics["objective/kl"] > config.limits.kl
-        if config.limits.ratio is not None:  # the gap |ρ − 1| is above 1 only where ρ is above 2
+        if config.limits.ratio is not None:  # 2 or more; as ρ > 0, a gap above 1 means ρ = gap + 1
             limits["limit/ratio"] = metrics["val/largest_ratio_gap"] + 1 > config.limits.ratio
         if limits and config.limits.action == "lower_lr":
-            passed = jnp.any(jnp.stack(list(limits.values())))
-            scale = jnp.where(passed, self.lr_scale * config.limits.lr_factor, self.lr_scale)
+            exceeded = jnp.any(jnp.stack(list(limits.values())))
+            scale = jnp.where(exceeded, self.lr_scale * config.limits.lr_factor, self.lr_scale)
             state, limits["limit/lr_scale"] = self.replace(lr_scale=scale), scale
         return state, {name: value.astype(jnp.float32) for name, value in limits.items()}
 
@@ -79,18 +83,19 @@ def take_step(
     take: Bool[Array, ""],
     step: Int32[Array, ""],
 ) -> tuple[Trainable, PPOState, tuple[Float32[Array, ""], Float32[Array, ""]]]:
-    """One optimizer step of the actor, one of the critic.
+    """One optimizer step of the actor and one of the critic.
 
-    Learning rates are functions of the step's address (iteration, epoch, minibatch), and not of how many updates were
-    taken: else skipped steps, early stops and the critic's warm-up would move a schedule's end past the run's.
+    The learning rate depends on the position of the step in the run (iteration, epoch, minibatch), not on the number
+    of updates taken. Otherwise skipped steps, early stops and the critic's warm-up would delay the schedule, and the
+    run would end before it.
 
     Args:
       config: PPO's.
       trainable: the parameters.
       state: with the optimizers' states.
       gradients: "actor" and "critic".
-      take: False leaves both as they are.
-      step: of this iteration.
+      take: False skips both steps.
+      step: counted from 0 within the iteration.
 
     Returns:
       (trainable, state, learning rates of actor and critic).
@@ -120,7 +125,7 @@ def take_step(
 
 
 def entropy_coef(config: PPOConfig, state: PPOState) -> Float32[Array, ""] | float:
-    """The entropy bonus's coefficient, per nat: 0 where the last minibatch had more entropy than is wanted.
+    """The coefficient of the entropy bonus, per nat: 0 if the last minibatch's entropy was at or above the target.
 
     Source: He et al. 2025, "Skywork Open Reasoner 1 Technical Report" (adaptive entropy control).
     """
@@ -135,48 +140,33 @@ def create_state(config: PPOConfig, trainable: Trainable, layout: Layout | None 
     Args:
       config: PPO's.
       trainable: the parameters that will train.
-      layout: where they are; None = one device. An optimizer's moments lie as their parameters do, all else is on every
-        device.
-
-    Returns:
-      The state.
+      layout: the mesh; None = one device. Optimizer moments are sharded like their parameters, all else is replicated.
     """
     create = functools.partial(_create, config)
-    if layout is None:  # held to their device, as an update leaves it: else the next one would compile anew
+    if layout is None:  # committed to the device, as an update returns it: otherwise the second update would recompile
         return jax.device_put(jax.jit(create)(trainable), jax.tree.leaves(trainable.actor)[0].sharding)
     return jax.jit(create, out_shardings=state_shardings(config, trainable, layout))(trainable)
 
 
 def state_shardings(config: PPOConfig, trainable: Trainable, layout: Layout) -> PPOState:
-    """Where the state goes.
+    """The shardings of the state, in a tree of the state's structure.
 
     Args:
       config: PPO's.
       trainable: the parameters that will train: arrays, or shapes with shardings.
       layout: the mesh.
-
-    Returns:
-      Shardings, in the tree of the state.
     """
-    shapes, everywhere = abstract_state(config, trainable), layout.sharding(())
-    places = jax.tree.map(lambda _: everywhere, shapes)
+    shapes, replicated = abstract_state(config, trainable), layout.sharding(())
+    shardings = jax.tree.map(lambda _: replicated, shapes)
     for name in ("actor", "critic"):
         optimizer, state = create_optimizer(getattr(config, name).optimizer), getattr(shapes, f"{name}_optimizer")
-        moments = moment_shardings(optimizer, state, getattr(trainable, name), everywhere)
-        places = places.replace(**{f"{name}_optimizer": moments})
-    return places
+        moments = moment_shardings(optimizer, state, getattr(trainable, name), replicated)
+        shardings = shardings.replace(**{f"{name}_optimizer": moments})
+    return shardings
 
 
 def abstract_state(config: PPOConfig, trainable: Trainable) -> PPOState:
-    """The state's shapes.
-
-    Args:
-      config: PPO's.
-      trainable: the parameters that will train, or their shapes.
-
-    Returns:
-      `jax.ShapeDtypeStruct`s, without shardings.
-    """
+    """The state as `jax.ShapeDtypeStruct`s without shardings; `trainable` may consist of shapes, too."""
     return jax.eval_shape(functools.partial(_create, config), trainable)
 
 

@@ -1,21 +1,22 @@
-"""An iteration of PPO, to be read downward: prompts → responses → scores → rewards → advantages → updates → metrics.
+"""One PPO iteration, top to bottom: prompts → responses → scores → rewards → advantages → updates → metrics.
 
     make_experience   1  sample                     prompts [B, P] → responses [B, R]
-                      2  score                      log-probs, values [B, R] and scores [B], a microbatch at a time
+                      2  score                      log-probs, values [B, R] and scores [B], microbatch by microbatch
                       3  rewards, 4  advantages     [B, R]
-    make_update       5  for epoch:                 the rows in a new order
+    make_update       5  for epoch:                 shuffle the rows
                            for minibatch:           one optimizer step of the actor, one of the critic
                              for microbatch:        Σ of per-token losses / the minibatch's token count
-                               6  actor loss, 7  critic loss, their gradients, added up
-                             skip the step if anything is not finite
+                               6  actor loss, 7  critic loss; accumulate their gradients
+                             skip the step if a loss, gradient or score is not finite
                       8  coefficients, limits, metrics
 
-The loops of 5 are scans: the program is as long with 4 × 4 minibatches as with 1 × 1. Losses are sums over tokens,
-divided by the token count of the whole minibatch, so that the gradient does not depend on how rows are split over
-microbatches or devices. `make_…` close over what is static and return jitted functions; equal arguments get the same
-function, which is compiled once.
+The loops of step 5 are scans, so the size of the program does not depend on the number of epochs and minibatches.
+Losses are sums over tokens, divided by the token count of the whole minibatch, so the gradient does not depend on how
+rows are split over microbatches or devices. Each `make_…` returns a jitted function that closes over the static
+arguments. It is cached: equal arguments return the same function, which is compiled once.
 
-B rows, P prompt slots, R response slots, T = P + R. Source: Schulman et al. 2017; Stiennon et al. 2020, section 3.4.
+Sizes: B rows, b rows per microbatch, P prompt slots, R response slots, T = P + R.
+Source: Schulman et al. 2017; Stiennon et al. 2020, section 3.4.
 """
 
 import dataclasses
@@ -51,44 +52,39 @@ from jax_rlhf.rl import Batch, Experience, Prompts
 from jax_rlhf.rl.types import AnyArray
 from jax_rlhf.sampling import Samples, Sampling, in_rows, rollout
 
-_ORDER_ADDRESS = np.uint32(0xFFFFFFFF)  # of the row orders' key; row ids, which address the samples' keys, are smaller
+_SHUFFLE_ID = np.uint32(0xFFFFFFFF)  # folded into the key for shuffling; sampling folds in row ids, which are smaller
+_Gradients = tuple[ModelParams, ModelParams]  # of the actor, of the critic
 
 # ---- prompts → experience ------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def make_experience(
-    models: Models, config: PPOConfig
-) -> Callable[[Params, Prompts, PRNGKeyArray, Float32[Array, ""]], Experience]:
-    """generate(params, prompts, key, kl_coef): samples and scores in one program."""
+def make_experience(models: Models, config: PPOConfig) -> Callable[..., Experience]:
+    """generate(params, prompts, key, kl_coef): steps 1 to 4 in one program."""
     sample, score = make_sample(models, config.sampling), make_score(models, config)
 
     def generate(params: Params, prompts: Prompts, key: PRNGKeyArray, kl_coef: Float32[Array, ""]) -> Experience:
-        samples = sample(params, prompts, key)
-        return score(params, prompts.mask, samples, None, kl_coef)
+        return score(params, prompts.mask, sample(params, prompts, key), None, kl_coef)
 
     return model_jit(generate)
 
 
 @functools.cache
 def make_sample(models: Models, sampling: Sampling) -> Callable[[Params, Prompts, PRNGKeyArray], Samples]:
-    """sample(params, prompts, key): step 1, with weights in the sampler's layout, made of the training weights here."""
+    """sample(params, prompts, key): step 1, which first converts the training weights to the rollout layout."""
 
     def sample(params: Params, prompts: Prompts, key: PRNGKeyArray) -> Samples:
         model, weights = models.sampling_weights(params)
-        samples = rollout(model, weights, prompts, key, sampling)  # tokens [B, T]; mask, log-probs [B, R]
-        return in_rows(samples, models.layout)
+        return in_rows(rollout(model, weights, prompts, key, sampling), models.layout)  # tokens [B, T], the rest [B, R]
 
     return model_jit(sample)
 
 
 @functools.cache
-def make_score(
-    models: Models, config: PPOConfig
-) -> Callable[[Params, Bool[AnyArray, "B P"], Samples, Float32[Array, "B"] | None, Float32[Array, ""]], Experience]:
+def make_score(models: Models, config: PPOConfig) -> Callable[..., Experience]:
     """score(params, prompt_mask, samples, function_scores, kl_coef): steps 2 to 4.
 
-    function_scores: the weighted sum of reward functions' scores; None where there are none.
+    function_scores: weighted sum of the reward functions' scores; None without reward functions.
     kl_coef: β, in reward units per nat.
     """
     models = dataclasses.replace(models, logprob_chunk=config.logprob_chunk)
@@ -114,14 +110,13 @@ def make_score(
         ref_logprobs = by_microbatch(models.reference_logprobs, temperature=config.sampling.temperature)  # [B, R]
         values = by_microbatch(models.values)  # [B, R + 1]
         responses, response_mask = samples.tokens[:, batch.start :], samples.response_mask
-        ended = jnp.any(
-            response_mask & jnp.isin(responses, jnp.asarray(config.sampling.eos_ids or (), jnp.int32)), axis=1
-        )
+        eos_ids = jnp.asarray(config.sampling.eos_ids or (), jnp.int32)
+        ended = jnp.any(response_mask & jnp.isin(responses, eos_ids), axis=1)  # [B]
         scores = jnp.zeros(len(mask), jnp.float32) if function_scores is None else function_scores  # [B]
         if models.reward is not None:
             scores = scores + by_microbatch(models.scores)
             scores = scores - params.frozen.missing_eos_bias * ~ended
-        nothing_yet = jnp.zeros_like(logprobs)
+        unset = dict.fromkeys(("rewards", "advantages", "returns"), jnp.zeros_like(logprobs))  # set below
         experience = Experience(
             tokens=samples.tokens,
             prompt_mask=jnp.asarray(prompt_mask),
@@ -130,9 +125,7 @@ def make_score(
             sampler_logprobs=samples.logprobs,
             ref_logprobs=jnp.where(response_mask, ref_logprobs, 0),
             values=jnp.where(response_mask, values[:, :-1], 0),
-            rewards=nothing_yet,
-            advantages=nothing_yet,
-            returns=nothing_yet,
+            **unset,
             scores=scores,
             ended=ended,
             kept_mass=samples.kept_mass,
@@ -146,7 +139,7 @@ def make_score(
 def with_advantages(
     config: PPOConfig, experience: Experience, last_values: Float32[Array, "B"], kl_coef: Float32[Array, ""]
 ) -> Experience:
-    """Steps 3 and 4; last_values: the critic's of the state after the last slot."""
+    """Steps 3 and 4; last_values: the critic's value of the state after the last slot."""
     values, mask, ended = experience.values, experience.response_mask, experience.ended
     penalty = {"clip": config.reward.clip, "missing_eos_penalty": config.reward.missing_eos_penalty}
     scores = rl.shaped_scores(experience.scores, ended, **penalty)  # [B]
@@ -154,7 +147,7 @@ def with_advantages(
     rewards = rl.token_rewards(scores, experience.logprobs, experience.ref_logprobs, mask, **kl)  # [B, R]
     if config.reward.whiten:
         rewards = rl.masked_whiten(rewards, mask, shift_mean=False)
-    # A response without EOS fills all R slots, so the state after its last token is the one after the last slot.
+    # A response without EOS fills all R slots, so the state after its last token is the state after the last slot.
     bootstrap = jnp.where(ended, 0, last_values) if config.reward.truncation == "bootstrap" else None  # [B]
     advantages, returns = rl.gae(rewards, values, mask, gamma=config.gamma, lam=config.lam, bootstrap=bootstrap)
     if config.whiten_advantages:
@@ -166,19 +159,19 @@ def with_advantages(
 
 
 class _Iteration(struct.PyTreeNode):
-    """What all minibatches of an iteration read: B rows, their frozen activations among them."""
+    """The inputs that all minibatches of an iteration share."""
 
     frozen: Frozen
     experience: Experience
-    learn_actor: Bool[Array, ""]  # False while only the critic warms up
+    learn_actor: Bool[Array, ""]  # False during the critic's warm-up
 
 
 class _Carry(struct.PyTreeNode):
-    """What goes from one minibatch to the next."""
+    """The scan carry from one minibatch to the next."""
 
     trainable: Trainable
     state: PPOState
-    stopped: Bool[Array, ""]  # a minibatch has passed target_kl
+    stopped: Bool[Array, ""]  # True once a minibatch has exceeded target_kl
 
 
 @functools.cache
@@ -187,10 +180,10 @@ def make_update(
 ) -> Callable[..., tuple[Trainable, PPOState, dict[str, Float32[Array, ""]]]]:
     """update(trainable, state, frozen, experience, texts, seed_key) → (trainable, state, metrics): steps 5 to 8.
 
-    shardings: `shardings_of` (trainable, state), in which they come out again; None = one device.
-    donate: trainable and state are overwritten. Otherwise they stay valid, and exist twice.
-    texts: N rows for the pretraining loss of PPO-ptx, a multiple of minibatches × microbatches; or None.
-    seed_key: of the run; an iteration's row orders are drawn from it and `state.iteration`.
+    shardings: `shardings_of` (trainable, state), applied to the results; None = one device.
+    donate: the buffers of trainable and state are reused. If False, they stay valid and memory holds them twice.
+    texts: N rows for the pretraining loss of PPO-ptx, N a multiple of minibatches × microbatches; or None.
+    seed_key: the run's key; the shuffles of an iteration depend on it and on `state.iteration`.
     """
     models = dataclasses.replace(models, logprob_chunk=config.logprob_chunk)
     minibatch = _make_minibatch(models, config)
@@ -203,8 +196,8 @@ def make_update(
         texts: Batch | None,
         seed_key: PRNGKeyArray,
     ) -> tuple[Trainable, PPOState, dict[str, Float32[Array, ""]]]:
-        key = jax.random.fold_in(jax.random.fold_in(seed_key, state.iteration), _ORDER_ADDRESS)
-        assert config.microbatch_size is not None, "the trainer chooses it before"
+        key = jax.random.fold_in(jax.random.fold_in(seed_key, state.iteration), _SHUFFLE_ID)
+        assert config.microbatch_size is not None, "the trainer sets it before it calls make_update"
         plan = BatchPlan(len(experience.tokens), config.num_minibatches, config.microbatch_size)
         skipped_before = state.skipped_updates
         if texts is not None:
@@ -227,7 +220,7 @@ def make_update(
         skipped = carry.state.skipped_updates > skipped_before
         state = carry.state.replace(bad_steps=jnp.where(skipped, carry.state.bad_steps + 1, 0))
 
-        # 8. Coefficients answer to what the actor did: where it did not move, they rest.
+        # 8. The coefficients react to the actor's update, so they change only if the actor was updated.
         metrics = experience_metrics(config, experience, jnp.asarray(state.kl.value))
         moved = iteration.learn_actor & jnp.any(measured.taken)
         if config.loss.policy == "penalty":
@@ -246,22 +239,17 @@ def make_update(
 
 
 def _make_minibatch(models: Models, config: PPOConfig) -> Callable[..., tuple[_Carry, StepMetrics]]:
-    """minibatch(iteration, carry, (rows, texts, step)): one optimizer step of the actor, one of the critic.
-
-    rows: int32[microbatches, rows each], of the experience. step: int32[], of the iteration.
-    """
+    """minibatch(iteration, carry, (rows, texts, step)): one optimizer step of the actor, one of the critic."""
 
     def minibatch(iteration: _Iteration, carry: _Carry, inputs: tuple) -> tuple[_Carry, StepMetrics]:
-        rows, texts, step = inputs
+        rows, texts, step = inputs  # indices into the experience [microbatches, b]; step counts within the iteration
         trainable, state, experience = carry.trainable, carry.state, iteration.experience
         params = Params(trainable, iteration.frozen)
-        tokens = jnp.maximum(jnp.sum(experience.response_mask[rows]), 1).astype(jnp.float32)  # real ones, whose mean
-        text_tokens = 1 if texts is None else jnp.maximum(jnp.sum(rl.predicted_tokens(texts.mask)), 1)  # the losses are
+        tokens = jnp.maximum(jnp.sum(experience.response_mask[rows]), 1).astype(jnp.float32)  # real response tokens
+        text_tokens = 1 if texts is None else jnp.maximum(jnp.sum(rl.predicted_tokens(texts.mask)), 1)
         weights = LossWeights(jnp.asarray(state.penalty.value), entropy_coef(config, state), tokens, text_tokens)
 
-        def microbatch(
-            inputs: tuple[Int32[Array, "rows"], Batch | None],
-        ) -> tuple[tuple[ModelParams, ModelParams], LossSums]:
+        def microbatch(inputs: tuple[Int32[Array, "rows"], Batch | None]) -> tuple[_Gradients, LossSums]:
             batch, text = jax.tree.map(lambda leaf: leaf[inputs[0]], experience), inputs[1]
             actor = lambda actor: actor_loss(models, config, params.with_actor(actor), batch, text, weights)  # noqa: E731
             critic = lambda critic: critic_loss(models, config, params.with_critic(critic), batch, tokens)  # noqa: E731
@@ -273,23 +261,23 @@ def _make_minibatch(models: Models, config: PPOConfig) -> Callable[..., tuple[_C
             def measure() -> tuple[ModelParams, LossSums]:
                 return models.actor.constrain(jax.tree.map(jnp.zeros_like, trainable.actor)), actor(trainable.actor)[1]
 
-            warms_up = config.critic.warmup_iterations > 0
-            gradient, sums = jax.lax.cond(iteration.learn_actor, learn, measure) if warms_up else learn()
+            warmup = config.critic.warmup_iterations
+            gradient, sums = jax.lax.cond(iteration.learn_actor, learn, measure) if warmup else learn()
             critic_gradient, value_sums = jax.grad(critic, has_aux=True)(trainable.critic)
             return (gradient, models.critic.constrain(critic_gradient)), sums.replace(**value_sums)
 
         gradients = functools.partial(accumulate, microbatch, (rows, texts), add=add_gradients_and_sums)
         if config.limits.target_kl is None:
             done, ((actor_gradient, critic_gradient), sums) = jnp.ones((), bool), gradients()
-        else:  # only the gradients are conditional: a `cond` over parameters and optimizer states would copy them
+        else:  # the `cond` covers the gradients only: over parameters and optimizer states it would copy them
             done, nothing = ~carry.stopped, functools.partial(zeros_like_result, gradients)
             (actor_gradient, critic_gradient), sums = jax.lax.cond(carry.stopped, nothing, gradients)
         actor_norm, critic_norm = optax.tree.norm(actor_gradient), optax.tree.norm(critic_gradient)
         finite = jnp.isfinite(critic_norm + sums.value_loss)
         finite &= jnp.isfinite(actor_norm + sums.policy_loss) | ~iteration.learn_actor
-        finite &= jnp.all(jnp.isfinite(experience.scores[rows]))  # clipped rewards would hide one that is not
+        finite &= jnp.all(jnp.isfinite(experience.scores[rows]))  # reward clipping makes an infinite score finite
         over = jnp.zeros((), bool) if config.limits.target_kl is None else sums.approx_kl > config.limits.target_kl
-        take = finite & done & ~over  # the minibatch that passes target_kl only serves to say so
+        take = finite & done & ~over  # the minibatch that exceeds target_kl is measured but not applied
 
         gradients = {"actor": actor_gradient, "critic": critic_gradient}
         trainable, state, rates = take_step(config, trainable, state, gradients, take=take, step=step)
@@ -304,18 +292,18 @@ def _make_minibatch(models: Models, config: PPOConfig) -> Callable[..., tuple[_C
 
 
 class LossWeights(struct.PyTreeNode):
-    """What the losses are multiplied with and divided by, the same for all microbatches of a minibatch."""
+    """Coefficients and token counts of the losses, the same for all microbatches of a minibatch."""
 
     penalty: Float32[Array, ""]  # β of PPO-penalty
     entropy: Float32[Array, ""] | float  # the entropy bonus's coefficient, per nat
     tokens: Float32[Array, ""]  # real tokens of the minibatch's responses
-    text_tokens: Int32[Array, ""] | int  # predicted tokens of its texts
+    text_tokens: Int32[Array, ""] | int  # predicted tokens of the minibatch's pretraining texts
 
 
 def actor_loss(
     models: Models, config: PPOConfig, params: Params, batch: Experience, text: Batch | None, weights: LossWeights
 ) -> tuple[Float32[Array, ""], LossSums]:
-    """Step 6: the actor's loss on a microbatch, and what is measured of it.
+    """Step 6: the actor's loss on a microbatch, and its metrics.
 
     L = Σ_t L_t^{clip or penalty} / tokens − c_H · entropy + c_ptx · (Σ_t −log π(text_t)) / text tokens
     """
@@ -341,7 +329,7 @@ def actor_loss(
 def critic_loss(
     models: Models, config: PPOConfig, params: Params, batch: Experience, tokens: Float32[Array, ""]
 ) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
-    """Step 7: the critic's loss on a microbatch, and what is measured of it."""
+    """Step 7: the critic's loss on a microbatch, and its metrics."""
     values = models.values(params, batch.batch)[:, :-1]  # [b, R]
     per_token = rl.clipped_value_loss(values, batch.values, batch.returns, clip_range=config.loss.value_clip_range)
     loss = rl.masked_sum(per_token, batch.response_mask) / tokens
@@ -350,13 +338,9 @@ def critic_loss(
 
 
 def _penalty_kl(
-    models: Models,
-    config: PPOConfig,
-    params: Params,
-    experience: Experience,
-    rows: Int32[Array, "microbatches rows"],
+    models: Models, config: PPOConfig, params: Params, experience: Experience, rows: Int32[Array, "microbatches rows"]
 ) -> Float32[Array, ""]:
-    """Token mean of k3(old ‖ new) over these rows, in nats, for PPO-penalty's β."""
+    """Mean of k3(old ‖ new) over the tokens of these rows, in nats; it adapts PPO-penalty's β."""
 
     def microbatch(rows: Int32[Array, "rows"]) -> tuple[Float32[Array, "rows R"], Bool[Array, "rows R"]]:
         batch = jax.tree.map(lambda leaf: leaf[rows], experience)

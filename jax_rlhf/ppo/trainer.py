@@ -1,7 +1,7 @@
 """PPO in two steps: `generate_experience(prompts)` and `train_rlhf(experience)`.
 
-Each is one device program (generation is two where Python functions score texts), compiled once; the parameters and
-optimizer states that an update changes are donated to it. Between the two nothing leaves the device.
+Each is one jitted function, compiled once (generation is two functions if Python functions score texts). An update
+donates the buffers of the parameters and optimizer states that it changes. The experience stays on the devices.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class PPOTrainer:
 
     Attributes:
       engine: the models; its parameters are replaced after every update.
-      config: the settings, all known.
+      config: the settings, with EOS and pad ids filled in.
       state: optimizer states, controllers, iteration.
     """
 
@@ -64,18 +64,19 @@ class PPOTrainer:
           engine: the models.
           config: a `PPOConfig`, or a mapping with the fields that differ from its defaults.
           reward_functions: f(prompts, responses, **columns) → float[B], or TRL's f(prompts=…, completions=…,
-            completion_ids=…, **columns); one or several, whose weighted sum is added to the reward model's score where
-            there is one. Texts are without special tokens, as in TRL.
+            completion_ids=…, **columns); one or several. Their weighted sum is added to the reward model's score if
+            there is a reward model. Texts are decoded without special tokens, as in TRL.
 
         Raises:
-          ValueError: an unknown field or bad value, no source of rewards, or functions over texts without a tokenizer.
+          ValueError: an unknown field or bad value, neither reward model nor reward functions, or reward functions
+            without a tokenizer.
         """
         functions = [reward_functions] if callable(reward_functions) else list(reward_functions)
         functions = [f if isinstance(f, RewardFunction) else RewardFunction(f) for f in functions]
         if engine.models.reward is None and not functions:
-            raise ValueError("there is no source of rewards: give the engine a reward model, or reward_functions.")
+            raise ValueError("there is no source of rewards: give the engine a reward model, or pass reward_functions.")
         if functions and engine.tokenizer is None:
-            raise ValueError("reward functions score texts, and the actor came without a tokenizer to make them.")
+            raise ValueError("reward functions score texts, but the actor has no tokenizer to decode responses.")
         self.engine = engine
         self.config = _with_ids(from_mapping(PPOConfig, config or {}, "config.ppo"), engine)
         self.reward_functions = tuple(
@@ -84,8 +85,9 @@ class PPOTrainer:
         self.sampling = self.config.sampling
         if self.sampling.filtered:
             logging.warning(
-                "top_k=%d, top_p=%g narrow what is sampled, while PPO's log-probs are of the whole softmax: the ratios "
-                "are of another distribution than the samples. Watch val/kept_mass, or leave the filters off.",
+                "top_k=%d, top_p=%g filter the sampled tokens, but PPO's log-probs are those of the full softmax, so "
+                "the probability ratios do not match the sampling distribution. Watch val/kept_mass, or turn the "
+                "filters off.",
                 self.sampling.top_k,
                 self.sampling.top_p,
             )
@@ -94,23 +96,23 @@ class PPOTrainer:
             engine.params = engine.params.replace(trainable=engine.params.trainable.replace(actor_ema=average))
         self.state = create_state(self.config, engine.params.trainable, engine.layout)
         self._key = jax.random.key(self.config.seed)
-        self._started: float | None = None  # s, when generation began
-        self._sampled: float | None = None  # s, when it had sampled, where phases are timed
+        self._started: float | None = None  # time in s at which generation began
+        self._sampled: float | None = None  # time in s at which sampling ended; only with config.time_phases
         self.failures = Failures()
 
     def generate_experience(self, prompts: Prompts) -> Experience:
-        """Samples a response to each prompt, and scores them.
+        """Samples a response to each prompt, and computes scores, rewards and advantages.
 
         Args:
-          prompts: B rows (this process's, where there are several), padded on the left. The same number and width of
-            rows each time, else the program is compiled anew.
+          prompts: this process's B rows, padded on the left. A new number or width of rows triggers a recompilation.
 
         Returns:
-          The experience, on the device.
+          The experience, on the devices.
 
         Raises:
-          ValueError: prompts that cannot be sampled from, or a number of rows that cannot be divided as configured.
-          RewardError: a reward function failed more often than config.reward.retries, and that is fatal.
+          ValueError: invalid prompts, or rows that do not divide into minibatches, microbatches and row shards.
+          RewardError: a reward function failed more than config.reward.retries times, and config.reward.on_failure
+            makes that an error.
         """
         self._started = time.perf_counter()
         engine, models = self.engine, self.engine.models
@@ -131,17 +133,17 @@ class PPOTrainer:
         return make_score(models, config)(engine.params, on_device.mask, samples, scores, kl_coef)
 
     def train_rlhf(self, experience: Experience, texts: Batch | None = None) -> dict[str, float]:
-        """Updates actor and critic by the experience.
+        """Updates actor and critic on the experience.
 
         Args:
           experience: from `generate_experience`; it stays valid.
-          texts: rows of text for the pretraining loss (PPO-ptx), where `ptx_coef` is above 0.
+          texts: pretraining rows for the loss of PPO-ptx, required if `ptx_coef` is above 0.
 
         Returns:
-          Metrics, under TRL's names; `eps` is episodes a second since generation began.
+          Metrics, under TRL's names; `eps` is episodes per second since generation began.
 
         Raises:
-          ValueError: pretraining rows without `ptx_coef` or the other way round, or a number that cannot be divided.
+          ValueError: pretraining rows without `ptx_coef` or the reverse, or rows that do not divide evenly.
         """
         engine, rows = self.engine, len(experience.tokens)
         times = {}
@@ -154,7 +156,7 @@ class PPOTrainer:
         self._check_texts(texts, rows // config.microbatch_size)
         texts = None if texts is None else put_rows(texts, engine.layout)
         shardings = None if engine.layout is None else shardings_of((engine.params.trainable, self.state))
-        # JAX's NaN checks run a program again to find the place, and must find its arguments.
+        # JAX's NaN check reruns a program to locate the NaN, and needs its arguments intact.
         debug = jax.config.jax_debug_nans  # pyright: ignore[reportAttributeAccessIssue] -- JAX adds its flags at run time
         update = make_update(engine.models, config, shardings, donate=not debug)
         trainable, self.state, metrics = update(
@@ -162,9 +164,9 @@ class PPOTrainer:
         )
         engine.params = engine.params.replace(trainable=trainable)
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        metrics = {name: value for name, value in metrics.items() if name not in self._off()}
+        metrics = {name: value for name, value in metrics.items() if name not in self._unused_metrics()}
         if metrics["val/bad_scores"]:
-            logging.warning("%s", self._bad_score(experience))
+            logging.warning("%s", self._describe_bad_scores(experience))
         if self.reward_functions:
             metrics |= self.counted_failures("reward")
         seconds = math.nan if self._started is None else time.perf_counter() - self._started
@@ -172,16 +174,16 @@ class PPOTrainer:
             times["time/train"] = seconds - sum(times.values())
         return metrics | {"eps": rows / seconds, "time/iteration": seconds} | times
 
-    def _off(self) -> set[str]:
-        """Metrics of what is not in use."""
+    def _unused_metrics(self) -> set[str]:
+        """Names of the metrics of disabled features."""
         penalty = {"policy/penalty_coef", "policy/penalty_kl"}
-        off = penalty if self.config.loss.policy == "clip" else {"policy/clipfrac_avg"}
+        unused = penalty if self.config.loss.policy == "clip" else {"policy/clipfrac_avg"}
         if not self.config.loss.ptx_coef:
-            off = off | {"loss/ptx_avg"}
-        return off if self.sampling.filtered or self.config.sampling.min_new_tokens else off | {"val/kept_mass"}
+            unused = unused | {"loss/ptx_avg"}
+        return unused if self.sampling.filtered or self.config.sampling.min_new_tokens else unused | {"val/kept_mass"}
 
     def counted_failures(self, prefix: str) -> dict[str, float]:
-        """What went wrong with other people's functions since the last call, in all processes; all must call it.
+        """Failures of the user's functions since the last call, summed over all processes; every process must call it.
 
         Args:
           prefix: of the metrics' names.
@@ -189,13 +191,13 @@ class PPOTrainer:
         Returns:
           "<prefix>/failed_calls", "/timeouts", "/penalized" → count.
         """
-        found, self.failures = self.failures, Failures()
+        failures, self.failures = self.failures, Failures()
         names = ("failed_calls", "timeouts", "penalized")
-        counts = sum_over_processes(np.array([getattr(found, name) for name in names], np.int32))
+        counts = sum_over_processes(np.array([getattr(failures, name) for name in names], np.int32))
         return {f"{prefix}/{name}": float(count) for name, count in zip(names, counts, strict=True)}
 
     def _with_microbatches(self, rows: int, width: int) -> PPOConfig:
-        """The settings, with the microbatches that rows of such prompts are cut into."""
+        """The settings, with a microbatch size for this number of rows and this prompt width."""
         platform = self.engine.models.actor.model.config.platform
         plan = batch_plan(self.config, rows, width, self.engine.layout, platform)
         return dataclasses.replace(self.config, microbatch_size=plan.microbatch_size)
@@ -203,7 +205,7 @@ class PPOTrainer:
     def _check_texts(self, texts: Batch | None, groups: int) -> None:
         if (texts is not None) != (self.config.loss.ptx_coef > 0):
             raise ValueError(
-                f"ptx_coef={self.config.loss.ptx_coef}, and pretraining rows are "
+                f"ptx_coef={self.config.loss.ptx_coef}, but pretraining rows are "
                 f"{'missing' if texts is None else 'given'}: the pretraining loss needs both or neither."
             )
         if texts is not None and len(texts.tokens) % groups:
@@ -211,12 +213,12 @@ class PPOTrainer:
                 f"{len(texts.tokens)} pretraining rows cannot be spread over {groups} microbatches; give a multiple."
             )
 
-    def _bad_score(self, experience: Experience) -> str:
-        """Which of this process's responses has a score that is not finite."""
+    def _describe_bad_scores(self, experience: Experience) -> str:
+        """Describes this process's first response whose score is not finite."""
         scores = local_rows(experience.scores)
         rows = np.flatnonzero(~np.isfinite(scores))
         if not len(rows):
-            return "the score of another process's response is not finite; that process says which."
+            return "a response of another process has a score that is not finite; that process logs which one."
         row, width = int(rows[0]), experience.prompt_mask.shape[1]
         mask = np.concatenate([local_rows(experience.prompt_mask), local_rows(experience.response_mask)], axis=1)[row]
         tokens = local_rows(experience.tokens)[row]
@@ -225,18 +227,18 @@ class PPOTrainer:
             prompt, response = self.engine.tokenizer.decode(prompt), self.engine.tokenizer.decode(response)
         return (
             f"{len(rows)} of {len(scores)} responses have a score that is not finite, first row {row} with "
-            f"{scores[row]}: prompt {prompt!r}, response {response!r}. Updates by these rows are left out."
+            f"{scores[row]}: prompt {prompt!r}, response {response!r}. Minibatches with these rows are skipped."
         )
 
     def _function_scores(self, samples: Samples, prompts: Prompts) -> Float32[Array, "B"]:
-        """The texts that this process owns to its functions; the scores go to all who hold their rows."""
+        """Scores of the reward functions: each process scores the rows it owns, then shares the scores with all."""
         width = prompts.mask.shape[1]
         tokens, mask = local_rows(samples.tokens), local_rows(samples.response_mask)
         masks, tokenizer = (np.asarray(prompts.mask), mask), self.engine.tokenizer
-        assert tokenizer is not None, "reward functions come with one"
+        assert tokenizer is not None, "the constructor requires one for reward functions"
 
-        def read(skip_special_tokens: bool) -> tuple[list[str], list[str]]:
-            """The prompts and the responses."""
+        def decode_texts(skip_special_tokens: bool) -> tuple[list[str], list[str]]:
+            """Prompts and responses as texts."""
             decode = functools.partial(tokenizer.decode, skip_special_tokens=skip_special_tokens)
             texts, responses = (
                 [cast(str, decode(row[real])) for row, real in zip(*part, strict=True)]
@@ -244,9 +246,9 @@ class PPOTrainer:
             )
             return texts, responses
 
-        texts, responses = read(skip_special_tokens=True)
+        texts, responses = decode_texts(skip_special_tokens=True)
         special = asks_for_special_tokens_of(self.reward_functions)
-        with_special = read(skip_special_tokens=False) if special else None
+        with_special = decode_texts(skip_special_tokens=False) if special else None
         ids = [row[real].tolist() for row, real in zip(tokens[:, width:], mask, strict=True)]
         owned = np.flatnonzero(owned_rows(batch_rows(len(texts), self.engine.layout), self.engine.layout))
         mine = owned.tolist()
@@ -254,7 +256,7 @@ class PPOTrainer:
         special_of_mine = None
         if with_special is not None:
             special_of_mine = [with_special[0][row] for row in mine], [with_special[1][row] for row in mine]
-        # What they all leave alone is the reward model's.
+        # A response that no function scores has the reward model's score alone.
         unscored = None if self.engine.models.reward is None else 0.0
         with barrier("scoring responses"):
             scores[owned] = score_texts(
@@ -270,17 +272,18 @@ class PPOTrainer:
                 with_special_tokens=special_of_mine,
                 unscored=unscored,
             )
-        everywhere = all_rows(scores, self.engine.layout)
-        return put_rows(everywhere[local_row_indices(len(everywhere), self.engine.layout)], self.engine.layout)
+        gathered = all_rows(scores, self.engine.layout)
+        return put_rows(gathered[local_row_indices(len(gathered), self.engine.layout)], self.engine.layout)
 
 
 def in_one_program(models: Models, config: PPOConfig) -> bool:
-    """Whether `make_experience` serves, or `make_sample` and `make_score` must follow each other.
+    """Whether one program can sample and score (`make_experience`), or `make_sample` and `make_score` are separate.
 
-    They must where Python functions score in between, where both are timed, and where a model has cuDNN's attention:
-    JAX takes that only into programs of a single mesh, and sampling has its own.
+    They are separate if Python functions score in between, if the phases are timed, and if a model uses cuDNN
+    attention: JAX supports cuDNN only in programs with a single mesh, and the rollout layout has its own mesh.
     """
-    decoders = [each.model.config for each in (models.actor, models.reference, models.critic, models.reward) if each]
+    networks = (models.actor, models.reference, models.critic, models.reward)
+    decoders = [network.model.config for network in networks if network]
     cudnn = any(decoder.attention == "flash" and decoder.platform == "gpu" for decoder in decoders)
     return not (config.reward.functions or config.time_phases or cudnn)
 
@@ -289,12 +292,12 @@ _fold_in = jax.jit(jax.random.fold_in)
 
 
 def _with_ids(config: PPOConfig, engine: RLHFEngine) -> PPOConfig:
-    """The settings with the ids that the tokenizer or the checkpoint know."""
+    """The settings, with EOS and pad ids of the tokenizer or checkpoint where they are not set."""
     eos_ids, pad_id = config.sampling.eos_ids, config.sampling.pad_id
     if eos_ids is None:
         eos_ids = end_ids(engine.tokenizer, engine.generation_config)
         if not eos_ids:
-            logging.warning("no EOS id is known: every response fills max_new_tokens. Set ppo.sampling.eos_ids.")
+            logging.warning("no EOS id found: every response has max_new_tokens tokens. Set ppo.sampling.eos_ids.")
     if pad_id is None:
         pad_id = getattr(engine.tokenizer, "pad_token_id", None)
         pad_id = (eos_ids[0] if eos_ids else 0) if pad_id is None else pad_id

@@ -1,4 +1,4 @@
-"""From rewards and values to advantages and returns."""
+"""Advantages and returns from rewards and values."""
 
 import chex
 import jax
@@ -24,16 +24,16 @@ def gae(
 
     δ_t = r_t + γ V_{t+1} − V_t,   A_t = δ_t + γλ A_{t+1},   returns_t = A_t + V_t
 
-    where t + 1 is the next real step: steps whose mask is False are passed over. After the last real step stands
-    `bootstrap`.
+    where t + 1 is the next real step: steps whose mask is False are skipped. After the last real step, V is `bootstrap`
+    and A is 0.
 
     Args:
-      rewards: in reward units.
+      rewards: r, in reward units.
       values: V of the state before each step, in reward units.
       mask: True = real step.
       gamma: discount per step.
       lam: λ, from 0 (one-step) to 1 (Monte Carlo).
-      bootstrap: value of the state after the last real step; None = 0, an episode that ended.
+      bootstrap: value of the state after the last real step; None = 0, for episodes that ended.
 
     Returns:
       (advantages, returns), 0 where the mask is False. Advantages are not whitened.

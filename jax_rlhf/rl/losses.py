@@ -1,7 +1,7 @@
-"""Losses, per token (or per pair), to be minimised. Nothing here reduces over a batch.
+"""Losses to minimise, per token or per pair. No function here reduces over the batch.
 
-Reduce with `masked_sum` over a microbatch and divide by the token count of the whole minibatch: so accumulated
-gradients are exactly those of one batch, whatever the lengths.
+Reduce with `masked_sum` over a microbatch and divide by the token count of the whole minibatch. Then the accumulated
+gradients equal those of one large batch, for any distribution of lengths.
 """
 
 import chex
@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from jax_rlhf.rl.types import AnyArray, Scalar
 
-MAX_LOG_RATIO = 20.0  # e²⁰ ≈ 5e8: one token's ratio cannot overflow a loss
+MAX_LOG_RATIO = 20.0  # e²⁰ ≈ 5e8, so that the ratio of a single token cannot overflow the loss
 
 
 def clipped_surrogate(
@@ -30,8 +30,8 @@ def clipped_surrogate(
     Args:
       log_ratio: log π(a) − log π_old(a), in nats; clamped to ±20.
       advantages: in reward units, or whitened.
-      clip_low, clip_high: ε below and above 1.
-      dual_clip: c > 1, the cap on the loss where A < 0, which is unbounded otherwise; None = no cap.
+      clip_low, clip_high: ε_low and ε_high.
+      dual_clip: c > 1, caps the loss where A < 0; without a cap (None) it is unbounded there.
 
     Returns:
       The loss of each token, in the unit of the advantages.
@@ -43,7 +43,7 @@ def clipped_surrogate(
     "Mastering Complex Control in MOBA Games with Deep RL", eq. 3; ε_high ≠ ε_low: Yu et al. 2025, "DAPO".
     """
     if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"dual_clip={dual_clip} must be above 1: it caps the loss at dual_clip · |advantage|.")
+        raise ValueError(f"dual_clip={dual_clip} must be above 1; it caps the loss at dual_clip · |advantage|.")
     chex.assert_type([log_ratio, advantages], float)
     chex.assert_equal_shape([log_ratio, advantages])
     ratio = _ratio(log_ratio)
@@ -92,9 +92,9 @@ def clipped_value_loss(
     L_t = ½ max((V_t − R_t)², (clip(V_t, V_old,t − ε, V_old,t + ε) − R_t)²)
 
     Args:
-      values: the critic's values now, in reward units.
-      old_values: its values when the experience was made.
-      returns: advantages + old_values before whitening.
+      values: the critic's current values, in reward units.
+      old_values: its values at the time of the rollout.
+      returns: unwhitened advantages + old_values.
       clip_range: ε, in reward units.
 
     Returns:
@@ -117,8 +117,8 @@ def bradley_terry_loss(
     """−log σ(chosen − rejected − margin), per pair.
 
     Args:
-      chosen_scores, rejected_scores: of the whole answers, in reward units.
-      margin: by how much chosen should win, in reward units; None = 0.
+      chosen_scores, rejected_scores: scores of the whole answers, in reward units.
+      margin: the least wanted difference of the scores, in reward units; None = 0.
 
     Returns:
       The loss of each pair, in nats.
@@ -145,7 +145,7 @@ def token_ranking_loss(
 ) -> Float[Array, "B"]:
     """The mean of −log σ(chosen_t − rejected_t) from the first differing token to the end of the longer answer.
 
-    A pair of identical answers counts at the last slot only, as in DeepSpeed-Chat.
+    For a pair of identical answers, only the last slot counts, as in DeepSpeed-Chat.
 
     Args:
       chosen_scores, rejected_scores: one score per token, in reward units.
@@ -163,10 +163,10 @@ def token_ranking_loss(
     chex.assert_equal_shape(floats + ids + masks)
     slot = jnp.arange(chosen_ids.shape[1])  # [T]
     either = jnp.logical_or(chosen_mask, rejected_mask)  # [B, T]
-    differ = jnp.logical_and(either, (chosen_ids != rejected_ids) | (chosen_mask != rejected_mask))
-    any_differs = jnp.any(differ, axis=1, keepdims=True)
-    first = jnp.argmax(differ, axis=1, keepdims=True)  # [B, 1], as the two around it
-    end = jnp.max(jnp.where(either, slot + 1, 0), axis=1, keepdims=True)
+    differ = jnp.logical_and(either, (chosen_ids != rejected_ids) | (chosen_mask != rejected_mask))  # [B, T]
+    any_differs = jnp.any(differ, axis=1, keepdims=True)  # [B, 1]
+    first = jnp.argmax(differ, axis=1, keepdims=True)  # [B, 1]
+    end = jnp.max(jnp.where(either, slot + 1, 0), axis=1, keepdims=True)  # [B, 1]
     counted = jnp.where(any_differs, (slot >= first) & (slot < end), slot == slot[-1])  # [B, T]
     loss = jnp.where(counted, -jax.nn.log_sigmoid(chosen_scores - rejected_scores), 0)
     return jnp.sum(loss, axis=1) / jnp.sum(counted, axis=1)

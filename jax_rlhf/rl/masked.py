@@ -1,6 +1,7 @@
 """Statistics over the real tokens of a batch.
 
-All reduce over every element, so under a sharded `jit` they are global: the same on 1 and on 8 devices.
+All functions reduce over all elements. Under `jit` with sharded inputs they are global: the result does not depend on
+the number of devices.
 """
 
 import chex
@@ -12,14 +13,9 @@ from jax_rlhf.rl.types import AnyArray
 
 
 def masked_sum(x: Float[AnyArray, "*batch T"], mask: Bool[AnyArray, "*batch T"]) -> Float[Array, ""]:
-    """Σ x over the elements whose mask is True.
+    """Σ x over the elements whose mask is True; 0 if the mask is empty.
 
-    Args:
-      x: what stands where the mask is False, NaN too, has no effect.
-      mask: which elements count.
-
-    Returns:
-      The sum, 0 if the mask is empty.
+    Elements of x whose mask is False have no effect, even if they are NaN.
     """
     chex.assert_type([x, mask], [float, bool])
     chex.assert_equal_shape([x, mask])
@@ -27,28 +23,12 @@ def masked_sum(x: Float[AnyArray, "*batch T"], mask: Bool[AnyArray, "*batch T"])
 
 
 def masked_mean(x: Float[AnyArray, "*batch T"], mask: Bool[AnyArray, "*batch T"]) -> Float[Array, ""]:
-    """Σ x / n over the n elements whose mask is True.
-
-    Args:
-      x: as in `masked_sum`.
-      mask: which elements count.
-
-    Returns:
-      The mean, 0 if the mask is empty.
-    """
+    """Σ x / n over the n elements whose mask is True; 0 if the mask is empty."""
     return masked_sum(x, mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
 def masked_variance(x: Float[AnyArray, "*batch T"], mask: Bool[AnyArray, "*batch T"]) -> Float[Array, ""]:
-    """Σ (x − mean)² / n over the n elements whose mask is True: the biased variance.
-
-    Args:
-      x: as in `masked_sum`.
-      mask: which elements count.
-
-    Returns:
-      The variance, 0 if the mask is empty.
-    """
+    """The biased variance Σ (x − mean)² / n over the n elements whose mask is True; 0 if the mask is empty."""
     centred, _ = _centred(x, mask)
     return masked_mean(jnp.square(centred), mask)
 
@@ -56,24 +36,24 @@ def masked_variance(x: Float[AnyArray, "*batch T"], mask: Bool[AnyArray, "*batch
 def _centred(
     x: Float[AnyArray, "*batch T"], mask: Bool[AnyArray, "*batch T"]
 ) -> tuple[Float[Array, "*batch T"], Float[Array, ""]]:
-    """(x − mean, mean), in two passes: of equal large numbers 0, not their sum's rounding, which whitening blows up."""
+    """(x − mean, mean). The second pass removes the rounding error of the first mean.
+
+    Without it, equal large numbers would not be centred to 0 exactly, and whitening would amplify the error.
+    """
     mean, x = masked_mean(x, mask), jnp.asarray(x)
-    left = masked_mean(x - mean, mask)
-    return x - mean - left, mean + left
+    error = masked_mean(x - mean, mask)
+    return x - mean - error, mean + error
 
 
 def masked_whiten(
     x: Float[AnyArray, "*batch T"], mask: Bool[AnyArray, "*batch T"], *, shift_mean: bool = True
 ) -> Float[Array, "*batch T"]:
-    """(x − mean) / √(variance + 1e-8), with the masked mean and biased variance of all elements.
+    """(x − mean) / √(variance + 1e-8) with the masked mean and biased variance; 0 where the mask is False.
 
     Args:
-      x: as in `masked_sum`.
-      mask: which elements count.
-      shift_mean: False adds the mean back, so that only the spread is normalised (for rewards).
-
-    Returns:
-      The whitened elements, 0 where the mask is False.
+      x: elements whose mask is False have no effect.
+      mask: True = element counts.
+      shift_mean: False adds the mean back, so that only the variance is normalised (for rewards).
 
     Source: Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", detail 6 (reward and advantage
     whitening); variance biased as in OpenAI's lm-human-preferences.
@@ -84,12 +64,5 @@ def masked_whiten(
 
 
 def predicted_tokens(mask: Bool[AnyArray, "*batch T"]) -> Bool[AnyArray, "*batch T-1"]:
-    """Which tokens of a text a language model predicts: real ones that follow a real one.
-
-    Args:
-      mask: True = real token.
-
-    Returns:
-      True = predicted, of the tokens from the second on.
-    """
+    """Marks the tokens, from the second on, that a language model predicts: real tokens that follow a real token."""
     return mask[..., 1:] & mask[..., :-1]

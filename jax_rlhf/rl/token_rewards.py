@@ -1,4 +1,4 @@
-"""Rewards per token: the score at the last one, the KL penalty at every one."""
+"""Rewards per token: the score at the last token, minus the KL penalty at every token."""
 
 from typing import Literal
 
@@ -21,7 +21,7 @@ def token_rewards(
     kl_kind: KLKind = "k1",
     kl_reduction: Literal["sum", "mean"] = "sum",
 ) -> Float[Array, "B R"]:
-    """The score at the last real token, less the KL penalty at every one.
+    """The score at the last real token, minus the KL penalty at every real token.
 
     r_t = −β kl_t + [t is the last real token] · score
 
@@ -29,13 +29,16 @@ def token_rewards(
       scores: in reward units.
       logprobs, ref_logprobs: in nats.
       mask: True through EOS.
-      kl_coef: β, reward units per nat.
-      kl_kind: the estimate of kl_t.
-      kl_reduction: "sum": Σ_t r_t = score − β Σ kl_t, under which a short response pays less; "mean": each row's kl_t
-        is divided by its length, so that length is neutral.
+      kl_coef: β, in reward units per nat.
+      kl_kind: the estimator of kl_t.
+      kl_reduction: "sum": Σ_t r_t = score − β Σ kl_t, so that a shorter response has a smaller penalty; "mean": kl_t is
+        divided by the length of its response, so that the penalty does not depend on length.
 
     Returns:
-      In reward units, 0 where the mask is False. A row without a real token has no reward.
+      In reward units, 0 where the mask is False. A row without real tokens has reward 0.
+
+    Raises:
+      ValueError: unknown kl_kind or kl_reduction.
 
     Source: Ziegler et al. 2019, eq. 2; Stiennon et al. 2020, section 3.4.
     """
@@ -46,7 +49,7 @@ def token_rewards(
     if kl_reduction == "mean":
         kl = kl / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
     elif kl_reduction != "sum":
-        raise ValueError(f'kl_reduction={kl_reduction!r}; "sum" and "mean" are the forms there are.')
+        raise ValueError(f'kl_reduction={kl_reduction!r} must be "sum" or "mean".')
     return -kl_coef * kl + jnp.where(last_real(mask), scores[:, None], 0)
 
 
@@ -57,16 +60,13 @@ def shaped_scores(
     clip: float | None = None,
     missing_eos_penalty: float = 0.0,
 ) -> Float[AnyArray, "B"]:
-    """What is optimised of the scores: clipped to ± clip, less the penalty where a response has no EOS.
+    """Scores clipped to ±clip, minus the penalty for responses without EOS; in reward units.
 
     Args:
       scores: in reward units.
-      ended: the response has its EOS.
-      clip: in reward units; None = none.
+      ended: True = the response ends with EOS.
+      clip: in reward units; None = no clipping.
       missing_eos_penalty: in reward units.
-
-    Returns:
-      In reward units.
     """
     chex.assert_type([scores, ended], [float, bool])
     chex.assert_rank([scores, ended], 1)
@@ -76,13 +76,6 @@ def shaped_scores(
 
 
 def last_real(mask: Bool[AnyArray, "B R"]) -> Bool[Array, "B R"]:
-    """Marks the last True of each row.
-
-    Args:
-      mask: True = real token.
-
-    Returns:
-      One True per row, none in a row of False.
-    """
+    """Marks the last True of each row; a row of all False has no mark."""
     slot = jnp.arange(mask.shape[1])  # [R]
     return jnp.asarray(mask) & (slot == jnp.max(jnp.where(mask, slot, -1), axis=1, keepdims=True))

@@ -1,4 +1,4 @@
-"""What an iteration of PPO passes on: prompts, rows that the models run over, experience."""
+"""The data of a PPO iteration: prompts, batches for the models, experience."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,9 +11,9 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 AnyArray = Array | np.ndarray
-"""An array on the devices, or in NumPy on the host."""
+"""A JAX array on the devices, or a NumPy array on the host."""
 Scalar = Float[Array, ""] | float
-"""A number that may be traced."""
+"""A float, or a scalar array that may be traced."""
 
 
 class Prompts(struct.PyTreeNode):
@@ -21,11 +21,12 @@ class Prompts(struct.PyTreeNode):
 
     Attributes:
       tokens: ids.
-      mask: True = real token; each row ends with one.
-      row_ids: the address of each row's randomness: no two rows of an iteration share one.
-      columns: the data set's other columns, one entry per row each; they go to reward functions. None under `jit`.
-      chats: the messages of each prompt, None where it is a plain text; None = all are. They go to reward functions.
-      continued: bool each, the chat ends within a turn of the assistant, which the response goes on with; None = none.
+      mask: True = real token; the last slot of each row is real.
+      row_ids: folded into the sampling key of each row; unique within an iteration.
+      columns: other columns of the data set, one entry per row, passed to reward functions. None under `jit`.
+      chats: the messages of each prompt, passed to reward functions. An entry is None for a plain text; None = all
+        prompts are plain texts.
+      continued: True = the chat ends inside an assistant turn, which the response continues; None = no chat does.
     """
 
     tokens: Int[AnyArray, "B P"]
@@ -40,7 +41,7 @@ class FrozenActivations(struct.PyTreeNode):
     """Outputs of the frozen bottom layers, computed once per rollout.
 
     Attributes:
-      actor, critic: None where everything trains, and where they are not cached.
+      actor, critic: None if the model has no frozen layers, or if they are not cached.
     """
 
     actor: Float[Array, "B T D"] | None = None
@@ -48,13 +49,13 @@ class FrozenActivations(struct.PyTreeNode):
 
 
 class Batch(struct.PyTreeNode):
-    """Rows that the models run over.
+    """A batch for the models.
 
     Attributes:
       tokens: ids.
       mask: True = real token.
       frozen_activations: of the same rows.
-      start: the first slot whose tokens are scored, 1 or more: P, where these are prompts and responses.
+      start: the first slot whose tokens are scored, 1 or more; P for prompts with responses.
     """
 
     tokens: Int[AnyArray, "B T"]
@@ -64,25 +65,25 @@ class Batch(struct.PyTreeNode):
 
 
 class Experience(struct.PyTreeNode):
-    """What `generate_experience` made of B prompts, and `train_rlhf` learns from.
+    """The result of `generate_experience` for B prompts, and the input of `train_rlhf`.
+
+    All per-token arrays of floats are 0 where the response mask is False.
 
     Attributes:
       tokens: prompts padded on the left, then responses padded on the right: T = P + R.
       prompt_mask: True = real token.
       response_mask: True through EOS.
-      logprobs: the scorer's log-probs of the actor when it sampled: the old ones, in nats.
-      sampler_logprobs: the sampler's log-probs of the same.
-      ref_logprobs: the reference's.
+      logprobs: the old log-probs, recomputed by the scorer with the actor's weights at sampling time, in nats.
+      sampler_logprobs: the sampler's log-probs of the same tokens, in nats.
+      ref_logprobs: the reference's log-probs of the same tokens, in nats.
       values: the critic's value of the state before each token, in reward units.
-      rewards: score and KL penalty per token.
-      advantages: whitened where the config says so.
-      returns: advantages + values, before whitening.
-      scores: what the reward source gave, before clipping and penalties.
-      ended: the response has its EOS.
-      kept_mass: probability that the sampler's filters (top-k, top-p, min-new-tokens) left.
-      frozen_activations: outputs of the frozen bottom layers, of all T slots.
-
-    All per-token arrays are 0 where the response mask is False.
+      rewards: score minus KL penalty, per token.
+      advantages: whitened if config.whiten_advantages is set.
+      returns: unwhitened advantages + values.
+      scores: from the reward model and reward functions, before clipping and penalties.
+      ended: True = the response ends with EOS.
+      kept_mass: probability mass that the sampling filters (top-k, top-p, min-new-tokens) leave.
+      frozen_activations: outputs of the frozen bottom layers at all T slots.
     """
 
     tokens: Int[Array, "B T"]
@@ -102,19 +103,20 @@ class Experience(struct.PyTreeNode):
 
     @property
     def batch(self) -> Batch:
-        """The rows as the models run over them: prompts with their responses."""
+        """Prompts with their responses as a batch for the models."""
         mask = jnp.concatenate([self.prompt_mask, self.response_mask], axis=1)  # [B, P + R]
         return Batch(self.tokens, mask, self.frozen_activations, start=self.prompt_mask.shape[1])
 
 
 def check_experience(experience: Experience) -> None:
-    """Stops where an experience is not what it should be; for debugging, on the host.
+    """Checks the invariants of an experience, for debugging on the host.
 
     Args:
       experience: a process's rows, in NumPy arrays.
 
     Raises:
-      AssertionError: something is not finite, a log-prob is above 0, a mask has a hole, or a pad has a number.
+      AssertionError: a number is not finite, a log-prob is above 0, a mask has a gap between real tokens, or a value at
+        a pad is not 0.
     """
     rows, width = experience.prompt_mask.shape
     responses = experience.tokens.shape[1] - width
@@ -125,11 +127,11 @@ def check_experience(experience: Experience) -> None:
     chex.assert_shape(list(per_token.values()), (rows, responses))
     chex.assert_tree_all_finite((per_token, experience.scores))
     mask, prompt_mask = experience.response_mask, experience.prompt_mask
-    holes = {"prompt_mask": np.any(prompt_mask[:, :-1] & ~prompt_mask[:, 1:])}
-    holes["response_mask"] = np.any(~mask[:, :-1] & mask[:, 1:])
-    for name, hole in holes.items():
-        if hole:
-            raise AssertionError(f"{name} has a hole: real tokens must be next to each other.")
+    gaps = {"prompt_mask": np.any(prompt_mask[:, :-1] & ~prompt_mask[:, 1:])}
+    gaps["response_mask"] = np.any(~mask[:, :-1] & mask[:, 1:])
+    for name, gap in gaps.items():
+        if gap:
+            raise AssertionError(f"{name} has a gap: real tokens must be contiguous.")
     for name, array in per_token.items():
         if np.any(array[~mask] != 0):
             raise AssertionError(f"{name} is not 0 where the response mask is False.")

@@ -1,8 +1,8 @@
-"""One token a row from logits: two-level Gumbel-max.
+"""Draws one token per row from logits: two-level Gumbel-max.
 
-A row's V logits are cut into about √V blocks. A block is drawn by Gumbel-max over the blocks' log-sums, then a token
-inside it by Gumbel-max over its logits. That is exact, and takes about 2√V random numbers a row instead of V: with
-V = 49,152, 448. Small noise in the logits turns a draw only where two perturbed scores all but tie.
+A row's V logits are cut into about √V blocks. A block is drawn by Gumbel-max over the log-sum-exps of the blocks, then
+a token inside the block by Gumbel-max over its logits. That is exact, and takes about 2√V random numbers per row
+instead of V: 448 for V = 49,152. Small noise in the logits changes a draw only if two perturbed scores nearly tie.
 """
 
 import math
@@ -18,13 +18,14 @@ from jax_rlhf.sampling.filters import keep_top_k, keep_top_p
 
 
 class Draw(struct.PyTreeNode):
-    """One token a row.
+    """One drawn token per row.
 
     Attributes:
       tokens: ids.
-      logprobs: log-prob in the unfiltered softmax of the logits, in nats.
-      kept_mass: probability of the tokens that the filters left, 0 to 1.
-      margin: by how much the perturbed score of the winner beat the next, the smaller of both levels, in nats.
+      logprobs: log-prob of the token in the unfiltered softmax of the logits, in nats.
+      kept_mass: total probability of the tokens that the filters leave, 0 to 1.
+      margin: difference between the largest and the second largest perturbed score, in nats; the smaller of the
+        differences at the two levels.
     """
 
     tokens: Int32[Array, "B"]
@@ -42,18 +43,15 @@ def draw_tokens(
     banned: tuple[int, ...] = (),
     ban: Bool[Array, ""] | bool = False,
 ) -> Draw:
-    """Draws a token of each row's softmax, filtered.
+    """Draws a token per row from the filtered softmax of the logits.
 
     Args:
-      logits: divided by the temperature.
+      logits: already divided by the temperature.
       keys: random keys, one per row.
-      top_k: draw among the k likeliest; 0 = all; 1 = argmax, the first of ties.
-      top_p: draw among the fewest that hold this probability (after top-k).
-      banned: ids that may not be drawn where `ban` is True.
-      ban: whether these ids are banned now.
-
-    Returns:
-      The draw.
+      top_k: draw from the k most likely tokens; 0 = all; 1 = argmax, the first of ties.
+      top_p: draw from the smallest set of most likely tokens with at least this probability (after top-k).
+      banned: ids that are not drawn if `ban` is True.
+      ban: whether `banned` applies.
 
     Source: Gumbel-max: Maddison et al. 2014, "A* Sampling", section 2.
     """
@@ -63,8 +61,8 @@ def draw_tokens(
     allowed = _allowed(logits, top_k, top_p, banned, ban)
     candidates = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
 
-    # Block sums of exp(logit − the largest that may be drawn): of exp(logit − the largest) all would underflow where a
-    # banned token leads by far. With them the log-normaliser falls out.
+    # Block sums of exp(logit − the largest allowed logit). With the largest of all logits, every term would underflow
+    # if a banned token is far more likely than the rest. The sums also give the log-normaliser.
     size = 1 << math.ceil(math.log2(vocab) / 2)
     blocks = _blocks(candidates, size)  # [B, blocks, size]
     peak, kept_peak = jnp.max(logits, axis=1), jnp.max(candidates, axis=1)  # [B]
@@ -74,14 +72,15 @@ def draw_tokens(
 
     if top_k == 1:
         tokens = jnp.argmax(candidates, axis=1).astype(jnp.int32)
-        two = jax.lax.top_k(candidates, min(2, vocab))[0]
+        two = jax.lax.top_k(candidates, min(2, vocab))[0]  # [B, 2]
         margin = two[:, 0] - two[:, -1]
     else:
+        # [B, blocks + size]
         noise = jax.vmap(lambda key: jax.random.gumbel(key, (blocks.shape[1] + size,), jnp.float32))(keys)
-        block, block_margin = _winner(jnp.log(sums) + noise[:, : blocks.shape[1]])
-        inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-        offset, margin = _winner(inside + noise[:, blocks.shape[1] :])
-        tokens = block * size + offset
+        block, block_margin = _winner(jnp.log(sums) + noise[:, : blocks.shape[1]])  # [B]
+        inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]  # [B, size]
+        offset, margin = _winner(inside + noise[:, blocks.shape[1] :])  # [B]
+        tokens = block * size + offset  # [B]
         margin = jnp.minimum(margin, block_margin)
     logprobs = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0] - peak - jnp.log(total)
     return Draw(tokens, logprobs, jnp.exp(kept_peak - peak) * kept / total, margin)
@@ -90,7 +89,7 @@ def draw_tokens(
 def _allowed(
     logits: Float32[Array, "B V"], top_k: int, top_p: float, banned: tuple[int, ...], ban: Bool[Array, ""] | bool
 ) -> Bool[Array, "B V"] | None:
-    """True = may be drawn; None where nothing is filtered."""
+    """True = may be drawn; None if no filter applies."""
     allowed = None
     if banned and ban is not False:
         ids = jnp.arange(logits.shape[1])
@@ -108,13 +107,13 @@ def _allowed(
 
 
 def _blocks(logits: Float32[Array, "B V"], size: int) -> Float32[Array, "B blocks {size}"]:
-    """⌈V / size⌉ blocks per row, filled up with −∞."""
+    """⌈V / size⌉ blocks per row; the last one is padded with −∞."""
     padded = jnp.pad(logits, ((0, 0), (0, -logits.shape[1] % size)), constant_values=-jnp.inf)
     return padded.reshape(len(logits), -1, size)
 
 
 def _winner(scores: Float32[Array, "B N"]) -> tuple[Int32[Array, "B"], Float32[Array, "B"]]:
-    """The index of the largest, and by how much it beats the next."""
+    """The index of the largest score, and its difference to the second largest."""
     winner = jnp.argmax(scores, axis=1).astype(jnp.int32)
     others = jnp.where(jnp.arange(scores.shape[1]) == winner[:, None], -jnp.inf, scores)
     return winner, jnp.max(scores, axis=1) - jnp.max(others, axis=1)

@@ -1,7 +1,7 @@
-"""Which tokens may be drawn: top-k and top-p, without sorting the vocabulary.
+"""Top-k and top-p filtering without sorting the vocabulary.
 
-Both are a threshold a row: keep what is at least as large. The threshold is found by bisection over the logits' bit
-patterns: exact, in at most 32 passes over the row.
+Both keep the logits of a row that are at or above a threshold. The threshold is found by bisection over the bit
+patterns of the logits, which is exact and takes at most 32 passes over the row.
 """
 
 from collections.abc import Callable
@@ -13,28 +13,20 @@ from jaxtyping import Bool, Float32, Int32
 
 
 def keep_top_k(logits: Float32[Array, "B V"], k: int) -> Bool[Array, "B V"]:
-    """The k largest of each row; ties with the last of them are kept too.
-
-    Args:
-      logits: of a row each.
-      k: 1 to V, in tokens.
-
-    Returns:
-      True = kept.
-    """
+    """True for the k largest logits of each row, and for ties with the k-th; k is 1 to V."""
     ordered = _ordered_bits(logits)
     return ordered >= _largest_threshold(ordered, lambda kept: jnp.sum(kept, axis=1) >= k)
 
 
 def keep_top_p(logits: Float32[Array, "B V"], p: float) -> Bool[Array, "B V"]:
-    """The fewest tokens, largest first, whose probabilities sum to p or more; ties with the last are kept too.
+    """True for the fewest tokens, most likely first, whose probabilities sum to p or more, and for ties with the last.
 
     Args:
-      logits: −∞ for what is filtered out already.
+      logits: −∞ for tokens that another filter has removed.
       p: 0 < p < 1.
 
     Returns:
-      True = kept; at least one per row.
+      True = kept; at least one token per row.
 
     Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1.
     """
@@ -52,8 +44,8 @@ def _ordered_bits(x: Float32[Array, "B V"]) -> Int32[Array, "B V"]:
 def _largest_threshold(
     ordered: Int32[Array, "B V"], enough: Callable[[Bool[Array, "B V"]], Bool[Array, "B"]]
 ) -> Int32[Array, "B 1"]:
-    """The largest t with enough(ordered ≥ t); the row's least value where none is."""
-    low, high = jnp.min(ordered, axis=1), jnp.max(ordered, axis=1)  # [B]; the answer lies in [low, high]
+    """The largest t with enough(ordered ≥ t); the row's minimum if there is none."""
+    low, high = jnp.min(ordered, axis=1), jnp.max(ordered, axis=1)  # [B]; t lies in [low, high]
 
     def halve(bounds: tuple[Int32[Array, "B"], Int32[Array, "B"]]) -> tuple[Int32[Array, "B"], Int32[Array, "B"]]:
         low, high = bounds

@@ -1,6 +1,6 @@
-"""Log-probs of given tokens, and entropy, without float32 [B, T, V] in memory, forward or backward.
+"""Log-probs of given tokens, and entropy, without [B, T, V] float32 logits in memory, forward or backward.
 
-The head runs over a chunk of positions at a time; the backward pass computes a chunk's logits again.
+The head runs over one chunk of positions at a time. The backward pass recomputes the logits of a chunk.
 """
 
 import functools
@@ -28,7 +28,7 @@ def token_logprobs(
     temperature: float = 1.0,
     chunk: int | None = None,
 ) -> Float32[Array, "B T-1"]:
-    """log π(token | the tokens before it), from log softmax(logits / τ).
+    """log π(token | previous tokens) of each token, from log softmax(logits / τ).
 
     Args:
       model: with an LM head.
@@ -36,10 +36,10 @@ def token_logprobs(
       tokens: ids.
       mask: True = real token.
       temperature: τ, as in sampling.
-      chunk: positions whose logits exist at once; None chooses by the vocabulary and the backend.
+      chunk: positions whose logits are in memory at once; None chooses by vocabulary size and backend.
 
     Returns:
-      Of tokens[:, 1:], in nats; 0 for pads and for a row's first real token.
+      Log-probs of tokens[:, 1:], in nats; 0 for pads and for a row's first real token.
     """
     return _token_logprobs(model, params, jnp.asarray(tokens), jnp.asarray(mask), temperature, chunk)
 
@@ -54,10 +54,10 @@ def _token_logprobs(
     chunk: int | None,
 ) -> Float32[Array, "B T-1"]:
     hidden = model.apply({"params": params}, tokens, mask=mask, method="hidden_states")  # [B, T, E]
-    # The first real token has nothing before it; after it, a token's predecessor is the last real one, which may
-    # stand further back where pads are inside.
-    before = jnp.cumsum(mask, axis=1)[:, :-1] > 0
-    slot = jax.lax.cummax(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)[:, :-1]
+    # A token is predicted at the last real token before it, which is further back if pads are in between. The first
+    # real token has no predecessor.
+    before = jnp.cumsum(mask, axis=1)[:, :-1] > 0  # [B, T − 1]
+    slot = jax.lax.cummax(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)[:, :-1]  # [B, T − 1]
     hidden = jnp.take_along_axis(hidden, slot[..., None], axis=1)  # [B, T − 1, E]
     logprobs, _ = score_hidden(model, params, hidden, tokens[:, 1:], temperature=temperature, chunk=chunk)
     return jnp.where(mask[:, 1:] & before, logprobs, 0)
@@ -72,18 +72,18 @@ def score_hidden(
     temperature: float = 1.0,
     chunk: int | None = None,
 ) -> tuple[Float32[Array, "B T"], Float32[Array, "B T"]]:
-    """Log-probs of target tokens, and the entropy of the distribution that they are from.
+    """Log-probs of target tokens, and the entropy of the predicted distributions.
 
     Args:
       model: with an LM head.
       params: its parameters; only those of the head are read.
-      hidden: what the head reads.
-      targets: the token that follows each; an id outside the vocabulary counts as 0 (a pad's).
+      hidden: the head's input.
+      targets: the token that follows each position; an id outside the vocabulary (at a pad) is replaced by 0.
       temperature: τ.
-      chunk: positions at once; None chooses.
+      chunk: positions whose logits are in memory at once; None chooses.
 
     Returns:
-      (logprobs, entropy), in nats, differentiable in params and hidden.
+      (logprobs, entropy), in nats, differentiable with respect to params and hidden.
     """
     chex.assert_rank([hidden, targets], [3, 2])
     chex.assert_type([hidden, targets], [float, int])
@@ -111,35 +111,25 @@ def score_hidden(
 
 
 def default_chunk(batch: int, config: DecoderConfig) -> int:
-    """Positions whose logits exist at once: a device's 32 MiB of float32 on CPU (near its caches), else 512 MiB.
+    """Positions whose logits are in memory at once: 32 MiB per device on CPU (near its caches), 512 MiB elsewhere.
 
     Args:
-      batch: B, in rows, of all devices.
+      batch: B, rows of all devices.
       config: the model's.
-
-    Returns:
-      1 or more.
     """
     budget = 2**23 if config.platform == "cpu" else 2**27
     if config.layout is not None:
         budget *= config.layout.num_shards("rows") * config.layout.num_shards("vocab")
-    return max(1, budget // (batch * config.table_rows))  # a product with all rows, also of ids that are not used
+    return max(1, budget // (batch * config.table_rows))  # the product covers all rows of the table, padding included
 
 
 @jax.custom_vjp
 def categorical(
     logits: Float32[Array, "*batch V"], targets: Int[Array, "*batch"]
 ) -> tuple[Float32[Array, "*batch"], Float32[Array, "*batch"]]:
-    """Log-probs of the targets and entropy of softmax(logits).
+    """(log-probs of the targets, entropy) of softmax(logits), in nats.
 
     log p_y = z_y − log Σ exp z;   H = log Σ exp z − Σ p z
-
-    Args:
-      logits: of a position each.
-      targets: ids within V.
-
-    Returns:
-      (logprobs, entropy), in nats.
     """
     return _categorical_forward(logits, targets)[0]
 
@@ -148,12 +138,12 @@ def _categorical_forward(
     logits: Float32[Array, "*batch V"], targets: Int[Array, "*batch"]
 ) -> tuple[tuple[Float32[Array, "*batch"], Float32[Array, "*batch"]], tuple[Array, ...]]:
     chex.assert_type(logits, jnp.float32)
-    peak = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - peak)
+    peak = jnp.max(logits, axis=-1, keepdims=True)  # [..., 1]
+    weights = jnp.exp(logits - peak)  # [..., V]
     total = jnp.sum(weights, axis=-1)  # [...]
-    log_normalizer = peak[..., 0] + jnp.log(total)
-    entropy = log_normalizer - jnp.sum(weights * logits, axis=-1) / total
-    # Saved by name, so that the backward pass has one product and one exp to compute again, and no reduction.
+    log_normalizer = peak[..., 0] + jnp.log(total)  # [...]
+    entropy = log_normalizer - jnp.sum(weights * logits, axis=-1) / total  # [...]
+    # Saved by name for the backward pass, which then recomputes one matrix product and one exp, and no reduction.
     log_normalizer, entropy = checkpoint_name(log_normalizer, _SAVED), checkpoint_name(entropy, _SAVED)
     logprobs = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - log_normalizer
     return (logprobs, entropy), (logits, targets, log_normalizer, entropy)
@@ -163,9 +153,9 @@ def _categorical_backward(
     residuals: tuple[Array, ...], gradients: tuple[Float32[Array, "*batch"], Float32[Array, "*batch"]]
 ) -> tuple[Float32[Array, "*batch V"], None]:
     logits, targets, log_normalizer, entropy = residuals
-    logprob_gradient, entropy_gradient = (g[..., None] for g in gradients)
-    logp = logits - log_normalizer[..., None]
-    chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
+    logprob_gradient, entropy_gradient = (g[..., None] for g in gradients)  # [..., 1]
+    logp = logits - log_normalizer[..., None]  # [..., V]
+    chosen = jnp.arange(logits.shape[-1]) == targets[..., None]  # [..., V]
     probabilities = jnp.exp(logp)
     # ∂ log p_y / ∂z = 1[y] − p;  ∂H / ∂z = −p (log p + H)
     gradient = logprob_gradient * (chosen - probabilities)

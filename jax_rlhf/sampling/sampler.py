@@ -1,14 +1,14 @@
-"""Responses to prompts, in one jitted function: prefill, then `while_loop`s that stop when every row has ended.
+"""Samples responses to prompts in one jitted function: prefill, then decode in `while_loop`s until every row has ended.
 
-Positions in a row of P = 4 prompt slots and R = 4 response slots, EOS = `.`:
+A row with P = 4 prompt slots and R = 4 response slots, EOS = `.`:
 
     tokens          pad  the  cat  sat  │  on   it   .    pad
     prompt_mask      0    1    1    1   │
     response_mask                       │  1    1    1    0         true through EOS
     drawn from the hidden state at:        sat  on   it   –
 
-Logits exist for one position a row at a time. The key of a draw is an address, fold_in(fold_in(key, row id), index in
-the response), so a row's response does not depend on its batch, slot, padding or mesh.
+Logits are in memory for one position per row at a time. The key of a draw is fold_in(fold_in(key, row id), index in the
+response), so a row's response does not depend on its batch, its padding or the mesh.
 """
 
 import functools
@@ -41,9 +41,9 @@ from jax_rlhf.sampling.config import Sampling
 from jax_rlhf.sampling.draw import draw_tokens
 from jax_rlhf.sampling.weights import rollout_form
 
-STAGE_TOKENS = 128  # new tokens per stage at least: the loop of each stage takes its time to compile
+STAGE_TOKENS = 128  # least number of new tokens per stage, since each stage is a loop that takes time to compile
 MAX_STAGES = 4
-TURNING_PAYS = 32  # tokens per response, from which on turning the kernels round once is made up for by faster steps
+MIN_TOKENS_TO_TRANSPOSE = 32  # response length from which faster decode steps outweigh transposing the kernels once
 
 
 class Samples(struct.PyTreeNode):
@@ -52,8 +52,8 @@ class Samples(struct.PyTreeNode):
     Attributes:
       tokens: ids, of T = P + R slots.
       response_mask: True through EOS.
-      logprobs: of the unfiltered softmax at the temperature, in nats; 0 after EOS.
-      kept_mass: probability that the filters left; 1 where nothing is filtered, 0 after EOS.
+      logprobs: log-probs under the unfiltered softmax at the sampling temperature, in nats; 0 after EOS.
+      kept_mass: probability mass that the filters leave; 1 without filters, 0 after EOS.
     """
 
     tokens: Int32[Array, "B T"]
@@ -86,22 +86,19 @@ def sample(
       prompts: ids, padded on the left.
       prompt_mask: True = real token; each row ends with one.
       key: a JAX random key. The same (key, row id, prompt) gives the same response in any batch, order, padding width
-        or mesh, up to draws that float rounding turns: those where two perturbed scores lie within rounding.
+        or mesh, unless float rounding decides between two nearly equal perturbed scores.
       max_new_tokens: R, in tokens.
-      min_new_tokens: before so many tokens EOS is not drawn.
-      temperature: τ > 0, what logits are divided by.
-      top_k: draw among the k likeliest tokens; 0 = all, 1 = greedy.
-      top_p: draw among the fewest tokens that hold this probability (after top-k); 1 = all.
-      eos_id: one id or several, any of which ends a response; None = none does.
-      pad_id: what stands after the end; it may equal an EOS.
-      row_ids: the address of each row's randomness; default 0 … B − 1.
-
-    Returns:
-      The samples. Log-probs are of the unfiltered softmax at the temperature.
+      min_new_tokens: EOS is not drawn before a response has this many tokens.
+      temperature: τ > 0; logits are divided by it.
+      top_k: draw from the k most likely tokens; 0 = all, 1 = greedy.
+      top_p: draw from the smallest set of most likely tokens with at least this probability (after top-k); 1 = all.
+      eos_id: one id or several, any of which ends a response; None = every response has R tokens.
+      pad_id: fills the slots after EOS; it may equal an EOS id.
+      row_ids: folded into the sampling key of each row; default 0 … B − 1.
 
     Raises:
       ValueError: a setting is out of range, a prompt is empty or not padded on the left, or prompt and response are
-        longer than the model's table of positions.
+        longer than the model's position table.
     """
     eos_ids = () if eos_id is None else (eos_id,) if isinstance(eos_id, int | np.integer) else eos_id
     sampling = Sampling(
@@ -117,37 +114,38 @@ def sample(
     count, layout = len(prompts), model.config.layout
     if layout is None or isinstance(prompts.sharding, NamedSharding):
         return sample_program(model, params, rows, key, sampling)
-    # Onto the mesh, the last row once more where the mesh does not divide them.
-    filled = np.minimum(np.arange(count - count % -layout.num_shards("rows")), count - 1)
-    rows = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[filled], layout.sharding(("rows",))), rows)
+    # Shard the rows, repeating the last one if the mesh does not divide their number.
+    padded = np.minimum(np.arange(count - count % -layout.num_shards("rows")), count - 1)
+    rows = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[padded], layout.sharding(("rows",))), rows)
     samples = sample_program(model, params, rows, key, sampling)
-    if len(filled) == count:
+    if len(padded) == count:
         return samples
     return jax.tree.map(lambda leaf: jax.device_put(leaf, layout.sharding(()))[:count], samples)
 
 
 def check_prompts(model: Decoder, prompt_mask: np.ndarray, sampling: Sampling) -> None:
-    """Raises where prompts cannot be sampled from.
+    """Checks that responses to these prompts can be sampled.
 
     Args:
       model: the model.
-      prompt_mask: on the host; that it is bool[B, P] is looked at here.
-      sampling: how they will be sampled.
+      prompt_mask: on the host; its shape and dtype, bool[B, P], are checked too.
+      sampling: the settings.
 
     Raises:
-      ValueError: the mask's form, an empty prompt, padding not on the left, too long for the model, an EOS that it
-        does not have; says which row.
+      ValueError: the mask is not bool[B, P], a prompt is empty, not padded on the left or too long for the model, or an
+        EOS id is outside the vocabulary; the message names the row.
     """
     config = model.config
     if prompt_mask.ndim != 2 or prompt_mask.dtype != bool:
         raise ValueError(f"prompt_mask must be bool[B, P], not {prompt_mask.dtype}{list(prompt_mask.shape)}.")
     lengths = prompt_mask.sum(axis=1)
     if not lengths.all():
-        raise ValueError(f"prompt {int(np.argmin(lengths))} is empty; give at least one token, BOS say.")
+        raise ValueError(f"prompt {int(np.argmin(lengths))} is empty; give at least one token, for example BOS.")
     ragged = (np.diff(prompt_mask.astype(int), axis=1) < 0).any(axis=1)
     if ragged.any():
         raise ValueError(f"prompt {int(np.argmax(ragged))} is not padded on the left only (tokenizer.padding_side).")
-    check_positions(config, lengths, sampling.max_new_tokens, run=sampling.max_new_tokens - 1)  # not over the last one
+    # The model does not run over the last token of a response.
+    check_positions(config, lengths, sampling.max_new_tokens, run=sampling.max_new_tokens - 1)
     outside = [eos for eos in sampling.eos_ids or () if not 0 <= eos < config.vocab_size]
     if outside:
         raise ValueError(f"eos_id {outside[0]} is not among the model's {config.vocab_size} tokens.")
@@ -161,17 +159,17 @@ def check_positions(
     run: int | None = None,
     whose: str = "model's",
 ) -> None:
-    """Raises where a prompt and its response are longer than a learned table of positions.
+    """Checks that prompts and responses fit a learned position table.
 
     Args:
       config: the model's.
       lengths: of the prompts, in tokens.
       max_new_tokens: R.
-      run: how many of a response's tokens the model runs over; None = all.
-      whose: positions, for the message.
+      run: number of response tokens that the model runs over; None = all.
+      whose: names the model in the message.
 
     Raises:
-      ValueError: says which prompt.
+      ValueError: a row does not fit; the message names the prompt.
     """
     longest = int(lengths.max()) + (max_new_tokens if run is None else run)
     if config.position_kind == "learned" and longest > config.max_positions:
@@ -183,32 +181,24 @@ def check_positions(
 
 @functools.partial(model_jit, static_argnums=(0, 4))
 def sample_program(model: Decoder, params: Params, prompts: Prompts, key: PRNGKeyArray, sampling: Sampling) -> Samples:
-    """`rollout`, in the form that decodes fastest, and its rows with the sharding of the training layout."""
+    """`rollout` with the model converted to rollout form, and the samples in the training layout."""
     return in_rows(rollout(*rollout_form(model, params), prompts, key, sampling), model.config.layout)
 
 
 def in_rows(samples: Samples, layout: Layout | None) -> Samples:
-    """Samples with their rows where training has them.
-
-    Args:
-      samples: made in the rollout layout.
-      layout: that of training; None = one device.
-
-    Returns:
-      The samples.
-    """
+    """Reshards samples by rows, from the rollout layout to the training layout; None = one device."""
     return jax.tree.map(lambda leaf: constrained(leaf, layout, "rows", "length"), samples)
 
 
 class _Decoding(struct.PyTreeNode):
-    """What a loop over tokens carries; index, of the next token, counts from 0 at the first response slot."""
+    """The carry of the decode loop."""
 
-    index: Int32[Array, ""]
+    index: Int32[Array, ""]  # response slot of the next token
     running: Bool[Array, "B"]  # no EOS so far
-    hidden: Float[Array, "B E"]  # what the head reads next
+    hidden: Float[Array, "B E"]  # the head's next input
     cache: KVCache
     token: Int32[Array, "B"]  # drawn last
-    real: Bool[Array, "B"]  # whether it belongs to the response
+    real: Bool[Array, "B"]  # whether `token` belongs to the response
     tokens: Int32[Array, "B R"]
     mask: Bool[Array, "B R"]
     logprobs: Float32[Array, "B R"]
@@ -221,7 +211,7 @@ def rollout(model: Decoder, params: Params, prompts: Prompts, key: PRNGKeyArray,
     Args:
       model: with an LM head.
       params: its parameters.
-      prompts: B rows without columns.
+      prompts: B rows with columns=None.
       key: a JAX random key.
       sampling: the settings.
 
@@ -233,18 +223,19 @@ def rollout(model: Decoder, params: Params, prompts: Prompts, key: PRNGKeyArray,
     chex.assert_type([tokens, mask, row_ids], [int, bool, int])
     chex.assert_equal_shape([tokens, mask])
     (batch, width), length, layout = tokens.shape, sampling.max_new_tokens, model.config.layout
-    # Rows come in the training layout; this one's must be said here, else every layer exchanges its masks.
+    # Rows arrive in the training layout. Without these constraints, XLA would reshard the masks in every layer.
     tokens, mask = (constrained(x, layout, "rows", "length") for x in (tokens, mask))
     row_ids, key = constrained(row_ids, layout, "rows"), constrained(key, layout)
     run = functools.partial(model.apply, {"params": params})
-    decode = run  # prefill has rows enough to read kernels as they are
-    if model.config.platform == "cpu" and not model.scan_layers and length >= TURNING_PAYS:
+    decode = run  # prefill always uses the kernels as stored: it has enough rows
+    if model.config.platform == "cpu" and not model.scan_layers and length >= MIN_TOKENS_TO_TRANSPOSE:
         decode = functools.partial(model.apply, {"params": kernels_by_output(params)})
     draw = _make_draw(functools.partial(run, method="apply_head"), key, row_ids, sampling, layout)
 
     def step(state: _Decoding) -> _Decoding:
-        """Runs the model over the last token of every row, and draws the next."""
-        hidden, cache = decode(state.token[:, None], state.cache, mask=state.real[:, None], method="extend")
+        """Runs the model over the last token of every row, and draws the next one."""
+        token, real = state.token[:, None], state.real[:, None]  # [B, 1]
+        hidden, cache = decode(token, state.cache, mask=real, method="extend")  # [B, 1, E]
         return draw(state.replace(hidden=hidden[:, -1], cache=cache))
 
     stages = decode_stages(length)
@@ -281,14 +272,14 @@ def _make_draw(
     layout: Layout | None,
 ) -> Callable[[_Decoding], _Decoding]:
     """draw(state): draws token `index` of every row from `hidden`."""
-    row_keys, eos_ids = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_ids), sampling.eos_ids or ()
+    row_keys, eos_ids = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_ids), sampling.eos_ids or ()  # [B]
 
     def draw(state: _Decoding) -> _Decoding:
         index, running = state.index, state.running
         logits = head(state.hidden) / sampling.temperature  # [B, V]
-        # The devices that hold parts of the vocabulary exchange them for whole rows, so that each draws for its own.
+        # Reshard from vocabulary shards to row shards, so that each device draws for its own rows.
         logits = constrained(logits, layout, "drawn_rows", None)
-        keys = jax.vmap(lambda row_key: jax.random.fold_in(row_key, index))(row_keys)
+        keys = jax.vmap(lambda row_key: jax.random.fold_in(row_key, index))(row_keys)  # [B]
         ban = index < sampling.min_new_tokens if sampling.min_new_tokens else False
         filters = {"top_k": sampling.top_k, "top_p": sampling.top_p, "banned": eos_ids, "ban": ban}
         drawn = draw_tokens(logits, keys, **filters)
@@ -309,41 +300,35 @@ def _make_draw(
 
 
 def loop_scope(turns: int) -> str:
-    """The scope in which a loop over tokens is traced; `loop_turns` reads it off compiled programs.
-
-    Args:
-      turns: of the loop, at most.
-
-    Returns:
-      Its name.
-    """
+    """The named scope of a decode loop with at most this many iterations; `loop_turns` parses it."""
     return f"decode_{turns}_turns"
 
 
 def loop_turns(scope: str) -> int | None:
-    """How often a loop over tokens turns at most, which neither its program nor its condition says.
+    """The largest number of iterations of a decode loop, which its condition does not tell (it stops at EOS).
 
     Args:
-      scope: of a `while` operation, as JAX's name stack or the compiled program's op_name has it.
+      scope: of a `while` operation, from JAX's name stack or from the op_name in the compiled program.
 
     Returns:
-      Turns; None for other loops.
+      Iterations; None for other loops.
     """
-    found = re.search(r"decode_(\d+)_turns(/while)?$", scope)
-    return int(found[1]) if found else None
+    match = re.search(r"decode_(\d+)_turns(/while)?$", scope)
+    return int(match[1]) if match else None
 
 
 def decode_stages(length: int) -> tuple[int, ...]:
-    """Where the cache of a rollout grows: a step of decoding reads all slots that there are, filled or not.
+    """The response lengths up to which the cache of a rollout is allocated, stage by stage.
 
-    Each stage is a loop of its own, compiled by itself. With as many prompt tokens as new ones, four stages read 19 %
-    fewer slots than one, and 8 % more than are filled.
+    A decode step reads all slots of the cache, filled or not, so the cache grows in stages. Each stage is a separately
+    compiled loop. With as many prompt tokens as new tokens, four stages read 19 % fewer slots than one stage, and 8 %
+    more than the filled slots.
 
     Args:
-      length: R, new tokens at most.
+      length: R, the largest number of new tokens.
 
     Returns:
-      Of each stage, the tokens that are drawn when it ends; the last is R.
+      For each stage, the number of tokens drawn by its end; the last is R.
     """
     count = max(1, min(MAX_STAGES, length // STAGE_TOKENS))
     return tuple(length * (stage + 1) // count for stage in range(count))

@@ -1,8 +1,8 @@
-"""Training parameters → rollout parameters: in the compute dtype, in the rollout layout, unstacked where that pays.
+"""Converts training parameters for the rollout: to the compute dtype, the rollout layout, and unrolled layers.
 
-Training cuts weights over `fsdp` and gathers a layer at a time, which a step over a whole batch pays for once. A step
-of decoding would pay as much for one token per row; so sampling has a layout of its own, and this is where one becomes
-the other, inside the program that samples.
+Training shards weights over `fsdp` and gathers one layer at a time, a cost shared by all tokens of a batch. A decode
+step would pay the same cost for one token per row. Sampling therefore has a layout of its own; the functions here
+convert the parameters inside the program that samples.
 """
 
 from typing import Any
@@ -18,29 +18,22 @@ from jax_rlhf.parallel import Layout, constrained, reshard_steps, rollout_layout
 
 
 def sampling_layout(config: DecoderConfig) -> Layout | None:
-    """Where a model samples.
-
-    Args:
-      config: the model's, with its training layout.
-
-    Returns:
-      The layout; None for one device.
-    """
+    """The rollout layout of a model with this training config; None for one device."""
     if config.layout is None:
         return None
     return rollout_layout(config.layout, (config.num_kv_heads, config.num_heads, config.intermediate_size))
 
 
 def reshard(model: Decoder, params: Any, axes: Any) -> tuple[Decoder, Any]:
-    """Parameters in the compute dtype and the rollout layout, to be called under `jit`.
+    """Converts parameters to the compute dtype and the rollout layout, under `jit`.
 
     Args:
-      model: as it trains.
-      params: its parameters, whole or in parts.
-      axes: `logical_axes` of the model, in the same tree.
+      model: with its training config.
+      params: its parameters, as one tree or split.
+      axes: `logical_axes` of the model, in a tree of the same structure.
 
     Returns:
-      The model in the rollout layout, and its parameters there.
+      (model, parameters) in the rollout layout.
     """
     layout = sampling_layout(model.config)
     steps = [None]
@@ -56,34 +49,28 @@ def reshard(model: Decoder, params: Any, axes: Any) -> tuple[Decoder, Any]:
     params = jax.tree.map(move, axes, params, is_leaf=lambda x: isinstance(x, PartitionSpec))
     config = model.config.replace(layout=layout)
     if config.platform == "gpu" and layout != model.config.layout:
-        config = config.replace(attention="xla")  # for the prefill: JAX has cuDNN's only in programs of a single mesh
+        config = config.replace(attention="xla")  # for prefill: JAX supports cuDNN only in programs with a single mesh
     return model.clone(config=config), params
 
 
 def decodes_unrolled(config: DecoderConfig) -> bool:
-    """Whether a step of decoding runs over unrolled layers, of arrays of their own.
+    """Whether decoding uses unrolled layers, each with its own arrays: True on CPU and GPU.
 
-    Scanned layers are slices of stacked arrays. XLA for CPUs and GPUs copies each slice, kernels and cache, before the
-    product that reads it; for TPUs it reads the slice in the product, and the loop is a fraction of the program.
-
-    Args:
-      config: the model's.
-
-    Returns:
-      True on CPUs and GPUs.
+    Scanned layers are slices of stacked arrays. On CPU and GPU, XLA copies each slice of kernels and cache before the
+    product that reads it. On TPU the product reads the slice directly, and a scan gives a much smaller program.
     """
     return config.platform != "tpu"
 
 
 def rollout_form(model: Decoder, params: Params) -> tuple[Decoder, Params]:
-    """The form that decodes fastest: in the rollout layout, its layers unrolled or scanned.
+    """Converts a model to the form that decodes fastest: in the rollout layout, with layers unrolled or scanned.
 
     Args:
       model: scanned or unrolled.
       params: its parameters.
 
     Returns:
-      (model, params) that compute the same.
+      An equivalent (model, params).
     """
     model, params = reshard(model, params, logical_axes(model))
     if not model.scan_layers or not decodes_unrolled(model.config):

@@ -73,7 +73,10 @@ def set_field(config, path, value):
         ({"mesh.data": 3}, "data=3 × fsdp=-1 × tensor=1 is not the 8 devices that are available"),
         ({"ppo.loss.clip_range": -1.0}, "clip_range=-1.0 must be 0 or more"),
         ({"ppo.critic.warmup_iterations": 3}, "critic.warmup_iterations=3 leaves the actor none of .*iterations=3"),
-        ({"critic.revision": "main"}, r"config.critic.revision='main' is of a hub id; set config.critic.path too"),
+        (
+            {"critic.revision": "main"},
+            r"config.critic.revision='main' has no effect without a hub id; set config.critic.path too",
+        ),
     ],
 )
 def test_what_cannot_work_is_said_at_the_start(config, tmp_path, changes, message):

@@ -61,7 +61,7 @@ MUTANTS = [
         _RL,
         ("jnp.sum(jnp.where(mask, x, 0))", "jnp.sum(x)"),
         ("jnp.maximum(jnp.sum(mask), 1)", "mask.size"),
-        ("return x - mean - left, mean + left", "return x - mean, mean"),
+        ("return x - mean - error, mean + error", "return x - mean, mean"),
         ("mask) + 1e-8)", "mask) + 1e-4)"),
         ("whitened if shift_mean else whitened + mean", "whitened"),
     ),
@@ -145,7 +145,7 @@ MUTANTS = [
             "check_positions(network.model.config, lengths, max",
             "check_positions(network.model.config, lengths - 1, max",
         ),
-        ("(tokens >= known))", "(tokens > known))"),
+        ("(tokens >= vocab_size))", "(tokens > vocab_size))"),
     ),
     *variants(
         "models/split.py",
@@ -155,8 +155,8 @@ MUTANTS = [
     *variants(
         "ppo/initialize.py",
         _COLLECT,
-        ("config = sampled_ids(config, start.actor.tokenizer, known)", "pass"),
-        ("known = min(given", "known = max(given"),
+        ("config = sampled_ids(config, start.actor.tokenizer, vocab_size)", "pass"),
+        ("vocab_size = min(given", "vocab_size = max(given"),
         ("learned.reward_bias - learned.missing_eos_bias", "learned.reward_bias"),
         ("runs_as is None else runs_as", "True else runs_as"),
         ("start.trainable_layers, start.reference_config)", "start.trainable_layers)"),
@@ -235,8 +235,8 @@ MUTANTS = [
         "ppo/step.py",
         _STEP,
         (
-            "jax.random.fold_in(jax.random.fold_in(seed_key, state.iteration), _ORDER_ADDRESS)",
-            "jax.random.fold_in(seed_key, _ORDER_ADDRESS)",
+            "jax.random.fold_in(jax.random.fold_in(seed_key, state.iteration), _SHUFFLE_ID)",
+            "jax.random.fold_in(seed_key, _SHUFFLE_ID)",
         ),
         ("state.iteration >= config.critic.warmup_iterations)", "state.iteration > config.critic.warmup_iterations)"),
         (

@@ -102,7 +102,7 @@ MUTANTS = [
         ("[config.warmup_steps])", "[config.warmup_steps - 1])"),
         ('not in ("scale", "bias"), params', 'not in ("scale",), params'),
         ('path[0].key == "scalar_head"', 'path[-1].key == "scalar_head"'),
-        ("turn, (params, state, take))", "turn, (params, state, jnp.ones_like(take)))"),
+        ("apply_step, (params, state, take))", "apply_step, (params, state, jnp.ones_like(take)))"),
         ("update(gradient, state, params, step=step, scale=scale)", "update(gradient, state, params, step=step)"),
         ("jnp.sqrt(1 - b2**count) / (1 - b1**count)", "jnp.sqrt(1 - b2**count)"),
         ("(jnp.sqrt(square) + eps)", "jnp.sqrt(square + eps)"),
@@ -129,7 +129,7 @@ MUTANTS = [
         "ppo/initialize.py",
         _RUN,
         ("SplitParams({}, narrowed(part, network.compute_dtypes().trainable))", "SplitParams({}, part)"),
-        ("    actor, critic = _frozen_narrowed(models, actor, critic)\n", ""),
+        ("    actor, critic = _narrow_frozen(models, actor, critic)\n", ""),
     ),
     *variants(
         "optim/supervised.py",
@@ -197,8 +197,8 @@ MUTANTS = [
             "tokens[:, width:], np.ones_like(mask), strict=True)]\n        owned",
         ),
         (
-            "texts, responses = read(skip_special_tokens=True)",
-            "texts, responses = read(skip_special_tokens=False)",
+            "texts, responses = decode_texts(skip_special_tokens=True)",
+            "texts, responses = decode_texts(skip_special_tokens=False)",
         ),
         ("{name: [values[row] for row in mine] for name, values in (prompts.columns or {}).items()},", "{},"),
         ("OnFailure(config.reward.retries,", "OnFailure(0,"),
@@ -230,7 +230,7 @@ MUTANTS = [
     *variants(
         "ppo/trainer.py",
         "tests/ppo/test_trainer.py -k failures",
-        ("found, self.failures = self.failures, Failures()", "found = self.failures"),
+        ("failures, self.failures = self.failures, Failures()", "failures = self.failures"),
     ),
     *variants(
         "ppo/trainer.py",

@@ -166,7 +166,7 @@ def test_bad_configs_and_models_that_do_not_fit_are_named(folders, tmp_path):
     with pytest.raises(ValueError, match=r"reward has another tokenizer .*1 of 9 tokens differ, first 'w9'"):
         RLHFEngine(longer, reward=tiny.policy(5, head="scalar"))
     small = dataclasses.replace(tiny.policy(5, head="scalar", vocab_size=7), tokenizer=None)
-    with pytest.raises(ValueError, match="critic knows 7 tokens, the tokenizer has 8"):
+    with pytest.raises(ValueError, match="critic has a vocabulary of 7 ids, but the tokenizer has 8"):
         RLHFEngine(tiny.policy(), critic=small)
     with pytest.raises(ValueError, match=r"config\.reward_model\.path"):
         RLHFEngine(tiny.policy()).reward(*batch())
@@ -314,7 +314,9 @@ def test_a_model_without_a_path_of_its_own_runs_as_its_own_settings_say(folders)
         assert how_it_runs(engine.models.critic) == ("bfloat16", "full", "xla")
         assert how_it_runs(engine.models.reference) == ("bfloat16", "none", "flash")
         assert how_it_runs(engine.models.actor) == plain
-    with pytest.raises(ValueError, match=r"config\.critic\.revision='main' is of a hub id; set config\.critic\.path"):
+    with pytest.raises(
+        ValueError, match=r"config\.critic\.revision='main' has no effect without a hub id; set config\.critic\.path"
+    ):
         RLHFEngine.create({"model": model, "critic": {"revision": "main"}})
 
 
@@ -379,7 +381,7 @@ def test_only_ids_that_all_models_know_are_sampled_and_have_probability(tmp_path
     jax.tree.map(np.testing.assert_array_equal, again.params, jax.device_get(engine.actor.params))
     for unknown in (-1, 6):
         prompts.tokens[3, -1] = unknown
-        with pytest.raises(ValueError, match=rf"prompt 3 has the id {unknown}; the models know 6 ids"):
+        with pytest.raises(ValueError, match=rf"prompt 3 has the token id {unknown}; .* vocabulary has 6 ids"):
             tiny.trainer(engine, reward=None).generate_experience(prompts)
 
 

@@ -108,7 +108,7 @@ def test_filters_warn_and_show_the_mass_that_they_keep(caplog):
 def test_no_eos_id_warns(caplog):
     with caplog.at_level(logging.WARNING, "absl"):
         trainer = tiny.trainer(eos_ids=None)
-    assert "no EOS id is known" in caplog.text
+    assert "no EOS id found" in caplog.text
     assert trainer.config.sampling.eos_ids == ()
 
 

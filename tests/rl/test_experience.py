@@ -109,9 +109,9 @@ def changed(array, place, value):
     [
         ("values", (0, 1), np.nan, "finite"),
         ("scores", 1, np.inf, "finite"),
-        ("response_mask", (1, 1), False, "response_mask has a hole"),
-        ("prompt_mask", (1, 1), False, "prompt_mask has a hole"),
-        ("prompt_mask", (0, 2), False, "prompt_mask has a hole"),
+        ("response_mask", (1, 1), False, "response_mask has a gap"),
+        ("prompt_mask", (1, 1), False, "prompt_mask has a gap"),
+        ("prompt_mask", (0, 2), False, "prompt_mask has a gap"),
         ("rewards", (0, 2), 0.5, "rewards is not 0 where"),
         ("ref_logprobs", (1, 0), 0.5, "ref_logprobs is above 0"),
     ],

@@ -14,7 +14,7 @@ from jax_rlhf.parallel import put_rows
 from jax_rlhf.rl import Prompts
 from jax_rlhf.sampling import Sampling, check_prompts, decode_stages, loop_turns, rollout, sampler
 from jax_rlhf.sampling.draw import draw_tokens
-from jax_rlhf.sampling.sampler import TURNING_PAYS
+from jax_rlhf.sampling.sampler import MIN_TOKENS_TO_TRANSPOSE
 from tests.models.test_decoder import tiny_config
 from tests.sampling.test_draw import P_VALUE, SAMPLES, chi_square, probabilities
 
@@ -73,7 +73,7 @@ def assert_same_responses(model, params, first, second, *, prompts, mask, row_id
 # ---- what is drawn -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("scan_layers", "length"), [(True, 8), (False, 8), (False, TURNING_PAYS)])
+@pytest.mark.parametrize(("scan_layers", "length"), [(True, 8), (False, 8), (False, MIN_TOKENS_TO_TRANSPOSE)])
 @pytest.mark.parametrize("position_kind", ["rotary", "learned"])
 def test_greedy_is_the_argmax_of_full_forwards(scan_layers, length, position_kind):
     changes = {"position_kind": "learned", "rotary": None} if position_kind == "learned" else {}
