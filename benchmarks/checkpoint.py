@@ -1,8 +1,9 @@
-"""How long saving a checkpoint blocks, and how long it takes; one JSON line.
+"""Time that saving a checkpoint blocks training, and its total time; one JSON line.
 
     python -m benchmarks.checkpoint --megabytes=1200 --folder=FOLDER
 
-Random float32 arrays, as of a model of 100 million parameters with Adam, while a loop of matrix products goes on.
+Saves random float32 arrays, as large as a model of 100 million parameters with Adam, while a loop of matrix products
+runs.
 """
 
 import argparse
@@ -26,7 +27,7 @@ def work(x: jax.Array) -> jax.Array:
 
 
 def measure(megabytes: int, folder: Path, rounds: int) -> dict:
-    """Saves some times, works meanwhile, and reads the last one back."""
+    """Saves several checkpoints, runs `work` meanwhile, and reads the last one back."""
     count = max(1, megabytes // 48)
     keys = jax.random.split(jax.random.key(0), count)
     state = {f"layer{i}": jax.random.normal(key, (3000, 4000)) for i, key in enumerate(keys)}  # 48 MB each

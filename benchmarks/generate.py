@@ -1,10 +1,10 @@
-"""Tokens/s, GFLOP/s and memory of sampling from a random model, with shipped defaults; one JSON line.
+"""Tokens/s, GFLOP/s and memory of sampling from a random model, with default settings; one JSON line.
 
     python -m benchmarks.generate --shape=small
-    python -m benchmarks.generate --shape=small --torch=/path/to/python    # torch `generate` beside it
+    python -m benchmarks.generate --shape=small --torch=/path/to/python    # compare with torch `generate`
 
 Float32, no EOS. Figures are medians over repeats, after a first run that compiles. `--torch` names a Python that has
-torch and transformers; the two take turns, so that a slow minute of the machine hits both.
+torch and transformers. The two alternate, so a slow minute of the machine affects both.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def prepare(shape: Shape) -> tuple[Callable[[int], tuple[float, float]], float]:
     """Compiles sampling and prefill.
 
     Args:
-      shape: what to run.
+      shape: the model and the batch.
 
     Returns:
       (a function that runs both once and returns their seconds, seconds to compile and run the first time).
@@ -52,24 +52,24 @@ def prepare(shape: Shape) -> tuple[Callable[[int], tuple[float, float]], float]:
 
 
 def measure(shape: Shape, repeats: int, torch: subprocess.Popen | None) -> tuple[dict, list[float]]:
-    """Runs sampling in turns with torch.
+    """Runs sampling, alternating with torch.
 
     Args:
-      shape: what to run.
-      repeats: how often.
+      shape: the model and the batch.
+      repeats: number of runs.
       torch: a running `torch_generate.py`, or None.
 
     Returns:
-      (our result, torch's seconds).
+      (result of jax_rlhf, torch's seconds).
     """
     run, first = prepare(shape)
-    ours, theirs = [], []
+    jax_seconds, torch_seconds = [], []
     for repeat in range(repeats):
-        ours.append(run(repeat))
+        jax_seconds.append(run(repeat))
         if torch is not None:
             print("go", file=torch.stdin, flush=True)
-            theirs.append(float(torch.stdout.readline()))
-    sampling, prefill = (statistics.median(column) for column in zip(*ours, strict=True))
+            torch_seconds.append(float(torch.stdout.readline()))
+    sampling, prefill = (statistics.median(column) for column in zip(*jax_seconds, strict=True))
     result = {
         "seconds": {"prefill": prefill, "decode": sampling - prefill},
         "first_run_seconds": first,
@@ -78,7 +78,7 @@ def measure(shape: Shape, repeats: int, torch: subprocess.Popen | None) -> tuple
         "gflop_per_second": shape.flops["sample"] / 1e9 / sampling,
         "peak_memory_gb": peak_gigabytes(),
     }
-    return result, theirs
+    return result, torch_seconds
 
 
 def main() -> None:
@@ -94,14 +94,14 @@ def main() -> None:
         script = str(Path(__file__).with_name("torch_generate.py"))
         command = [arguments.torch, script, json.dumps(vars(shape))]
         torch = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        torch.stdout.readline()  # it has run once
-    ours, theirs = measure(shape, arguments.repeats, torch)
-    result = {"shape": arguments.shape, "device": jax.devices()[0].device_kind, "jax_rlhf": ours}
+        torch.stdout.readline()  # its first run has finished
+    jax_result, torch_seconds = measure(shape, arguments.repeats, torch)
+    result = {"shape": arguments.shape, "device": jax.devices()[0].device_kind, "jax_rlhf": jax_result}
     if torch is not None:
         peak = float(torch.communicate()[0])
-        tokens_per_second = shape.batch * shape.response / statistics.median(theirs)
+        tokens_per_second = shape.batch * shape.response / statistics.median(torch_seconds)
         result["torch"] = {"generated_tokens_per_second": tokens_per_second, "peak_memory_gb": peak}
-        result["jax_rlhf_over_torch"] = ours["generated_tokens_per_second"] / tokens_per_second
+        result["jax_rlhf_over_torch"] = jax_result["generated_tokens_per_second"] / tokens_per_second
     print(json.dumps(result))
 
 

@@ -1,12 +1,12 @@
-"""What one card can prove of this package, in eight minutes: JSON lines, and exit code 1 where a check failed.
+"""Checks and benchmarks of this package on one device, in eight minutes. Prints JSON lines; exits with 1 on a failure.
 
     python -m benchmarks.on_device                       # all parts; docs/device.md says what a bare machine needs
     python -m benchmarks.on_device --parts=numbers,flash
-    python -m benchmarks.on_device --tiny                # sizes for a CPU: tries out the script itself
+    python -m benchmarks.on_device --tiny                # small sizes on a CPU, to test the script itself
 
-Every part is a process of its own with a time limit, so that a crash or a hang costs that part alone. A row is printed
-as soon as it is known. Rows with "ok" are checks, the others figures. The last line of a part says how it ended, the
-last of all what failed.
+Every part runs in its own process with a time limit, so a crash or a hang affects only that part. A row is printed as
+soon as it is known. Rows with "ok" are checks, the other rows are figures. The last row of a part says how it ended.
+The last row of all lists the failures.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import threading
 import time
 from typing import Any
 
-# Seconds at most; the most telling first.
+# Part → time limit in seconds; the most informative parts run first.
 LIMITS = {
     "env": 60,
     "numbers": 90,
@@ -38,32 +38,32 @@ MODULES = {
     "numbers": ("env", "numbers"),
     "flash": ("flash",),
     "decode": ("decode", "decode_captured"),
-    "ppo": ("ppo", "offload", "iterations_held", "iterations_offloaded"),
+    "ppo": ("ppo", "offload", "iterations_on_device", "iterations_offloaded"),
     "runs": ("memory", "resume", "quickstart"),
 }
 _CAPTURED = "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,WHILE"
 
 
 def run_part(name: str, limit: float, *, tiny: bool) -> list[str]:
-    """Runs a part in a process of its own, and passes its rows on.
+    """Runs a part in its own process, and prints its rows.
 
     Args:
-      name: of the part.
-      limit: seconds.
-      tiny: sizes for a CPU.
+      name: the part.
+      limit: time limit in seconds.
+      tiny: use sizes for a CPU.
 
     Returns:
-      What failed: rows whose check did not pass, and the part itself if it broke.
+      The failures: rows whose check did not pass, and the part itself if it crashed or hit its limit.
     """
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.on_device", f"--child={name}", *["--tiny"] * tiny]
     environment, start, failed = dict(os.environ), time.perf_counter(), []
-    environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # as the launchers have it
+    environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # as the launch scripts set it
     platforms = environment.get("JAX_PLATFORMS", "")
     if platforms and "cpu" not in platforms.split(","):
         environment["JAX_PLATFORMS"] = f"{platforms},cpu"  # part `numbers` compares with it
     if name == "decode_captured" and not tiny:
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {_CAPTURED}"
-    # A session of its own: at the limit its children end too.
+    # In a new session, so that its children are killed too at the limit.
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
     code: int | str = "time limit"
     with _ended_after(process, limit) as ended:
@@ -80,14 +80,14 @@ def run_part(name: str, limit: float, *, tiny: bool) -> list[str]:
 
 @contextlib.contextmanager
 def _ended_after(process: subprocess.Popen, limit: float) -> Any:
-    """Kills the process and its children after so many seconds, and what is left at the end.
+    """Kills the process and its children after `limit` seconds, and kills remaining children at the end.
 
-    Yields a list that is not empty once the limit was passed.
+    Yields a list that is not empty once the limit has passed.
     """
     ended: list[float] = []
 
     def kill() -> None:
-        with contextlib.suppress(ProcessLookupError):  # they have all ended
+        with contextlib.suppress(ProcessLookupError):  # all have ended already
             os.killpg(process.pid, signal.SIGKILL)
 
     def end() -> None:
@@ -100,13 +100,13 @@ def _ended_after(process: subprocess.Popen, limit: float) -> Any:
         yield ended
     finally:
         timer.cancel()
-        kill()  # what it has left behind, or itself where this program is interrupted
+        kill()  # remaining children, or the process itself if this program is interrupted
 
 
 def _failures(name: str, line: str) -> list[str]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:  # something else that was printed
+    except json.JSONDecodeError:  # not a row
         return []
     if not isinstance(row, dict) or row.get("ok") is not False:
         return []
@@ -120,11 +120,11 @@ def say(row: dict[str, Any]) -> None:
 
 
 def run_child(name: str, *, tiny: bool) -> None:
-    """Runs a part here.
+    """Runs a part in this process.
 
     Args:
-      name: of the part.
-      tiny: sizes for a CPU.
+      name: the part.
+      tiny: use sizes for a CPU.
     """
     module = next(module for module, parts in MODULES.items() if name in parts)
     getattr(importlib.import_module(f"benchmarks.device.{module}"), name)(tiny)
@@ -134,12 +134,12 @@ def main() -> int:
     """Parses arguments, runs the parts.
 
     Returns:
-      1 where a check failed, a part broke or was not run for want of time; else 0.
+      1 if a check failed, a part crashed, or there was no time left for a part; else 0.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
-    parser.add_argument("--parts", default=",".join(LIMITS), help="which, separated by commas")
-    parser.add_argument("--budget", type=float, default=470, help="seconds of all parts together")
+    parser.add_argument("--tiny", action="store_true", help="use sizes for a CPU")
+    parser.add_argument("--parts", default=",".join(LIMITS), help="parts to run, separated by commas")
+    parser.add_argument("--budget", type=float, default=470, help="seconds for all parts")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:

@@ -1,9 +1,10 @@
-"""Seconds, tokens/s, GFLOP/s and memory of a PPO iteration on random models, with shipped defaults; one JSON line.
+"""Seconds, tokens/s, GFLOP/s and memory of a PPO iteration on random models, with default settings; one JSON line.
 
     python -m benchmarks.ppo_iteration --shape=small
-    python -m benchmarks.ppo_iteration --shape=small --trl=/path/to/python    # TRL beside it, from another environment
+    python -m benchmarks.ppo_iteration --shape=small --trl=/path/to/python    # compare with TRL in another environment
 
-Four separate models, float32, no EOS. Figures are medians over iterations; the first, which compiles, is told apart.
+Four separate models, float32, no EOS. Figures are medians over iterations. The first iteration, which compiles, is
+reported separately.
 """
 
 import argparse
@@ -26,8 +27,8 @@ ROLES = {"model": "lm", "reference": "lm", "critic": "scalar", "reward_model": "
 
 
 def create_trainer(shape: Shape, folder: Path) -> PPOTrainer:
-    """The four models through checkpoints, as a user's run has them."""
-    # Written by another process: this one's peak memory is a run's own.
+    """Loads the four models from checkpoints, as in a user's run."""
+    # Written by another process, so that this process's peak memory is that of a run.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         pool.starmap(write_checkpoint, [(folder / role, shape, head) for role, head in ROLES.items()])
     config = {role: {"path": str(folder / role)} for role in ROLES}
@@ -36,7 +37,7 @@ def create_trainer(shape: Shape, folder: Path) -> PPOTrainer:
 
 
 def measure(shape: Shape, iterations: int) -> dict:
-    """Runs iterations, timing the three phases of each."""
+    """Runs iterations, and times the three phases of each."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = create_trainer(shape, Path(folder))
     random = np.random.RandomState(0)
@@ -49,7 +50,7 @@ def measure(shape: Shape, iterations: int) -> dict:
         middle = time.perf_counter()
         trainer.train_rlhf(experience)
         end = time.perf_counter()
-        # Sampling is a part of `generate`; by itself it runs outside the iteration.
+        # Sampling is part of `generate`. It is timed separately, outside the iteration.
         key = jax.random.key(iteration)
         jax.block_until_ready(engine.sample(tokens, prompts.mask, prompts.row_ids, key, trainer.sampling))
         for name, value in zip(

@@ -1,4 +1,4 @@
-"""What the benchmarks run: random Llama-like models of two sizes, and how much arithmetic they ask for."""
+"""The models that the benchmarks run: random Llama-like models of two sizes, and their FLOPs."""
 
 import dataclasses
 from pathlib import Path
@@ -12,7 +12,7 @@ from jax_rlhf.models import Decoder, init_params
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One benchmark. All sizes in tokens, rows or features."""
+    """The sizes of one benchmark, in tokens, rows or features."""
 
     hidden_size: int
     num_layers: int
@@ -26,7 +26,7 @@ class Shape:
 
     @property
     def hub_config(self) -> dict:
-        """As a Llama config.json, without EOS."""
+        """The content of a Llama config.json, without EOS."""
         return {
             "model_type": "llama",
             "vocab_size": self.vocab_size,
@@ -42,7 +42,7 @@ class Shape:
 
     @property
     def trunk_flops(self) -> float:
-        """Of one forward pass of the layers over prompt and response, all rows; causal attention counted as half."""
+        """FLOPs of a forward pass of the layers over prompts and responses, all rows; causal attention counts half."""
         tokens, length, width = (
             self.batch * (self.prompt + self.response),
             self.prompt + self.response,
@@ -53,12 +53,12 @@ class Shape:
 
     @property
     def head_flops(self) -> float:
-        """Of one forward pass of the LM head over the response positions."""
+        """FLOPs of one forward pass of the LM head over the response positions."""
         return 2 * self.batch * self.response * self.hidden_size * self.vocab_size
 
     @property
     def flops(self) -> dict[str, float]:
-        """Of each phase, nothing counted that is only computed again: a backward pass is twice a forward pass."""
+        """FLOPs of each phase, without recomputation: a backward pass is twice a forward pass."""
         trunk, head = self.trunk_flops, self.head_flops
         return {
             "sample": trunk + head,
@@ -77,8 +77,8 @@ def write_checkpoint(folder: Path, shape: Shape, head: str) -> None:
     """Writes a random model as a Hugging Face folder.
 
     Args:
-      folder: where.
-      shape: its sizes.
+      folder: the folder to write.
+      shape: the model's sizes.
       head: "lm" or "scalar".
     """
     model = Decoder(config_from_hub(shape.hub_config), head=head)

@@ -1,7 +1,7 @@
 """Seconds of torch `generate` on the shape given as JSON; run by `generate.py --torch=PYTHON`.
 
-Prints a line when it has run once, then a line of seconds for each line that it reads, at the end its peak memory.
-Needs only torch and transformers.
+Prints one line after its first run, then one line with the seconds of a run per input line, and at the end its peak
+memory. Needs only torch and transformers.
 """
 
 import json
@@ -15,11 +15,11 @@ from transformers import GenerationConfig, LlamaForCausalLM
 
 
 def main() -> None:
-    """Samples once a line of input."""
+    """Samples once per input line."""
     shape = json.loads(sys.argv[1])
     model = LlamaForCausalLM(llama_config(shape)).eval()
     prompts = torch.randint(0, shape["vocab_size"], (shape["batch"], shape["prompt"]))
-    how = GenerationConfig(
+    generation_config = GenerationConfig(
         max_new_tokens=shape["response"],
         min_new_tokens=shape["response"],
         do_sample=True,
@@ -33,7 +33,7 @@ def main() -> None:
     def seconds() -> float:
         start = time.perf_counter()
         with torch.no_grad():
-            out = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=how)
+            out = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=generation_config)
         if out.shape != (shape["batch"], shape["prompt"] + shape["response"]):
             raise ValueError(f"torch generated {list(out.shape)}")
         return time.perf_counter() - start

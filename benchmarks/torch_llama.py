@@ -1,10 +1,10 @@
-"""What the two torch scripts share; they run where only torch, transformers and TRL are installed."""
+"""Shared code of the two torch scripts. It runs in an environment with only torch, transformers and TRL."""
 
 from transformers import LlamaConfig
 
 
 def llama_config(shape: dict, **changes: object) -> LlamaConfig:
-    """A benchmark's shape as transformers has it, without EOS.
+    """A benchmark's shape as a transformers config, without EOS.
 
     Args:
       shape: the fields of `benchmarks.shapes.Shape`.

@@ -1,6 +1,7 @@
 """Seconds of a PPO iteration in TRL on the shape given as JSON; run by `ppo_iteration.py --trl=PYTHON`. One JSON line.
 
-Needs only torch, transformers, datasets and TRL. Same models, sizes and settings as ours, as TRL comes: one microbatch.
+Needs only torch, transformers, datasets and TRL. Models, sizes and settings are those of `ppo_iteration.py`; everything
+else is TRL's default, so there is one microbatch.
 """
 
 import json
@@ -26,20 +27,20 @@ ITERATIONS = 5
 
 
 class Clock(TrainerCallback):
-    """Notes when each iteration ends."""
+    """Records when each iteration ends."""
 
     def __init__(self) -> None:
         self.times = []
 
     def on_train_begin(self, *args: object, **kwargs: object) -> None:
-        """Also at the start."""
+        """Records the start too."""
         self.times.append(time.perf_counter())
 
     on_step_end = on_train_begin
 
 
 def main() -> None:
-    """Trains for six iterations; the first is left out of the median."""
+    """Trains for six iterations. The median excludes the first."""
     shape = json.loads(sys.argv[1])
     pad = shape["vocab_size"] - 1
     config = llama_config(shape, pad_token_id=pad)

@@ -1,10 +1,10 @@
-"""Weak scaling on paper: what a PPO iteration sends as the mesh grows, the rows per device staying the same.
+"""Weak scaling computed from plans: what a PPO iteration sends as the mesh grows, at fixed rows per device.
 
     python -m benchmarks.weak_scaling --chip=v5p
     python -m benchmarks.weak_scaling --chip=h100
 
-Llama-3-8B as configs/llama3_8b.py has it, 16 rows per device. From programs compiled ahead of time and from data sheets
-(`jax_rlhf/plan/`): bounds, not measurements.
+Llama-3-8B with the settings of configs/llama3_8b.py, 16 rows per device. The figures come from programs compiled ahead
+of time and from data sheets (`jax_rlhf/plan/`). They are bounds, not measurements.
 """
 
 import jax
@@ -17,17 +17,17 @@ from jax_rlhf.plan.chips import GIB
 from jax_rlhf.plan.report import account
 from jax_rlhf.plan.topology import describe_topology, layout_on
 
-_CHIP = flags.DEFINE_enum("chip", "v5p", ["v5p", "h100"], "Which.")
-_ROWS = flags.DEFINE_integer("rows", 16, "Prompts an iteration and device.")
+_CHIP = flags.DEFINE_enum("chip", "v5p", ["v5p", "h100"], "The kind of device.")
+_ROWS = flags.DEFINE_integer("rows", 16, "Prompts per iteration and device.")
 
 TOPOLOGIES = {"v5p": ("v5p:2x2x2", "v5p:4x4x4", "v5p:4x8x8"), "h100": ("h100:8", "h100:8x8", "h100:32x8")}
 
 
-def forms(devices: int) -> list[dict[str, int]]:
-    """Meshes to compare: all along fsdp, or groups of 8 that hold copies.
+def meshes(devices: int) -> list[dict[str, int]]:
+    """Meshes to compare: all devices along fsdp, or groups of 8 that each store a replica.
 
     Args:
-      devices: how many.
+      devices: the number of devices.
 
     Returns:
       Fields of config.mesh.
@@ -37,7 +37,7 @@ def forms(devices: int) -> list[dict[str, int]]:
 
 
 def main(arguments: list[str]) -> None:
-    """Prints a row of a table for each mesh."""
+    """Prints one table row per mesh."""
     del arguments
     jax.config.update("jax_platforms", "cpu")
     heads = "devices", "data × fsdp", "GiB sent per device: rollout, scoring, update", "seconds: products"
@@ -45,11 +45,11 @@ def main(arguments: list[str]) -> None:
     for name in TOPOLOGIES[_CHIP.value]:
         topology = describe_topology(name)
         count = len(topology.devices)
-        for form in forms(count):
+        for mesh in meshes(count):
             config = packaged_config("llama3_8b")
             with config.unlocked():
                 config.update_from_flattened_dict(
-                    form | {"phases": ("ppo",), "data.ppo_batch_size": _ROWS.value * count}
+                    mesh | {"phases": ("ppo",), "data.ppo_batch_size": _ROWS.value * count}
                 )
             settings = run_config(config)
             layout = layout_on(topology, settings)
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
             )
             sizes = ", ".join(f"{size:.0f}" for size in sent)
             bound = max(seconds, key=seconds.get)
-            print(f"| {count} | {form['mesh.data']} × {form['mesh.fsdp']} | {sizes} | {bounds} | {bound} |", flush=True)
+            print(f"| {count} | {mesh['mesh.data']} × {mesh['mesh.fsdp']} | {sizes} | {bounds} | {bound} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Part `decode`: milliseconds per step and tokens/s of sampling, against the bytes that a step must read."""
+"""Part `decode`: milliseconds per step and tokens/s of sampling, compared with the bytes that a step must read."""
 
 import collections
 import tempfile
@@ -23,10 +23,10 @@ MODELS = ("llama3.2-1b", "smollm2-135m")
 
 
 def decode(tiny: bool) -> None:
-    """Llama-3.2-1B and SmolLM2-135M, 32 and 256 rows; of 256 rows the layers unrolled and scanned."""
+    """Llama-3.2-1B and SmolLM2-135M, 32 and 256 rows; with 256 rows both unrolled and scanned layers."""
     scanned = not decodes_unrolled(_config(MODELS[0], tiny))
     cases = [(MODELS[0], 4, scanned), (MODELS[0], 4, not scanned)]
-    if not tiny:  # what is used first
+    if not tiny:  # the form that sampling uses comes first
         cases = [(name, rows, scanned) for name in MODELS for rows in (256, 32)]
         cases += [(name, 256, not scanned) for name in MODELS]
     for case in cases:
@@ -36,7 +36,7 @@ def decode(tiny: bool) -> None:
 
 
 def decode_captured(tiny: bool) -> None:
-    """One case of `decode` again: the driver starts it with XLA_FLAGS by which loops too run as one CUDA graph."""
+    """One case of `decode`, started by the driver with XLA_FLAGS that also run loops as one CUDA graph."""
     _measure(MODELS[0], 4 if tiny else 32, False, tiny)
 
 
@@ -46,17 +46,17 @@ def _config(name: str, tiny: bool) -> DecoderConfig:
 
 
 def step_bytes(config: DecoderConfig, kernels: int, rows: int, prompt: int, new: int) -> float:
-    """What a step of decoding must read, in the mean over a rollout without EOS.
+    """Bytes that a decode step must read, averaged over a rollout without EOS.
 
     Args:
-      config: the model's.
-      kernels: bytes of its parameters, without a table that only looks tokens up.
-      rows: of the batch.
+      config: the model's config.
+      kernels: bytes of its parameters, without an embedding table that is only used for lookups.
+      rows: rows of the batch.
       prompt, new: tokens per row.
 
     Returns:
-      Bytes: kernels, and keys and values of the slots that are filled: P + 1 in the first of R − 1 steps, P + R − 1 in
-      the last.
+      Bytes of the kernels, and of the keys and values in the filled slots: P + 1 slots in the first of R − 1 steps,
+      P + R − 1 in the last.
     """
     slot = 2 * config.num_layers * rows * config.num_kv_heads * config.head_dim * config.dtype.itemsize
     return kernels + slot * (prompt + new / 2)
@@ -67,7 +67,7 @@ def _measure(name: str, rows: int, scanned: bool, tiny: bool) -> None:
     model = Decoder(config, scan_layers=scanned)
     params = random_model(config, "lm", 0, jnp.bfloat16).params
     if not config.tie_embeddings:
-        raise ValueError(f"{name}: of a table that is not the head too, a step reads few rows")
+        raise ValueError(f"{name}: its embedding table is not tied to the head, so a step reads only a few of its rows")
     kernels = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     if not scanned:
         params = unstack_layers(params, config.num_layers)
@@ -97,7 +97,7 @@ def _measure(name: str, rows: int, scanned: bool, tiny: bool) -> None:
 def _compiled(model: Decoder, params: Any, tokens: jax.Array, length: int) -> tuple[Callable[[int], Any], float]:
     prompts = Prompts(tokens, jnp.ones(tokens.shape, bool), jnp.arange(len(tokens)), columns=None)
 
-    @model_jit  # as sampling in a run is compiled
+    @model_jit  # as a run compiles sampling
     def draw(params: Any, key: jax.Array) -> Any:
         return rollout(model, params, prompts, key, Sampling(length))
 
@@ -113,7 +113,7 @@ def _seconds(run: Callable[[int], Any], key: int) -> float:
 
 
 def _profile() -> None:
-    """Which kernels a rollout of 32 rows spends its time in."""
+    """Prints the kernels that take the most time in a rollout of 32 rows."""
     config = _config(MODELS[0], False)
     params = unstack_layers(random_model(config, "lm", 0, jnp.bfloat16).params, config.num_layers)
     tokens = jnp.ones((32, PROMPT), jnp.int32)
@@ -129,21 +129,20 @@ def _profile() -> None:
 
 
 def device_time(profile: Any) -> collections.Counter[str]:
-    """What a profile says of the device's time.
+    """Device time by kernel, from a profile.
 
     Args:
       profile: a `jax.profiler.ProfileData`.
 
     Returns:
-      Kernel (on GPU) or operation (on TPU) → nanoseconds; empty where it has no device but CPUs.
+      Kernel (on GPU) or operation (on TPU) → nanoseconds; empty if the profile has only CPUs.
     """
     spent: collections.Counter[str] = collections.Counter()
     for plane in profile.planes:
         if plane.name.startswith("/device:") and "CUSTOM" not in plane.name:
             lines = list(plane.lines)
-            kernels = [
-                line for line in lines if line.name.startswith("Stream")
-            ]  # GPU; operations would be the same time
+            # On GPU, the streams' kernels. The lines of operations would count the same time again.
+            kernels = [line for line in lines if line.name.startswith("Stream")]
             for line in kernels or [line for line in lines if line.name == "XLA Ops"]:
                 for event in line.events:
                     spent[event.name] += event.duration_ns

@@ -26,15 +26,15 @@ CASES = (
     (257, 4, 2, 256, None, True),
     (256, 9, 3, 64, None, True),
 )
-# Of a CPU: the same kinds.
+# The same kinds of cases, for a CPU.
 TINY_CASES = ((128, 4, 4, 64, None, False), (131, 4, 2, 128, 20, False), (129, 2, 2, 256, None, True))
-_PLAIN_BAR = 2.0**-5  # of the plain form in bfloat16, whose numbers have 8 bits, against float32
+_PLAIN_BAR = 2.0**-5  # for the plain form in bfloat16, which has 8 significant bits, against float32
 
 
 def flash(tiny: bool) -> None:
-    """Errors against float32, of the kernel and of the plain form in bfloat16; then both's time at 2,048 tokens.
+    """Errors of the kernel and of the plain form in bfloat16 against float32; then the time of both at 2,048 tokens.
 
-    On a CPU, which has no kernel, the plain form in bfloat16 stands in its place, with a bar of its own.
+    A CPU has no kernel. There the plain form in bfloat16 is checked, with its own bar.
     """
     kernel = jax.default_backend() in ("gpu", "tpu")
     for case in TINY_CASES if tiny else CASES:
@@ -58,12 +58,13 @@ def _compare(case: tuple, has_kernel: bool) -> None:
     length, heads, kv_heads, width, window, packed = case
     shape = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": width}
     config = llama(True, hidden_size=heads * width, **shape).replace(attention="flash", dtype=jnp.dtype("bfloat16"))
-    random, at = np.random.RandomState(length), np.arange(length)
+    random, position = np.random.RandomState(length), np.arange(length)
     holes = random.rand(length) < 0.6
-    # Pads on the left, on the right, anywhere; none; all but one, at either end; nothing else.
-    masks = [at >= 30, at < length - 50, holes, at >= 0, at >= length - 1, at < 1, at < 0]
+    # Pads on the left, on the right, anywhere, nowhere; one real token at the right end, at the left end; only pads.
+    masks = [position >= 30, position < length - 50, holes, position >= 0]
+    masks += [position >= length - 1, position < 1, position < 0]
     mask, rows = jnp.asarray(np.stack(masks)), len(masks)
-    texts = np.broadcast_to(at // (length // 3 + 1), (rows, length)).astype(np.int32)
+    texts = np.broadcast_to(position // (length // 3 + 1), (rows, length)).astype(np.int32)
     segments = jnp.asarray(texts) if packed else None
     query, weight = (jnp.asarray(random.standard_normal((rows, length, heads, width)), jnp.bfloat16) for _ in range(2))
     key, value = (jnp.asarray(random.standard_normal((rows, kv_heads, length, width)), jnp.bfloat16) for _ in range(2))
@@ -75,21 +76,27 @@ def _compare(case: tuple, has_kernel: bool) -> None:
             mixed, back = jax.vjp(real, *(array.astype(dtype) for array in (query, key, value)))
             return (mixed, *back(weight.astype(dtype)))
 
-        return jax.jit(both)(query, key, value, weight)  # arguments: XLA folds constants while it compiles
+        return jax.jit(both)(
+            query, key, value, weight
+        )  # as arguments, because XLA would fold constants while it compiles
 
-    exact, ours = run(plain, jnp.float32), run(plain, jnp.bfloat16)
-    found = run(kernel, jnp.bfloat16) if has_kernel else ours
+    exact, plain_result = run(plain, jnp.float32), run(plain, jnp.bfloat16)
+    found = run(kernel, jnp.bfloat16) if has_kernel else plain_result
 
     def errors(result: tuple[jax.Array, ...]) -> list[float]:
         pairs = zip(result, exact, strict=True)
         return [float(jnp.abs(one.astype(jnp.float32) - two).max() / jnp.abs(two).max()) for one, two in pairs]
 
     finite = all(bool(jnp.isfinite(one.astype(jnp.float32)).all()) for one in found)
-    bars = [3 * error if has_kernel else _PLAIN_BAR for error in errors(ours)]
+    bars = [3 * error if has_kernel else _PLAIN_BAR for error in errors(plain_result)]
     good = finite and all(error < bar for error, bar in zip(errors(found), bars, strict=True))
     bar = "values and 3 gradients: " + ("3 times the plain form's" if has_kernel else str(_PLAIN_BAR))
-    what = {"kernel": "flash" if has_kernel else "plain", "errors": errors(found), "plain_errors": errors(ours)}
-    say("flash", ok=good, case=case, finite=finite, **what, bar=bar)
+    fields = {
+        "kernel": "flash" if has_kernel else "plain",
+        "errors": errors(found),
+        "plain_errors": errors(plain_result),
+    }
+    say("flash", ok=good, case=case, finite=finite, **fields, bar=bar)
 
 
 def _time(case: tuple[int, int, int, int], has_kernel: bool) -> None:

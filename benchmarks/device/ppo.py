@@ -24,7 +24,7 @@ from jax_rlhf.plan.presets import PRESETS
 ACTOR, REWARD = "opt-1.3b", "opt-350m"
 ROWS, PROMPT, NEW = 64, 256, 256
 GOAL = 10_000  # tokens/s of prompts and responses
-RATIO_GAP = 1e-2  # bfloat16: the scorer and the update are two programs; tests/ppo/test_bfloat16.py has the same bar
+RATIO_GAP = 1e-2  # bfloat16, with scorer and update as two programs; tests/ppo/test_bfloat16.py has the same bar
 _METRICS = ("loss/policy_avg", "loss/value_avg", "objective/kl", "val/first_ratio_gap", "policy/grad_norm")
 _SECONDS = ("time/generate", "time/score", "time/train", "time/iteration")
 
@@ -32,19 +32,21 @@ _SECONDS = ("time/generate", "time/score", "time/train", "time/iteration")
 def ppo(tiny: bool) -> None:
     """OPT-1.3B with an OPT-350M reward model and critic, 256 + 256 tokens: DeepSpeed-Chat's setting on one card.
 
-    In bfloat16, every parameter training in float32. Sources: Yao et al. 2023, table 2 (A100-80, 3,213 tokens/s).
+    In bfloat16, with all parameters trained in float32. Source: Yao et al. 2023, table 2 (A100-80, 3,213 tokens/s).
     """
     flops = {} if tiny else phase_flops(ACTOR, REWARD, ROWS, PROMPT, NEW)
     for attention in ("xla",) if jax.default_backend() == "cpu" else ("flash", "xla"):
-        attempt("ppo", attention, partial(_measure, attention, flops, tiny))  # a function's models end with it
+        attempt(
+            "ppo", attention, partial(_measure, attention, flops, tiny)
+        )  # the models are freed when the function returns
 
 
 def _measure(attention: str, flops: dict[str, float], tiny: bool) -> None:
     rows, prompt, new = (4, 8, 8) if tiny else (ROWS, PROMPT, NEW)
-    how = {"dtype": jnp.dtype("bfloat16"), "remat": "full", "attention": attention}
+    changes = {"dtype": jnp.dtype("bfloat16"), "remat": "full", "attention": attention}
     engine = RLHFEngine(
-        random_model(_opt(ACTOR, tiny).replace(**how), "lm", 0, jnp.bfloat16),
-        reward=random_model(_opt(REWARD, tiny).replace(**how), "scalar", 1, jnp.bfloat16),
+        random_model(_opt(ACTOR, tiny).replace(**changes), "lm", 0, jnp.bfloat16),
+        reward=random_model(_opt(REWARD, tiny).replace(**changes), "scalar", 1, jnp.bfloat16),
     )
     lines = _iterations(engine, rows, prompt, new, count=2 if tiny else 3)
     last, first, chip = lines[-1], lines[0], chip_here()
@@ -63,15 +65,15 @@ def _measure(attention: str, flops: dict[str, float], tiny: bool) -> None:
     }
     if flops and chip is not None:
         row["mfu"] = {name: flops[name] / seconds[name] / chip.flops for name in flops}
-    # What has not been updated yet is what sampled: the KL is 0 but for rounding, and the ratio 1.
+    # Before the first update the policy is the one that sampled: up to rounding, the KL is 0 and the ratio is 1.
     finite = all(np.isfinite(value) for line in lines for value in line.values())
     good = finite and abs(first["objective/kl"]) < 1e-3 and first["val/first_ratio_gap"] < RATIO_GAP
-    bar = f"finite; KL of the first iteration below 1e-3, its first ratio 1 to {RATIO_GAP}"
+    bar = f"finite; KL of the first iteration below 1e-3, its first ratio within {RATIO_GAP} of 1"
     say("ppo", ok=good, **row, bar=bar)
 
 
 def _opt(preset: str, tiny: bool) -> DecoderConfig:
-    """A preset, or two narrow layers of its kind: opt-350m's norms come after its blocks, its embedding is narrower."""
+    """A preset, or two narrow layers of its kind: opt-350m has norms after its blocks, and a narrower embedding."""
     content = dict(PRESETS[preset])
     if tiny:
         half = content["word_embed_proj_dim"] != content["hidden_size"]
@@ -81,14 +83,14 @@ def _opt(preset: str, tiny: bool) -> DecoderConfig:
 
 
 def phase_flops(actor: str, reward: str, rows: int, prompt: int, new: int) -> dict[str, float]:
-    """FLOPs of the matrix products of an iteration: the models', without what remat computes again.
+    """FLOPs of the models' matrix products in an iteration, without remat's recomputation.
 
     Args:
       actor, reward: presets.
-      rows, prompt, new: of a batch, in rows and tokens.
+      rows, prompt, new: rows of a batch, tokens of a prompt, new tokens of a response.
 
     Returns:
-      "generate", "score" and "train", of one device.
+      The FLOPs of "generate", "score" and "train" on one device.
     """
     config = default_config()
     config.model.path, config.reward_model.path, config.phases = actor, reward, ("ppo",)
@@ -116,7 +118,7 @@ def _iterations(engine: RLHFEngine, rows: int, prompt: int, new: int, count: int
     trainer, random, lines = PPOTrainer(engine, settings), np.random.RandomState(0), []
     vocab = engine.models.actor.model.config.vocab_size
     for iteration in range(count):
-        tokens = random.randint(8, vocab, (rows, prompt)).astype(np.int32)  # no pads: each token counts
+        tokens = random.randint(8, vocab, (rows, prompt)).astype(np.int32)  # no pads
         batch = Prompts(tokens, np.ones_like(tokens, bool), np.arange(rows, dtype=np.int32) + rows * iteration)
         metrics = trainer.train_rlhf(trainer.generate_experience(batch))
         lines.append({name: float(metrics[name]) for name in (*_METRICS, *_SECONDS)})
@@ -128,35 +130,36 @@ def _gib(size: int | None) -> float | None:
 
 
 def offload(tiny: bool) -> None:
-    """The same two iterations with reference and reward model in host memory: the same losses, and a lower peak."""
+    """Two iterations, with reference and reward model on the device and offloaded: equal losses, and a lower peak."""
     found = {}
-    # Without deterministic operations a sum may round otherwise, and a token may be drawn that changes every loss.
+    # Without deterministic operations a sum may round differently, and draw another token, which changes every loss.
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
-    for name in ("held", "offloaded"):
+    for name in ("on_device", "offloaded"):
         command = [sys.executable, "-m", "benchmarks.on_device", f"--child=iterations_{name}", *["--tiny"] * tiny]
         environment = os.environ | {"XLA_FLAGS": flags}
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
         found[name] = json.loads(done.stdout.splitlines()[-1])
-    held, offloaded = found["held"], found["offloaded"]
-    pairs = [(one[name], two[name]) for one, two in zip(held["lines"], offloaded["lines"], strict=True) for name in one]
+    on_device, offloaded = found["on_device"], found["offloaded"]
+    lines = zip(on_device["lines"], offloaded["lines"], strict=True)
+    pairs = [(one[name], two[name]) for one, two in lines for name in one]
     same = all(abs(one - two) <= 1e-3 * max(abs(one), 1e-3) for one, two in pairs)
-    peaks = held["peak_gib"], offloaded["peak_gib"]
+    peaks = on_device["peak_gib"], offloaded["peak_gib"]
     lower = None in peaks or peaks[1] < peaks[0]
-    bar = "losses to 0.1 %; a lower peak, where the device says what it held"
+    bar = "losses equal to 0.1 %; a lower peak, if the device reports its peak memory"
     say("offload", ok=same and lower, peak_gib=peaks, losses_are_the_same=same, bar=bar)
 
 
-def iterations_held(tiny: bool) -> None:
-    """A process of `offload`."""
-    _one_way(tiny, ())
+def iterations_on_device(tiny: bool) -> None:
+    """A process of `offload`: all models on the device."""
+    _two_iterations(tiny, ())
 
 
 def iterations_offloaded(tiny: bool) -> None:
-    """A process of `offload`."""
-    _one_way(tiny, ("reference", "reward"))
+    """A process of `offload`: reference and reward model in host memory."""
+    _two_iterations(tiny, ("reference", "reward"))
 
 
-def _one_way(tiny: bool, offloaded: tuple[str, ...]) -> None:
+def _two_iterations(tiny: bool, offloaded: tuple[str, ...]) -> None:
     rows, prompt, new = (4, 8, 8) if tiny else (16, 128, 128)
     dtype = jnp.dtype("float32" if tiny else "bfloat16")
     config = llama(tiny).replace(dtype=dtype, remat="full")

@@ -1,6 +1,7 @@
 """Parts `memory`, `resume` and `quickstart`: whole commands, as users call them.
 
-The processes here leave the device to those that they start: JAX takes most of a card's memory for itself.
+These parts do not use the device in their own process, only in child processes, because JAX reserves most of a card's
+memory.
 """
 
 import dataclasses
@@ -52,7 +53,7 @@ MEMORY_RUN = {
     "ppo.num_minibatches": 2,
     "ppo.sampling.max_new_tokens": 256,
 }
-"""What part `memory` changes of configs/llama3_8b.py, so that a card of 80 GB holds it."""
+"""Changes of part `memory` to configs/llama3_8b.py, so that the run fits a card of 80 GB."""
 
 
 def _run(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -64,10 +65,10 @@ def _run(*arguments: str, environment: dict[str, str] | None = None) -> subproce
 
 @functools.cache
 def device_of_children() -> tuple[str, str, int | None]:
-    """What the processes that this one starts run on.
+    """The device that child processes run on.
 
     Returns:
-      (JAX's platform, its name of the device, bytes that a device lets JAX use; None = it does not say).
+      (JAX's platform, JAX's name of the device, bytes that JAX may use on the device; None = not reported).
     """
     ask = (
         "import jax, json; d = jax.local_devices()[0]; "
@@ -78,9 +79,9 @@ def device_of_children() -> tuple[str, str, int | None]:
 
 
 def memory(tiny: bool) -> None:
-    """Two plans' peaks against what the device says that it held, within 10 %: compiled here, and for a described card.
+    """Compares the device's peak memory with two plans, within 10 %: one compiled here, one for a described card.
 
-    The second is what `--topology` says on a machine without the card; it is compiled on the CPU, at the same time.
+    The second plan is that of `--topology` on a machine without the card. It is compiled on the CPU at the same time.
     """
     platform, kind, limit = device_of_children()
     if limit is None:
@@ -111,19 +112,19 @@ def _finished_plan(process: subprocess.Popen[str]) -> dict[str, dict[str, Any]]:
     """The rows of a plan, by program."""
     printed = process.communicate()[0]
     if process.returncode not in (0, 3):
-        raise RuntimeError(f"{' '.join(process.args[1:3])} ended with {process.returncode}; standard error says why")
+        raise RuntimeError(f"{' '.join(process.args[1:3])} exited with {process.returncode}; see standard error")
     return {f"{row['phase']} {row['name']}": row for row in json.loads(printed)["programs"]}
 
 
 def compared_peaks(measured: dict[str, dict[str, Any]], described: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each program.
+    """One row per program.
 
     Args:
-      measured: what the plan says that also ran the programs, the smallest first: `measured` is the most so far.
-      described: what the plan for a described card says; empty = there is none.
+      measured: rows of the plan that also ran the programs, smallest first; `measured` is the peak so far.
+      described: rows of the plan for a described card; empty = no such plan.
 
     Returns:
-      Its name, the peaks in GiB, measured over planned, and whether all of these are within 10 % of 1.
+      Rows with the program's name, the peaks in GiB, measured / planned, and whether all ratios are within 10 % of 1.
     """
     rows, highest, highest_described = [], 0.0, 0.0
     for program, row in sorted(measured.items(), key=lambda item: item[1]["peak"]):
@@ -144,7 +145,7 @@ def compared_peaks(measured: dict[str, dict[str, Any]], described: dict[str, dic
 
 
 def _write_start(folder: Path, layers: int) -> None:
-    """A random model over letters, whose tokens are too few for a real one's."""
+    """Writes a tiny random model whose tokenizer has only letters."""
     letters = {letter: index for index, letter in enumerate(("<pad>", "<eos>", *"abcdefghijklmnopqrstuvwxyz ,.'"))}
     bare = Tokenizer(models.WordLevel(letters, unk_token="<pad>"))
     bare.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -154,12 +155,12 @@ def _write_start(folder: Path, layers: int) -> None:
 
 
 def resume(tiny: bool) -> None:
-    """A run of all phases that is stopped in PPO and started again, against one that is not: equal to the bit.
+    """A run of all phases that is stopped in PPO and resumed must equal an uninterrupted run bit for bit.
 
-    With XLA's deterministic operations, without which a GPU may add in another order each time.
+    Uses XLA's deterministic operations, without which a GPU may sum in another order each time.
     """
     del tiny  # a tiny model in any case
-    jax.config.update("jax_platforms", "cpu")  # of this process: it only writes the checkpoint
+    jax.config.update("jax_platforms", "cpu")  # for this process, which only writes the checkpoint
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_start(folder / "start", layers=2)
@@ -169,10 +170,10 @@ def resume(tiny: bool) -> None:
             for prompt, chosen, rejected in rows:
                 file.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
         first = _stopped(folder, "stopped")
-        for phase in ("sft", "reward"):  # what came before PPO is the same run
+        for phase in ("sft", "reward"):  # both runs share the phases before PPO
             shutil.copytree(folder / "stopped" / phase, folder / "whole" / phase)
         codes = [first, _train(folder, "stopped").wait(), _train(folder, "whole").wait()]
-        bar = "exit codes 75, 0, 0; equal to the bit"
+        bar = "exit codes 75, 0, 0; equal bit for bit"
         if codes == [75, 0, 0]:
             equal = _digest(folder / "stopped") == _digest(folder / "whole")
             say("resume", ok=equal, exit_codes=codes, equal=equal, bar=bar)
@@ -208,7 +209,7 @@ def _train(folder: Path, workdir: str) -> subprocess.Popen[str]:
 
 
 def _stopped(folder: Path, workdir: str) -> int:
-    """The exit code of a run that gets SIGTERM once PPO has written a line."""
+    """The exit code of a run that receives SIGTERM once PPO has written a line of metrics."""
     process, metrics = _train(folder, workdir), folder / workdir / "ppo" / "metrics.jsonl"
     while process.poll() is None:
         if metrics.exists() and '"objective/kl"' in metrics.read_text():
@@ -224,16 +225,16 @@ def _digest(workdir: Path) -> str:
 
 
 def quickstart(tiny: bool) -> None:
-    """The real model and data, all three phases: seconds, and the bars of configs/quickstart.py's docstring.
+    """All three phases with the real model and data: seconds, and the bars of configs/quickstart.py's docstring.
 
-    Where it is tiny: a few steps of a random model, on the same data and with the same judge; nothing is held to a bar.
+    If tiny, it runs a few steps of a random model on the same data with the same judge, and checks no bars.
     """
     short = ("--config.sft.steps=4", "--config.reward.steps=5", "--config.ppo.iterations=3")
     few = ("--config.data.sft_batch_size=2", "--config.data.reward_batch_size=2", "--config.data.ppo_batch_size=4")
     small = ("--config.data.eval_rows=8", "--config.ppo.eval_rows=8", "--config.reward.normalize_rows=8")
     with tempfile.TemporaryDirectory() as name:
         if tiny:
-            jax.config.update("jax_platforms", "cpu")  # of this process
+            jax.config.update("jax_platforms", "cpu")  # for this process
             _write_start(Path(name) / "start", layers=8)
             few += (f"--config.model.path={name}/start",)
         start = time.perf_counter()
@@ -265,11 +266,11 @@ QUICKSTART_BARS: dict[str, tuple[float | None, float | None]] = {
     "highest_clipped_share": (None, 0.2),
     "highest_approximate_kl": (None, 0.05),
 }
-"""What configs/quickstart.py promises: the lowest and the highest value; tests/test_quickstart.py has the same."""
+"""Bars of configs/quickstart.py: lowest and highest allowed value; tests/test_quickstart.py has the same."""
 
 
 def quickstart_figures(summaries: dict[str, dict[str, Any]], metrics: list[dict[str, Any]]) -> dict[str, float]:
-    """The figures that have a bar, from what a run has written.
+    """The figures that have a bar, from the files of a run.
 
     Args:
       summaries: the content of summary.json, by phase.
@@ -295,13 +296,13 @@ def quickstart_figures(summaries: dict[str, dict[str, Any]], metrics: list[dict[
 
 
 def missed_bars(found: dict[str, float]) -> list[str]:
-    """The figures that do not reach their bars.
+    """The figures that miss their bars.
 
     Args:
-      found: of `quickstart_figures`.
+      found: the result of `quickstart_figures`.
 
     Returns:
-      Their names; one that is no number misses its bar.
+      Their names; NaN misses its bar.
     """
     reached = lambda value, low, high: (low is None or value >= low) and (high is None or value <= high)  # noqa: E731
     return [name for name, (low, high) in QUICKSTART_BARS.items() if not reached(found[name], low, high)]
