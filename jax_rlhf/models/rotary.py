@@ -98,8 +98,8 @@ def _llama3_frequencies(rotary: Rotary, plain: Float64[np.ndarray, "pairs"]) -> 
 def _yarn_frequencies(rotary: Rotary, plain: Float64[np.ndarray, "pairs"]) -> Float64[np.ndarray, "pairs"]:
     def dimension_of(rotations: float) -> float:
         # The index of the pair that makes `rotations` rotations over the original length.
-        turns = rotary.original_max_positions / (rotations * 2 * math.pi)
-        return rotary.dim * math.log(turns) / (2 * math.log(rotary.theta))
+        wavelength_over_2pi = rotary.original_max_positions / (rotations * 2 * math.pi)
+        return rotary.dim * math.log(wavelength_over_2pi) / (2 * math.log(rotary.theta))
 
     low, high = dimension_of(rotary.beta_fast), dimension_of(rotary.beta_slow)
     if rotary.truncate:

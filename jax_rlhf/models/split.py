@@ -53,8 +53,8 @@ class SplitModel:
         layers = self.model.config.num_layers
         if self.trainable_layers is not None and not 1 <= self.trainable_layers <= layers:
             raise ValueError(
-                f"trainable_layers={self.trainable_layers} must lie within 1 and the model's {layers} layers; None "
-                "trains everything."
+                f"trainable_layers={self.trainable_layers} must be from 1 to the model's {layers} layers; None trains "
+                "all parameters."
             )
         if not self.model.scan_layers:
             raise ValueError("a SplitModel needs a model with scan_layers=True.")
