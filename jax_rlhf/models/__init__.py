@@ -1,6 +1,6 @@
-"""The decoder: its description, its modules, its cache.
+"""The decoder: config, Flax modules and KV cache.
 
-The names of __init__.pyi are imported when they are first used, so that settings load no library.
+The names in __init__.pyi are imported lazily, so that settings can be read without importing large libraries.
 """
 
 import lazy_loader

@@ -1,12 +1,12 @@
-"""Causal attention: who may see whom, the plain XLA form, and its module.
+"""Causal attention: masks, the plain XLA implementation, and the Flax module.
 
-Masks come from one number a token, its *order*: how many real tokens stand before it in its row. A pad as a key has the
-order `NOT_REAL`. A query sees a key when key order ≤ query order, and in a sliding-window layer when also
-query order − key order < window. So pads take no room in a window and may stand anywhere:
+Masks are computed from one number per token, its *order*: the number of real tokens before it in its row. As a key, a
+pad has the order `NOT_REAL`. A query attends to a key if key order ≤ query order and, in a sliding-window layer,
+query order − key order < window. Pads thus do not count towards a window, and may be anywhere in a row:
 
     tokens        pad  a    b    pad  c
     key order     ∞    0    1    ∞    2
-    query order   -1   0    1    1    2        c sees a, b, c; with window 2: b, c
+    query order   -1   0    1    1    2        c attends to a, b, c; with window 2 to b, c
 """
 
 import functools
@@ -26,24 +26,24 @@ from jax_rlhf.models.rotary import rotate
 from jax_rlhf.parallel import constrained
 
 NOT_REAL = jnp.iinfo(jnp.int32).max
-MASKED_SCORE = jnp.finfo(jnp.float32).min  # finite: a row that sees nothing (a pad) gets an average, not NaN
+MASKED_SCORE = jnp.finfo(jnp.float32).min  # finite: a fully masked query (a pad) gets an average, not NaN
 
 Angles = tuple[Float32[Array, "B T 1 pairs"], Float32[Array, "B T 1 pairs"]]
-"""Cosines and sines; the 1 stands for the heads."""
+"""(cosines, sines); the axis of size 1 broadcasts over heads."""
 LayerCache = tuple[Float[Array, "*L B K S head_dim"], Float[Array, "*L B K S head_dim"]]
-"""Keys and values of a layer, or of all layers with L in front."""
+"""(keys, values) of one layer, or of all layers stacked along a first axis L."""
 
 
 class AttentionContext(struct.PyTreeNode):
-    """What every layer's attention needs to know of the T tokens at hand and the S tokens that they may see.
+    """Attention inputs that all layers share, for T query tokens and S key tokens.
 
     Attributes:
-      query_order: of the T tokens.
-      key_order: of the S tokens, `NOT_REAL` for pads and empty cache slots.
-      angles: rotation of the T tokens; None with learned positions.
-      local_angles: the same for sliding-window layers where they have their own, else None.
+      query_order: order of the queries.
+      key_order: order of the keys; `NOT_REAL` for pads and empty cache slots.
+      angles: rotary angles of the T tokens; None with learned positions.
+      local_angles: rotary angles of the sliding-window layers; None if they use `angles`.
       slot: cache slot of the first of the T tokens; None without a cache.
-      segments: of texts packed into one row, which do not see each other; None = each row is one text.
+      segments: indices of texts packed into one row, which do not attend to each other; None = each row is one text.
     """
 
     query_order: Int[Array, "B T"]
@@ -57,31 +57,20 @@ class AttentionContext(struct.PyTreeNode):
 def token_order(
     mask: Bool[Array, "B T"], start: Int[Array, "B"] | int = 0
 ) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-    """The order of each token, as a query and as a key.
-
-    Args:
-      mask: True = real token.
-      start: real tokens that came before these.
-
-    Returns:
-      (query_order, key_order).
-    """
+    """(query_order, key_order) of each token; start: number of real tokens before these, in the cache."""
     order = jnp.asarray(start, jnp.int32).reshape(-1, 1) + jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1
     return order, jnp.where(mask, order, NOT_REAL)
 
 
 def visible(context: AttentionContext, window: Int[Array, ""] | int | None) -> Bool[Array, "B T S"]:
-    """Who may see whom: see the module's docstring.
+    """The attention mask, True = the query attends to the key; see the module's docstring.
 
     Args:
       context: orders of queries and keys.
-      window: tokens that a query sees, itself included; None = all before it.
-
-    Returns:
-      True = the query sees the key.
+      window: number of tokens that a query attends to, itself included; None = all tokens up to itself.
     """
-    query, key = context.query_order[:, :, None], context.key_order[:, None, :]
-    allowed = key <= query
+    query, key = context.query_order[:, :, None], context.key_order[:, None, :]  # [B, T, 1], [B, 1, S]
+    allowed = key <= query  # [B, T, S]
     if context.segments is not None:
         allowed = allowed & (context.segments[:, :, None] == context.segments[:, None, :])
     return allowed if window is None else allowed & (query - key < window)
@@ -96,28 +85,25 @@ def attend(
     scale: Float[Array, ""] | float,
     cap: float | None = None,
 ) -> Float[Array, "B T H head_dim"]:
-    """softmax(cap(scale · q kᵀ)) v over the allowed keys, with H query heads on K key/value heads.
+    """softmax(cap(scale · q kᵀ)) v over the allowed keys, for H query heads that share K key/value heads.
+
+    Scores and softmax are computed in float32; the result has value's dtype.
 
     Args:
-      query: of the T tokens at hand.
-      key, value: of the S tokens that they may see.
-      allowed: True = the query sees the key.
-      scale: on q·k.
-      cap: soft cap on the scores, or None.
-
-    Returns:
-      The mixed values, in value's dtype; scores and softmax are float32.
+      allowed: True = the query attends to the key.
+      scale: factor on q·k.
+      cap: soft cap on the scores; None = no cap.
 
     Source: Vaswani et al. 2017; grouped queries: Ainslie et al. 2023.
     """
     batch, length, heads, width = query.shape
     kv_heads, group = key.shape[1], heads // key.shape[1]
-    # A group's queries become rows of one matrix a key/value head: [B, K, G · T, head_dim]. One batched product on CPU,
-    # where the same einsum over separate G and T axes took 3.7 × as long (one token, 64 rows, 9 heads on 3, 2 cores).
-    rows = query.reshape(batch, length, kv_heads, group, width).transpose(0, 2, 3, 1, 4)
-    rows = rows.reshape(batch, kv_heads, group * length, width)
+    # The queries of a group become rows of one matrix per key/value head. On CPU that gives one batched product, where
+    # the same einsum with separate G and T axes took 3.7 × as long (1 token, 64 rows, 9 heads on 3, 2 cores).
+    rows = query.reshape(batch, length, kv_heads, group, width).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, head_dim]
+    rows = rows.reshape(batch, kv_heads, group * length, width)  # [B, K, G · T, head_dim]
     product = functools.partial(jnp.einsum, precision=product_precision(value.dtype))
-    scores = product("bkmd,bksd->bkms", rows, key, preferred_element_type=jnp.float32) * scale
+    scores = product("bkmd,bksd->bkms", rows, key, preferred_element_type=jnp.float32) * scale  # [B, K, G · T, S]
     scores = softcap(scores, cap).reshape(batch, kv_heads, group, length, -1)  # [B, K, G, T, S]
     weights = jax.nn.softmax(jnp.where(allowed[:, None, None], scores, MASKED_SCORE), axis=-1).astype(value.dtype)
     mixed = product("bkms,bksd->bkmd", weights.reshape(batch, kv_heads, group * length, -1), value)
@@ -131,7 +117,7 @@ def _write(
     keys: Float[Array, "B K T head_dim"],
     values: Float[Array, "B K T head_dim"],
 ) -> LayerCache:
-    stacked = cache[0].ndim == 5  # one array for all layers, carried through a scan
+    stacked = cache[0].ndim == 5  # one array for all layers, in the carry of a scan
     start = (layer, 0, 0, slot, 0) if stacked else (0, 0, slot, 0)
 
     def put(buffer: Float[Array, "*L B K S head_dim"], new: Float[Array, "B K T head_dim"]) -> Float[Array, "..."]:
@@ -144,7 +130,7 @@ def _write(
 def _read(
     cache: LayerCache, layer: Int[Array, ""] | int, span: int
 ) -> tuple[Float[Array, "B K span head_dim"], Float[Array, "B K span head_dim"]]:
-    # The first `span` slots of one layer: prefill need not look at the empty rest.
+    # The first `span` slots of one layer, so that prefill does not read the empty rest.
     if cache[0].ndim == 4:
         return cache[0][:, :, :span], cache[1][:, :, :span]
     size = (1, *cache[0].shape[1:3], span, cache[0].shape[4])
@@ -153,7 +139,7 @@ def _read(
 
 
 class Attention(nn.Module):
-    """Multi-head causal attention over the tokens at hand, or over a cache that they are first written to."""
+    """Multi-head causal attention over the T input tokens, or over a cache to which they are appended first."""
 
     config: DecoderConfig
 
@@ -165,7 +151,7 @@ class Attention(nn.Module):
         layer: Int[Array, ""] | int,
         cache: LayerCache | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """What the block adds to the residual stream, and the cache with T more tokens; `layer` is its index."""
+        """(output to add to the residual stream, cache with T more tokens); layer: index of the layer."""
         config = self.config
         sliding = self._sliding(layer)
 
@@ -191,12 +177,12 @@ class Attention(nn.Module):
         query = constrained(query, config.layout, "rows", "length", "heads", "head_dim")
         key, value = (constrained(x, config.layout, "rows", "kv_heads", "length", "head_dim") for x in (key, value))
         if cache is not None:
-            assert context.slot is not None, "a cache comes with the slot that is filled next"
+            assert context.slot is not None, "with a cache, the context has the slot to write to"
             cache = _write(cache, layer, context.slot, key, value)
             key, value = _read(cache, layer, context.key_order.shape[1])
 
         scale = config.attention_scale / (layer + 1) if config.scale_by_layer else config.attention_scale
-        # With the tokens at hand alone: each row is whole, or the cache was empty.
+        # Flash attention needs keys of the T input tokens only: whole rows, or a prefill into an empty cache.
         if uses_flash(config, x.shape[1]) and context.key_order.shape[1] == x.shape[1]:
             mixed = self._flash(query, key, value, context, sliding, scale)
         else:
@@ -229,11 +215,11 @@ class Attention(nn.Module):
 
         if isinstance(sliding, bool):
             return run(self.config.sliding_window if sliding else None)
-        # A kernel's window is part of it: a scan over layers of both kinds holds both.
+        # The window is a static argument of the kernel, so a scan over layers of both kinds contains both kernels.
         return jax.lax.cond(sliding, lambda: run(self.config.sliding_window), lambda: run(None))
 
     def _sliding(self, layer: Int[Array, ""] | int) -> Bool[Array, ""] | bool:
-        # A Python bool where it can be (all layers alike, or unrolled layers), else looked up by the scanned index.
+        # A Python bool if it is static (all layers are of one kind, or unrolled), else looked up by the scanned index.
         kinds = self.config.sliding_layers or (False,)
         if all(kinds) or not any(kinds):
             return kinds[0]
@@ -243,7 +229,7 @@ class Attention(nn.Module):
         window = self.config.sliding_window
         if isinstance(sliding, bool):
             return window if sliding else None
-        assert window is not None, "the config has a window where it marks layers"
+        assert window is not None, "the config checks that sliding_layers come with a sliding_window"
         return jnp.where(sliding, window, NOT_REAL)
 
     def _angles(self, angles: Angles, local: Angles | None, sliding: Bool[Array, ""] | bool) -> Angles:

@@ -1,9 +1,9 @@
-"""The key/value cache of decoding.
+"""The KV cache for decoding.
 
-Keys and values are `[B, K, S, head_dim]` a layer (K key/value heads, S slots): the layout in which reading one head's
-keys is contiguous, 2–3 × faster on CPU at S = 1024 than `[B, S, K, head_dim]`. For unrolled layers they are one pair of
-arrays a layer, each updated in place; for scanned layers one stacked pair in the scan's carry, since a cache passed
-through a scan's inputs and outputs is copied whole at every step.
+Keys and values are `[B, K, S, head_dim]` per layer (K key/value heads, S slots). In this layout the keys of one head
+are contiguous, which on CPU at S = 1024 is 2–3 × faster to read than `[B, S, K, head_dim]`. Unrolled layers have one
+pair of arrays per layer, updated in place. Scanned layers have one stacked pair in the carry of the scan: as an input
+and output of the scan, the whole cache would be copied at every step.
 """
 
 import jax
@@ -22,14 +22,13 @@ class KVCache(struct.PyTreeNode):
     """Keys and values of the tokens so far.
 
     Attributes:
-      layers: (keys, values), each [L, B, K, S, head_dim], for scanned layers; a tuple of L pairs, each
-        [B, K, S, head_dim], for unrolled ones.
-      order: how many real tokens stand before each; `NOT_REAL` for pads and empty slots.
-      real: real tokens so far.
-      length: slots filled so far, the same in every row.
-      angles: rotations for a token that follows these (T = 1), of all layers and of sliding-window layers where they
-        have their own; None where there are none. They are a part of the cache since XLA on CPU would otherwise compute
-        sines anew in every layer, for a tenth of the time of decoding.
+      layers: for scanned layers (keys, values), each [L, B, K, S, head_dim]; for unrolled layers a tuple of L pairs,
+        each [B, K, S, head_dim].
+      order: number of real tokens before each slot; `NOT_REAL` for pads and empty slots.
+      real: number of real tokens per row.
+      length: number of filled slots, the same in every row.
+      angles: rotary angles of the next token (T = 1), as `decoder_angles` returns them. They are part of the cache
+        because XLA on CPU would otherwise recompute the sines in every layer, a tenth of the decode time.
     """
 
     layers: LayerCache | tuple[LayerCache, ...]
@@ -40,16 +39,13 @@ class KVCache(struct.PyTreeNode):
 
 
 def create_cache(config: DecoderConfig, batch: int, capacity: int, *, scan_layers: bool) -> KVCache:
-    """An empty cache. Call it inside the jitted function that fills it, so that it is never copied.
+    """An empty cache in the config's dtype. Create it inside the jitted function that fills it, to avoid a copy.
 
     Args:
       config: the model's.
-      batch: rows.
-      capacity: S, slots, in tokens: prompt and response together.
-      scan_layers: whether the model that will use it scans its layers.
-
-    Returns:
-      The cache, in the config's dtype.
+      batch: B, rows.
+      capacity: S, slots for prompt and response.
+      scan_layers: whether the model that uses the cache scans its layers.
     """
     shape = (batch, config.num_kv_heads, capacity, config.head_dim)
 
@@ -70,16 +66,7 @@ def create_cache(config: DecoderConfig, batch: int, capacity: int, *, scan_layer
 
 
 def grow_cache(cache: KVCache, config: DecoderConfig, capacity: int) -> KVCache:
-    """A cache with more slots, the filled ones first. Call it outside the loop over tokens: it copies the cache.
-
-    Args:
-      cache: any.
-      config: the model's.
-      capacity: S of the result, in tokens, at least that of the cache.
-
-    Returns:
-      The cache.
-    """
+    """Appends empty slots to a cache, up to `capacity`. It copies the cache, so call it outside the decode loop."""
     more = capacity - cache.order.shape[1]
     if not more:
         return cache
@@ -95,14 +82,11 @@ def grow_cache(cache: KVCache, config: DecoderConfig, capacity: int) -> KVCache:
 
 
 def decoder_angles(config: DecoderConfig, positions: Int[Array, "B T"]) -> tuple[Angles | None, Angles | None]:
-    """Rotations of tokens at positions.
-
-    Args:
-      config: the model's.
-      positions: in tokens.
+    """Rotary angles of tokens at these positions.
 
     Returns:
-      Angles of all layers, and of sliding-window layers where they have their own; None where there are none.
+      (angles of all layers, None with learned positions; angles of sliding-window layers, None if they have no rotation
+      of their own).
     """
     everywhere, local = (
         None if rotary is None else rotary_angles(rotary, positions) for rotary in (config.rotary, config.local_rotary)

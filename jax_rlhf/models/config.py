@@ -1,7 +1,7 @@
-"""What a decoder is made of: one frozen, hashable description that covers every family.
+"""The architecture of a decoder: one frozen, hashable config for all model families.
 
-A family (Llama, Gemma, GPT-2 …) is a setting of these fields; `hub/families.py` holds the table that turns a Hugging
-Face `config.json` into one. The model code reads only this class.
+A family (Llama, Gemma, GPT-2 …) is a choice of these fields; `hub/families.py` converts a Hugging Face `config.json` to
+a `DecoderConfig`. The model code reads only this class.
 """
 
 import dataclasses
@@ -24,29 +24,31 @@ class DecoderConfig:
     """A decoder-only transformer.
 
     Sizes:
-      vocab_size: V, token ids the model knows; logits have this many columns.
-      padded_vocab_size: rows of the embedding table (and head), V or more; the rows past V exist only so that a mesh
-        divides them, or are not to be used, and never reach an output.
-      absent_ids: ids below V that are not to be used: their probability is 0.
+      vocab_size: V, number of token ids; logits have V columns.
+      padded_vocab_size: rows of the embedding table (and LM head), V or more. Rows from V on are padding so that a mesh
+        divides the table, or unused ids; they never reach an output.
+      absent_ids: unused ids below V; their probability is 0.
       hidden_size: D, width of the residual stream.
-      intermediate_size: F, width inside the MLP.
+      intermediate_size: F, hidden width of the MLP.
       num_layers: L.
       num_heads, num_kv_heads: H query heads share K key/value heads, H a multiple of K.
-      head_dim: width of one head; need not be D / H.
-      embedding_size: width of the token embedding where it is not D (opt-350m), with a projection in and one out.
-      max_positions: context length in tokens; with learned positions, the rows of their table less the offset.
+      head_dim: width of one head; it may differ from D / H.
+      embedding_size: width of the token embedding if it is not D (opt-350m); the model then has input and output
+        projections.
+      max_positions: context length in tokens; with learned positions, rows of their table minus the offset.
 
     Positions:
       position_kind: "rotary", or "learned" (a table added to the embedding).
-      position_offset: rows of the learned table that stand before position 0 (OPT: 2).
-      rotary: the rotation; None with learned positions.
-      local_rotary: another rotation for the sliding-window layers (Gemma 3); None where they share `rotary`.
+      position_offset: rows of the learned table before position 0 (OPT: 2).
+      rotary: the rotary embedding; None with learned positions.
+      local_rotary: another rotary embedding for the sliding-window layers (Gemma 3); None = they use `rotary`.
 
     Attention:
       attention_scale: factor on q·k.
-      scale_by_layer: divide that factor by (layer index + 1) too (a GPT-2 option).
+      scale_by_layer: also divide that factor by (layer index + 1) (a GPT-2 option).
       attention_softcap: c in c · tanh(score / c), or None.
-      sliding_window: W, a token sees the W real tokens that end with itself, in the layers that `sliding_layers` marks.
+      sliding_window: W; in the layers that `sliding_layers` marks, a token attends to the last W real tokens, itself
+        included.
       sliding_layers: bool per layer.
       qk_norm: RMS norm on each query and key head (Qwen3, Gemma 3).
       qkv_bias, out_bias: biases on the projections into and out of attention.
@@ -54,28 +56,28 @@ class DecoderConfig:
     Norms and residuals:
       norm_kind: "rms" or "layer".
       norm_placement: norms "before" each block, "after" its residual sum (opt-350m), or on "both" sides of the block
-        inside the residual (Gemma 2, 3: four norms a layer).
+        inside the residual (Gemma 2, 3: four norms per layer).
       norm_epsilon: added to the variance.
       norm_plus_one: the scale is (1 + weight) (Gemma).
-      norm_affine: False leaves weight and bias out (an OPT option).
-      final_norm: a norm before the head.
+      norm_affine: False = norms have no weight and bias (an OPT option).
+      final_norm: whether there is a norm before the head.
       parallel_residual: attention and MLP read the same input and are summed (GPT-NeoX).
 
     MLP and embedding:
       activation: a Hugging Face activation name, see `models/layers.py`.
       gated_mlp: down(act(gate(x)) · up(x)) instead of down(act(up(x))).
-      mlp_bias: biases in the MLP.
+      mlp_bias: biases on the projections of the MLP.
       embedding_scale: factor on the token embedding (Gemma: √D).
       tie_embeddings: the LM head is the embedding table.
       logit_softcap: c in c · tanh(logit / c), or None.
 
-    How to compute:
-      dtype: of activations and matrix products; softmax, norms, rotations and outputs are float32 always.
-      remat: what a layer's backward pass computes again: "none", "full" (all of the layer), or "dots" (all but
+    Execution:
+      dtype: of activations and matrix products; softmax, norms, rotations and outputs are always float32.
+      remat: what the backward pass of a layer recomputes: "none", "full" (the whole layer), or "dots" (all but
         matrix products with weights).
-      attention: "xla" (the plain form, anywhere), or "flash": a kernel that holds no scores, cuDNN's on GPU, splash on
-        TPU, for rows at once; see `models/flash.py`.
-      layout: the mesh that it runs on, and what lies where; None = one device.
+      attention: "xla" (plain attention, on any platform), or "flash" (for whole rows a kernel without scores in memory:
+        cuDNN on GPU, splash on TPU); see `models/flash.py`.
+      layout: the mesh and its sharding rules; None = one device.
     """
 
     vocab_size: int
@@ -124,12 +126,12 @@ class DecoderConfig:
     attention: AttentionForm = "xla"
     layout: Layout | None = None
 
-    # The Hugging Face config.json that this was made from, as text: `save_pretrained` writes it back with what changed.
-    # Not part of what the model computes, so neither of equality nor of the hash.
+    # The original Hugging Face config.json as text, which `save_pretrained` writes with the changed fields. It does not
+    # affect the computation, so equality and hash ignore it.
     hf_config: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))  # one form: configs are compared and hashed
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))  # one type, since configs are compared and hashed
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
             _positive(name, getattr(self, name))
         for name in ("head_dim", "max_positions", "embedding_size", "sliding_window"):
@@ -150,10 +152,11 @@ class DecoderConfig:
             raise ValueError('position_kind="learned" needs max_positions, the rows of its table.')
         for rotary in (self.rotary, self.local_rotary):
             if rotary is not None and rotary.dim + rotary.dim % 2 > self.head_dim:
-                raise ValueError(f"{rotary.dim} numbers of a head are rotated, in pairs, and it has {self.head_dim}.")
+                raise ValueError(f"rotary dim={rotary.dim}, rounded up to pairs, exceeds head_dim={self.head_dim}.")
         if self.sliding_layers and len(self.sliding_layers) != self.num_layers:
             raise ValueError(
-                f"sliding_layers has {len(self.sliding_layers)} entries for {self.num_layers} layers; give one a layer."
+                f"sliding_layers has {len(self.sliding_layers)} entries for {self.num_layers} layers; give one per "
+                "layer."
             )
         if any(self.sliding_layers) and not (self.sliding_window and self.sliding_window > 0):
             raise ValueError(f"sliding_layers marks layers, but sliding_window is {self.sliding_window}.")
@@ -169,16 +172,16 @@ class DecoderConfig:
 
     @property
     def output_size(self) -> int:
-        """Width of what the head reads: the embedding's where the model projects back to it, else the hidden size."""
+        """E, width of the head's input: the embedding size if the model projects back to it, else the hidden size."""
         return self.embedding_size or self.hidden_size
 
     @property
     def platform(self) -> str:
-        """What it runs on: "cpu", "gpu" or "tpu"."""
+        """The platform that the model runs on: "cpu", "gpu" or "tpu"."""
         return jax.default_backend() if self.layout is None else self.layout.platform
 
     def limited_to(self, vocab_size: int, absent_ids: tuple[int, ...] = ()) -> "DecoderConfig":
-        """The same decoder over fewer ids: those from `vocab_size` on, and absent ones, have no probability."""
+        """The same decoder with fewer ids: ids from `vocab_size` on, and absent ones, have probability 0."""
         size = min(vocab_size, self.vocab_size)
         absent = tuple(index for index in absent_ids if index < size)
         return self.replace(vocab_size=size, padded_vocab_size=self.table_rows, absent_ids=absent)
@@ -189,6 +192,6 @@ class DecoderConfig:
 
 
 def _positive(name: str, value: Any) -> None:
-    # More than 32 bits no axis has, and a file may claim anything.
+    # A config.json may contain any number, and no array axis needs more than 31 bits.
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not 0 < int(value) < 2**31:
         raise ValueError(f"{name}={value!r} must be a whole number from 1 to 2³¹ − 1.")

@@ -1,10 +1,10 @@
-"""One decoder for every family, as a Flax Linen module over plain parameter dicts.
+"""One decoder for all model families, as a Flax Linen module with plain parameter dicts.
 
     tokens ─ embed ─▶ x ─ layers ─▶ x ─ final norm, projection ─▶ hidden ─ head ─▶ logits or values
 
-The layers are scanned by default (`params["layers"]` holds each leaf stacked `[L, ...]`), so that compile time does not
-grow with depth; a `scan_layers=False` model runs the same layers unrolled over `params["layers_0"]`, …, which decodes
-faster on CPUs and GPUs. `unstack_layers` turns the first form into the second.
+By default the layers are scanned, so that compile time does not grow with depth: leaves of `params["layers"]` are
+stacked, `[L, ...]`. With `scan_layers=False` the same layers are unrolled over `params["layers_0"]`, …, which decodes
+faster on CPU and GPU. `unstack_layers` converts scanned parameters to unrolled ones.
 """
 
 import operator
@@ -34,12 +34,12 @@ Tokens = Int[Array | np.ndarray, "B T"]
 Mask = Bool[Array | np.ndarray, "B T"]
 Head = Literal["lm", "scalar"]
 
-NORM_AXES = PartitionSpec("norm"), PartitionSpec("layers", "norm")  # computed in float32, of scales as stored
+NORM_AXES = PartitionSpec("norm"), PartitionSpec("layers", "norm")  # norm parameters: used in float32, never cast
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 class Embedding(nn.Module):
-    """Token table, learned positions and input projection, where the config has them."""
+    """The token embedding, and learned positions and an input projection if the config has them."""
 
     config: DecoderConfig
 
@@ -57,19 +57,19 @@ class Embedding(nn.Module):
             )
 
     def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """What the first layer reads."""
+        """The first layer's input."""
         config = self.config
-        x = look_up_rows(self.table, tokens, config)
+        x = look_up_rows(self.table, tokens, config)  # [B, T, E]
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, config.dtype)
         if config.embedding_size:
-            x = self.project_in(x)
+            x = self.project_in(x)  # [B, T, D]
         if config.position_kind == "learned":
             x = x + look_up_rows(self.positions, positions + config.position_offset, config)
         return _residual(x, config)
 
     def attend(self, hidden: Float[Array, "*batch E"]) -> Float32[Array, "*batch V"]:
-        """The logits of a tied head."""
+        """The logits of a tied LM head."""
         return logits_from_table(hidden, self.table, self.config)
 
 
@@ -85,7 +85,7 @@ class DecoderLayer(nn.Module):
 
     Attributes:
       config: the model's.
-      index: this layer's number where layers are unrolled; None where a scan passes it.
+      index: index of an unrolled layer; None if a scan passes it.
     """
 
     config: DecoderConfig
@@ -93,11 +93,11 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(self, carry: _Carry, context: AttentionContext, index: Int[Array, ""] | None) -> tuple[_Carry, None]:
-        """The residual stream and the cache after this layer; the form that `nn.scan` wants."""
+        """((residual stream, cache) after this layer, None): the signature that `nn.scan` requires."""
         config = self.config
         x, cache = carry
         layer = index if self.index is None else self.index
-        assert layer is not None, "a scan passes the index of a layer that has none"
+        assert layer is not None, "the layer has neither an index of its own nor one from the scan"
         before, after = config.norm_placement != "after", config.norm_placement == "both"
 
         inputs = Norm(config, name="attention_norm")(x) if before else x
@@ -125,9 +125,9 @@ class Decoder(nn.Module):
     """A decoder-only transformer with a head.
 
     Attributes:
-      config: what it is made of.
-      head: "lm" (logits) or "scalar" (one value a token).
-      scan_layers: layers stacked and scanned, or unrolled.
+      config: the architecture.
+      head: "lm" (logits) or "scalar" (one value per token).
+      scan_layers: True = stacked and scanned layers, False = unrolled layers.
     """
 
     config: DecoderConfig
@@ -137,7 +137,7 @@ class Decoder(nn.Module):
     if TYPE_CHECKING:
 
         def apply(self, *args: Any, **kwargs: Any) -> Any:
-            """Flax's `apply`, which returns a method's result alone where no variable changes, as here."""
+            """Flax's `apply`; it returns only the method's result, since no variable is mutable here."""
 
     def setup(self) -> None:  # noqa: D102
         config = self.config
@@ -173,14 +173,13 @@ class Decoder(nn.Module):
 
         Args:
           tokens: ids.
-          positions: in tokens; default: the count of real tokens before each one.
-          mask: True = real token; pads may stand anywhere and have any id, and never change a real
-            token's output. Default: all real.
+          positions: in tokens; default: the number of real tokens before each token.
+          mask: True = real token. Pads may be anywhere and have any id, and never affect the output of a real token.
+            Default: all real.
 
         Returns:
-          Head "lm": logits, [B, T, V]. Head "scalar": values, [B, T]. What stands at pads is finite and
-          means nothing. A real token's id outside the vocabulary, or its position outside a learned table, turns its
-          row to NaN.
+          Head "lm": logits, [B, T, V]. Head "scalar": values, [B, T]. Outputs at pads are finite and meaningless. A
+          real token with an id outside the vocabulary, or a position outside a learned table, makes its row NaN.
         """
         return self.apply_head(self.hidden_states(tokens, positions, mask))
 
@@ -194,12 +193,15 @@ class Decoder(nn.Module):
         frozen_activations: Float[Array, "B T D"] | None = None,
         first_layer: int = 0,
     ) -> Float[Array, "B T E"]:
-        """What the head reads: arguments as in `__call__`.
+        """The head's input.
 
-        `segments` keeps texts apart that are packed into one row; `positions` then count within each.
-
-        With `frozen_activations`, the output of the layers below `first_layer` (`lower_layers`), only
-        the layers from there on run, and `params["layers"]` has only them.
+        Args:
+          tokens, positions, mask: as in `__call__`.
+          segments: indices of texts packed into one row, which do not attend to each other; `positions` then count
+            within each text.
+          frozen_activations: the output of `lower_layers`. Only the layers from `first_layer` on run then, and
+            `params["layers"]` contains only those.
+          first_layer: index of the first layer to run.
         """
         tokens, mask = _checked(tokens, positions, mask)
         query_order, key_order = token_order(mask)
@@ -218,9 +220,9 @@ class Decoder(nn.Module):
         segments: Tokens | None = None,
         layers: int,
     ) -> Float[Array, "B T D"]:
-        """The output of the first `layers` layers, for which `params["layers"]` need hold only those.
+        """The output of the first `layers` layers; `params["layers"]` may contain only those.
 
-        Arguments as in `hidden_states`, which goes on from it: `frozen_activations=this, first_layer=layers`.
+        Arguments as in `hidden_states`, which continues with `frozen_activations=output, first_layer=layers`.
         """
         tokens, mask = _checked(tokens, positions, mask)
         query_order, key_order = token_order(mask)
@@ -236,15 +238,15 @@ class Decoder(nn.Module):
         *,
         span: int | None = None,
     ) -> tuple[Float[Array, "B T E"], KVCache]:
-        """Appends T tokens to a cache and runs the model over them: a prompt at once, or a token at a time.
+        """Appends T tokens to a KV cache and runs the model over them: a whole prompt (prefill), or one token (decode).
 
         Args:
           tokens: ids.
-          cache: of the tokens before; room for T more must be left.
-          positions: in tokens; default: the count of real tokens before each one, the cache's included.
+          cache: of the previous tokens, with T or more empty slots.
+          positions: in tokens; default: the number of real tokens before each token, including those in the cache.
           mask: True = real token. Default: all real.
-          span: slots to attend to, at least those filled after this call: a prefill into an empty cache passes T.
-            Default: the whole cache.
+          span: number of slots to attend to, at least those filled after this call; T for a prefill into an empty
+            cache. Default: the whole cache.
 
         Returns:
           (hidden states for `apply_head`, the cache with T more slots filled).
@@ -253,7 +255,9 @@ class Decoder(nn.Module):
         capacity = cache.order.shape[1]
         span = capacity if span is None else span
         if not tokens.shape[1] <= span <= capacity:
-            raise ValueError(f"{tokens.shape[1]} tokens, span {span}: the cache has {capacity} slots.")
+            raise ValueError(
+                f"span={span} must lie between the {tokens.shape[1]} new tokens and the {capacity} slots of the cache."
+            )
         query_order, key_order = token_order(mask, cache.real)
         order = jax.lax.dynamic_update_slice(cache.order, key_order, (0, cache.length))
         order = constrained(order, self.config.layout, "rows", "length")
@@ -263,7 +267,7 @@ class Decoder(nn.Module):
         )
         x, layers = self._run_layers(x, cache.layers, context, range(self.config.num_layers))
         real = cache.real + jnp.sum(mask, axis=1, dtype=jnp.int32)
-        assert layers is not None, "there was a cache"
+        assert layers is not None, "with a cache, _run_layers returns one"
         angles = decoder_angles(self.config, real[:, None])
         return self._leave(x), KVCache(layers, order, real, cache.length + tokens.shape[1], angles)
 
@@ -290,14 +294,15 @@ class Decoder(nn.Module):
         positions = query_order if positions is None else positions
         positions = jnp.where(mask, positions, 0)
         angles = decoder_angles(config, positions) if angles is None else angles
-        # By rows, as the residual stream: XLA would cut them as draws are cut, and exchange masks in every layer.
+        # Sharded by rows, like the residual stream. Otherwise XLA would shard them like the draws of sampling, and
+        # reshard the masks in every layer.
         rows = lambda x: constrained(x, config.layout, "rows", *(None,) * (x.ndim - 1))  # noqa: E731
         query_order, key_order, (everywhere, local) = jax.tree.map(rows, (query_order, key_order, angles))
         segments = None if segments is None else jnp.asarray(segments)
         context = AttentionContext(query_order, key_order, everywhere, local, slot, segments)
         if frozen_activations is not None:
             return frozen_activations.astype(config.dtype), context
-        # A pad's id is replaced, so that whatever stands there (−100, pad = EOS, an id past the table) has no effect.
+        # Ids at pads are replaced, so that any id there (−100, EOS, one outside the table) has no effect.
         return self.embedding(jnp.where(mask, tokens, 0), positions), context
 
     def _run_layers(
@@ -340,35 +345,17 @@ def _init(model: Decoder, key: PRNGKeyArray) -> Params:
 
 
 def init_params(model: Decoder, key: PRNGKeyArray) -> Params:
-    """New float32 parameters: normal with standard deviation 0.02, norms 1, biases 0, a scalar head as `head_init`.
-
-    Args:
-      model: the model.
-      key: a JAX random key.
-
-    Returns:
-      The parameters, as a nested dict of arrays.
-    """
+    """New float32 parameters: normal with standard deviation 0.02, norms 1, biases 0, a scalar head as `head_init`."""
     return meta.unbox(jax.jit(_init, static_argnums=0)(model, key))
 
 
 def abstract_params(model: Decoder) -> Params:
-    """The parameters' shapes, without making them: a nested dict of `jax.ShapeDtypeStruct`, float32.
-
-    Args:
-      model: the model.
-
-    Returns:
-      The tree that `init_params` would return.
-    """
+    """The result of `init_params` as `jax.ShapeDtypeStruct`s, without allocating it."""
     return meta.unbox(_boxed(model))
 
 
 def logical_axes(model: Decoder) -> Params:
-    """The logical name of each parameter's axes ("vocab", "embed", "heads", "mlp", "layers", …).
-
-    Args:
-      model: the model.
+    """The logical names of each parameter's axes ("vocab", "embed", "heads", "mlp", "layers", …).
 
     Returns:
       A nested dict of `jax.sharding.PartitionSpec`; `parallel/layout.py` maps the names to mesh axes.
@@ -377,13 +364,9 @@ def logical_axes(model: Decoder) -> Params:
 
 
 def compute_dtypes(model: Decoder) -> Params:
-    """The dtype that each parameter is computed in: what trains is float32, what does not needs no more than this.
+    """The dtype that each parameter is used in: the config's, but float32 for norms and a scalar head.
 
-    Args:
-      model: the model.
-
-    Returns:
-      A nested dict of dtypes: the config's, and float32 for norms and a scalar head.
+    Trainable parameters are stored in float32; frozen ones need no wider dtype than this.
     """
     axes = logical_axes(model)
     dtypes = jax.tree.map(
@@ -401,14 +384,14 @@ def _boxed(model: Decoder) -> Params:
 
 
 def unstack_layers(params: Params, num_layers: int) -> Params:
-    """Parameters of a scanned model as those of the same model unrolled.
+    """Converts parameters of a scanned model to those of the same model with unrolled layers.
 
     Args:
-      params: with "layers", each leaf [L, ...].
+      params: with "layers", leaves [L, ...].
       num_layers: L.
 
     Returns:
-      With "layers_0" … instead, each leaf [...]; other entries as they are.
+      With "layers_0", … instead, leaves [...]; other entries are unchanged.
     """
     rest = {name: value for name, value in params.items() if name != "layers"}
     layers = [jax.tree.map(operator.itemgetter(index), params["layers"]) for index in range(num_layers)]
@@ -416,23 +399,23 @@ def unstack_layers(params: Params, num_layers: int) -> Params:
 
 
 def kernels_by_output(params: Params) -> Params:
-    """An unrolled decoder's parameters with its layers' kernels turned round, for decoding on CPU (see `products.py`).
+    """Transposes the kernels in the layers of an unrolled decoder, for decoding on CPU (see `products.py`).
 
-    A step of a model of 97 million parameters takes 20 ms instead of 30 with 8 rows, 90 instead of 125 with 64 (on 2
-    cores, Zen 4).
+    A decode step of a model with 97 million parameters takes 20 ms instead of 30 ms with 8 rows, and 90 ms instead of
+    125 ms with 64 rows (2 cores, Zen 4).
 
     Args:
       params: with "layers_0", ….
 
     Returns:
-      The same, with "kernel_by_output" [*outputs, *inputs] instead of each "kernel" of the layers.
+      The parameters with "kernel_by_output" [*outputs, *inputs] instead of each "kernel" in the layers.
     """
-    turned: dict[tuple[str, ...], Array] = {}
+    transposed: dict[tuple[str, ...], Array] = {}
     leaves: dict[tuple[str, ...], Array] = flatten_dict(params)  # pyright: ignore[reportAssignmentType]
     for path, leaf in leaves.items():
         if path[0].startswith("layers_") and path[-1] == "kernel":
             count = 2 if path[-2] == "out" else 1  # attention's output sums over heads and head_dim
-            turned[(*path[:-1], "kernel_by_output")] = leaf.transpose(*range(count, leaf.ndim), *range(count))
+            transposed[(*path[:-1], "kernel_by_output")] = leaf.transpose(*range(count, leaf.ndim), *range(count))
         else:
-            turned[path] = leaf
-    return unflatten_dict(turned)
+            transposed[path] = leaf
+    return unflatten_dict(transposed)

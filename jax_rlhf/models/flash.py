@@ -1,12 +1,12 @@
-"""Attention that never holds its T × T scores: cuDNN's flash attention on GPU, the splash kernel of JAX on TPU.
+"""Attention without T × T scores in memory: cuDNN's flash attention on GPU, JAX's splash attention kernel on TPU.
 
-For whole rows: scoring, training, the prefill of an empty cache. Both kernels go by places in the row where
-`attention.py` goes by the order of real tokens, which differ where pads stand between. Without a sliding window that
-matters only for who is real: to the splash kernel pads are a text of their own. Otherwise, and for cuDNN, which takes
-lengths, real tokens are first moved to the front of their row.
+It is used for whole rows: scoring, training, prefill into an empty cache. Both kernels mask by position in the row,
+`attention.py` by the order of real tokens. The two differ if pads are between real tokens. For the splash kernel
+without a sliding window it is enough to mask pads, which become a segment of their own. With a sliding window, and for
+cuDNN, which takes lengths instead of masks, real tokens are first moved to the front of their row.
 
-A decoder asks for this with `DecoderConfig.attention="flash"`; on CPU, and for rows of fewer than `MIN_LENGTH` tokens,
-that means the plain form.
+`DecoderConfig.attention="flash"` selects these kernels. On CPU, and for rows of fewer than `MIN_LENGTH` tokens, it
+falls back to plain XLA attention.
 """
 
 import math
@@ -32,45 +32,34 @@ Real = Bool[Array, "B T"]
 Segments = Int[Array, "B T"] | None
 Kernel = Callable[[Queries, Keys, Keys, Real, Segments], Queries]
 
-MIN_LENGTH = 128  # a block of the splash kernel; below, all scores fit in a block
+MIN_LENGTH = 128  # one block of the splash kernel; for shorter rows all scores fit in one block
 
 
 def check_flash(config: DecoderConfig) -> None:
-    """Whether a decoder that asks for flash attention can have it where it runs.
-
-    Args:
-      config: the decoder's, with its layout and dtype.
+    """Checks that the platform's kernel supports a decoder with attention="flash".
 
     Raises:
-      ValueError: the kernel of its platform lacks something; says what, and what to set instead.
+      ValueError: the kernel does not support the decoder; the message says why, and what to set instead.
     """
     if config.attention != "flash" or config.platform == "cpu":
         return
     problems = []
     if config.platform == "gpu":
         if config.dtype not in (jnp.bfloat16, jnp.float16):
-            problems.append(f"computes in 16 bits, and dtype is {config.dtype}")
+            problems.append(f"needs a 16-bit dtype, but dtype is {config.dtype}")
         if config.head_dim > 256 or config.head_dim % 8:
-            problems.append(f"takes heads of up to 256 numbers, a multiple of 8, and head_dim is {config.head_dim}")
+            problems.append(f"needs head_dim to be a multiple of 8 up to 256, but it is {config.head_dim}")
         if config.attention_softcap is not None:
-            problems.append(f"has no soft cap, and attention_softcap is {config.attention_softcap}")
+            problems.append(f"has no soft cap, but attention_softcap is {config.attention_softcap}")
     if config.layout is not None and config.layout.num_shards("heads") != config.layout.num_shards("kv_heads"):
-        problems.append("needs heads and kv_heads cut alike, and config.mesh.rules cuts them differently")
+        problems.append("needs the same sharding of heads and kv_heads, but config.mesh.rules shards them differently")
     if problems:
         kernel = "cuDNN" if config.platform == "gpu" else "the splash kernel"
         raise ValueError(f'attention="flash": {kernel} {"; ".join(problems)}. Set attention="xla" for this model.')
 
 
 def uses_flash(config: DecoderConfig, length: int) -> bool:
-    """Whether rows of so many tokens go through a kernel.
-
-    Args:
-      config: the decoder's.
-      length: T.
-
-    Returns:
-      True for the kernel, False for the plain form.
-    """
+    """Whether rows of this length use a kernel (True) or plain XLA attention (False)."""
     return config.attention == "flash" and config.platform != "cpu" and length >= MIN_LENGTH
 
 
@@ -85,19 +74,19 @@ def flash_attend(
     window: int | None,
     scale: Float[Array, ""] | float,
 ) -> Queries:
-    """What `attention.attend` computes over `attention.visible`, without its scores in memory.
+    """Computes `attention.attend` with the mask of `attention.visible`, without the scores in memory.
 
     Args:
       query: of whole rows.
       key, value: of the same tokens.
       real: False = pad.
-      segments: of texts packed into a row, from 0; None = each row is one text.
+      segments: indices, from 0, of texts packed into a row; None = each row is one text.
       config: the decoder's: soft cap, platform, layout.
-      window: tokens that a query sees, itself included; None = all before it.
-      scale: on q·k.
+      window: number of tokens that a query attends to, itself included; None = all tokens up to itself.
+      scale: factor on q·k.
 
     Returns:
-      The mixed values, in query's dtype. What stands at pads is finite and means nothing.
+      Attention outputs in query's dtype. Outputs at pads are finite and meaningless.
 
     Raises:
       ValueError: see `check_flash`.
@@ -108,13 +97,13 @@ def flash_attend(
     if window is not None and window >= query.shape[1]:
         window = None
     if config.platform == "gpu":
-        if not isinstance(scale, float):  # it takes a constant
+        if not isinstance(scale, float):  # cuDNN takes only a static scale
             query, scale = _scaled(query, scale), 1.0
-        kernel = partial(_at_the_front, partial(_cudnn_attend, window=window, scale=scale))
+        kernel = partial(_compact_and_attend, partial(_cudnn_attend, window=window, scale=scale))
     else:
         kernel, query = partial(_splash_attend, window=window, cap=config.attention_softcap), _scaled(query, scale)
         if window is not None:
-            kernel = partial(_at_the_front, kernel)
+            kernel = partial(_compact_and_attend, kernel)
     return _on_each_device(kernel, config.layout)(query, key, value, real, segments)
 
 
@@ -123,7 +112,7 @@ def _scaled(query: Queries, scale: Float[Array, ""] | float) -> Queries:
 
 
 def _on_each_device(kernel: Kernel, layout: Layout | None) -> Kernel:
-    # XLA cannot partition a kernel: each device runs it over its rows and heads.
+    # XLA cannot partition a kernel, so each device runs it on its own rows and heads.
     if layout is None:
         return kernel
 
@@ -132,63 +121,70 @@ def _on_each_device(kernel: Kernel, layout: Layout | None) -> Kernel:
         queries = layout.spec(("rows", None, "heads", None), query.shape)
         keys = layout.spec(("rows", "kv_heads", None, None), key.shape)
         specs = (queries, keys, keys, rows, rows)
-        everywhere = jax.shard_map(kernel, mesh=layout.mesh, in_specs=specs, out_specs=queries, check_vma=False)
-        return everywhere(query, key, value, real, segments)
+        sharded = jax.shard_map(kernel, mesh=layout.mesh, in_specs=specs, out_specs=queries, check_vma=False)
+        return sharded(query, key, value, real, segments)
 
     return run
 
 
-def _at_the_front(kernel: Kernel, query: Queries, key: Keys, value: Keys, real: Real, segments: Segments) -> Queries:
-    # A stable sort keeps the order of real tokens; their places in the row are then their orders.
-    forth = jnp.argsort(~real, axis=1, stable=True)  # [B, T]
-    back = jnp.argsort(forth, axis=1)  # [B, T]
-    moved = partial(_moved, forth=forth, back=back)
+def _compact_and_attend(
+    kernel: Kernel, query: Queries, key: Keys, value: Keys, real: Real, segments: Segments
+) -> Queries:
+    """Runs a kernel with real tokens moved to the front of each row, and moves the outputs back."""
+    # A stable sort preserves the order of real tokens, so their positions then equal their orders.
+    order = jnp.argsort(~real, axis=1, stable=True)  # [B, T]
+    inverse = jnp.argsort(order, axis=1)  # [B, T]
+    compact = partial(_permute, order=order, inverse=inverse)
     if segments is not None:
-        segments = jnp.take_along_axis(segments, forth, axis=1)
-    query = moved(query, axis=1)
-    key, value = moved(key, axis=2), moved(value, axis=2)
-    mixed = kernel(query, key, value, jnp.take_along_axis(real, forth, axis=1), segments)
-    return _moved(mixed, forth=back, back=forth, axis=1)
+        segments = jnp.take_along_axis(segments, order, axis=1)
+    query = compact(query, axis=1)
+    key, value = compact(key, axis=2), compact(value, axis=2)
+    mixed = kernel(query, key, value, jnp.take_along_axis(real, order, axis=1), segments)
+    return _permute(mixed, order=inverse, inverse=order, axis=1)
 
 
-def _moved(
-    x: Float[Array, "*shape"], *, forth: Int[Array, "B T"], back: Int[Array, "B T"], axis: int
+def _permute(
+    x: Float[Array, "*shape"], *, order: Int[Array, "B T"], inverse: Int[Array, "B T"], axis: int
 ) -> Float[Array, "*shape"]:
-    """x[b, forth[b, t]]; its gradient is the way back, where JAX would scatter."""
+    """x[b, order[b, t]]; its gradient gathers with the inverse permutation, where JAX would scatter."""
 
-    def take(x: Float[Array, "*shape"], places: Int[Array, "B T"]) -> Float[Array, "*shape"]:
+    def take(x: Float[Array, "*shape"], indices: Int[Array, "B T"]) -> Float[Array, "*shape"]:
         shape = [1] * x.ndim
-        shape[0], shape[axis] = places.shape
-        return jnp.take_along_axis(x, places.reshape(shape), axis=axis)
+        shape[0], shape[axis] = indices.shape
+        return jnp.take_along_axis(x, indices.reshape(shape), axis=axis)
 
     @jax.custom_vjp
-    def move(x: Float[Array, "*shape"], forth: Int[Array, "B T"], back: Int[Array, "B T"]) -> Float[Array, "*shape"]:
-        del back
-        return take(x, forth)
+    def permute(
+        x: Float[Array, "*shape"], order: Int[Array, "B T"], inverse: Int[Array, "B T"]
+    ) -> Float[Array, "*shape"]:
+        del inverse
+        return take(x, order)
 
-    move.defvjp(
-        lambda x, forth, back: (take(x, forth), back), lambda back, gradient: (take(gradient, back), None, None)
+    permute.defvjp(
+        lambda x, order, inverse: (take(x, order), inverse),
+        lambda inverse, gradient: (take(gradient, inverse), None, None),
     )
-    return move(x, forth, back)
+    return permute(x, order, inverse)
 
 
-def _lengthened(x: Shaped[Array, "..."], axis: int, by: int) -> Shaped[Array, "..."]:
+def _pad_end(x: Shaped[Array, "..."], axis: int, by: int) -> Shaped[Array, "..."]:
     return x if by == 0 else jnp.pad(x, [(0, by if index == axis else 0) for index in range(x.ndim)])
 
 
 def _cudnn_attend(
     query: Queries, key: Keys, value: Keys, real: Real, segments: Segments, *, window: int | None, scale: float
 ) -> Queries:
-    """Real tokens stand at the front."""
+    """cuDNN's attention; real tokens must be at the front of each row."""
     length, mask = query.shape[1], None
-    lengths = jnp.maximum(jnp.sum(real, axis=1, dtype=jnp.int32), 1)  # an empty row sees its first pad
-    # What cuDNN leaves behind the lengths, in results and in gradients, it does not say.
+    lengths = jnp.maximum(jnp.sum(real, axis=1, dtype=jnp.int32), 1)  # [B]; an empty row attends to its first pad
+    # cuDNN does not specify results and gradients beyond the lengths, so pads are set to 0.
     query, key, value = _without_pads(query, real, 1), _without_pads(key, real, 2), _without_pads(value, real, 2)
     if segments is not None:
-        # cuDNN wants an even number of columns. A bit for two tokens, where scores would take 32 · H.
+        # cuDNN needs an even number of columns. The mask takes one boolean per pair of tokens, the scores would take H
+        # float32 numbers.
         odd = length % 2
-        query, segments = _lengthened(query, 1, odd), _lengthened(segments, 1, odd)
-        key, value = _lengthened(key, 2, odd), _lengthened(value, 2, odd)
+        query, segments = _pad_end(query, 1, odd), _pad_end(segments, 1, odd)
+        key, value = _pad_end(key, 2, odd), _pad_end(value, 2, odd)
         mask = segments[:, None, :, None] == segments[:, None, None, :]
     mixed = jax.nn.dot_product_attention(
         query,
@@ -212,14 +208,14 @@ def _without_pads(x: Float[Array, "*shape"], real: Real, axis: int) -> Float[Arr
 def _splash_attend(
     query: Queries, key: Keys, value: Keys, real: Real, segments: Segments, *, window: int | None, cap: float | None
 ) -> Queries:
-    """Real tokens stand at the front if there is a window; pads are a text of their own."""
+    """The splash kernel; with a window, real tokens must be at the front. Pads are a segment of their own."""
     length, heads = query.shape[1], query.shape[2]
     texts = jnp.where(real, 1 if segments is None else segments + 1, 0)
-    # The largest block that does not lengthen a row by more than an eighth.
+    # The largest block size that pads a row by at most an eighth.
     block = next(size for size in (512, 256, 128) if size == 128 or math.ceil(length / size) * size <= 1.125 * length)
     by = -length % block
-    query, texts = _lengthened(query, 1, by), _lengthened(texts, 1, by)
-    key, value = _lengthened(key, 2, by), _lengthened(value, 2, by)
+    query, texts = _pad_end(query, 1, by), _pad_end(texts, 1, by)
+    key, value = _pad_end(key, 2, by), _pad_end(value, 2, by)
     shape = (length + by, length + by)
     mask = splash_mask.CausalMask(shape) if window is None else splash_mask.LocalMask(shape, (window - 1, 0), 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")

@@ -1,4 +1,4 @@
-"""What reads the last hidden states: a token distribution, or one number a token."""
+"""The heads on the last hidden states: logits, or one value per token."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,21 +12,19 @@ from jax_rlhf.models.products import look_up_logits, project
 from jax_rlhf.parallel import constrained
 
 _NO_LOGIT = -1e30
-"""Whose softmax is 0. Not −∞: 0 · log 0 in an entropy would be NaN; nor float32's lowest, over a temperature."""
+"""A logit with softmax 0. Not −∞, for which 0 · log 0 in the entropy would be NaN. Not the lowest float32, which would
+overflow when divided by a temperature below 1."""
 
 
 def logits_from_table(
     hidden: Float[Array, "*batch E"], table: Float[Array, "rows E"], config: DecoderConfig
 ) -> Float32[Array, "*batch V"]:
-    """hidden · tableᵀ, soft-capped, without the rows that pad the vocabulary; ids that are absent have probability 0.
+    """hidden · tableᵀ, soft-capped, without the padding rows of the table; absent ids get probability 0.
 
     Args:
-      hidden: what the head reads.
+      hidden: the head's input.
       table: with V rows or more.
       config: the model's.
-
-    Returns:
-      Logits.
     """
     logits = look_up_logits(hidden.astype(config.dtype), table.astype(config.dtype))  # [..., rows]
     logits = constrained(logits, config.layout, "rows", *("length",) * (logits.ndim - 2), "vocab")
@@ -39,7 +37,7 @@ def logits_from_table(
 
 
 class LMHead(nn.Module):
-    """An untied LM head; its kernel lies like the embedding table, `[rows, E]`."""
+    """An untied LM head; its kernel has the embedding table's shape and axes, `[rows, E]`."""
 
     config: DecoderConfig
 
@@ -52,7 +50,7 @@ class LMHead(nn.Module):
 
 
 class ScalarHead(nn.Module):
-    """One value a token, in float32 whatever the compute dtype: scores of a reward model, values of a critic."""
+    """One value per token, in float32 for any compute dtype: scores of a reward model, values of a critic."""
 
     config: DecoderConfig
 

@@ -1,4 +1,4 @@
-"""The small parts of a layer: activation, projection, norm, MLP."""
+"""The building blocks of a layer: activations, projection, norm, MLP."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ from jax_rlhf.models.products import project, project_by_output
 from jax_rlhf.parallel import constrained
 
 Initializer = Callable[..., Array]
-"""(random key, shape, dtype) → an array."""
+"""(random key, shape, dtype) → array."""
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
@@ -29,18 +29,18 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
     "tanh": jnp.tanh,
 }
-"""By the names that Hugging Face configs use."""
+"""Keys are the names in Hugging Face configs."""
 
 
 def partitioned(init: Initializer, axes: tuple[str | None, ...]) -> Initializer:
-    """An initializer whose parameter's axes have logical names.
+    """An initializer that attaches logical names to the axes of the parameter.
 
     Args:
-      init: makes the array.
-      axes: a name per axis; None for an axis that is never cut.
+      init: creates the array.
+      axes: a name per axis; None for an axis that is never sharded.
 
     Returns:
-      An initializer. `Module.param` takes the array out of the box with the names.
+      An initializer of a Flax box with array and names; `Module.param` unboxes the array.
     """
     return cast(Initializer, nn.with_logical_partitioning(init, axes))
 
@@ -52,10 +52,10 @@ class Projection(nn.Module):
     """y = x · kernel (+ bias), over the last axes of x.
 
     Attributes:
-      inputs, outputs: sizes of the axes summed over and of those made, e.g. (D,) → (heads, head_dim).
+      inputs, outputs: sizes of the input axes (summed over) and output axes, e.g. (D,) → (heads, head_dim).
       axes: logical names of the kernel's axes, inputs then outputs.
       use_bias: adds a bias of shape `outputs`.
-      dtype: of the product.
+      dtype: compute dtype.
     """
 
     inputs: tuple[int, ...]
@@ -68,7 +68,7 @@ class Projection(nn.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """[..., *inputs] → [..., *outputs], in `dtype`."""
         count = len(self.inputs)
-        if self.has_variable("params", "kernel_by_output"):  # `kernels_by_output` has been here
+        if self.has_variable("params", "kernel_by_output"):  # parameters from `kernels_by_output`
             kernel = self.get_variable("params", "kernel_by_output")
             y = project_by_output(x.astype(self.dtype), kernel.astype(self.dtype), count)
         else:
@@ -93,7 +93,7 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        """The normalised numbers, in x's dtype."""
+        """The normalised x, in x's dtype."""
         config = self.config
         y = x.astype(jnp.float32)
         if config.norm_kind == "layer":
@@ -116,7 +116,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        """What the block adds to the residual stream."""
+        """The block's output, to be added to the residual stream."""
         config = self.config
         widen = functools.partial(
             Projection,
@@ -142,14 +142,7 @@ class MLP(nn.Module):
 
 
 def softcap(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
-    """cap · tanh(x / cap), or x where cap is None.
-
-    Args:
-      x: scores or logits.
-      cap: in x's unit.
-
-    Returns:
-      Numbers within ±cap.
+    """cap · tanh(x / cap), or x if cap is None.
 
     Source: Gemma 2 (2024), section 2.
     """
@@ -157,13 +150,7 @@ def softcap(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shap
 
 
 def head_init(width: int) -> Initializer:
-    """The initializer of a new scalar head: normal with standard deviation 1/√(width + 1).
-
-    Args:
-      width: numbers that the head reads.
-
-    Returns:
-      A Flax initializer.
+    """The initializer of a new scalar head: normal with standard deviation 1/√(width + 1); width: its input size.
 
     Source: Stiennon et al. 2020, "Learning to summarize from human feedback", appendix.
     """

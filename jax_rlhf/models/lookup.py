@@ -1,4 +1,4 @@
-"""Rows of a table by index: the embedding of tokens and of positions."""
+"""Lookup of embedding rows, for tokens and positions."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -11,24 +11,21 @@ from jax_rlhf.parallel import constrained, lookup_layout
 def look_up_rows(
     table: Float[Array, "rows E"], indices: Int[Array, "B T"], config: DecoderConfig
 ) -> Float[Array, "B T E"]:
-    """table[indices], on a mesh with each device's own rows of the batch alone.
+    """table[indices] in the compute dtype; on a mesh each device gets only its own rows of the batch.
 
-    On a mesh the table keeps its place: a device looks up its columns, in its part of the vocabulary, for the rows that
-    it shares with those that hold the other columns. The parts of the vocabulary are then summed, and columns are
-    exchanged for rows. Left to itself XLA looks up the whole batch on every device where the batch and the table are
-    cut along an axis that both have.
+    On a mesh the table stays sharded, and the batch is not sharded along the table's mesh axes: each device looks up
+    the rows of its whole group in its own shard of the table. The vocabulary shards are then summed, and the result is
+    resharded from columns to rows. Without these constraints, XLA looks up the whole batch on every device if batch
+    and table are sharded along a common mesh axis.
 
     Args:
-      table: of embeddings.
-      indices: of rows; one outside the table gives NaN, which is seen, where clamping would give a plausible wrong
-        row.
+      table: the embeddings.
+      indices: row numbers. An index outside the table gives NaN, which is noticed; clamping would give a plausible but
+        wrong row.
       config: the model's.
-
-    Returns:
-      The rows, in the compute dtype.
     """
     layout = lookup_layout(config.layout)
     indices = constrained(indices, layout, "rows", "length")
-    found = table.at[indices].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False).astype(config.dtype)
-    found = constrained(found, layout, "rows", "length", "embed")
-    return constrained(found, config.layout, "rows", "length", "hidden")
+    rows = table.at[indices].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False).astype(config.dtype)
+    rows = constrained(rows, layout, "rows", "length", "embed")  # [B, T, E]
+    return constrained(rows, config.layout, "rows", "length", "hidden")

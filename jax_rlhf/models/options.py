@@ -1,4 +1,4 @@
-"""Choices of how a decoder runs. This module imports no library, so that settings can name them."""
+"""Types of execution options. This module imports no library, so that settings can use them cheaply."""
 
 from typing import Literal
 

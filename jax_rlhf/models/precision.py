@@ -1,11 +1,11 @@
-"""What numbers mean, whatever program they are computed in.
+"""Reproducible numerics: the same rounding in every program.
 
-bfloat16: XLA may leave out the rounding between two operations that it fuses (`xla_allow_excess_precision`). Which it
-fuses depends on the program, so that the sampler, the scorer and the update would each compute other log-probs of the
-same tokens. `model_jit` forbids it: each operation rounds as the code says, in every program.
+bfloat16: XLA may omit the rounding between two operations that it fuses (`xla_allow_excess_precision`). Which
+operations it fuses depends on the program, so sampler, scorer and update would compute different log-probs of the same
+tokens. `model_jit` turns this off: every operation rounds as written, in every program.
 
-float32: a product of float32 matrices is computed from bfloat16 parts on TPU and from TensorFloat-32 on GPU, unless a
-precision is asked for. `product_precision` asks for float32 where JAX's `jax_default_matmul_precision` is not set.
+float32: by default, products of float32 matrices use bfloat16 on TPU and TensorFloat-32 on GPU. `product_precision`
+requests float32 unless `jax_default_matmul_precision` is set.
 """
 
 import functools
@@ -30,22 +30,22 @@ class Program(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102
 
 
-def model_jit(function: Callable, **how: Any) -> Program:
-    """`jax.jit` for functions that run a model: each operation rounds as the code says.
+def model_jit(function: Callable, **keywords: Any) -> Program:
+    """`jax.jit` for functions that run a model: every operation rounds as written.
 
     Args:
-      function: what to compile.
-      how: arguments of `jax.jit`.
+      function: the function to compile.
+      keywords: arguments of `jax.jit`.
 
     Returns:
-      The function, with `lower`, `trace` and `eval_shape` as `jax.jit` has them. Under another `jit` that one's options
-      count, since JAX takes them for a whole program only.
+      The function, with `lower`, `trace` and `eval_shape` as `jax.jit` has them. Inside another `jit` the options of
+      the outer one apply, since JAX accepts compiler options for a whole program only.
     """
-    compiled, inside = jax.jit(function, compiler_options=_OPTIONS, **how), jax.jit(function, **how)
+    compiled, inner = jax.jit(function, compiler_options=_OPTIONS, **keywords), jax.jit(function, **keywords)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return (inside if traced(args, kwargs) else compiled)(*args, **kwargs)
+        return (inner if traced(args, kwargs) else compiled)(*args, **kwargs)
 
     program = cast(Program, call)
     program.lower, program.trace, program.eval_shape = compiled.lower, compiled.trace, compiled.eval_shape
@@ -53,26 +53,16 @@ def model_jit(function: Callable, **how: Any) -> Program:
 
 
 def traced(*trees: Any) -> bool:
-    """Whether a function is called by a transformation of JAX.
-
-    Args:
-      trees: its arguments.
-
-    Returns:
-      Whether any leaf is a tracer.
-    """
+    """Whether any leaf is a tracer: the function with these arguments is called under a JAX transformation."""
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
 
 
 def narrowed(params: Any, dtypes: Any) -> Any:
-    """Parameters that do not train, in no wider a dtype than they are computed in.
+    """Casts frozen parameters to the dtype that they are computed in, if that is narrower; other leaves are unchanged.
 
     Args:
       params: a tree of arrays.
-      dtypes: `compute_dtypes`, in the same tree.
-
-    Returns:
-      The tree; leaves that are as narrow already are the same.
+      dtypes: `compute_dtypes`, a tree of the same structure.
     """
     return jax.tree.map(
         lambda leaf, dtype: leaf.astype(dtype) if dtype.itemsize < leaf.dtype.itemsize else leaf, params, dtypes
@@ -80,16 +70,13 @@ def narrowed(params: Any, dtypes: Any) -> Any:
 
 
 def product_precision(dtype: Any) -> jax.lax.Precision | None:
-    """The precision of a product of two arrays of a dtype.
-
-    Args:
-      dtype: of both.
+    """The precision for a product of two arrays of this dtype.
 
     Returns:
-      The highest for float32; None, JAX's default, for other dtypes, whose products are exact in float32, and where
-      `jax_default_matmul_precision` (or the context manager of that name) says what is wanted.
+      HIGHEST for float32. None (JAX's default) for other dtypes, whose products are exact in float32, and if the user
+      sets `jax_default_matmul_precision` (or its context manager).
     """
-    wanted = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue] -- JAX adds its flags at run time
-    if jnp.dtype(dtype) != jnp.float32 or wanted is not None:
+    default = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue] -- JAX adds its flags at run time
+    if jnp.dtype(dtype) != jnp.float32 or default is not None:
         return None
     return jax.lax.Precision.HIGHEST

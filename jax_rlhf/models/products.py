@@ -1,10 +1,10 @@
-"""Products with weights, in the orders of operands that XLA on CPU need not turn round.
+"""Matrix products with weights, with operand orders that XLA on CPU need not transpose.
 
-Training: the derivative of x · W by W is xᵀ · g. JAX writes it (gᵀ · x)ᵀ, for which XLA on CPU computes g once more, in
-columns, with all the arithmetic that was fused into it: an update of a small model then takes a fifth longer.
+Training: the derivative of x · W with respect to W is xᵀ · g. JAX computes it as (gᵀ · x)ᵀ. For that, XLA on CPU
+recomputes g in column order, with all arithmetic fused into it, and an update of a small model takes a fifth longer.
 
-Decoding: with a token a row a product reads more weights than anything else. [*inputs, *outputs] on the right XLA packs
-first; [*outputs, *inputs] on the left (`project_by_output`) it reads as fast as memory gives them.
+Decoding: with one token per row, a product mostly reads weights. XLA on CPU repacks a right operand
+[*inputs, *outputs] first. It reads a left operand [*outputs, *inputs] (`project_by_output`) at full memory bandwidth.
 """
 
 import functools
@@ -22,29 +22,21 @@ from jax_rlhf.models.precision import product_precision
 def dot_general(
     x: Float[Array, "..."], y: Float[Array, "..."], dimension_numbers: Any, preferred_element_type: Any = None
 ) -> Float[Array, "..."]:
-    """`jax.lax.dot_general`, in which float32 is float32 on every device.
-
-    Args:
-      x, y: of one dtype.
-      dimension_numbers, preferred_element_type: as there.
-
-    Returns:
-      The product.
-    """
-    how = {"precision": product_precision(x.dtype), "preferred_element_type": preferred_element_type}
-    return jax.lax.dot_general(x, y, dimension_numbers, **how)
+    """`jax.lax.dot_general` of arrays of the same dtype; float32 products have float32 precision on every platform."""
+    keywords = {"precision": product_precision(x.dtype), "preferred_element_type": preferred_element_type}
+    return jax.lax.dot_general(x, y, dimension_numbers, **keywords)
 
 
 @cast(
     "Callable[[Callable[..., Array]], jax.custom_vjp[Array]]", functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 )
 def project(x: Float[Array, "..."], kernel: Float[Array, "..."], count: int) -> Float[Array, "..."]:
-    """x · kernel over the last `count` axes of x, which are the first of the kernel.
+    """x · kernel, summed over the last `count` axes of x and the first `count` axes of kernel.
 
     Args:
       x: [..., *inputs].
       kernel: [*inputs, *outputs], of x's dtype.
-      count: how many inputs there are.
+      count: number of input axes.
 
     Returns:
       [..., *outputs].
@@ -55,7 +47,7 @@ def project(x: Float[Array, "..."], kernel: Float[Array, "..."], count: int) -> 
 def _project_forward(
     x: Float[Array, "..."], kernel: Float[Array, "..."], count: int
 ) -> tuple[Float[Array, "..."], tuple[Array, Array]]:
-    # A bare dot_general: remat policies look for it by name.
+    # A plain dot_general, because remat policies match it by name.
     return dot_general(x, kernel, ((_last(x, count), tuple(range(count))), ((), ()))), (x, kernel)
 
 
@@ -74,15 +66,7 @@ project.defvjp(_project_forward, _project_backward)
 
 @jax.custom_vjp
 def look_up_logits(hidden: Float[Array, "*batch E"], table: Float[Array, "rows E"]) -> Float32[Array, "*batch rows"]:
-    """hidden · tableᵀ, in float32.
-
-    Args:
-      hidden: what a head reads.
-      table: of the same dtype.
-
-    Returns:
-      A logit per row of the table.
-    """
+    """hidden · tableᵀ of arrays of the same dtype, accumulated in float32: a logit per row of the table."""
     return _logits_forward(hidden, table)[0]
 
 
@@ -101,7 +85,7 @@ def _logits_backward(
     gradient = gradient.astype(table.dtype)
     leading = tuple(range(hidden.ndim - 1))
     columns = dot_general(hidden, gradient, ((leading, leading), ((), ())))  # [E, rows]
-    # The barrier keeps XLA from folding the transposition into the product, which is JAX's form again.
+    # The barrier keeps XLA from folding the transposition into the product, which would give JAX's form again.
     rows = dot_general(gradient, table, ((_last(gradient, 1), (0,)), ((), ())))
     return rows, jax.lax.optimization_barrier(columns).T
 
@@ -110,12 +94,12 @@ look_up_logits.defvjp(_logits_forward, _logits_backward)
 
 
 def project_by_output(x: Float[Array, "..."], kernel: Float[Array, "..."], count: int) -> Float[Array, "..."]:
-    """x · kernelᵀ over the last `count` axes of x, which are the last of the kernel.
+    """x · kernelᵀ, summed over the last `count` axes of x and of kernel.
 
     Args:
       x: [..., *inputs].
       kernel: [*outputs, *inputs], of x's dtype.
-      count: how many inputs there are.
+      count: number of input axes.
 
     Returns:
       [..., *outputs].

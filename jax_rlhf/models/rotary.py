@@ -1,4 +1,4 @@
-"""Rotary position embeddings, with the scalings that public checkpoints use."""
+"""Rotary position embeddings, with the frequency scalings of public checkpoints."""
 
 import dataclasses
 import math
@@ -14,20 +14,20 @@ from jaxtyping import Float, Float32, Float64, Int
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rotary:
-    """One rotation of query and key heads.
+    """A rotary embedding of query and key heads.
 
-    The first `dim` numbers of a head (rounded up to a pair) are rotated, the rest pass through.
+    The first `dim` dimensions of a head (rounded up to pairs) are rotated, the rest are unchanged.
 
     Attributes:
-      theta: base wavelength.
-      dim: rotated numbers of each head.
-      kind: how frequencies are stretched beyond the length that the model was first trained at.
-      factor: by how much (linear, llama3, yarn).
-      original_max_positions: that first length, in tokens (llama3, yarn, longrope).
-      low_freq_factor, high_freq_factor: llama3's band between kept and stretched frequencies.
-      beta_fast, beta_slow, truncate: yarn's band, in rotations over the first length; `truncate` rounds it outwards.
+      theta: θ, the base of the frequencies.
+      dim: number of rotated dimensions per head.
+      kind: how frequencies are scaled for contexts longer than the original training length.
+      factor: scaling factor of the context length (linear, llama3, yarn).
+      original_max_positions: the original training length, in tokens (llama3, yarn, longrope).
+      low_freq_factor, high_freq_factor: llama3's band between unscaled and scaled frequencies.
+      beta_fast, beta_slow, truncate: yarn's band, in rotations over the original length; `truncate` rounds it outwards.
       attention_factor: factor on cos and sin (yarn, longrope).
-      short_factor, long_factor: longrope's divisors of each frequency, for rows within and beyond the first length.
+      short_factor, long_factor: longrope's divisors of the frequencies, for rows within and beyond the original length.
 
     Source: Su et al. 2021 (RoFormer); linear: Chen et al. 2023 (Position Interpolation); yarn: Peng et al. 2023;
     longrope: Ding et al. 2024; llama3: Llama 3.1's model card and `transformers.modeling_rope_utils`.
@@ -51,22 +51,19 @@ class Rotary:
         positive = ("theta", "dim", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
         for name in (*positive, "attention_factor"):
             value = getattr(self, name)
-            # pyright knows no order of numbers.Real.
+            # pyright does not know that numbers.Real can be compared.
             if not isinstance(value, numbers.Real) or not 0 < value < math.inf:  # pyright: ignore[reportOperatorIssue]
                 raise ValueError(f"rotary embedding: {name}={value!r} must be a number above 0.")
 
 
 def frequencies(rotary: Rotary, *, long: bool = False) -> Float64[np.ndarray, "pairs"]:
-    """Angular frequency of each rotated pair.
+    """Angular frequencies of the ⌈dim / 2⌉ rotated pairs, in radians per token.
 
-    Unscaled, ω_i = θ^(−2i / dim) radians per token.
+    Without scaling, ω_i = θ^(−2i / dim).
 
     Args:
-      rotary: the rotation.
-      long: longrope's divisors for rows beyond the first length.
-
-    Returns:
-      ⌈dim / 2⌉ frequencies, in radians per token.
+      rotary: the rotary embedding.
+      long: use longrope's divisors for rows beyond the original length.
     """
     exponents = np.arange(0, rotary.dim, 2, dtype=np.float64) / rotary.dim
     plain = rotary.theta**-exponents
@@ -85,7 +82,7 @@ def frequencies(rotary: Rotary, *, long: bool = False) -> Float64[np.ndarray, "p
 
 
 def _llama3_frequencies(rotary: Rotary, plain: Float64[np.ndarray, "pairs"]) -> Float64[np.ndarray, "pairs"]:
-    # Wavelengths short against the first length are kept, long ones stretched, those between blended.
+    # Wavelengths much shorter than the original length are unscaled, long ones are scaled, those between are blended.
     wavelength = 2 * math.pi / plain
     low_wavelength = rotary.original_max_positions / rotary.low_freq_factor
     high_wavelength = rotary.original_max_positions / rotary.high_freq_factor
@@ -100,16 +97,16 @@ def _llama3_frequencies(rotary: Rotary, plain: Float64[np.ndarray, "pairs"]) -> 
 
 def _yarn_frequencies(rotary: Rotary, plain: Float64[np.ndarray, "pairs"]) -> Float64[np.ndarray, "pairs"]:
     def dimension_of(rotations: float) -> float:
-        # The index at which a pair turns `rotations` times over the first length.
-        turns = rotary.original_max_positions / (rotations * 2 * math.pi)
-        return rotary.dim * math.log(turns) / (2 * math.log(rotary.theta))
+        # The index of the pair that makes `rotations` rotations over the original length.
+        wavelength_over_2pi = rotary.original_max_positions / (rotations * 2 * math.pi)
+        return rotary.dim * math.log(wavelength_over_2pi) / (2 * math.log(rotary.theta))
 
     low, high = dimension_of(rotary.beta_fast), dimension_of(rotary.beta_slow)
     if rotary.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotary.dim - 1)
     if low == high:
-        high += 0.001  # as in the paper's code: a ramp needs a width
+        high += 0.001  # as in the paper's code: avoids a division by 0 in the ramp
     ramp = np.clip((np.arange(plain.size) - low) / (high - low), 0, 1)
     return plain / rotary.factor * ramp + plain * (1 - ramp)
 
@@ -117,17 +114,10 @@ def _yarn_frequencies(rotary: Rotary, plain: Float64[np.ndarray, "pairs"]) -> Fl
 def rotary_angles(
     rotary: Rotary, positions: Int[Array, "B T"]
 ) -> tuple[Float32[Array, "B T 1 pairs"], Float32[Array, "B T 1 pairs"]]:
-    """Cosine and sine of each position's angle at each frequency.
+    """(cos, sin) of position · frequency for all pairs, times `attention_factor`; axis 2 broadcasts over heads.
 
-    With longrope a row that reaches past the first length uses the long divisors at all its positions. (Decoding a
-    token at a time, keys cached before that point keep the short ones, as in transformers.)
-
-    Args:
-      rotary: the rotation.
-      positions: in tokens.
-
-    Returns:
-      (cos, sin) of ⌈dim / 2⌉ pairs, times `attention_factor`; the 1 stands for the heads.
+    With longrope, a row that extends beyond the original length uses the long divisors at all its positions. (When
+    decoding, keys cached before that point keep the short divisors, as in transformers.)
     """
     chex.assert_rank(positions, 2)
     frequency = jnp.asarray(frequencies(rotary), jnp.float32)  # [pairs]
@@ -136,24 +126,24 @@ def rotary_angles(
         long = jnp.asarray(frequencies(rotary, long=True), jnp.float32)
         frequency = jnp.where(beyond[..., None], long, frequency)  # [B, 1, pairs]
     angles = positions[..., None].astype(jnp.float32) * frequency  # [B, T, pairs]
-    angles = angles[:, :, None, :]
+    angles = angles[:, :, None, :]  # [B, T, 1, pairs]
     return jnp.cos(angles) * rotary.attention_factor, jnp.sin(angles) * rotary.attention_factor
 
 
 def rotate(
     x: Float[Array, "B T heads head_dim"], cos: Float32[Array, "B T 1 pairs"], sin: Float32[Array, "B T 1 pairs"]
 ) -> Float[Array, "B T heads head_dim"]:
-    """Turns each pair (x_i, x_{i+pairs}) of a head by its angle.
+    """Rotates each pair (x_i, x_{i+pairs}) of a head by its angle; dimensions from 2 · pairs on are unchanged.
 
     Args:
       x: queries or keys.
-      cos, sin: from `rotary_angles`; numbers of a head past 2 · pairs are left as they are.
+      cos, sin: from `rotary_angles`.
 
     Returns:
-      The turned heads, in x's dtype.
+      The rotated heads, in x's dtype.
     """
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     first, second = first.astype(jnp.float32), second.astype(jnp.float32)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated

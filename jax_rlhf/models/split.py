@@ -1,10 +1,10 @@
-"""A model of which only the top trains: the layers below are frozen, exist once, and run once per rollout.
+"""A model whose top k layers are trainable. The frozen layers below can be shared, and run once per rollout.
 
-    frozen      embedding, layers 0 … L − k − 1      runs once: tokens → frozen activations, float[B, T, D]
-    trainable   layers L − k … L − 1, final norm, head      runs from the frozen activations on
+    frozen      embedding, layers 0 … L − k − 1             tokens → frozen activations [B, T, D], once per rollout
+    trainable   layers L − k … L − 1, final norm, head      frozen activations → outputs
 
-With `trainable_layers=None` all parameters are trainable, `frozen` is an empty dict, and the frozen
-activations are None: the same code trains everything.
+With `trainable_layers=None` all parameters are trainable, `frozen` is an empty dict, and the frozen activations are
+None, so that the same code handles full training.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ _BOTTOM = "embedding"
 
 
 class SplitParams(struct.PyTreeNode):
-    """Parameters in two parts.
+    """Parameters, split into frozen and trainable.
 
     Attributes:
-      frozen: the embedding and the bottom layers, each leaf [L − k, ...]; empty where everything trains.
-      trainable: the rest, layers' leaves [k, ...].
+      frozen: the embedding and the bottom layers, whose leaves are [L − k, ...]; empty if all parameters are trainable.
+      trainable: the rest; leaves of layers are [k, ...].
     """
 
     frozen: Params
@@ -38,12 +38,12 @@ class SplitParams(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class SplitModel:
-    """A scanned decoder, and how many of its layers train.
+    """A scanned decoder and the number of its trainable layers.
 
     Attributes:
       model: the decoder.
-      trainable_layers: k, from the top, 1 to L, with the final norm and the head (where that is not the embedding);
-        None = all parameters.
+      trainable_layers: k, 1 to L, counted from the top. The final norm is trainable too, and the head unless it is tied
+        to the embedding. None = all parameters are trainable.
     """
 
     model: Decoder
@@ -53,19 +53,19 @@ class SplitModel:
         layers = self.model.config.num_layers
         if self.trainable_layers is not None and not 1 <= self.trainable_layers <= layers:
             raise ValueError(
-                f"trainable_layers={self.trainable_layers} must lie within 1 and the model's {layers} layers; None "
-                "trains everything."
+                f"trainable_layers={self.trainable_layers} must be from 1 to the model's {layers} layers; None trains "
+                "all parameters."
             )
         if not self.model.scan_layers:
             raise ValueError("a SplitModel needs a model with scan_layers=True.")
 
     @property
     def first_layer(self) -> int:
-        """The lowest layer that trains."""
+        """Index of the lowest trainable layer."""
         return 0 if self.trainable_layers is None else self.model.config.num_layers - self.trainable_layers
 
     def split(self, params: Params) -> SplitParams:
-        """Cuts a whole tree of parameters in two."""
+        """Splits the parameters of the whole model."""
         parts = self._divided(params)
         if self.trainable_layers is None:
             return parts
@@ -75,32 +75,32 @@ class SplitModel:
         return parts
 
     def axes(self) -> SplitParams:
-        """The logical names of the axes of both parts' parameters, as `logical_axes` gives them."""
+        """`logical_axes` of the model, split."""
         return self._divided(logical_axes(self.model))
 
     def compute_dtypes(self) -> SplitParams:
-        """The dtype that each parameter of both parts is computed in, as `compute_dtypes` gives it."""
+        """`compute_dtypes` of the model, split."""
         return self._divided(compute_dtypes(self.model))
 
     def shardings(self, layout: Layout) -> SplitParams:
-        """The `NamedSharding` of both parts' parameters.
+        """The `NamedSharding` of each parameter, split.
 
         Raises:
-          ValueError: the mesh does not divide one; says which sizes would.
+          ValueError: the mesh does not divide a parameter; the message lists sizes that would work.
         """
         axes = logical_axes(self.model)
         parallel_shardings(axes, abstract_params(self.model), layout)  # raises
         return self._divided(jax.tree.map(layout.sharding, axes, is_leaf=lambda x: isinstance(x, PartitionSpec)))
 
     def constrain(self, tree: Params) -> Params:
-        """A tree of the trainable part (a gradient) with the sharding of those parameters, under jit."""
+        """Constrains a tree of the trainable part, such as a gradient, to the parameters' sharding; under jit."""
         layout = self.model.config.layout
         if layout is None:
             return tree
         return jax.tree.map(jax.lax.with_sharding_constraint, tree, self.shardings(layout).trainable)
 
     def _divided(self, tree: Params) -> SplitParams:
-        """Which entries go where; both parts have the layers."""
+        """Splits the top-level entries of a tree; both parts get all of "layers"."""
         if self.trainable_layers is None:
             return SplitParams({}, tree)
         trainable = {name: value for name, value in tree.items() if name != _BOTTOM}
@@ -108,7 +108,7 @@ class SplitModel:
         return SplitParams(frozen, trainable)
 
     def join(self, params: SplitParams) -> Params:
-        """The whole tree again, of the scanned form."""
+        """The parameters of the whole model, with scanned layers; the inverse of `split`."""
         if "layers" not in params.frozen:
             return params.frozen | params.trainable
         layers = jax.tree.map(
@@ -117,14 +117,14 @@ class SplitModel:
         return params.frozen | params.trainable | {"layers": layers}
 
     def unstack(self, params: SplitParams) -> Params:
-        """The whole tree of the unrolled form, without joining the stacks first."""
+        """The parameters of the whole model with unrolled layers, without concatenating the stacked layers first."""
         whole = {name: value for part in (params.frozen, params.trainable) for name, value in part.items()}
         del whole["layers"]
         for index in range(self.model.config.num_layers):
-            part, place = (
+            part, position = (
                 (params.frozen, index) if index < self.first_layer else (params.trainable, index - self.first_layer)
             )
-            whole[f"layers_{index}"] = jax.tree.map(operator.itemgetter(place), part["layers"])
+            whole[f"layers_{index}"] = jax.tree.map(operator.itemgetter(position), part["layers"])
         return whole
 
     def frozen_activations(
@@ -136,7 +136,7 @@ class SplitModel:
         positions: Tokens | None = None,
         segments: Tokens | None = None,
     ) -> Float[Array, "B T D"] | None:
-        """Runs the frozen bottom.
+        """Runs the frozen layers.
 
         Args:
           params: the parameters.
@@ -145,7 +145,7 @@ class SplitModel:
           positions, segments: of texts packed into one row, else None.
 
         Returns:
-          The output of the lowest layers, or None where everything trains.
+          The output of the frozen layers; None if all parameters are trainable.
         """
         if self.trainable_layers is None:
             return None
@@ -162,14 +162,14 @@ class SplitModel:
         positions: Tokens | None = None,
         segments: Tokens | None = None,
     ) -> Float[Array, "B T E"]:
-        """Runs the top from the frozen activations, or where everything trains from the tokens, to what the head reads.
+        """Runs the trainable layers, from the frozen activations (or from the tokens) to the head's input.
 
         Args:
           params: the parameters.
           tokens: ids.
           mask: True = real token.
-          frozen_activations: what `frozen_activations` returned.
-          positions, segments: as there.
+          frozen_activations: the result of `frozen_activations`.
+          positions, segments: of texts packed into one row, else None.
         """
         return self.model.apply(
             {"params": params.trainable},
@@ -183,41 +183,21 @@ class SplitModel:
         )
 
     def head_params(self, params: SplitParams) -> Params:
-        """The parameters that `apply_head` reads: those of the top, and the embedding where the head is tied to it."""
+        """Parameters for `apply_head`; they include the embedding, to which the head may be tied."""
         return params.frozen | params.trainable
 
 
 def last_token_values(
     network: SplitModel, params: SplitParams, hidden: Float[Array, "B T E"], mask: Mask
 ) -> Float32[Array, "B"]:
-    """What a scalar head says at the last real token of each row.
-
-    Args:
-      network: a model with a scalar head.
-      params: its parameters.
-      hidden: from `hidden_states`.
-      mask: True = real token.
-
-    Returns:
-      In the head's unit: that of rewards.
-    """
+    """The output of a scalar head at the last real token of each row, in reward units; hidden: from `hidden_states`."""
     last = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)  # [B]
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]  # [B, E]
     return network.model.apply({"params": network.head_params(params)}, hidden, method="apply_head")
 
 
 def text_scores(network: SplitModel, params: SplitParams, tokens: Tokens, mask: Mask) -> Float32[Array, "B"]:
-    """The score of each text: what a scalar head says at its last real token.
-
-    Args:
-      network: a reward model.
-      params: its parameters.
-      tokens: ids.
-      mask: True = real token.
-
-    Returns:
-      In reward units, without the model's bias.
-    """
+    """A reward model's score of each text, at its last real token, in reward units, without the model's bias."""
     activations = network.frozen_activations(params, tokens, mask)
     hidden = network.hidden_states(params, tokens, mask, activations)
     return last_token_values(network, params, hidden, mask)

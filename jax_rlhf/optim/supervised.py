@@ -1,7 +1,7 @@
-"""One optimizer step on a batch, for the SFT and the reward phase: gradients summed over microbatches, then a step.
+"""The optimizer step of the SFT and reward phases: accumulate gradients over microbatches, then update.
 
-A loss gives the sum of what it measures over a microbatch's rows, and how many it summed; sums are divided once, by the
-count of the whole batch, so that splitting rows over microbatches or devices does not change the gradient.
+A loss returns sums over the rows of a microbatch and the count of what it summed. Sums are divided once, by the count
+of the whole batch, so the gradient does not depend on how rows are split over microbatches or devices.
 """
 
 import dataclasses
@@ -33,18 +33,18 @@ from jax_rlhf.parallel import Layout, as_layout, constrain_to, shardings_of, spl
 
 Sums = dict[str, Float32[Array, ""]]
 Loss = Callable[[SplitModel, SplitParams, Any], Sums]
-"""(network, params, batch) → sums over the batch: "loss", "count", and others to report."""
+"""(network, params, batch) → sums over the batch: "loss", "count", and other metrics."""
 
 
 class SupervisedState(struct.PyTreeNode):
-    """What a phase carries from step to step.
+    """The training state of a phase.
 
     Attributes:
-      trainable: the parameters that train, float32.
+      trainable: the trainable parameters, float32.
       optimizer: the optax state.
-      step: steps done.
-      skipped_updates: steps left out since something was not finite.
-      bad_steps: such steps in a row.
+      step: steps done, skipped ones included.
+      skipped_updates: steps skipped because the loss or a gradient was not finite.
+      bad_steps: consecutive skipped steps.
     """
 
     trainable: Params
@@ -56,14 +56,14 @@ class SupervisedState(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class Supervised:
-    """How a phase trains: hashable, a static argument.
+    """The static description of a supervised phase: hashable, a static argument of jitted functions.
 
     Attributes:
       network: the model.
-      loss: what to minimise.
-      optimizer: its settings.
-      head_learning_rate: of a scalar head; None = as all else.
-      microbatches: parts of a batch whose activations exist one after the other.
+      loss: the loss to minimise.
+      optimizer: the optimizer's settings.
+      head_learning_rate: peak learning rate of a scalar head; None = optimizer.learning_rate.
+      microbatches: number of microbatches per batch.
     """
 
     network: SplitModel
@@ -74,116 +74,88 @@ class Supervised:
 
 
 def create_state(
-    how: Supervised, pretrained: Pretrained, mesh: Mesh | Layout | None = None
+    spec: Supervised, pretrained: Pretrained, mesh: Mesh | Layout | None = None
 ) -> tuple[SupervisedState, Params]:
-    """Splits a model's parameters, and makes the optimizer's state for those that train.
+    """Splits a model's parameters into trainable and frozen, and creates the optimizer's state.
 
     Args:
-      how: what and how.
-      pretrained: the model; its frozen parameters are shared where they are not too wide, the others copied.
-      mesh: where they are; None = one device.
+      spec: the phase.
+      pretrained: the model. Trainable parameters are copied. Frozen ones are shared, or cast to the dtype that they are
+        computed in if that is narrower.
+      mesh: the mesh; None = one device.
 
     Returns:
       (state, frozen parameters).
     """
-    params, create = split_params(how, pretrained.params), functools.partial(_create, how)
+    params, create = split_params(spec, pretrained.params), functools.partial(_create, spec)
     layout = as_layout(mesh)
     if layout is None:
         return jax.jit(create)(params.trainable), params.frozen
-    shardings = state_shardings(how, params.trainable, layout)
+    shardings = state_shardings(spec, params.trainable, layout)
     return jax.jit(create, out_shardings=shardings)(params.trainable), params.frozen
 
 
-def split_params(how: Supervised, params: Params) -> SplitParams:
-    """A model's parameters: those that train, and those that do not, in no wider a dtype than they are computed in.
+def split_params(spec: Supervised, params: Params) -> SplitParams:
+    """Splits a model's parameters; casts frozen ones to the dtype that they are computed in, if that is narrower."""
+    parts = spec.network.split(params)
+    return parts.replace(frozen=narrowed(parts.frozen, spec.network.compute_dtypes().frozen))
+
+
+def state_shardings(spec: Supervised, trainable: Params, layout: Layout) -> SupervisedState:
+    """The shardings of the state, in a tree of the state's structure.
 
     Args:
-      how: what and how.
-      params: the whole model's.
-
-    Returns:
-      Both parts.
-    """
-    parts = how.network.split(params)
-    return parts.replace(frozen=narrowed(parts.frozen, how.network.compute_dtypes().frozen))
-
-
-def state_shardings(how: Supervised, trainable: Params, layout: Layout) -> SupervisedState:
-    """Where the state goes.
-
-    Args:
-      how: what and how.
-      trainable: the parameters that train: arrays, or shapes with shardings.
+      spec: the phase.
+      trainable: the trainable parameters: arrays, or shapes with shardings.
       layout: the mesh.
-
-    Returns:
-      Shardings, in the tree of the state.
     """
-    shapes, everywhere = abstract_state(how, trainable), layout.sharding(())
-    return jax.tree.map(lambda _: everywhere, shapes).replace(
+    shapes, replicated = abstract_state(spec, trainable), layout.sharding(())
+    return jax.tree.map(lambda _: replicated, shapes).replace(
         trainable=jax.tree.map(lambda leaf: leaf.sharding, trainable),
-        optimizer=moment_shardings(_optimizer(how), shapes.optimizer, trainable, everywhere),
+        optimizer=moment_shardings(_optimizer(spec), shapes.optimizer, trainable, replicated),
     )
 
 
-def abstract_state(how: Supervised, trainable: Params) -> SupervisedState:
-    """The state's shapes.
-
-    Args:
-      how: what and how.
-      trainable: the parameters that train, or their shapes.
-
-    Returns:
-      `jax.ShapeDtypeStruct`s, without shardings.
-    """
-    return jax.eval_shape(functools.partial(_create, how), trainable)
+def abstract_state(spec: Supervised, trainable: Params) -> SupervisedState:
+    """The state as `jax.ShapeDtypeStruct`s without shardings; `trainable` may consist of shapes, too."""
+    return jax.eval_shape(functools.partial(_create, spec), trainable)
 
 
-def _create(how: Supervised, trainable: Params) -> SupervisedState:
-    masters = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trainable)
-    return SupervisedState(masters, _optimizer(how).init(masters), jnp.int32(0), jnp.int32(0), jnp.int32(0))
+def _create(spec: Supervised, trainable: Params) -> SupervisedState:
+    weights = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trainable)
+    return SupervisedState(weights, _optimizer(spec).init(weights), jnp.int32(0), jnp.int32(0), jnp.int32(0))
 
 
 def update(
-    how: Supervised, state: SupervisedState, frozen: Params, batch: Any
+    spec: Supervised, state: SupervisedState, frozen: Params, batch: Any
 ) -> tuple[SupervisedState, dict[str, Float32[Array, ""] | Int32[Array, ""]]]:
-    """One optimizer step; the state is donated, but for where NaNs are looked for (`jax_debug_nans`).
+    """One optimizer step; the state is donated unless `jax_debug_nans` is set.
 
     Args:
-      how: what and how.
-      state: what changes.
-      frozen: what does not.
-      batch: rows; a multiple of the microbatches.
+      spec: the phase.
+      state: the state before the step.
+      frozen: the frozen parameters.
+      batch: its number of rows is a multiple of the number of microbatches.
 
     Returns:
-      (state, metrics): the loss's means, the gradient's norm, the learning rate, the batch's tokens.
+      (state, metrics): means of the loss's sums, gradient norm, learning rate, tokens in the batch, skipped steps.
     """
-    # JAX's NaN checks run a program again to find the place, and must find its arguments.
+    # JAX's NaN check reruns a program to locate the NaN, and needs its arguments intact.
     debug = jax.config.jax_debug_nans  # pyright: ignore[reportAttributeAccessIssue] -- JAX adds its flags at run time
-    run = _step_kept if debug else step
-    return run(how, shardings_of(state), state, frozen, batch)
+    run = _step_without_donation if debug else step
+    return run(spec, shardings_of(state), state, frozen, batch)
 
 
-def evaluate(how: Supervised, state: SupervisedState, frozen: Params, batch: Any) -> Sums:
-    """The loss's sums over a batch, a microbatch after the other.
-
-    Args:
-      how: what and how.
-      state: the parameters.
-      frozen: the frozen ones.
-      batch: rows.
-
-    Returns:
-      The loss's sums.
-    """
-    return evaluation_sums(how.network, how.loss, how.microbatches, state.trainable, frozen, batch)
+def evaluate(spec: Supervised, state: SupervisedState, frozen: Params, batch: Any) -> Sums:
+    """The loss's sums over a batch, microbatch by microbatch."""
+    return evaluation_sums(spec.network, spec.loss, spec.microbatches, state.trainable, frozen, batch)
 
 
 @functools.partial(model_jit, static_argnums=(0, 1, 2))
 def evaluation_sums(
     network: SplitModel, loss: Loss, microbatches: int, trainable: Params, frozen: Params, batch: Any
 ) -> Sums:
-    """`evaluate`, jitted: arguments as there, each of `how`'s that it takes by itself."""
+    """`evaluate`, jitted; takes fields of `Supervised` and of the state as separate arguments."""
     params = SplitParams(frozen, trainable)
     parts = split_row_groups(batch, microbatches, network.model.config.layout)
     return accumulate(lambda part: loss(network, params, part), parts)
@@ -191,31 +163,31 @@ def evaluation_sums(
 
 @functools.partial(model_jit, static_argnums=(0, 1), donate_argnums=2)
 def step(
-    how: Supervised, shardings: tuple, state: SupervisedState, frozen: Params, batch: Any
+    spec: Supervised, shardings: tuple, state: SupervisedState, frozen: Params, batch: Any
 ) -> tuple[SupervisedState, dict[str, Float32[Array, ""] | Int32[Array, ""]]]:
-    """`update`, with the shardings that the state comes out in."""
+    """`update`, jitted; shardings: those of the new state."""
 
     def gradients(part: Any) -> tuple[Params, Sums]:
         def total(trainable: Params) -> tuple[Float32[Array, ""], Sums]:
-            sums = how.loss(how.network, SplitParams(frozen, trainable), part)
+            sums = spec.loss(spec.network, SplitParams(frozen, trainable), part)
             return sums["loss"], sums
 
         (_, sums), gradient = jax.value_and_grad(total, has_aux=True)(state.trainable)
-        return how.network.constrain(gradient), sums
+        return spec.network.constrain(gradient), sums
 
-    gradient, sums = accumulate(gradients, split_row_groups(batch, how.microbatches, how.network.model.config.layout))
+    gradient, sums = accumulate(gradients, split_row_groups(batch, spec.microbatches, spec.network.model.config.layout))
     count = jnp.maximum(sums["count"], 1)
     gradient = jax.tree.map(lambda leaf: leaf / count, gradient)
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
     trainable, optimizer, learning_rate = optimizer_step(
-        how.optimizer,
+        spec.optimizer,
         gradient,
         state.optimizer,
         state.trainable,
         take=finite,
         step=state.step,
-        head_learning_rate=how.head_learning_rate,
+        head_learning_rate=spec.head_learning_rate,
     )
     bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
     metrics = {name: value / count for name, value in sums.items() if name != "count"} | {
@@ -230,8 +202,8 @@ def step(
     return constrain_to(state, shardings), metrics
 
 
-_step_kept = model_jit(step.__wrapped__, static_argnums=(0, 1))
+_step_without_donation = model_jit(step.__wrapped__, static_argnums=(0, 1))
 
 
-def _optimizer(how: Supervised) -> optax.GradientTransformation:
-    return create_optimizer(how.optimizer, head_learning_rate=how.head_learning_rate)
+def _optimizer(spec: Supervised) -> optax.GradientTransformation:
+    return create_optimizer(spec.optimizer, head_learning_rate=spec.head_learning_rate)

@@ -255,6 +255,6 @@ def _hidden(
 
 
 def _same_forward(network: SplitModel, other: SplitModel) -> bool:
-    """Whether two models that share frozen layers also compute alike: same dtype, same attention implementation."""
+    """Whether two models that share frozen layers also have the same dtype and attention implementation."""
     config = other.model.config
     return network.model.config.replace(remat=config.remat) == config

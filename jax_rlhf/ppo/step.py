@@ -181,7 +181,7 @@ def make_update(
     """update(trainable, state, frozen, experience, texts, seed_key) → (trainable, state, metrics): steps 5 to 8.
 
     shardings: `shardings_of` (trainable, state), applied to the results; None = one device.
-    donate: the buffers of trainable and state are reused. If False, they stay valid and memory holds them twice.
+    donate: reuses the buffers of trainable and state. If False, they stay valid, and are in memory twice.
     texts: N rows for the pretraining loss of PPO-ptx, N a multiple of minibatches × microbatches; or None.
     seed_key: the run's key; the shuffles of an iteration depend on it and on `state.iteration`.
     """

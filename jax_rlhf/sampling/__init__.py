@@ -1,6 +1,6 @@
-"""Sampling responses, and scoring tokens.
+"""Samples responses, and computes log-probs of given tokens.
 
-The names of __init__.pyi are imported when they are first used, so that settings load no library.
+The names in __init__.pyi are imported lazily, so that settings can be read without importing large libraries.
 """
 
 import lazy_loader

@@ -146,7 +146,7 @@ def test_a_call_that_does_not_fit_is_refused():
     with pytest.raises(AssertionError, match="rank"):
         check(TOKENS[0], None, None)
     cache = create_cache(model.config, 2, 8, scan_layers=True)
-    with pytest.raises(ValueError, match="9 tokens, span 8: the cache has 8"):
+    with pytest.raises(ValueError, match="span=8 must lie between the 9 new tokens and the 8 slots"):
         model.apply({"params": params}, TOKENS, cache, method="extend")
 
 

@@ -156,9 +156,9 @@ def test_where_it_is_used(monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"attention_softcap": 50.0}, r"has no soft cap, and attention_softcap is 50\.0"),
-        ({"head_dim": 300}, r"up to 256 numbers, a multiple of 8, and head_dim is 300"),
-        ({"dtype": "float32"}, "computes in 16 bits, and dtype is float32"),
+        ({"attention_softcap": 50.0}, r"has no soft cap, but attention_softcap is 50\.0"),
+        ({"head_dim": 300}, r"needs head_dim to be a multiple of 8 up to 256, but it is 300"),
+        ({"dtype": "float32"}, "needs a 16-bit dtype, but dtype is float32"),
     ],
 )
 def test_what_cudnn_lacks_is_an_error_at_the_start(monkeypatch, fields, problem):
@@ -170,7 +170,7 @@ def test_what_cudnn_lacks_is_an_error_at_the_start(monkeypatch, fields, problem)
     monkeypatch.setattr(DecoderConfig, "platform", "tpu")
     running(config, ModelConfig(attention="flash", dtype=config.dtype.name))  # splash has it
     rules = create_layout(MeshConfig(data=1, fsdp=4, tensor=2, rules=("kv_heads=",)), None)
-    with pytest.raises(ValueError, match="splash kernel needs heads and kv_heads cut alike"):
+    with pytest.raises(ValueError, match="splash kernel needs the same sharding of heads and kv_heads"):
         check_flash(config.replace(attention="flash", layout=rules))
 
 

@@ -39,9 +39,11 @@ def test_kernels_turned_round_compute_the_same(changes):
     model = Decoder(tiny_config(**changes))
     params = unstack_layers(init_params(model, jax.random.key(0)), 3)
     params = jax.tree.map(lambda leaf: leaf + 0.1 * normal(leaf.size, *leaf.shape), params)  # biases too
-    turned = kernels_by_output(params)
-    assert turned["layers_0"]["attention"]["out"]["kernel_by_output"].shape == (24, 6, 10)
-    assert turned["layers_2"]["mlp"]["down"].keys() - {"bias"} == {"kernel_by_output"}
+    transposed = kernels_by_output(params)
+    assert transposed["layers_0"]["attention"]["out"]["kernel_by_output"].shape == (24, 6, 10)
+    assert transposed["layers_2"]["mlp"]["down"].keys() - {"bias"} == {"kernel_by_output"}
     unrolled = model.clone(scan_layers=False)
-    logits = [np.asarray(unrolled.apply({"params": p}, TOKENS, mask=MASK))[np.asarray(MASK)] for p in (params, turned)]
+    logits = [
+        np.asarray(unrolled.apply({"params": p}, TOKENS, mask=MASK))[np.asarray(MASK)] for p in (params, transposed)
+    ]
     np.testing.assert_allclose(logits[1], logits[0], atol=1e-5)

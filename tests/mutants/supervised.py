@@ -64,8 +64,8 @@ MUTANTS = [
         ("state.skipped_updates + ~finite, bad_steps)", "state.skipped_updates, bad_steps)"),
         ("{name: value / count for name", "{name: value for name"),
         ('"tokens": real_tokens(batch)', '"tokens": sums["count"]'),
-        ("head_learning_rate=how.head_learning_rate)", "head_learning_rate=None)"),
-        ("        head_learning_rate=how.head_learning_rate,\n    )", "    )"),
+        ("head_learning_rate=spec.head_learning_rate)", "head_learning_rate=None)"),
+        ("        head_learning_rate=spec.head_learning_rate,\n    )", "    )"),
         ("jnp.array(leaf, jnp.float32, copy=True)", "jnp.array(leaf, copy=True)"),
     ),
     *variants(
@@ -134,7 +134,7 @@ MUTANTS = [
     *variants(
         "optim/supervised.py",
         _RUN,
-        ("parts.replace(frozen=narrowed(parts.frozen, how.network.compute_dtypes().frozen))", "parts"),
+        ("parts.replace(frozen=narrowed(parts.frozen, spec.network.compute_dtypes().frozen))", "parts"),
     ),
     *variants(
         "models/decoder.py",
@@ -220,7 +220,10 @@ MUTANTS = [
     *variants(
         "optim/supervised.py",
         f"{_LOSSES} -k microbatches",
-        ("split_row_groups(batch, how.microbatches, how", "split_row_groups(batch, max(1, how.microbatches // 2), how"),
+        (
+            "split_row_groups(batch, spec.microbatches, spec",
+            "split_row_groups(batch, max(1, spec.microbatches // 2), spec",
+        ),
     ),
     *variants(
         "optim/microbatches.py",
