@@ -13,12 +13,6 @@ from tests.processes import ROOT
 PACKAGE = "jax_rlhf"
 SHARED_NAMES = {"__init__.py", "__main__.py", "config.py", "loss.py", "train.py"}
 
-# (module, package that it imports although the table does not allow it). This list may only become shorter.
-KNOWN = {
-    ("optim/supervised.py", "data"),  # counts a batch's tokens
-    ("optim/supervised.py", "hub"),  # names a type
-}
-
 
 def table(page: str) -> dict[str, set[str]]:
     """Package → packages that it may import, in the order of the page's table."""
@@ -80,17 +74,13 @@ def test_rows_may_only_import_rows_below():
 
 
 def test_every_import_is_one_that_the_table_allows():
-    assert sorted(NOT_ALLOWED - KNOWN) == []
-
-
-def test_exceptions_that_are_gone_are_not_listed():
-    assert sorted(KNOWN - NOT_ALLOWED) == []
+    assert sorted(NOT_ALLOWED) == []
 
 
 def test_the_packages_import_each_other_in_no_circle():
     graph = collections.defaultdict(set)
     for module, packages in IMPORTED.items():
-        graph[package_of(module)] |= {package for package in packages if (module, package) not in KNOWN}
+        graph[package_of(module)] |= packages
     order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
     assert set(order) >= PACKAGES - {"__main__"}
 

@@ -2,7 +2,6 @@ from .batches import (
     PackedPairs as PackedPairs,
     PairBatch as PairBatch,
     TextBatch as TextBatch,
-    real_tokens as real_tokens,
 )
 from .config import DataConfig as DataConfig
 from .data_error import DataError as DataError

@@ -37,6 +37,10 @@ class TextBatch(struct.PyTreeNode):
     segments: AnyArray
     positions: AnyArray
 
+    def real_tokens(self) -> Array:
+        """The number of tokens without pads, int32[]."""
+        return jnp.sum(self.mask)
+
 
 class PairBatch(struct.PyTreeNode):
     """Pairs for the reward phase, prompt + answer, padded on the right.
@@ -52,6 +56,10 @@ class PairBatch(struct.PyTreeNode):
     chosen_mask: AnyArray
     rejected_mask: AnyArray
     margin: AnyArray
+
+    def real_tokens(self) -> Array:
+        """The number of tokens without pads, int32[]."""
+        return jnp.sum(self.chosen_mask) + jnp.sum(self.rejected_mask)
 
 
 class PackedPairs(struct.PyTreeNode):
@@ -76,11 +84,9 @@ class PackedPairs(struct.PyTreeNode):
     real: AnyArray
     margin: AnyArray
 
-
-def real_tokens(batch: TextBatch | PairBatch | PackedPairs) -> Array:
-    """The number of tokens of a batch, without padding; int32[]."""
-    masks = (batch.chosen_mask, batch.rejected_mask) if isinstance(batch, PairBatch) else (batch.mask,)
-    return jnp.asarray(sum(jnp.sum(mask) for mask in masks))
+    def real_tokens(self) -> Array:
+        """The number of tokens without pads, int32[]."""
+        return jnp.sum(self.mask)
 
 
 def width(longest: int, buckets: Sequence[int]) -> int:

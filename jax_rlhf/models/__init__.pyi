@@ -1,8 +1,10 @@
 from .cache import KVCache as KVCache, create_cache as create_cache, grow_cache as grow_cache
 from .config import DecoderConfig as DecoderConfig
 from .decoder import (
-    NORM_AXES as NORM_AXES,
     Decoder as Decoder,
+)
+from .parameters import (
+    NORM_AXES as NORM_AXES,
     abstract_params as abstract_params,
     compute_dtypes as compute_dtypes,
     init_params as init_params,

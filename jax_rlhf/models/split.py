@@ -18,7 +18,8 @@ from jax import Array
 from jax.sharding import PartitionSpec
 from jaxtyping import Float, Float32
 
-from jax_rlhf.models.decoder import Decoder, Mask, Params, Tokens, abstract_params, compute_dtypes, logical_axes
+from jax_rlhf.models.decoder import Decoder, Mask, Params, Tokens
+from jax_rlhf.models.parameters import abstract_params, compute_dtypes, logical_axes
 from jax_rlhf.parallel import Layout, shardings as parallel_shardings
 
 _BOTTOM = "embedding"

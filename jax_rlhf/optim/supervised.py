@@ -17,8 +17,6 @@ from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Float32, Int32
 
-from jax_rlhf.data import real_tokens
-from jax_rlhf.hub import Pretrained
 from jax_rlhf.models import model_jit, narrowed
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.models.split import SplitModel, SplitParams
@@ -73,26 +71,24 @@ class Supervised:
     microbatches: int = 1
 
 
-def create_state(
-    spec: Supervised, pretrained: Pretrained, mesh: Mesh | Layout | None = None
-) -> tuple[SupervisedState, Params]:
+def create_state(spec: Supervised, params: Params, mesh: Mesh | Layout | None = None) -> tuple[SupervisedState, Params]:
     """Splits a model's parameters into trainable and frozen, and creates the optimizer's state.
 
     Args:
       spec: the phase.
-      pretrained: the model. Trainable parameters are copied. Frozen ones are shared, or cast to the dtype that they are
+      params: the model's. Trainable ones are copied. Frozen ones are shared, or cast to the dtype that they are
         computed in if that is narrower.
       mesh: the mesh; None = one device.
 
     Returns:
       (state, frozen parameters).
     """
-    params, create = split_params(spec, pretrained.params), functools.partial(_create, spec)
+    parts, create = split_params(spec, params), functools.partial(_create, spec)
     layout = as_layout(mesh)
     if layout is None:
-        return jax.jit(create)(params.trainable), params.frozen
-    shardings = state_shardings(spec, params.trainable, layout)
-    return jax.jit(create, out_shardings=shardings)(params.trainable), params.frozen
+        return jax.jit(create)(parts.trainable), parts.frozen
+    shardings = state_shardings(spec, parts.trainable, layout)
+    return jax.jit(create, out_shardings=shardings)(parts.trainable), parts.frozen
 
 
 def split_params(spec: Supervised, params: Params) -> SplitParams:
@@ -192,7 +188,7 @@ def step(
     bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
     metrics = {name: value / count for name, value in sums.items() if name != "count"} | {
         "count": sums["count"],
-        "tokens": real_tokens(batch),
+        "tokens": batch.real_tokens(),
         "grad_norm": norm,
         "lr": learning_rate,
         "skipped_updates": (state.skipped_updates + ~finite).astype(jnp.float32),

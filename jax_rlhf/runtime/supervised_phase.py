@@ -70,7 +70,7 @@ def start(
     Raises:
       RestoreError: the checkpoint cannot be used, or the data, the tokenizer or the frozen parameters have changed.
     """
-    state, frozen = create_state(spec, pretrained, layout)
+    state, frozen = create_state(spec, pretrained.params, layout)
     inputs = {
         "the data": datasets.digest,
         "the tokenizer": tokenizer_digest(tokenizer_of(pretrained)),

@@ -205,11 +205,13 @@ def test_a_command_that_cannot_be_used_ends_with_2_and_no_traceback(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("error: --config=nosuch.py: 'nosuch.py' is no file here")
 
 
-def test_the_wheel_has_every_package_and_the_configs():
+def test_the_wheel_has_every_package_the_configs_and_the_examples():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = {file.parent.relative_to(ROOT).as_posix().replace("/", ".") for file in ROOT.glob("jax_rlhf/**/*.py")}
-    assert set(project["tool"]["setuptools"]["packages"]) == packages | {"jax_rlhf.configs"}
-    assert project["tool"]["setuptools"]["package-dir"] == {"jax_rlhf.configs": "configs"}
+    beside = {"jax_rlhf.configs": "configs", "jax_rlhf.examples": "examples"}
+    assert set(project["tool"]["setuptools"]["packages"]) == packages | beside.keys()
+    assert project["tool"]["setuptools"]["package-dir"] == beside
+    assert project["tool"]["setuptools"]["package-data"] == {"*": ["__init__.pyi"]}
     for entry in project["project"]["scripts"].values():
         module, _, name = entry.partition(":")
         assert callable(getattr(importlib.import_module(module), name))

@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jax_rlhf.data import DataConfig, DataError, create_datasets
-from jax_rlhf.data.batches import packed, packed_pairs, pair_batch, real_tokens, text_batch
+from jax_rlhf.data.batches import packed, packed_pairs, pair_batch, text_batch
 from jax_rlhf.data.formats import Texts
 from jax_rlhf.data.sources import Row
 from jax_rlhf.data.tokens import Example, tokenized
@@ -198,9 +198,9 @@ def test_the_digest_is_of_held_out_rows_too(tmp_path):
 
 def test_tokens_are_counted_without_pads():
     pair = Example(np.arange(2), (np.arange(3), np.arange(1)))
-    assert int(real_tokens(pair_batch([pair, None], 8, 0))) == 5 + 3
-    assert int(real_tokens(packed_pairs([[pair, pair], []], 20, 2, 0))) == 2 * (5 + 3)
-    assert int(real_tokens(text_batch([[pair], []], 8, 0))) == 5
+    assert int(pair_batch([pair, None], 8, 0).real_tokens()) == 5 + 3
+    assert int(packed_pairs([[pair, pair], []], 20, 2, 0).real_tokens()) == 2 * (5 + 3)
+    assert int(text_batch([[pair], []], 8, 0).real_tokens()) == 5
 
 
 def test_a_reader_gives_its_own_held_out_rows():

@@ -101,7 +101,7 @@ MUTANTS = [
         ),
         ("last[..., 0], last[..., 1], real", "last[..., 1], last[..., 0], real"),
         ("example.completions[answer]])", "example.completions[0]])"),
-        ("masks = (batch.chosen_mask, batch.rejected_mask) if", "masks = (batch.chosen_mask,) if"),
+        ("jnp.sum(self.chosen_mask) + jnp.sum(self.rejected_mask)", "jnp.sum(self.chosen_mask)"),
         ("(chats, continued) if any(chats)", "(None, continued) if any(chats)"),
         ("(chats, continued) if any(chats)", "(chats, None) if any(chats)"),
         ("np.asarray(row_ids, np.int32)", "np.arange(len(rows), dtype=np.int32)"),

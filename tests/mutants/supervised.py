@@ -63,7 +63,7 @@ MUTANTS = [
         ("state.step + 1, state.skipped_updates", "state.step + finite, state.skipped_updates"),
         ("state.skipped_updates + ~finite, bad_steps)", "state.skipped_updates, bad_steps)"),
         ("{name: value / count for name", "{name: value for name"),
-        ('"tokens": real_tokens(batch)', '"tokens": sums["count"]'),
+        ('"tokens": batch.real_tokens()', '"tokens": sums["count"]'),
         ("head_learning_rate=spec.head_learning_rate)", "head_learning_rate=None)"),
         ("        head_learning_rate=spec.head_learning_rate,\n    )", "    )"),
         ("jnp.array(leaf, jnp.float32, copy=True)", "jnp.array(leaf, copy=True)"),
@@ -137,7 +137,7 @@ MUTANTS = [
         ("parts.replace(frozen=narrowed(parts.frozen, spec.network.compute_dtypes().frozen))", "parts"),
     ),
     *variants(
-        "models/decoder.py",
+        "models/parameters.py",
         _RUN,
         ("if spec in NORM_AXES else jnp.dtype(model.config.dtype)", "if False else jnp.dtype(model.config.dtype)"),
         ('    if "scalar_head" in dtypes:', "    if False:"),

@@ -33,7 +33,7 @@ def test_a_step_goes_down_the_gradient_of_the_mean_loss_a_token():
     how, policy = sft()
     plain = jax.jit(jax.value_and_grad(lambda params: plain_loss(policy, params, rows), has_aux=True))
     (loss, count), gradient = plain(policy.params)
-    after, metrics = update(how, *create_state(how, policy), text_batch([[row] for row in rows], 12, 0))
+    after, metrics = update(how, *create_state(how, policy.params), text_batch([[row] for row in rows], 12, 0))
     # Adam without memory, as LINEAR has it.
     step = jax.tree.map(lambda slope: LINEAR.learning_rate * slope / (jnp.abs(slope) + LINEAR.eps), gradient)
     wanted = jax.tree.map(jnp.subtract, policy.params, step)
@@ -70,7 +70,7 @@ def test_steps_that_are_not_finite_change_nothing_but_the_counters_and_the_sched
     """A margin without end has a loss without end, and a finite gradient."""
     falling = dataclasses.replace(LINEAR, schedule="linear", total_steps=4)
     how, start = reward_model(loss=RewardLoss(), optimizer=falling)
-    state, frozen = create_state(how, start)
+    state, frozen = create_state(how, start.params)
     good = pair_batch(examples(2, answers=2), 12, 0)
     bad = good.replace(margin=np.full(2, np.inf, np.float32))
     kept, seen = jax.device_get((state.trainable, state.optimizer)), []
@@ -89,9 +89,9 @@ def test_steps_that_are_not_finite_change_nothing_but_the_counters_and_the_sched
     rates = [LINEAR.learning_rate * share for share in (1, 0.75, 0.5, 0.25, 0)]
     assert seen == [(*count, *count[1:], rate) for count, rate in zip(counts, rates, strict=True)]
     # The first good step is the third: its rate is half the highest.
-    first, _ = create_state(how, start)
+    first, _ = create_state(how, start.params)
     fresh, _ = update(how, first, frozen, good)
-    other, _ = create_state(how, start)
+    other, _ = create_state(how, start.params)
     third, _ = update(how, other.replace(step=jnp.int32(2)), frozen, good)
     jax.tree.map(np.testing.assert_array_equal, moved, jax.device_get(third.trainable))
     for a, b, c in zip(*(jax.tree.leaves(tree) for tree in (kept[0], fresh.trainable, third.trainable)), strict=True):
@@ -101,7 +101,7 @@ def test_steps_that_are_not_finite_change_nothing_but_the_counters_and_the_sched
 def test_a_finite_loss_without_a_finite_gradient_is_left_out():
     """√x has no slope at 0."""
     how, start = reward_model(loss=slope_loss, optimizer=LINEAR)
-    state, frozen = create_state(how, start)
+    state, frozen = create_state(how, start.params)
     before = jax.device_get(state.trainable)
     pairs = pair_batch(examples(2, answers=2), 12, 0)
     after, metrics = update(how, state, frozen, pairs.replace(chosen=np.zeros_like(pairs.chosen)))
@@ -114,7 +114,7 @@ def test_the_head_learns_at_a_rate_of_its_own():
     pairs, steps = pair_batch(examples(2, answers=2), 12, 0), []
     for rate in (None, 3 * LINEAR.learning_rate):
         how, start = reward_model(loss=RewardLoss(), optimizer=LINEAR, head_learning_rate=rate)
-        state, frozen = create_state(how, start)
+        state, frozen = create_state(how, start.params)
         before = jax.device_get(state.trainable)
         after, _ = update(how, state, frozen, pairs)
         steps.append(jax.tree.map(lambda new, old: np.asarray(new) - old, after.trainable, before))
@@ -127,7 +127,7 @@ def test_the_head_learns_at_a_rate_of_its_own():
 def test_what_trains_is_held_in_float32():
     policy = tiny.policy()
     half = dataclasses.replace(policy, params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), policy.params))
-    state, _ = create_state(sft()[0], half)
+    state, _ = create_state(sft()[0], half.params)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.trainable)} == {jnp.dtype("float32")}
     assert {leaf.dtype for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim} == {jnp.dtype("float32")}
 

@@ -58,7 +58,7 @@ def test_sft_loss_is_that_of_each_text_alone():
             total -= sum(logprobs[t - 1, ids[t]] for t in range(first, len(ids)))
             count += len(ids) - first
             entropy -= np.sum((np.exp(logprobs) * logprobs)[first - 1 : len(ids) - 1])
-        sums = evaluate(how, *create_state(how, policy), text_batch([[row] for row in rows], 12, 0))
+        sums = evaluate(how, *create_state(how, policy.params), text_batch([[row] for row in rows], 12, 0))
         assert float(sums["count"]) == count
         assert float(sums["loss"]) == pytest.approx(total, rel=1e-5)
         assert float(sums["entropy"]) == pytest.approx(entropy, rel=1e-5)
@@ -68,7 +68,7 @@ def test_sft_loss_is_that_of_each_text_alone():
 def test_packed_texts_do_not_see_each_other(layers):
     rows = examples(9)
     how, policy = sft(layers, "all")
-    state, frozen = create_state(how, policy)
+    state, frozen = create_state(how, policy.params)
     apart = evaluate(how, state, frozen, text_batch([[row] for row in rows], 12, 0))
     together = evaluate(how, state, frozen, text_batch([rows[:4], rows[4:6], rows[6:]], 40, 3))
     assert float(together["count"]) == float(apart["count"])
@@ -81,7 +81,7 @@ def test_packed_texts_and_pairs_begin_at_position_0():
     learned = {"position_kind": "learned", "rotary": None, "max_positions": 64}
     rows, policy = examples(3), tiny.policy(**learned)
     how = Supervised(SplitModel(policy.model), SFTLoss("all"), LINEAR)
-    state, frozen = create_state(how, policy)
+    state, frozen = create_state(how, policy.params)
     apart = evaluate(how, state, frozen, text_batch([[row] for row in rows], 12, 0))
     together = evaluate(how, state, frozen, text_batch([rows], 40, 0))
     assert float(together["loss"]) == pytest.approx(float(apart["loss"]), rel=1e-5)
@@ -104,23 +104,23 @@ def test_microbatches_give_the_same_update():
     batch = text_batch([[row] for row in examples(8)], 12, 0)
     whole, policy = sft()
     parts = dataclasses.replace(whole, microbatches=4)
-    start, frozen = create_state(whole, policy)
+    start, frozen = create_state(whole, policy.params)
     before = jax.tree.map(np.asarray, start.trainable)
     one, metrics = update(whole, start, frozen, batch)
-    other, _ = update(parts, *create_state(parts, policy), batch)
+    other, _ = update(parts, *create_state(parts, policy.params), batch)
     compared(one.trainable, other.trainable)
     moved = jax.tree.map(lambda a, b: float(np.max(np.abs(a - np.asarray(b)))), before, one.trainable)
     assert max(jax.tree.leaves(moved)) > 1e-3
     assert float(metrics["grad_norm"]) > 0
     for how, loops in ((whole, 0), (parts, 1)):  # of four; those over the layers are of two
-        state, frozen = create_state(how, policy)
+        state, frozen = create_state(how, policy.params)
         traced = step.trace(how, shardings_of(state), state, frozen, batch)
         assert sum(each.params.get("length") == 4 for each in equations(traced.jaxpr.jaxpr)) == loops
 
 
 def test_a_step_that_is_not_finite_is_left_out():
     how, policy = sft()
-    state, frozen = create_state(how, policy)
+    state, frozen = create_state(how, policy.params)
     broken = state.replace(trainable=jax.tree.map(lambda leaf: leaf * np.nan, state.trainable))
     after, metrics = update(how, broken, frozen, text_batch([[row] for row in examples(4)], 12, 0))
     assert (int(after.step), float(metrics["skipped_updates"])) == (1, 1.0)
@@ -160,7 +160,7 @@ def test_bradley_terry_by_hand(compare):
         difference = by_hand[:, :1] - by_hand[:, 1]
         wanted = softplus(-difference)
     batch = pair_batch([*pairs, None], 12, 0)  # the last row is no pair
-    sums = evaluate(how, *create_state(how, start), batch)
+    sums = evaluate(how, *create_state(how, start.params), batch)
     assert float(sums["count"]) == difference.size
     assert float(sums["loss"]) == pytest.approx(wanted.sum(), rel=1e-4)
     assert float(sums["accuracy"]) == np.sum(difference > 0)
@@ -176,9 +176,9 @@ def test_packed_pairs_do_not_see_each_other(compare, layers):
     pairs = examples(5, answers=2)
     how, start = reward(compare=compare)
     how = dataclasses.replace(how, network=SplitModel(start.model, layers))
-    apart, _ = update(how, *create_state(how, start), pair_batch(pairs, 12, 0))
+    apart, _ = update(how, *create_state(how, start.params), pair_batch(pairs, 12, 0))
     batch = packed_pairs([pairs[:3], [], pairs[3:]], 70, 3, 9)
-    together, metrics = update(how, *create_state(how, start), batch)
+    together, metrics = update(how, *create_state(how, start.params), batch)
     assert float(metrics["count"]) == (5 if compare == "pairs" else 25)
     compared(apart.trainable, together.trainable)
     chosen, rejected, real = pair_scores(how.network, how.network.split(start.params), batch)
@@ -196,7 +196,7 @@ def test_the_token_loss_averages_from_the_first_difference():
         for tokens, mask in ((batch.chosen, batch.chosen_mask), (batch.rejected, batch.rejected_mask))
     ]
     wanted = np.mean(softplus(values[1] - values[0])[3:5])
-    sums = evaluate(how, *create_state(how, start), batch)
+    sums = evaluate(how, *create_state(how, start.params), batch)
     assert float(sums["loss"]) == pytest.approx(wanted, rel=1e-4)
     scores = values[0][4], values[1][3]  # at the last tokens
     assert float(sums["margin"]) == pytest.approx(scores[0] - scores[1], rel=1e-4)

@@ -113,11 +113,11 @@ def test_supervised_steps_on_a_mesh_are_those_of_one_device(phase, form):
     else:
         how, start = test_supervised.reward()
         batch = pair_batch(test_supervised.examples(8, answers=2), 12, 0)
-    one, wanted = update(how, *create_state(how, start), batch)
+    one, wanted = update(how, *create_state(how, start.params), batch)
     network = dataclasses.replace(how.network, model=on_layout(how.network.model, layout))
     params = jax.device_put(start.params, whole_shardings(network, layout))
     spread = dataclasses.replace(how, network=network)
-    state, frozen = create_state(spread, dataclasses.replace(start, params=params), layout)
+    state, frozen = create_state(spread, params, layout)
     other, got = update(spread, state, frozen, put_rows(batch, layout))
     for name in wanted:
         np.testing.assert_allclose(got[name], wanted[name], rtol=1e-4, atol=1e-6, err_msg=name)
