@@ -299,9 +299,9 @@ def _make_draw(
     return draw
 
 
-def loop_scope(turns: int) -> str:
+def loop_scope(iterations: int) -> str:
     """The named scope of a decode loop with at most this many iterations; `loop_turns` parses it."""
-    return f"decode_{turns}_turns"
+    return f"decode_{iterations}_turns"
 
 
 def loop_turns(scope: str) -> int | None:
