@@ -8,7 +8,7 @@ A row with P = 4 prompt slots and R = 4 response slots, EOS = `.`:
     drawn from the hidden state at:        sat  on   it   –
 
 Logits are in memory for one position per row at a time. The key of a draw is fold_in(fold_in(key, row id), index in the
-response), so a row's response does not depend on its batch, its padding or the mesh.
+response), so a row's response does not depend on its batch, its position there, its padding or the mesh.
 """
 
 import functools
