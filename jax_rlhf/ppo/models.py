@@ -59,7 +59,7 @@ class Frozen(struct.PyTreeNode):
       reward: the reward model; its `frozen` is empty if it shares the critic's. None without a reward model.
       reward_bias, critic_bias: added to the outputs of the scalar heads, in reward units. The gain of a reward model is
         part of its head, its bias is stored here. A critic that starts as a reward model starts with the bias for
-        unfinished texts.
+        unfinished texts: reward_bias − missing_eos_bias.
       missing_eos_bias: subtracted from the reward model's scores of responses without EOS.
     """
 

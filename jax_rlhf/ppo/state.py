@@ -87,7 +87,7 @@ def take_step(
 
     The learning rate depends on the position of the step in the run (iteration, epoch, minibatch), not on the number
     of updates taken. Otherwise skipped steps, early stops and the critic's warm-up would delay the schedule, and the
-    run would end before it.
+    run would end before the schedule does.
 
     Args:
       config: PPO's.

@@ -116,7 +116,7 @@ def make_score(models: Models, config: PPOConfig) -> Callable[..., Experience]:
         if models.reward is not None:
             scores = scores + by_microbatch(models.scores)
             scores = scores - params.frozen.missing_eos_bias * ~ended
-        unset = dict.fromkeys(("rewards", "advantages", "returns"), jnp.zeros_like(logprobs))  # set below
+        unset = dict.fromkeys(("rewards", "advantages", "returns"), jnp.zeros_like(logprobs))  # see `with_advantages`
         experience = Experience(
             tokens=samples.tokens,
             prompt_mask=jnp.asarray(prompt_mask),

@@ -8,7 +8,7 @@ A row with P = 4 prompt slots and R = 4 response slots, EOS = `.`:
     drawn from the hidden state at:        sat  on   it   –
 
 Logits are in memory for one position per row at a time. The key of a draw is fold_in(fold_in(key, row id), index in the
-response), so a row's response does not depend on its batch, its padding or the mesh.
+response), so a row's response does not depend on its batch, its position there, its padding or the mesh.
 """
 
 import functools
@@ -299,9 +299,9 @@ def _make_draw(
     return draw
 
 
-def loop_scope(turns: int) -> str:
+def loop_scope(iterations: int) -> str:
     """The named scope of a decode loop with at most this many iterations; `loop_turns` parses it."""
-    return f"decode_{turns}_turns"
+    return f"decode_{iterations}_turns"
 
 
 def loop_turns(scope: str) -> int | None:

@@ -58,7 +58,7 @@ def test_join_and_unstack_give_the_whole_tree(trainable_layers):
 def test_layers_out_of_range_and_unrolled_models_are_errors():
     model = Decoder(tiny_config())
     for wrong in (0, 4, -1):
-        with pytest.raises(ValueError, match=f"trainable_layers={wrong} must lie within 1 and the model's 3"):
+        with pytest.raises(ValueError, match=f"trainable_layers={wrong} must be from 1 to the model's 3"):
             SplitModel(model, wrong)
     with pytest.raises(ValueError, match="scan_layers=True"):
         SplitModel(model.clone(scan_layers=False))

@@ -145,10 +145,10 @@ def test_bad_configs_and_models_that_do_not_fit_are_named(folders, tmp_path):
     for config, message in [
         ({}, r"config\.model\.path is not set"),
         ({"model": {"paht": path}}, r"config\.model\.paht: there is no such field; did you mean path"),
-        ({"model": {"path": path, "trainable_layers": 3}}, "trainable_layers=3 must lie within 1 and the model's 2"),
+        ({"model": {"path": path, "trainable_layers": 3}}, "trainable_layers=3 must be from 1 to the model's 2"),
         (
             {"model": {"path": path}, "reward_model": {"path": path, "trainable_layers": 1}},
-            "and reward model are",
+            "PPO freezes the reference and the reward model",
         ),
         ({"model": {"path": path, "dtype": "float8"}}, r"config\.model\.dtype='float8'"),
         ({"model": {"path": path, "remat": "some"}}, r"config\.model\.remat='some'"),

@@ -174,7 +174,7 @@ def test_what_cannot_be_trained_is_said_at_once():
     with pytest.raises(ValueError, match="temperature=0"):
         PPOTrainer(engine, {"sampling": {"temperature": 0.0}}, reward_functions=tiny.fractional_reward)
     silent = RLHFEngine(dataclasses.replace(tiny.policy(), tokenizer=None))
-    with pytest.raises(ValueError, match="without a tokenizer"):
+    with pytest.raises(ValueError, match="the actor has no tokenizer"):
         PPOTrainer(silent, {}, reward_functions=tiny.fractional_reward)
 
 
