@@ -11,29 +11,31 @@ class RewardConfig:
     """The reward phase."""
 
     start_from: str | None = None
-    """The checkpoint that the reward model starts from; None = the SFT phase's model."""
+    """The checkpoint from which the reward model starts; None = the SFT phase's model."""
     start_revision: str | None = None
     """The revision of a hub id."""
     num_layers: int | None = None
-    """How many of its layers to keep, from the bottom; None = all."""
+    """The number of layers to keep, counted from the bottom; None = all."""
     trainable_layers: int | None = None
-    """How many layers train, counted from the top; None = all parameters train."""
+    """The number of layers that are trained, counted from the top; None = all parameters."""
     epochs: float = 1.0
-    """Passes over the data, where `steps` is None; a second one overfits."""
+    """Passes over the data, if `steps` is None; a second pass overfits."""
     steps: int | None = None
-    """Optimizer steps; None = `epochs`."""
+    """Optimizer steps; None = as many as `epochs` takes."""
     microbatch_size: int | None = None
-    """Pairs whose activations exist at once, on all devices together; None = the whole batch."""
+    """Pairs that are differentiated at once, on all devices in total; None = the whole batch."""
     eval_every: int = 0
     """Steps between evaluations on held-out pairs; 0 = only after the last."""
     loss: Literal["bradley_terry", "token"] = "bradley_terry"
-    """"bradley_terry", on the scores of whole answers, or "token", DeepSpeed-Chat's."""
+    """"bradley_terry", on the scores of complete answers; or "token", DeepSpeed-Chat's loss per token."""
     compare: Literal["pairs", "all"] = "pairs"
-    """"pairs", or "all": each chosen with every rejected of the batch, for texts with labels."""
+    """"pairs": the two answers of a pair; "all": each chosen answer with every rejected one of the batch, for labelled
+    texts."""
     head_learning_rate: float | None = None
-    """The learning rate of the scalar head; None = that of all parameters."""
+    """The learning rate of the scalar head; None = that of the other parameters."""
     normalize_rows: int = 256
-    """Responses of the SFT policy on which scores are brought to mean 0 and deviation 1; 0 = not."""
+    """Responses of the SFT policy on which scores are normalised to mean 0 and standard deviation 1; 0 = no
+    normalisation."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
     """The optimizer."""
 

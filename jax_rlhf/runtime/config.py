@@ -7,22 +7,21 @@ from typing import Any, Literal
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When a phase's state is saved, and what is kept."""
+    """When the state of a phase is saved, and which checkpoints are kept."""
 
     every: int = 0
-    """Steps (PPO: iterations) between checkpoints; 0 = by time alone."""
+    """Steps (PPO: iterations) between checkpoints; 0 = only by time."""
     minutes: float | None = 15.0
-    """Minutes between checkpoints; None = by steps alone. The end of a phase and a stop that was asked
-    for have one in any case."""
+    """Minutes between checkpoints; None = only by steps. The end of a phase and a requested stop always write one."""
     keep: int = 2
-    """How many of the last checkpoints stay."""
+    """How many of the latest checkpoints are kept."""
     keep_every: int = 0
-    """Checkpoints of steps that this divides stay as well; 0 = none."""
+    """Checkpoints of steps that are multiples of this are kept too; 0 = none."""
     best: str | None = None
-    """A metric of evaluations, such as "eval/score": the checkpoint where it was best stays as well; None = none."""
+    """An evaluation metric, such as "eval/score": the checkpoint with its best value is kept too; None = none."""
     best_mode: Literal["max", "min"] | None = None
-    """Whether the highest ("max") or the lowest ("min") is best; None = the lowest of what is called loss or
-    perplexity, the highest of all else."""
+    """Whether the highest ("max") or the lowest ("min") value is best; None = "min" for metrics named loss or
+    perplexity, "max" for others."""
 
     def __post_init__(self) -> None:
         for name, least in (("every", 0), ("keep", 1), ("keep_every", 0)):
@@ -41,26 +40,26 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """Where metrics go, beside metrics.jsonl."""
+    """Where metrics are logged, besides metrics.jsonl."""
 
     tensorboard: bool = True
     """TensorBoard files under <phase>/tensorboard."""
     wandb_project: str | None = None
-    """Weights & Biases, which must be installed; None = not."""
+    """The project in Weights & Biases, which must be installed; None = not logged there."""
     table_rows: int = 4
-    """Samples shown on the screen, before and after."""
+    """Held-out prompts whose responses before and after PPO are printed at the end."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WatchdogConfig:
-    """When a run counts as standing still: no step, batch, reward or byte of a checkpoint."""
+    """When a run counts as stuck: no step, batch, reward or byte of a checkpoint for a long time."""
 
     factor: float = 20.0
-    """A run stands still after this many times the median duration of a phase's last steps."""
+    """A run counts as stuck after this many times the median duration of the phase's latest steps."""
     minutes: float = 30.0
-    """But never sooner than after so many minutes; a step compiles when its width first comes."""
+    """The least time without activity, in minutes. The first step of each batch width compiles, which takes long."""
     action: Literal["exit", "warn", "off"] = "exit"
-    """"exit": with code 75, after which launch scripts start the run again; "warn": say so and wait; "off"."""
+    """"exit": exit with code 75, after which launch scripts restart the run; "warn": warn and wait; "off"."""
 
     def __post_init__(self) -> None:
         if not (self.factor >= 1 and self.minutes > 0):

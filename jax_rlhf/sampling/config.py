@@ -10,19 +10,20 @@ class Sampling:
     max_new_tokens: int = 128
     """R, the longest response, in tokens."""
     min_new_tokens: int = 0
-    """Before so many tokens EOS is not drawn."""
+    """EOS is not drawn before a response has this many tokens."""
     temperature: float = 1.0
-    """τ > 0, what logits are divided by, in sampling and in every log-prob."""
+    """τ > 0, by which logits are divided, in sampling and in every log-prob."""
     top_k: int = 0
-    """Draw among the k likeliest tokens; 0 = all, 1 = greedy. Leave it off in PPO: log-probs are of the unfiltered
-    softmax, so that ratios would be of a distribution that was not sampled from; `val/kept_mass` says how far off."""
+    """Draws from the k most likely tokens; 0 = all, 1 = greedy. Leave it off in PPO: log-probs are of the unfiltered
+    softmax, so ratios would refer to another distribution than the sampled one. `val/kept_mass` measures the gap."""
     top_p: float = 1.0
-    """Draw among the fewest tokens that hold this probability; 1 = all. Leave it off in PPO, as `top_k`."""
+    """Draws from the smallest set of most likely tokens with at least this probability; 1 = all. Leave it off in PPO,
+    like `top_k`."""
     eos_ids: tuple[int, ...] | None = None
-    """Any of these ids ends a response; None = those of the tokenizer and of the checkpoint's generation_config (of
-    `jax_rlhf.sample`: none)."""
+    """Ids of tokens that end a response; None = those of the tokenizer and of the checkpoint's generation_config
+    (`jax_rlhf.sample`: none)."""
     pad_id: int | None = None
-    """Stands after the end of a response; None = the tokenizer's pad, else an EOS (of `jax_rlhf.sample`: 0)."""
+    """The id after the end of a response; None = the tokenizer's pad token, or else an EOS (`jax_rlhf.sample`: 0)."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -40,5 +41,5 @@ class Sampling:
 
     @property
     def filtered(self) -> bool:
-        """Whether top-k or top-p narrow the distribution."""
+        """Whether top-k or top-p restricts the distribution."""
         return self.top_k > 0 or self.top_p < 1

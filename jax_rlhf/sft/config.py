@@ -11,18 +11,18 @@ class SFTConfig:
     """The SFT phase."""
 
     epochs: float = 1.0
-    """Passes over the data, where `steps` is None."""
+    """Passes over the data, if `steps` is None."""
     steps: int | None = None
-    """Optimizer steps; None = `epochs`."""
+    """Optimizer steps; None = as many as `epochs` takes."""
     loss_on: Literal["completion", "all"] = "completion"
-    """The tokens that count: those of the "completion", or "all", prompts too."""
+    """The tokens in the loss: those of the "completion", or "all", prompts included."""
     microbatch_size: int | None = None
-    """Rows whose activations exist at once, on all devices together; None = the whole batch."""
+    """Rows that are differentiated at once, on all devices in total; None = the whole batch."""
     eval_every: int = 0
     """Steps between evaluations on held-out rows; 0 = only before the first and after the last."""
     sample_rows: int = 8
-    """Held-out prompts that the trained model answers, into samples.jsonl; 0 = none."""
+    """Held-out prompts to which the trained model writes responses, for samples.jsonl; 0 = none."""
     sample_tokens: int = 64
-    """The longest of these answers, in tokens."""
+    """The longest of these responses, in tokens."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=2e-5))
     """The optimizer."""
