@@ -12,7 +12,7 @@ Expected results: 9 min on 2 cores of an AMD EPYC (Zen 4), 3.5 GB of memory. Mea
 settings were chosen by runs on seed 0; seed 1 was run once, afterwards):
 
     SFT, held-out nats per token (5.52 before)        < 4.4          4.37           4.35
-    reward model, held-out pairs ranked right         ≥ 83 %         84.6%          84.2%
+    reward model, held-out pairs ranked correctly     ≥ 83 %         84.6%          84.2%
     P(positive) of 192 held-out responses, SFT → PPO  + 0.20         0.559 → 0.865  0.558 → 0.853
     KL to the SFT policy, nats per response           ≤ 12           5.3            5.7
     length, tokens                                    ≥ 12           15.8           15.9
