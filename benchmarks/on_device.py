@@ -74,7 +74,7 @@ def run_part(name: str, limit: float, *, tiny: bool) -> list[str]:
             code = process.returncode
     if code != 0:
         failed.append(f"{name}: {code}")
-    say({"part": name, "ended": code, "seconds": round(time.perf_counter() - start, 1)})
+    print_row({"part": name, "ended": code, "seconds": round(time.perf_counter() - start, 1)})
     return failed
 
 
@@ -114,7 +114,7 @@ def _failures(name: str, line: str) -> list[str]:
     return [f"{name} {what}".strip()]
 
 
-def say(row: dict[str, Any]) -> None:
+def print_row(row: dict[str, Any]) -> None:
     """Prints a row."""
     print(json.dumps(row), flush=True)
 
@@ -152,11 +152,11 @@ def main() -> int:
     for name in arguments.parts.split(","):
         left = arguments.budget - (time.perf_counter() - start)
         if left < 15:
-            say({"part": name, "ended": "not run: no time was left"})
+            print_row({"part": name, "ended": "not run: no time was left"})
             failed.append(f"{name}: not run")
         else:
             failed += run_part(name, min(LIMITS[name], left), tiny=arguments.tiny)
-    say({"part": "all", "failed": failed, "seconds": round(time.perf_counter() - start, 1)})
+    print_row({"part": "all", "failed": failed, "seconds": round(time.perf_counter() - start, 1)})
     return 1 if failed else 0
 
 

@@ -1,12 +1,13 @@
-"""DeepSpeed-Chat's headline: OPT-13B actor and OPT-350M reward model on 8 GPUs of 80 GB.
+"""DeepSpeed-Chat's main result: OPT-13B actor and OPT-350M reward model on 8 GPUs of 80 GB.
 
     python -m jax_rlhf.plan --config=configs/deepspeed_chat_opt_13b.py --topology=h100:8
     python -m jax_rlhf --config=configs/deepspeed_chat_opt_13b.py --workdir=runs/opt-13b
 
-Its blog reports 9 hours for all three steps on 8 × A100-80. Not run here: the machine that this was written on has no
-accelerator; docs/plan.md has what the compiler says of its memory. What differs from configs/deepspeed_chat_opt.py,
-which says how to convert the checkpoints, is set here. Its run_13b.sh trains LoRA matrices of rank 128, with a rate of
-5e-4; here all parameters train, with the rate of its smaller models.
+Its blog reports 9 hours for all three steps on 8 × A100-80. This config was not run here, because the development
+machine has no accelerator. docs/plan.md has the compiler's memory figures. This file sets only the differences from
+configs/deepspeed_chat_opt.py, which also says how to convert the checkpoints. DeepSpeed-Chat's run_13b.sh trains LoRA
+matrices of rank 128, with a learning rate of 5e-4. Here all parameters train, with the learning rate of its smaller
+models.
 """
 
 from ml_collections import ConfigDict

@@ -2,10 +2,10 @@
 
     python -m jax_rlhf --config=configs/llama3_8b.py --workdir=runs/llama3-8b
 
-For 8 GPUs of 80 GB (launch/gpu.sh) or 8 TPU v5p chips (launch/tpu_vm.sh): at most 40 of 72.8 GiB and 43 of 95.7 GiB a
-device, says `python -m jax_rlhf.plan --config=configs/llama3_8b.py --topology=h100:8` (or v5p:2x2x2; docs/plan.md). Not
-run here: the machine that this was written on has no accelerator. The data set's rows are chats, which the Instruct
-checkpoint's template turns into texts.
+For 8 GPUs of 80 GB (launch/gpu.sh) or 8 TPU v5p chips (launch/tpu_vm.sh). It takes at most 40 of 72.8 GiB or 43 of 95.7
+GiB per device, according to `python -m jax_rlhf.plan --config=configs/llama3_8b.py --topology=h100:8` (or v5p:2x2x2;
+docs/plan.md). This config was not run here, because the development machine has no accelerator. The data set's rows are
+chats, which the Instruct checkpoint's template turns into texts.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config = default_config()
     config.model.path = "meta-llama/Meta-Llama-3-8B-Instruct"
     config.data.paths = ("trl-lib/ultrafeedback_binarized",)
-    config.data.pad_token = "<|end_of_text|>"  # Llama 3 has none
+    config.data.pad_token = "<|end_of_text|>"  # Llama 3 has no pad token
     config.data.data_split = "2,4,4"
     config.data.max_prompt_tokens = 512
     config.data.max_tokens = 1024

@@ -1,14 +1,14 @@
-"""A reward function of your own, and a run with it: under a minute on a laptop's CPU, offline.
+"""A run with a custom reward function: under a minute on a laptop's CPU, offline.
 
     python examples/custom_reward.py runs/custom_reward
 
-The script makes a tiny model with random weights and a file of prompts, and then runs the command that you would type:
+The script creates a tiny model with random weights and a file of prompts, and then runs this command:
 
     jax-rlhf --config=ppo --config.ppo.reward.functions=examples/custom_reward.py:wanted_words …
 
 "examples/custom_reward.py:wanted_words" names the function below by its file. "package.module:function" names a
 function of a module that Python can import.
-docs/ppo.md lists what else such a function can receive, and what happens if it fails.
+docs/ppo.md lists the other arguments that such a function can receive, and what happens if it fails.
 """
 
 import itertools
@@ -23,15 +23,15 @@ DRINKS = ("tea", "coffee", "milk", "water")
 
 
 def wanted_words(prompts: Sequence[str], responses: Sequence[str], wanted: Sequence[str]) -> list[float]:
-    """The share of a response's words that are the word in the column "wanted" of its row.
+    """The share of a response's words that equal the row's word in the column "wanted".
 
     Args:
       prompts: B texts, without special tokens.
       responses: B texts, without special tokens.
-      wanted: B words, from the data's column of this name.
+      wanted: B words, from the data column of this name.
 
     Returns:
-      B scores, from 0 to 1.
+      B scores between 0 and 1.
     """
     del prompts
     words = [response.split() for response in responses]
@@ -39,8 +39,8 @@ def wanted_words(prompts: Sequence[str], responses: Sequence[str], wanted: Seque
 
 
 def make_inputs(folder: Path) -> None:
-    """Writes a model, and a line per prompt such as {"prompt": "we like tea", "wanted": "tea"}."""
-    import tiny_model  # here, because it loads JAX, which the reward function does not need
+    """Writes a model, and one line per prompt such as {"prompt": "we like tea", "wanted": "tea"}."""
+    import tiny_model  # imported here because it loads JAX, which the reward function does not need
 
     from jax_rlhf import save_pretrained
 
@@ -55,7 +55,7 @@ def main(folder: Path) -> dict[str, float]:
     folder.mkdir(parents=True, exist_ok=True)
     make_inputs(folder)
     settings = {
-        "sft_model_path": folder / "model",  # the actor and the reference start as this
+        "sft_model_path": folder / "model",  # the actor and the reference are initialised from this
         "model.path": folder / "model",
         "data.paths": folder / "prompts.jsonl",
         "data.ppo_batch_size": 32,

@@ -1,9 +1,9 @@
-"""The loop of PPO in Python, on a tiny model with random weights: under a minute on a laptop's CPU, offline.
+"""The PPO loop in Python, on a tiny model with random weights: under a minute on a laptop's CPU, offline.
 
     python examples/ppo_loop.py
 
-The model continues "i like hot", "we drink cold" and the like. The reward counts one word, so its mean shows whether
-PPO learns. For a model of your own, take load_pretrained("folder or hub id") instead of tiny_model.create.
+The model continues prompts such as "i like hot" and "we drink cold". The reward counts one word, so its mean shows
+whether PPO learns. For your own model, use load_pretrained("folder or hub id") instead of tiny_model.create.
 """
 
 import itertools
@@ -20,15 +20,15 @@ WORDS = ["<eos>", *itertools.chain(*PROMPTS), "tea", "coffee", "milk", "water", 
 
 
 def cups_of_tea(prompts: list[str], responses: list[str]) -> list[float]:
-    """One point for each "tea" of a response."""
+    """One point for each "tea" in a response."""
     return [float(response.split().count("tea")) for response in responses]
 
 
 def main(iterations: int = 20) -> list[dict[str, float]]:
-    """Trains the model, prints a line per iteration, and returns the metrics."""
+    """Trains the model, prints one line per iteration, and returns the metrics."""
     engine = RLHFEngine(tiny_model.create(WORDS, eos_token="<eos>", pad_token="<eos>"))
     settings = {
-        "sampling": {"max_new_tokens": 6},  # of a response
+        "sampling": {"max_new_tokens": 6},  # tokens of a response
         "kl": {"coef": 0.1},  # reward units per nat
         "ppo_epochs": 4,  # passes over the responses of an iteration
         "num_minibatches": 2,  # optimizer steps per pass

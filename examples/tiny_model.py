@@ -16,12 +16,12 @@ def create(words: Sequence[str], *, seed: int = 0, scale: float = 1.0, **special
 
     Args:
       words: the vocabulary; the id of a word is its index.
-      seed: of the weights.
-      scale: factor on the weights; with 1 all words are almost equally likely, with more some are likelier.
+      seed: seed of the weights.
+      scale: factor on the weights; with 1 all words are almost equally likely, with a larger factor some are likelier.
       special: the words with a special meaning, such as eos_token="<eos>".
 
     Returns:
-      The model, its parameters, its tokenizer.
+      The model with its parameters and its tokenizer.
     """
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = config_from_hub({"model_type": "llama", "vocab_size": len(words), "max_position_embeddings": 64, **shape})

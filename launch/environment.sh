@@ -1,6 +1,7 @@
-# Sourced by the other scripts: make_environment NAME makes .venv/NAME-VERSION and sets $environment; pip_install fills it.
+# Sourced by the other scripts. make_environment NAME makes .venv/NAME-VERSION and sets $environment. pip_install installs
+# into it.
 
-# Sets $environment alone.
+# Only sets $environment.
 name_environment() {
   local python=${PYTHON:-python3} version
   version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -16,8 +17,8 @@ make_environment() {
   [ -x "$environment/bin/python" ] || "${PYTHON:-python3}" -m venv "$environment"
 }
 
-# Whether a run that ended with this code is started again: saved (75), an error that is not the user's (70), or killed.
-# Not after 1 and 2, which only the user can mend.
+# Whether a run that ended with this code is started again: saved (75), an error that the user did not cause (70), or
+# killed. Not after 1 and 2, which only the user can fix.
 starts_again() {
   case $1 in
     70 | 75) ;;
@@ -25,8 +26,8 @@ starts_again() {
   esac
 }
 
-# Whether a run is further than it was, both as "PHASE STEP", or nothing: of a checkpoint that was damaged and made again it
-# is not.
+# Whether a run has a later checkpoint than before. Both arguments are "PHASE STEP", or empty. A damaged checkpoint that was
+# written again is not later.
 is_further() {
   local phases='sft reward ppo' new=$1 former=$2
   [ -n "$new" ] || return 1
@@ -38,12 +39,12 @@ is_further() {
   fi
 }
 
-# Whether so many starts in a row that got no further are enough. The program writes phase and step of its last checkpoint
-# to JAX_RLHF_PROGRESS_FILE.
+# Whether this number of starts in a row without a later checkpoint is the limit. The program writes phase and step of its
+# last checkpoint to JAX_RLHF_PROGRESS_FILE.
 enough_starts() { [ "$1" -ge 3 ]; }
 
-# An environment in which pip was interrupted can have halves of packages, on which it fails ever after: it is cleared.
-# The lock is for scripts that start side by side: what one of them still installs looks interrupted to the others.
+# If pip was interrupted, the environment can contain incomplete packages, on which pip fails from then on. So it is cleared.
+# The lock is for scripts that start at the same time: an installation in progress looks interrupted to the others.
 pip_install() {
   exec 9>"$environment.lock"
   ! command -v flock >/dev/null || flock 9 # macOS has none
@@ -54,8 +55,8 @@ pip_install() {
   exec 9>&-
 }
 
-# Prints the CUDA version whose wheels of JAX run here: 13 needs driver 580 and GPUs of compute capability 7.5, 12 driver
-# 525 (JAX's installation page). Prints 0 where the driver is older, and nothing where no driver answers.
+# Prints the CUDA version of the JAX wheels that run here: 13 needs driver 580 and GPUs of compute capability 7.5, 12 needs
+# driver 525 (JAX's installation page). Prints 0 if the driver is older, and nothing if there is no driver.
 cuda_of_driver() {
   { nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader 2>/dev/null || true; } | LC_ALL=C awk -F ', *' '
     $1 !~ /^[0-9]+\./ { next }
@@ -64,9 +65,9 @@ cuda_of_driver() {
     END { if (least != "") print least }'
 }
 
-# Lets JAX keep compiled programs under the workdir that is among these arguments of python -m jax_rlhf: what is on the
-# machine goes with it, and with several processes all must find the same programs. What is set before, and
-# --compile_cache, counts more.
+# Makes JAX cache compiled programs under the workdir, which is read from these arguments of python -m jax_rlhf. Files on the
+# machine are lost with the machine, and with several processes all must find the same programs. A variable that is already
+# set, and --compile_cache, take precedence.
 keep_compiled() {
   local workdir=''
   [ -z "${JAX_COMPILATION_CACHE_DIR+set}" ] || return 0
@@ -79,12 +80,12 @@ keep_compiled() {
     shift
   done
   [ -n "$workdir" ] || return 0
-  # shellcheck disable=SC2088 # a ~ that a shell has not replaced, as in --workdir=~/run
+  # shellcheck disable=SC2088 # a ~ that the shell did not expand, as in --workdir=~/run
   case $workdir in '~/'*) workdir=$HOME/${workdir#'~/'} ;; esac
   export JAX_COMPILATION_CACHE_DIR=${workdir%/}/compile_cache
-  export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-0} # short ones too
+  export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-0} # cache fast compilations too
   case $workdir in
-    # XLA would write its own files beside JAX's, and knows no buckets.
+    # XLA would write its own files to the same folder, and does not support buckets.
     *://*) export JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES=${JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES:-none} ;;
   esac
 }

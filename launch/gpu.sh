@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# One machine with NVIDIA GPUs: a virtual environment with '.[cuda13]' or '.[cuda12]', whichever the driver runs, then
-# python -m jax_rlhf on all its GPUs, with the arguments given here. After exit code 75 (saved because of preemption), after
-# a crash (128 and up) and after an error that is not yours (70) it starts again, but not more than three times in a row
-# without getting further; after 1 and 2 it does not.
+# Runs on one machine with NVIDIA GPUs: makes a virtual environment with '.[cuda13]' or '.[cuda12]', whichever the driver
+# supports, then runs python -m jax_rlhf on all GPUs with the arguments given here. It restarts the run after exit code 75
+# (saved because of preemption), after a crash (128 and up) and after an error that you did not cause (70), but at most
+# three times in a row without a new checkpoint. It does not restart after 1 and 2.
 #
 #   bash launch/gpu.sh --config=configs/llama3_8b.py --workdir=runs/llama3-8b
-#   bash launch/gpu.sh --max-restarts=3 --config=…   # how often it starts again at most; 10 if not given
-#   bash launch/gpu.sh --install-only                # only the environment: no GPU is needed for that
-#   bash launch/gpu.sh --cuda=12 …                   # JAX's wheels for that version of CUDA, 12 or 13
-#   PYTHON=python3.12 bash launch/gpu.sh …           # another interpreter
+#   bash launch/gpu.sh --max-restarts=3 --config=…   # maximum number of restarts; 10 if not given
+#   bash launch/gpu.sh --install-only                # only makes the environment; needs no GPU
+#   bash launch/gpu.sh --cuda=12 …                   # selects JAX's wheels for CUDA 12 or 13
+#   PYTHON=python3.12 bash launch/gpu.sh …           # uses another interpreter
 #
-# SIGTERM, Ctrl-C and the loss of the terminal reach the program, which saves; after either, it is not started again.
+# SIGTERM, Ctrl-C and the loss of the terminal are forwarded to the program, which saves. It is not restarted after these.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
@@ -33,7 +33,7 @@ install() {
   fi
   make_environment "cuda$cuda"
   wanted=$(cat requirements.txt "requirements-cuda$cuda.txt" pyproject.toml | cksum)
-  if [ "$wanted" != "$(cat "$environment/installed" 2>/dev/null)" ]; then # else no network is needed
+  if [ "$wanted" != "$(cat "$environment/installed" 2>/dev/null)" ]; then # already installed: no network is needed
     pip_install -e ".[cuda$cuda]"
     echo "$wanted" >"$environment/installed"
   fi
@@ -46,15 +46,15 @@ pass_on() {
 
 # Runs the program once; sets $code.
 run() {
-  set -m # a process group of its own: a signal then arrives once, from pass_on, and SIGINT is not ignored
+  set -m # in its own process group: signals arrive once, from pass_on, and SIGINT is not ignored
   "$environment/bin/python" -m jax_rlhf "$@" &
   program=$!
   set +m
-  [ -z "$stopping" ] || pass_on "$stopping" # it came just before
+  [ -z "$stopping" ] || pass_on "$stopping" # a signal arrived just before
   while :; do
     code=0
     wait "$program" || code=$?
-    kill -0 "$program" 2>/dev/null || break # else a trap ended the wait, and the program is still saving
+    kill -0 "$program" 2>/dev/null || break # else a trap interrupted the wait, and the program is still saving
   done
   program=''
 }
@@ -73,7 +73,7 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-case $max_restarts in '' | *[!0-9]*) echo "error: --max-restarts=$max_restarts is no number" >&2 && exit 2 ;; esac
+case $max_restarts in '' | *[!0-9]*) echo "error: --max-restarts=$max_restarts is not a number" >&2 && exit 2 ;; esac
 case $cuda in '' | 12 | 13) ;; *) echo "error: --cuda=$cuda; JAX has wheels for 12 and 13" >&2 && exit 2 ;; esac
 
 if [ -n "$install_only" ]; then
@@ -85,8 +85,8 @@ if ! nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; then
   exit 1
 fi
 install
-export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu} # without it JAX goes on with the CPU when CUDA cannot be had
-export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92} # JAX takes 0.75; the plan counts with this
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu} # without it JAX continues on the CPU if CUDA is not available
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92} # JAX's default is 0.75; the plan assumes this
 keep_compiled "$@"
 trap 'pass_on INT' INT
 trap 'pass_on TERM' HUP TERM

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# From nothing to an aligned language model, in minutes: a virtual environment, the requirements, a small real model and
-# real data from packages, then SFT, reward model and PPO (configs/quickstart.py says what to expect).
+# Runs the whole pipeline in minutes: makes a virtual environment, installs the requirements and packages with a small real
+# model and real data, then runs SFT, reward model and PPO (configs/quickstart.py lists the expected results).
 #
-#   bash launch/quickstart.sh                        # into runs/quickstart
+#   bash launch/quickstart.sh                        # writes into runs/quickstart
 #   bash launch/quickstart.sh --config.seed=1 --workdir=runs/quickstart-1
-#   PYTHON=python3.12 bash launch/quickstart.sh      # another interpreter
+#   PYTHON=python3.12 bash launch/quickstart.sh      # uses another interpreter
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh

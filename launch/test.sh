@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Everything that CI checks: a virtual environment with all requirements, lint, format, types, tests.
+# Runs everything that CI checks: makes a virtual environment with all requirements, then runs lint, format, types and tests.
 #
-#   bash launch/test.sh                        # the interpreter called python3
-#   PYTHON=python3.12 bash launch/test.sh      # another one
-#   bash launch/test.sh tests/models -k cache  # arguments go to pytest
+#   bash launch/test.sh                        # uses python3
+#   PYTHON=python3.12 bash launch/test.sh      # uses another interpreter
+#   bash launch/test.sh tests/models -k cache  # passes arguments to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
 
-# What is saved is also read by the transformers that most people still have, which cannot be installed beside ours.
+# transformers 4, which many people still use, must read the saved models too. It cannot be installed next to transformers 5.
 make_environment transformers4
 pip_install 'transformers>=4.57,<5' 'jinja2>=3.1,<4' 'numpy>=2,<3'
 export TRANSFORMERS4_PYTHON="$PWD/$environment/bin/python"
@@ -22,7 +22,6 @@ pip_install --no-deps -r requirements-quickstart.txt
 "$environment/bin/ruff" check .
 "$environment/bin/ruff" format --check .
 "$environment/bin/basedpyright" --pythonpath "$environment/bin/python"
-# Two processes, a file at a time: compiling, which takes most of the time, hardly uses a second core by itself. In the
-# order of tests/conftest.py, and not those of many tests first: the longest tests are alone in theirs, and would all
-# come last.
+# Two processes, one file at a time: compiling takes most of the time, and hardly uses a second core. The files keep the
+# order of tests/conftest.py. Otherwise files with many tests would come first, and the longest tests, which are alone in their files, last.
 exec "$environment/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

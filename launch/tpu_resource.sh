@@ -1,7 +1,7 @@
-# Sourced by tpu_vm.sh: the VM, or the queued resource that gives one; up waits until it is ready, delete ends it.
-# shellcheck shell=bash disable=SC2154,SC2034 # its variables are set and read there
+# Sourced by tpu_vm.sh. Manages the VM, or the queued resource that creates it: up waits until it is ready, delete deletes it.
+# shellcheck shell=bash disable=SC2154,SC2034 # its variables are set and read in tpu_vm.sh
 
-# Prints the state of the VM (tpu-vm) or of the request for it (queued-resources); NOT_FOUND where there is none.
+# Prints the state of the VM (tpu-vm) or of the request for it (queued-resources); NOT_FOUND if there is none.
 state_of() {
   local format='value(state)' output
   [ "$1" = tpu-vm ] || format='value(state.state)'
@@ -15,13 +15,13 @@ state_of() {
   fi
 }
 
-# Prints what is to be done about the VM, and why: ready, create, replace, start, wait or give-up, and a state.
+# Prints the next action for the VM (ready, create, replace, start, wait or give-up), and the state that is the reason.
 outlook() {
   local state
   if [ -n "$queued" ]; then
     state=$(state_of queued-resources) || return
     case $state in
-      ACTIVE) ;; # the VM's own state says the rest
+      ACTIVE) ;; # the VM's own state decides
       NOT_FOUND) state=$(state_of tpu-vm) || return ;;
       SUSPENDED) echo "replace $state" && return ;;
       FAILED) echo "give-up $state" && return ;;
@@ -29,7 +29,7 @@ outlook() {
     esac
     if [ "$state" = ACTIVE ]; then
       state=$(state_of tpu-vm) || return
-      [ "$state" != NOT_FOUND ] || state=TERMINATED # taken away, and the request does not know yet
+      [ "$state" != NOT_FOUND ] || state=TERMINATED # the VM is gone, and the request does not know it yet
     fi
   else
     state=$(state_of tpu-vm) || return
@@ -50,12 +50,12 @@ runtime_version() {
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v6e-*) echo v2-alpha-tpuv6e ;;
     v[234]-*) echo tpu-ubuntu2204-base ;;
-    *) wrong_usage "the runtime version of --type=$type is not known here: --version=VERSION" ;;
+    *) wrong_usage "the runtime version of --type=$type is not known; pass --version=VERSION" ;;
   esac
 }
 
 create() {
-  [ -n "$type" ] || wrong_usage "$name does not exist, and without --type=TYPE it is not created"
+  [ -n "$type" ] || wrong_usage "$name does not exist; --type=TYPE is needed to create it"
   [ -n "$version" ] || version=$(runtime_version) || exit
   say "creating ${queued:+a queued resource for }$name: $type, $version${spot:+, spot}"
   if [ -n "$queued" ]; then
@@ -65,7 +65,7 @@ create() {
   fi
 }
 
-# Deletes the queued resource with its VM, or the VM alone; arguments go to gcloud.
+# Deletes the queued resource with its VM, or only the VM; arguments are passed to gcloud.
 delete() {
   local state found=''
   state=$(state_of queued-resources) || return
@@ -101,13 +101,13 @@ up() {
         created=1
         create || created_by_others || die "gcloud did not create $name; if there is no capacity, --queued waits for it"
         ;;
-      replace) delete --quiet || say "looking again at what gcloud could not delete" ;; # it may have gone by itself
+      replace) delete --quiet || say "gcloud could not delete it; checking again" ;; # it may be gone already
       start) tpus tpu-vm start ;;
-      give-up) die "$name is $state (gcloud's describe tells why); launch/tpu_vm.sh down --name=$name --zone=$zone deletes it" ;;
-      *) die "gcloud does not say in which state $name is" ;;
+      give-up) die "$name is $state (gcloud's describe shows why); launch/tpu_vm.sh down --name=$name --zone=$zone deletes it" ;;
+      *) die "gcloud does not report the state of $name" ;;
     esac
     changes=$((changes + 1))
-    [ "$changes" -lt 6 ] || die "$name is $state again and again"
+    [ "$changes" -lt 6 ] || die "$name is still $state after several attempts"
   done
 }
 

@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# A TPU VM of any size: creates or reuses it, copies the code, starts the same command on all its workers, shows the log of
-# worker 0, goes on after preemption, deletes it. docs/launch.md tells more.
+# Manages a TPU VM of any size: creates or reuses it, copies the code, starts the same command on all its workers, shows the
+# log of worker 0, restarts after preemption, deletes it. See docs/launch.md.
 #
 #   bash launch/tpu_vm.sh run --name=rlhf --zone=us-east5-a --type=v5p-16 -- --config=configs/llama3_8b.py --workdir=DIR
 #   bash launch/tpu_vm.sh run --dry-run …     # prints every command and executes none; needs no gcloud
 #   bash launch/tpu_vm.sh down --name=rlhf --zone=us-east5-a
 #
 # Commands:
-#   up      creates the VM, or waits until the one of this name is ready; one that was preempted is deleted and made anew
+#   up      creates the VM, or waits until the VM of this name is ready; a preempted VM is deleted and created again
 #   sync    copies the code: the files that git tracks, as they are on disk
-#   run     up, sync, install, and python -m jax_rlhf with all that stands after --; shows the log and ends with the job's
-#           exit code. It starts the job again after exit code 75 (saved because of preemption), a crash (128 and up), an
-#           error that is not yours (70), or when the VM is gone, but not three times in a row without getting further, and
-#           not after 1 or 2. The job outlives a lost connection and Ctrl-C: the same command again follows it
-#   logs    shows the log from the job's start, till its end
+#   run     up, sync, install, and python -m jax_rlhf with the arguments after --; shows the log and exits with the job's
+#           exit code. It restarts the job after exit code 75 (saved because of preemption), a crash (128 and up), an error
+#           that you did not cause (70), or if the VM is gone, but at most three times in a row without a new checkpoint.
+#           It does not restart after 1 or 2. The job survives a lost connection and Ctrl-C: run the same command again to
+#           follow it
+#   logs    shows the log from the job's start to its end
 #   stop    asks the job to save and end (SIGTERM), and keeps the VM
 #   down    deletes the VM, and the queued resource that it came from
 #
@@ -21,32 +22,33 @@
 #   --name=NAME           the VM's name; required, as is --zone
 #   --zone=ZONE
 #   --project=PROJECT     if it is not gcloud's default
-#   --type=TYPE           the accelerator type, such as v5p-16, v6e-8, v5litepod-16; required where a VM is created
-#   --version=VERSION     the runtime version; the usual one of the type if not given
+#   --type=TYPE           the accelerator type, such as v5p-16, v6e-8, v5litepod-16; required to create a VM
+#   --version=VERSION     the runtime version; the usual one for the type if not given
 #   --spot                a spot VM: cheaper, and preempted when others need it
-#   --queued              creates a queued resource, which waits in line until there is a VM
+#   --queued              creates a queued resource, which waits in a queue until there is a VM
 #   --create-flag=FLAG    one more flag for gcloud's create, such as --network=NAME; may be repeated
 #   --connect-flag=FLAG   one more flag for gcloud's ssh and scp, such as --internal-ip; may be repeated
-#   --env-file=FILE       lines NAME=VALUE for the job's environment, such as HF_TOKEN=…; copied to ~/.jax_rlhf/env. Only
-#                         you may be able to read it: chmod 600 FILE
-#   --setup=COMMAND       run on all workers after the copy, each time a job starts; such as a mount of shared storage
-#   --python=PYTHON       the workers' interpreter; if not given, one of 3.11 or newer is looked for, or fetched with uv
-#   --max-restarts=N      how often run starts a job again; 10 if not given
+#   --env-file=FILE       lines NAME=VALUE for the job's environment, such as HF_TOKEN=…; copied to ~/.jax_rlhf/env.
+#                         Others must not be able to read it: chmod 600 FILE
+#   --setup=COMMAND       run on all workers after the copy, each time a job starts; for example to mount shared storage
+#   --python=PYTHON       the workers' interpreter; if not given, 3.11 or newer is searched for, or installed with uv
+#   --max-restarts=N      maximum number of restarts of a job; 10 if not given
 #   --dry-run             prints the commands, quoted for a shell, instead of executing them
-# TPU_VM_POLL=30 and TPU_VM_FOLLOW=300 are the seconds between two looks at a VM, and of one connection that reads the log.
+# TPU_VM_POLL=30 is the number of seconds between two checks of a VM, TPU_VM_FOLLOW=300 that of one connection that reads the
+# log.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/environment.sh
 source "$root/launch/environment.sh"
 
 name='' zone='' type='' version='' spot='' queued='' env_file='' setup='' python='' max_restarts=10 dry_run=''
-# Arrays that are never empty when used: to some versions of bash, an empty one is not set. gcloud tries ten times to connect;
-# with ssh's own timeouts it would notice only after twenty minutes that a VM is gone.
+# These arrays are never empty when used: some versions of bash treat an empty one as unset. gcloud tries ten times to
+# connect. With ssh's default timeouts it would notice only after twenty minutes that a VM is gone.
 where=() create_flags=(--quiet)
 connect=(--ssh-flag=-oConnectTimeout=20 --ssh-flag=-oServerAliveInterval=30) copy=(--worker=all --scp-flag=-oConnectTimeout=20)
 poll=${TPU_VM_POLL:-30} follow_seconds=${TPU_VM_FOLLOW:-300}
 
-exec 3>&1 4>&2 # this script's own, while the output of its commands is being read
+exec 3>&1 4>&2 # this script's own output, while the output of its commands is read
 say() { [ -n "$dry_run" ] || echo "[$(date +%H:%M:%S)] tpu_vm: $*" >&4; }
 
 die() {
@@ -59,7 +61,7 @@ wrong_usage() {
   exit 2
 }
 
-# Words as a shell reads them back, whatever is in them.
+# Quotes words so that a shell reads them back unchanged.
 quote() {
   local LC_ALL=C word line='' mark="'\\''"
   for word; do
@@ -85,7 +87,7 @@ tpus() {
 # Runs a command line on worker $1, a number or "all".
 remote() { tpus tpu-vm ssh "${connect[@]}" "--worker=$1" "--command=$2" </dev/null; }
 
-# The command line that calls tpu_worker.sh there, and the one of a question: where the code never came, there is no job.
+# The command lines that call tpu_worker.sh on a worker. ask is for queries: if the code was never copied, there is no job.
 worker() { echo "cd ~/jax_rlhf && exec bash launch/tpu_worker.sh $(quote "$@")"; }
 ask() { echo "[ -d jax_rlhf ] || { echo '@job state=none' >&2; exit 0; }; $(worker "$@")"; }
 
@@ -94,7 +96,7 @@ source "$root/launch/tpu_resource.sh"
 
 # ---- the code
 
-# Makes $scratch/jax_rlhf.tar.gz of the tracked files, and of a list of them, by which the next copy removes what is no more.
+# Makes $scratch/jax_rlhf.tar.gz of the tracked files and a list of them. The next copy uses the list to remove old files.
 pack() {
   local file untracked
   cd "$root"
@@ -125,7 +127,7 @@ upload() {
   call gcloud compute tpus tpu-vm scp "$1" "$name:$2" "${where[@]}" "${copy[@]}" </dev/null
 }
 
-# Copies the code to all workers, and does there what the arguments say after that.
+# Copies the code to all workers, and then runs the commands in the arguments there.
 copy_code() {
   local unpack='mkdir -p jax_rlhf && cd jax_rlhf && { [ ! -f .copied ] || xargs -0 rm -f -- <.copied; }' command
   unpack+=' && tar -xzf ../jax_rlhf.tar.gz'
@@ -135,17 +137,17 @@ copy_code() {
   upload "$scratch/jax_rlhf.tar.gz" jax_rlhf.tar.gz && remote all "$unpack"
 }
 
-# All that the workers need before the job can start.
+# Prepares the workers for the job.
 prepare() {
   say "copying the code and installing, on all workers"
   if [ -n "$env_file" ]; then
-    # Into a folder that others cannot enter: scp makes files that they can read, and may find an older one. (ssh's own
-    # input would do for one worker; gcloud does not share it among several.)
+    # Into a folder that others cannot enter, because scp creates files that others can read, and may overwrite an older one.
+    # (ssh's stdin would work for one worker, but gcloud does not copy it to several.)
     remote all "mkdir -p -m 700 .jax_rlhf && chmod 700 .jax_rlhf && rm -f .jax_rlhf/env jax_rlhf.env" || return
     upload "$env_file" .jax_rlhf/env || return
     set -- "chmod 600 ~/.jax_rlhf/env"
   fi
-  [ -z "$setup" ] || set -- "$@" "(cd && { $setup"$'\n'"})" # the newline ends a comment in it
+  [ -z "$setup" ] || set -- "$@" "(cd && { $setup"$'\n'"})" # the newline ends a comment in $setup
   copy_code "$@" "$(worker install ${python:+"$python"})"
 }
 
@@ -168,13 +170,13 @@ follow() {
     [ -z "$dry_run" ] || return 0
     failures=$((failures + 1))
     case $(outlook) in
-      ready* | '') ;; # the connection, or the network here
+      ready* | '') ;; # the connection failed, or this machine's network
       *)
         job_state=gone
         return 0
         ;;
     esac
-    [ "$failures" -lt 20 ] || die "worker 0 cannot be reached; a job on it goes on. $(tail -n 3 "$scratch/follow")"
+    [ "$failures" -lt 20 ] || die "worker 0 cannot be reached; a job on it continues. $(tail -n 3 "$scratch/follow")"
     say "the connection to worker 0 is lost; trying again"
     sleep "$poll"
   done
@@ -182,16 +184,16 @@ follow() {
 
 last_report() { grep '^@job ' "$scratch/$1" | tail -n 1; }
 
-# After the end on worker 0: asks all workers how they ended. Sets $outcome to restart or to an exit code, $progress to how
-# far the run was.
-collect() {
+# After the end on worker 0: asks all workers for their exit codes. Sets $outcome to restart or to an exit code, $progress to
+# the last checkpoint of the run.
+ask_exit_codes() {
   local report code chosen=0 culprit='' again='' stopped=''
   progress=''
   remote all "$(ask settle 300)" 2>"$scratch/settle" || true
   outcome=0
   [ -z "$dry_run" ] || return 0
   if grep -q '^@job .*state=running' "$scratch/settle"; then
-    say "a worker has not ended, minutes after worker 0: stopping it"
+    say "a worker is still running minutes after worker 0 ended: stopping it"
     remote all "$(ask stop 30)" 2>/dev/null || true
   fi
   while read -r report; do
@@ -201,8 +203,8 @@ collect() {
     case $(field state "$report"):$code in
       lost:* | none:* | ended:75) again=1 ;;
       running:* | ended:0) ;;
-      # A program's own code tells more than the signals (128 and up) by which those end that lost it.
-      # What only the user can mend (1 and 2) tells most.
+      # A program's own exit code is more informative than the signals (128 and up) that end processes which lost it.
+      # Errors that only the user can fix (1 and 2) come first.
       *) if [ "$(weight "$code")" -gt "$(weight "$chosen")" ]; then chosen=$code culprit=$report; fi ;;
     esac
   done < <(grep '^@job ' "$scratch/settle" || echo '@job state=lost')
@@ -217,10 +219,10 @@ collect() {
   fi
 }
 
-# How much an exit code tells of the others'.
+# How informative an exit code is, compared with others.
 weight() { case $1 in 0) echo 0 ;; 1 | 2) echo 3 ;; *) if [ "$1" -ge 128 ]; then echo 1; else echo 2; fi ;; esac; }
 
-# The end of the log of a failed worker, unless it is worker 0, whose log was shown.
+# Shows the end of the log of a failed worker, unless it is worker 0, whose log was shown already.
 show_end() {
   local host
   host=$(field worker "$1")
@@ -233,7 +235,7 @@ show_end() {
   esac
 }
 
-# Is the very same job running on the VM already? Not on one that was just created.
+# Whether the same job is already running on the VM. A VM that was just created has none.
 attach() {
   local report sum
   [ -z "$created" ] && [ -z "$dry_run" ] || return 1
@@ -242,13 +244,13 @@ attach() {
   sum=$(printf '%s\0' "$@" | cksum | tr ' ' -)
   [ "$(field command "$report")" = "$sum" ] || die "$name is running another command; 'logs' shows it, 'stop' ends it"
   if grep '^@job ' "$scratch/attach" | grep -qv " id=$(field id "$report") "; then
-    say "it was started on some workers only: starting again"
+    say "it was started on some workers only: restarting"
     return 1
   fi
   say "it is running already; this is its log"
 }
 
-# Starts the job on all workers, under an id by which a repeated start is known. Fails if the VM is gone.
+# Starts the job on all workers, with an id that identifies repeated starts. Fails if the VM is gone.
 launch() {
   local id=$1
   shift
@@ -256,13 +258,13 @@ launch() {
     say "started python -m jax_rlhf $(quote "$@")"
     return
   fi
-  case $(outlook) in ready* | '') die "$name could not be made ready for the job; the reason stands above" ;; esac
+  case $(outlook) in ready* | '') die "$name could not be made ready for the job; see the messages above" ;; esac
   return 1
 }
 
 run() {
   local restarts=0 stuck=0 before='' started
-  [ $# -gt 0 ] || wrong_usage "what to run stands after --, such as -- --config=configs/sft.py --workdir=DIR"
+  [ $# -gt 0 ] || wrong_usage "the arguments of the job come after --, such as -- --config=configs/sft.py --workdir=DIR"
   started=$(date +%s)-$$
   pack "$@"
   while :; do
@@ -272,7 +274,7 @@ run() {
       follow
       case $job_state in
         ended | lost)
-          collect
+          ask_exit_codes
           if is_further "$progress" "$before"; then stuck=0 before=$progress; else stuck=$((stuck + 1)); fi
           ;;
       esac
@@ -284,14 +286,14 @@ run() {
       break
     fi
     if [ "$restarts" -ge "$max_restarts" ]; then
-      say "the job wants to go on, but --max-restarts=$max_restarts is used up; the same command goes on"
+      say "the job is not finished, but --max-restarts=$max_restarts is used up; the same command resumes it"
       outcome=75
       break
     fi
     restarts=$((restarts + 1))
     say "restart $restarts of at most $max_restarts"
   done
-  say "ended with exit code $outcome. The VM stays, and costs: bash launch/tpu_vm.sh down --name=$name --zone=$zone"
+  say "ended with exit code $outcome. The VM keeps running, and costs money: bash launch/tpu_vm.sh down --name=$name --zone=$zone"
   exit "$outcome"
 }
 
@@ -303,24 +305,24 @@ logs() {
 }
 
 interrupted() {
-  say "no longer watching. $name and a job on it stay: launch/tpu_vm.sh logs, stop or down --name=$name --zone=$zone"
+  say "no longer watching. $name and its job keep running: launch/tpu_vm.sh logs, stop or down --name=$name --zone=$zone"
   exit "$1"
 }
 
-# The file holds secrets: others on this machine must not read it, and git must not keep it.
+# The file contains secrets: others on this machine must not be able to read it, and git must not track it.
 check_env_file() {
-  [ -f "$env_file" ] || die "--env-file=$env_file: there is no such file"
-  # What ls shows is the same everywhere; options of find and stat are not.
+  [ -f "$env_file" ] || die "--env-file=$env_file: no such file"
+  # ls prints the same on all systems; options of find and stat differ.
   case $(ls -dlL -- "$env_file") in
     -???------*) ;;
     *) die "--env-file=$env_file can be read or written by others: chmod 600 $(quote "$env_file")" ;;
   esac
   if git -C "$(dirname -- "$env_file")" ls-files --error-unmatch -- "$(basename -- "$env_file")" >/dev/null 2>&1; then
-    die "--env-file=$env_file is tracked by git, which keeps it for ever: git rm --cached, and new tokens"
+    die "--env-file=$env_file is tracked by git, which keeps its history: run git rm --cached, and replace the tokens"
   fi
 }
 
-# Sets the variables above from the options; what stands after -- is left in $arguments.
+# Sets the variables above from the options. Arguments after -- are stored in $arguments.
 read_options() {
   local option
   while [ $# -gt 0 ]; do
@@ -342,15 +344,15 @@ read_options() {
       --max-restarts=*) max_restarts=${option#*=} ;;
       --dry-run) dry_run=1 ;;
       --) break ;;
-      *) wrong_usage "'$option' is no option; what python -m jax_rlhf gets stands after --" ;;
+      *) wrong_usage "'$option' is not an option; arguments of python -m jax_rlhf come after --" ;;
     esac
   done
-  arguments=("$@" --) # the -- keeps it from being empty
+  arguments=("$@" --) # with the -- it is never empty
   [ -n "$name" ] || wrong_usage "--name=NAME is missing"
   [ -n "$zone" ] || wrong_usage "--zone=ZONE is missing"
-  case $max_restarts in '' | *[!0-9]*) wrong_usage "--max-restarts=$max_restarts is no number" ;; esac
+  case $max_restarts in '' | *[!0-9]*) wrong_usage "--max-restarts=$max_restarts is not a number" ;; esac
   [ -z "$env_file" ] || check_env_file
-  [ -n "$dry_run" ] || command -v gcloud >/dev/null || die "gcloud is not installed; --dry-run shows what it would be asked"
+  [ -n "$dry_run" ] || command -v gcloud >/dev/null || die "gcloud is not installed; --dry-run shows the commands"
 }
 
 main() {
@@ -361,7 +363,7 @@ main() {
       sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
       exit
       ;;
-    *) wrong_usage "'$command' is no command" ;;
+    *) wrong_usage "'$command' is not a command" ;;
   esac
   read_options "$@"
   set -- "${arguments[@]}"
@@ -374,7 +376,7 @@ main() {
   case $command in
     up | run | logs) "$command" "$@" ;;
     sync)
-      pack # not pack && …: on the left of that, bash does not stop at an error within
+      pack # not pack && …, because bash does not stop at an error inside the left side of &&
       copy_code
       ;;
     stop) remote all "$(ask stop 600)" ;;

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# On a worker of a TPU VM: what launch/tpu_vm.sh asks for over ssh. It is copied there with the code; not to be typed.
+# Runs on a worker of a TPU VM: the commands that launch/tpu_vm.sh calls over ssh. It is copied there with the code. Do not
+# call it yourself.
 #
 #   bash launch/tpu_worker.sh install [PYTHON]        # the virtual environment, with '.[tpu]'
-#   bash launch/tpu_worker.sh start ID ARGUMENT…      # python -m jax_rlhf ARGUMENT…, which outlives the connection
-#   bash launch/tpu_worker.sh follow OFFSET SECONDS   # the log from that byte on ("start": from the job's start)
-#   bash launch/tpu_worker.sh settle SECONDS          # waits that long for the job's end
-#   bash launch/tpu_worker.sh stop SECONDS            # SIGTERM; SIGKILL if it has not ended after so long
+#   bash launch/tpu_worker.sh start ID ARGUMENT…      # python -m jax_rlhf ARGUMENT…, which survives the connection
+#   bash launch/tpu_worker.sh follow OFFSET SECONDS   # the log from this byte on ("start": from the job's start)
+#   bash launch/tpu_worker.sh settle SECONDS          # waits at most this long for the job's end
+#   bash launch/tpu_worker.sh stop SECONDS            # SIGTERM; SIGKILL if the job is still running after that
 #   bash launch/tpu_worker.sh tail LINES              # the end of the log
 #
 # follow, settle and stop end with a line on stderr:
@@ -16,21 +17,21 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
 
-job=$HOME/jax_rlhf_job # a folder with: id, command, process, offset, log, exit_code, stopped, progress
+job=$HOME/jax_rlhf_job # folder with id, command, process, offset, log, exit_code, stopped, progress
 boot=$(cat /proc/sys/kernel/random/boot_id 2>/dev/null || true)
 
 install() {
   local wanted
   if [ $# -gt 0 ]; then PYTHON=$1; else choose_python; fi
   make_environment tpu
-  ln -sfn "$(basename "$environment")" .venv/tpu # start need not know the version
+  ln -sfn "$(basename "$environment")" .venv/tpu # so that start does not need the version
   wanted=$(cat requirements.txt requirements-tpu.txt pyproject.toml | cksum)
   [ "$wanted" = "$(cat "$environment/installed" 2>/dev/null)" ] && return
   pip_install -e '.[tpu]'
   echo "$wanted" >"$environment/installed"
 }
 
-# Many TPU VM images have Python 3.10, or a distribution's Python without ensurepip, which cannot make environments.
+# Many TPU VM images have Python 3.10, or a distribution's Python without ensurepip, which cannot create environments.
 choose_python() {
   local candidate
   for candidate in python3 python3.13 python3.12 python3.11; do
@@ -39,7 +40,7 @@ choose_python() {
       return
     fi
   done
-  echo "no Python 3.11 or newer with ensurepip here: uv fetches 3.12 (--python=PYTHON names another)" >&2
+  echo "no Python 3.11 or newer with ensurepip was found: uv installs 3.12 (--python=PYTHON selects another)" >&2
   PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv # only into ~/.local
   python3 -m uv python install 3.12
   PYTHON=$(python3 -m uv python find --managed-python 3.12)
@@ -50,7 +51,7 @@ start() {
   shift
   mkdir -p "$job"
   exec 9>"$job/lock"
-  flock 9 # gcloud repeats a command whose connection broke, while the first may still be at it
+  flock 9 # gcloud repeats a command after a broken connection, while the first one may still be running
   if [ "$id" = "$(cat "$job/id" 2>/dev/null)" ]; then
     return
   fi
@@ -65,8 +66,8 @@ start() {
 }
 
 job() {
-  # A signal to the whole group (stop, shutdown) is the program's to handle; this shell stays to write its exit code down,
-  # in one step, so that a reader never sees half of it.
+  # The program handles a signal to the whole group (stop, shutdown). This shell stays alive to write the exit code, in one
+  # step, so that a reader never sees a partial file.
   trap : HUP INT TERM
   trap 'echo $? >"$job/exit_code.new" && mv "$job/exit_code.new" "$job/exit_code"' EXIT
   if [ -f "$HOME/.jax_rlhf/env" ]; then
@@ -78,7 +79,7 @@ job() {
   export PYTHONUNBUFFERED=1
   export JAX_RLHF_PROGRESS_FILE=$job/progress # the phase and step of its last checkpoint
   keep_compiled "$@"
-  export JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu} # without it JAX goes on with the CPU when the TPU cannot be had
+  export JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu} # without it JAX continues on the CPU if the TPU is not available
   .venv/tpu/bin/python -m jax_rlhf "$@"
 }
 
@@ -93,7 +94,7 @@ look() {
     state=none
   elif [ -n "$process" ] && [ "$booted" = "$boot" ] && kill -0 "$process" 2>/dev/null; then
     state=running
-  elif [ -f "$job/exit_code" ]; then # it ended between the first question and the last
+  elif [ -f "$job/exit_code" ]; then # it ended between the first check and the last
     state=ended code=$(cat "$job/exit_code")
   else
     state=lost
@@ -112,7 +113,7 @@ follow() {
   local offset=$1 end=$((SECONDS + $2)) size
   [ "$offset" != start ] || offset=$(cat "$job/offset" 2>/dev/null || echo 0)
   while :; do
-    look # before the size, so that all that was written before the end is within it
+    look # before the size, so that the size includes everything written before the end
     size=$(wc -c 2>/dev/null <"$job/log" || echo 0)
     if [ "$size" -gt "$offset" ]; then
       head -c $((size - offset)) < <(tail -c +$((offset + 1)) "$job/log")
@@ -139,7 +140,7 @@ stop() {
   look
   if [ "$state" = running ]; then
     touch "$job/stopped"
-    pkill -TERM -P "$process" || true # the program, not the shell that waits for its exit code
+    pkill -TERM -P "$process" || true # the program, not the shell that writes its exit code
     while [ "$state" = running ] && [ "$SECONDS" -lt "$end" ]; do
       sleep 0.1
       look
@@ -157,7 +158,7 @@ case ${1:-} in
   install | start | job | follow | settle | stop) "$@" ;;
   tail) tail -n "$2" "$job/log" ;;
   *)
-    echo "$0: unknown command '${1:-}'; launch/tpu_vm.sh is the script to call" >&2
+    echo "$0: unknown command '${1:-}'; call launch/tpu_vm.sh instead" >&2
     exit 2
     ;;
 esac

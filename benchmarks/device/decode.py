@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.device.lines import attempt, chip_here, llama, random_model, say
+from benchmarks.device.lines import attempt, chip_here, llama, print_row, random_model
 from jax_rlhf.models import Decoder, DecoderConfig, model_jit, unstack_layers
 from jax_rlhf.plan.shapes import model_shape
 from jax_rlhf.rl import Prompts
@@ -91,7 +91,7 @@ def _measure(name: str, rows: int, scanned: bool, tiny: bool) -> None:
     if chip is not None:
         bound = step_bytes(config, kernels, rows, prompt, new) / chip.bandwidth
         row |= {"bound_ms": 1000 * bound, "share_of_bound": bound / step, "goal": GOAL}
-    say("decode", **row)
+    print_row("decode", **row)
 
 
 def _compiled(model: Decoder, params: Any, tokens: jax.Array, length: int) -> tuple[Callable[[int], Any], float]:
@@ -125,7 +125,7 @@ def _profile() -> None:
         data = jax.profiler.ProfileData.from_file(str(file))
     spent = device_time(data)
     top = {name[:80]: nanoseconds / 1e6 for name, nanoseconds in spent.most_common(8)}
-    say("decode", profile="16 new tokens", device_ms=sum(spent.values()) / 1e6, top_ms=top)
+    print_row("decode", profile="16 new tokens", device_ms=sum(spent.values()) / 1e6, top_ms=top)
 
 
 def device_time(profile: Any) -> collections.Counter[str]:

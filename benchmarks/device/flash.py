@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.device.lines import attempt, llama, say
+from benchmarks.device.lines import attempt, llama, print_row
 from jax_rlhf.models.attention import AttentionContext, attend, token_order, visible
 from jax_rlhf.models.flash import flash_attend
 
@@ -96,7 +96,7 @@ def _compare(case: tuple, has_kernel: bool) -> None:
         "errors": errors(found),
         "plain_errors": errors(plain_result),
     }
-    say("flash", ok=good, case=case, finite=finite, **fields, bar=bar)
+    print_row("flash", ok=good, case=case, finite=finite, **fields, bar=bar)
 
 
 def _time(case: tuple[int, int, int, int], has_kernel: bool) -> None:
@@ -115,4 +115,4 @@ def _time(case: tuple[int, int, int, int], has_kernel: bool) -> None:
             start = time.perf_counter()
             jax.block_until_ready(step(query, key, key))
             seconds.append(time.perf_counter() - start)
-        say("flash", timed=name, case=[8, *case], milliseconds=1000 * statistics.median(seconds))
+        print_row("flash", timed=name, case=[8, *case], milliseconds=1000 * statistics.median(seconds))

@@ -15,7 +15,7 @@ from jax_rlhf.plan.chips import Chip
 from jax_rlhf.plan.measure import chip_of
 
 
-def say(part: str, *, ok: bool | None = None, **fields: Any) -> None:
+def print_row(part: str, *, ok: bool | None = None, **fields: Any) -> None:
     """Prints a row at once, so that it is not lost if the part is killed.
 
     Args:
@@ -37,7 +37,7 @@ def attempt(part: str, case: Any, measure: Callable[[], None]) -> None:
     try:
         measure()
     except Exception as error:
-        say(part, ok=False, case=case, error=f"{type(error).__name__}: {str(error)[:400]}")
+        print_row(part, ok=False, case=case, error=f"{type(error).__name__}: {str(error)[:400]}")
 
 
 def _rounded(value: Any) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 from packaging.requirements import Requirement
 
 import jax_rlhf
-from benchmarks.device.lines import llama, say
+from benchmarks.device.lines import llama, print_row
 from jax_rlhf import sample, token_logprobs
 from jax_rlhf.models import Decoder, DecoderConfig, init_params, unstack_layers
 
@@ -33,12 +33,12 @@ def env(tiny: bool) -> None:
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     expected = ("cpu",) if tiny else ("gpu", "tpu")
     fields = {"devices": devices, "cores": os.cpu_count(), "versions": versions, "bytes_limit": memory}
-    say("env", ok=jax.default_backend() in expected, case="devices", **fields)
+    print_row("env", ok=jax.default_backend() in expected, case="devices", **fields)
     lines = (Path(jax_rlhf.__file__).parents[1] / "requirements.txt").read_text().splitlines()
     problems = unmet_requirements(lines)
-    say("env", ok=not problems, case="requirements.txt", unmet=problems)
+    print_row("env", ok=not problems, case="requirements.txt", unmet=problems)
     problems = import_errors()
-    say("env", ok=not problems, case="imports", errors=problems)
+    print_row("env", ok=not problems, case="imports", errors=problems)
 
 
 def _installed(name: str) -> str | None:
@@ -99,7 +99,7 @@ def numbers(tiny: bool) -> None:
     exact = _scored(cpu, "float32", params, rows, unrolled=True)
     cost = _differences(exact, _scored(cpu, "bfloat16", params, rows, unrolled=True))
     cost["other_tokens"] = _other_tokens(cpu, cpu, "bfloat16", params, rows)
-    say("numbers", device="cpu", dtype="bfloat16", **cost)
+    print_row("numbers", device="cpu", dtype="bfloat16", **cost)
     for dtype in ("float32", "bfloat16"):
         found = _differences(exact, _scored(device, dtype, params, rows, unrolled=False))
         found["other_tokens"] = _other_tokens(device, cpu, dtype, params, rows)
@@ -109,7 +109,7 @@ def numbers(tiny: bool) -> None:
                 "other_tokens": 3 * max(cost["other_tokens"], 1)
             }
         good = all(found[name] <= bar for name, bar in bars.items())
-        say("numbers", ok=good, device=device.platform, dtype=dtype, **found, tokens=rows * _PROMPT, bars=bars)
+        print_row("numbers", ok=good, device=device.platform, dtype=dtype, **found, tokens=rows * _PROMPT, bars=bars)
 
 
 def _config(dtype: str) -> DecoderConfig:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.device.lines import attempt, chip_here, llama, peak_bytes, random_model, say
+from benchmarks.device.lines import attempt, chip_here, llama, peak_bytes, print_row, random_model
 from jax_rlhf import PPOTrainer, Prompts, RLHFEngine
 from jax_rlhf.config import default_config, run_config
 from jax_rlhf.hub import config_from_hub
@@ -69,7 +69,7 @@ def _measure(attention: str, flops: dict[str, float], tiny: bool) -> None:
     finite = all(np.isfinite(value) for line in lines for value in line.values())
     good = finite and abs(first["objective/kl"]) < 1e-3 and first["val/first_ratio_gap"] < RATIO_GAP
     bar = f"finite; KL of the first iteration below 1e-3, its first ratio within {RATIO_GAP} of 1"
-    say("ppo", ok=good, **row, bar=bar)
+    print_row("ppo", ok=good, **row, bar=bar)
 
 
 def _opt(preset: str, tiny: bool) -> DecoderConfig:
@@ -146,7 +146,7 @@ def offload(tiny: bool) -> None:
     peaks = on_device["peak_gib"], offloaded["peak_gib"]
     lower = None in peaks or peaks[1] < peaks[0]
     bar = "losses equal to 0.1 %; a lower peak, if the device reports its peak memory"
-    say("offload", ok=same and lower, peak_gib=peaks, losses_are_the_same=same, bar=bar)
+    print_row("offload", ok=same and lower, peak_gib=peaks, losses_are_the_same=same, bar=bar)
 
 
 def iterations_on_device(tiny: bool) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.device.lines import attempt, llama, random_model, say
+from benchmarks.device.lines import attempt, llama, print_row, random_model
 from jax_rlhf import save_pretrained
 from jax_rlhf.plan.chips import CARDS
 
@@ -85,7 +85,7 @@ def memory(tiny: bool) -> None:
     """
     platform, kind, limit = device_of_children()
     if limit is None:
-        say("memory", not_run=f"{platform} devices do not report their memory")
+        print_row("memory", not_run=f"{platform} devices do not report their memory")
         return
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
@@ -100,7 +100,7 @@ def memory(tiny: bool) -> None:
         if described is not None:
             attempt("memory", f"plan for {name}:1", lambda: planned.update(_finished_plan(described)))
     for row in compared_peaks(measured, planned):
-        say("memory", **row, bar="within 10 %")
+        print_row("memory", **row, bar="within 10 %")
 
 
 def _started_plan(flags: list[str]) -> subprocess.Popen[str]:
@@ -176,10 +176,10 @@ def resume(tiny: bool) -> None:
         bar = "exit codes 75, 0, 0; equal bit for bit"
         if codes == [75, 0, 0]:
             equal = _digest(folder / "stopped") == _digest(folder / "whole")
-            say("resume", ok=equal, exit_codes=codes, equal=equal, bar=bar)
+            print_row("resume", ok=equal, exit_codes=codes, equal=equal, bar=bar)
         else:
             logs = {workdir: (folder / f"{workdir}.log").read_text()[-500:] for workdir in ("stopped", "whole")}
-            say("resume", ok=False, exit_codes=codes, logs=logs, bar=bar)
+            print_row("resume", ok=False, exit_codes=codes, logs=logs, bar=bar)
 
 
 def _train(folder: Path, workdir: str) -> subprocess.Popen[str]:
@@ -243,14 +243,14 @@ def quickstart(tiny: bool) -> None:
         done = _run("jax_rlhf", *flags)
         seconds = time.perf_counter() - start
         if done.returncode:
-            say("quickstart", ok=False, rc=done.returncode, error=done.stderr[-1500:])
+            print_row("quickstart", ok=False, rc=done.returncode, error=done.stderr[-1500:])
             return
         summaries = {phase: _summary(Path(name), phase) for phase in ("sft", "reward", "ppo")}
         lines = (Path(name) / "run" / "ppo" / "metrics.jsonl").read_text().splitlines()
     found = quickstart_figures(summaries, [json.loads(line) for line in lines])
     missed = [] if tiny else missed_bars(found)
     bars = None if tiny else {figure: [low, high] for figure, (low, high) in QUICKSTART_BARS.items()}
-    say("quickstart", ok=not missed, seconds=seconds, **found, missed=missed, bars=bars)
+    print_row("quickstart", ok=not missed, seconds=seconds, **found, missed=missed, bars=bars)
 
 
 QUICKSTART_BARS: dict[str, tuple[float | None, float | None]] = {
