@@ -16,7 +16,7 @@ from jax_rlhf.config import default_config
 def get_config() -> ConfigDict:
     """The settings."""
     config = default_config()  # has every field, so that flags can set any
-    config.phases = ("ppo",)  # The phases to run, of "sft", "reward" and "ppo", in that order.
+    config.phases = ("ppo",)  # The phases to run: one or more of "sft", "reward" and "ppo", in this order.
     # The checkpoint: a folder, a .gguf file or a hub id; None = the checkpoint of another model, or no model.
     config.model.path = "HuggingFaceTB/SmolLM2-135M"
     # The number of layers that are trained, counted from the top; None = all parameters. It applies to the actor and
@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
 
 
 def _reward_model(reward_model: ConfigDict) -> None:
-    """The reward model of PPO; `path` None = <workdir>/reward/model, or `ppo.reward.functions` alone."""
+    """The reward model of PPO; without a `path`, <workdir>/reward/model, or reward functions only if there is none."""
     # The checkpoint: a folder, a .gguf file or a hub id; None = the checkpoint of another model, or no model.
     # reward_model.path = None
     # reward_model.revision = None  # The revision of a hub id.
@@ -55,13 +55,13 @@ def _reward_model(reward_model: ConfigDict) -> None:
     # reward_model.remat = None
     # "xla", or "flash" on GPU (cuDNN) and TPU (splash attention), which stores no T × T scores; None = "xla".
     # reward_model.attention = None
-    # Its parameters wait in the host's memory and come to the devices to score. What it shares with the actor or the
-    # critic stays on the devices.
+    # Keep the parameters in host memory, and copy them to the devices for scoring. Parameters shared with the actor or
+    # the critic stay on the devices.
     reward_model.offload = False
 
 
 def _critic(critic: ConfigDict) -> None:
-    """The critic of PPO; `path` None = the reward model."""
+    """The critic of PPO; without a `path` it starts from the reward model."""
     # The checkpoint: a folder, a .gguf file or a hub id; None = the checkpoint of another model, or no model.
     # critic.path = None
     # critic.revision = None  # The revision of a hub id.
@@ -76,13 +76,14 @@ def _critic(critic: ConfigDict) -> None:
     # critic.remat = None
     # "xla", or "flash" on GPU (cuDNN) and TPU (splash attention), which stores no T × T scores; None = "xla".
     # critic.attention = None
-    # Its values start at 0, and only its trunk is what `path` (or the reward model) says. A reward model learned from
-    # whole answers; what its head says of unfinished ones can be a worse baseline than none (Ziegler et al. 2019).
+    # Start with a value head of zeros, so that all values are 0; only the trunk is taken from `path` (or the reward
+    # model). A reward model is trained on whole answers, and its scores of unfinished ones can be a worse baseline than
+    # none (Ziegler et al. 2019).
     critic.zero_head = False
 
 
 def _reference(reference: ConfigDict) -> None:
-    """The reference of PPO; `path` None = the SFT policy."""
+    """The reference of PPO; without a `path`, the SFT policy."""
     # The checkpoint: a folder, a .gguf file or a hub id; None = the checkpoint of another model, or no model.
     # reference.path = None
     # reference.revision = None  # The revision of a hub id.
@@ -97,32 +98,34 @@ def _reference(reference: ConfigDict) -> None:
     # reference.remat = None
     # "xla", or "flash" on GPU (cuDNN) and TPU (splash attention), which stores no T × T scores; None = "xla".
     # reference.attention = None
-    # Its parameters wait in the host's memory and come to the devices to score. What it shares with the actor or the
-    # critic stays on the devices.
+    # Keep the parameters in host memory, and copy them to the devices for scoring. Parameters shared with the actor or
+    # the critic stay on the devices.
     reference.offload = False
 
 
 def _ppo(ppo: ConfigDict) -> None:
     """The PPO phase."""
-    ppo.iterations = 100  # Each samples `data.ppo_batch_size` prompts and updates.
+    ppo.iterations = 100  # Iterations; each samples responses to `data.ppo_batch_size` prompts and trains on them.
     # Iterations between evaluations on held-out prompts; 0 = only before the first and after the last.
     ppo.eval_every = 0
-    # Held-out prompts to answer, at most; None = `data.eval_rows`, which says how many are drawn.
+    # The largest number of held-out prompts per path and evaluation; None = `data.eval_rows`, which decides how many
+    # are held out.
     # ppo.eval_rows = None
-    ppo.eval_functions = ()  # As `reward.functions`, but only reported.
-    ppo.sample_rows = 4  # Of each iteration's responses, how many go to samples.jsonl; evaluations write all.
-    ppo.seed = 0  # Of the samples and the row orders; the run's seed where that is set.
-    # Sample and score as two programs and wait for each, for the metrics time/generate, time/score and time/train.
+    ppo.eval_functions = ()  # Functions like those of `reward.functions`, whose results are only reported.
+    ppo.sample_rows = 4  # Responses per iteration that are written to samples.jsonl; evaluations write all of theirs.
+    ppo.seed = 0  # The seed of sampling and of shuffling rows; in a run it follows `config.seed` unless it is set.
+    # Run sampling and scoring as two programs and wait for each, to measure time/generate, time/score and time/train.
     ppo.time_phases = True
-    ppo.ppo_epochs = 4  # Passes over the experience of an iteration.
+    ppo.ppo_epochs = 4  # Passes over the experience of each iteration.
     ppo.num_minibatches = 4  # Optimizer steps per pass; rows are reshuffled in each pass.
-    # Rows whose activations exist at once, in scoring and in updates, on all devices together; None = chosen by the
+    # Rows per forward and backward pass, in scoring and in updates, summed over all devices; None = chosen by the
     # device. It changes memory and speed, not the gradient.
     # ppo.microbatch_size = None
-    # ppo.logprob_chunk = None  # Positions whose logits exist at once; None = chosen by vocabulary and device.
+    # Token positions whose logits are in memory at once; None = chosen by vocabulary size and device.
+    # ppo.logprob_chunk = None
     ppo.gamma = 1.0  # The discount factor of future rewards.
     ppo.lam = 0.95  # λ of GAE.
-    ppo.whiten_advantages = True  # To mean 0 and variance 1 over the batch's tokens.
+    ppo.whiten_advantages = True  # Normalize advantages to mean 0 and variance 1 over the tokens of the batch.
     _ppo_sampling(ppo.sampling)
     _ppo_reward(ppo.reward)
     _ppo_kl(ppo.kl)
@@ -134,142 +137,154 @@ def _ppo(ppo: ConfigDict) -> None:
 
 def _ppo_sampling(sampling: ConfigDict) -> None:
     """How responses are sampled."""
-    sampling.max_new_tokens = 128  # R, the longest response, in tokens.
-    sampling.min_new_tokens = 0  # Before so many tokens EOS is not drawn.
-    sampling.temperature = 1.0  # τ > 0, what logits are divided by, in sampling and in every log-prob.
-    # Draw among the k likeliest tokens; 0 = all, 1 = greedy. Leave it off in PPO: log-probs are of the unfiltered
-    # softmax, so that ratios would be of a distribution that was not sampled from; `val/kept_mass` says how far off.
+    sampling.max_new_tokens = 128  # The longest response, in tokens.
+    sampling.min_new_tokens = 0  # The shortest response, in tokens: EOS is not sampled earlier.
+    sampling.temperature = 1.0  # τ > 0; logits are divided by it, in sampling and in all log-probs.
+    # Sample from the k most likely tokens; 0 = all, 1 = greedy. Leave it at 0 in PPO: log-probs are those of the
+    # unfiltered softmax, so ratios would be of a distribution that was not sampled from; `val/kept_mass` shows by how
+    # much.
     sampling.top_k = 0
-    # Draw among the fewest tokens that hold this probability; 1 = all. Leave it off in PPO, as `top_k`.
+    # Sample from the smallest set of tokens with at least this total probability; 1 = all. Leave it at 1 in PPO, for
+    # the same reason.
     sampling.top_p = 1.0
-    # Any of these ids ends a response; None = those of the tokenizer and of the checkpoint's generation_config (of
+    # Token ids that end a response; None = those of the tokenizer and of the checkpoint's generation_config (in
     # `jax_rlhf.sample`: none).
     # sampling.eos_ids = None
-    # Stands after the end of a response; None = the tokenizer's pad, else an EOS (of `jax_rlhf.sample`: 0).
+    # The token id after the end of a response; None = the tokenizer's pad, or an EOS if it has none (in
+    # `jax_rlhf.sample`: 0).
     # sampling.pad_id = None
 
 
 def _ppo_reward(reward: ConfigDict) -> None:
-    """Where scores come from beside the reward model, and what becomes of them."""
-    # "FILE.py:function" or "package.module:function" each, f(prompts, responses, **columns) → scores, added to the
-    # reward model's.
+    """The reward functions, and how scores become rewards."""
+    # Reward functions, each "FILE.py:function" or "package.module:function": f(prompts, responses, **columns) → one
+    # score per response. Their scores are added to the reward model's.
     reward.functions = ()
-    # reward.clip = None  # Scores are clipped to ± this, in reward units; None = not.
-    reward.missing_eos_penalty = 0.0  # Subtracted from the (clipped) score of a response without EOS.
-    # A response without EOS is "terminal", or its end is "bootstrap"ped with the critic's value there.
+    # reward.clip = None  # Clip scores to [−clip, clip], in reward units; None = no clipping.
+    # Subtracted from the score of a response without EOS, after clipping; in reward units.
+    reward.missing_eos_penalty = 0.0
+    # How a response without EOS ends. "terminal": the value after its last token is 0, as after EOS. "bootstrap": it is
+    # the critic's value there.
     reward.truncation = "terminal"
-    reward.whiten = False  # Divides the rewards by their spread, keeping the mean.
-    reward.timeout = 600.0  # Seconds that a call of a reward function may take; None = for ever.
-    # "process": each reward and evaluation function runs in a process of its own, which is killed after `timeout` and
-    # started again where it ends; "none": in the run's process.
+    reward.whiten = False  # Divide the rewards by their standard deviation; the mean is kept.
+    reward.timeout = 600.0  # Time limit of one call of a reward function, in seconds; None = no limit.
+    # "none": reward and evaluation functions run in the training process. "process": each runs in its own process,
+    # which is killed after `timeout` and restarted if it has exited.
     reward.isolation = "none"
-    # reward.memory_gb = None  # With isolation, address space of each such process, in GB; None = no limit.
-    # How often a call is repeated that raised an exception, took too long, or did not return a finite number for each
+    # With isolation="process", the limit on the address space of each process, in GB; None = no limit.
+    # reward.memory_gb = None
+    # The number of retries of a call that raised an exception, timed out, or did not return one finite number per
     # response.
     reward.retries = 2
-    # After the last retry "fatal" ends the run; with "penalize" responses without a score get `failure_score`.
+    # After the last retry, "fatal" ends the run; "penalize" gives `failure_score` to the responses without a score.
     reward.on_failure = "fatal"
-    reward.failure_score = -1.0  # The score of those responses, instead of all functions' sum.
+    reward.failure_score = -1.0  # The score of those responses, in place of the sum of all functions.
 
 
 def _ppo_kl(kl: ConfigDict) -> None:
-    """The KL penalty in the reward."""
-    kl.coef = 0.05  # β, reward units per nat of KL to the reference; the first one where it adapts.
-    kl.kind = "k1"  # The estimate of kl_t from a sample; "k1" is the log-ratio.
-    # "sum" over a response, or "mean": each response's penalty is divided by its length, so that short responses do not
-    # pay less.
+    """The KL penalty in the rewards."""
+    kl.coef = 0.05  # β, in reward units per nat of KL to the reference. With `target` it is the initial value.
+    kl.kind = "k1"  # The estimator of kl_t from a sampled token; "k1" is the log-ratio.
+    # "sum": a response's penalty is the sum over its tokens. "mean": the penalty is divided by the response's length,
+    # so that short responses are not penalized less.
     kl.reduction = "sum"
-    # kl.target = None  # Nats per response that an adaptive β steers to; None = β is fixed.
-    kl.horizon = 10000.0  # Episodes over which β adapts.
+    # kl.target = None  # The KL, in nats per response, that an adaptive β aims at; None = β is fixed.
+    kl.horizon = 10000.0  # The time scale of the adaptive β, in episodes; larger = slower.
 
 
 def _ppo_loss(loss: ConfigDict) -> None:
-    """The losses of actor and critic."""
-    loss.policy = "clip"  # "clip" (PPO-clip) or "penalty" (PPO-penalty).
-    loss.clip_range = 0.2  # ε of PPO-clip, below 1, and above where `clip_range_high` is None.
-    # loss.clip_range_high = None  # ε above 1, where it differs.
-    # loss.dual_clip = None  # c, the cap c |A| on the loss where A < 0; None = none.
-    loss.penalty_coef = 1.0  # PPO-penalty's first β.
-    loss.penalty_target = 0.01  # Nats per token that PPO-penalty's β adapts to.
-    loss.value_clip_range = 0.2  # ε of the value loss, in reward units.
-    loss.entropy_coef = 0.0  # Entropy bonus, per nat.
-    # Nats per token. Where the last minibatch had more entropy, there is no bonus, so that it holds the entropy up and
-    # does not drive it on; None = always a bonus.
+    """The losses of the actor and the critic."""
+    loss.policy = "clip"  # The policy loss: "clip" (PPO-clip) or "penalty" (PPO-penalty).
+    loss.clip_range = 0.2  # ε of PPO-clip: ratios are clipped to [1 − clip_range, 1 + clip_range_high].
+    # loss.clip_range_high = None  # The upper ε, if it differs from `clip_range`; None = `clip_range`.
+    # c of dual-clip PPO: the loss of a token with advantage A < 0 is at most c |A|; None = no cap.
+    # loss.dual_clip = None
+    loss.penalty_coef = 1.0  # The initial β of PPO-penalty.
+    loss.penalty_target = 0.01  # The KL to the old policy, in nats per token, that PPO-penalty's adaptive β aims at.
+    # ε of the clipped value loss, in reward units: how far a value may move from the one at the rollout.
+    loss.value_clip_range = 0.2
+    loss.entropy_coef = 0.0  # The coefficient of the entropy bonus, per nat.
+    # Entropy in nats per token above which there is no bonus. The bonus then keeps entropy from collapsing without
+    # pushing it ever higher. The entropy of the last minibatch decides; None = the bonus always applies.
     # loss.entropy_target = None
-    # Weight of the pretraining loss (PPO-ptx), mean nats per token of the texts of `data.ptx_paths`, or of the SFT
-    # data.
+    # The coefficient of the pretraining loss (PPO-ptx): mean nats per token on the texts of `data.ptx_paths`, or on the
+    # SFT data without them.
     loss.ptx_coef = 0.0
 
 
 def _ppo_actor(actor: ConfigDict) -> None:
     """How the actor trains."""
-    # Of the actor's moving average, one step per iteration, saved in <workdir>/ppo/model_ema; None = none is kept.
+    # The decay per iteration of an exponential moving average of the actor, saved in <workdir>/ppo/model_ema; None = no
+    # average.
     # actor.ema_decay = None
     _ppo_actor_optimizer(actor.optimizer)
 
 
 def _ppo_actor_optimizer(optimizer: ConfigDict) -> None:
     """The actor's optimizer."""
-    optimizer.learning_rate = 1e-06  # The highest learning rate of the schedule.
-    # The learning rate after the warm-up: "constant", or down to `final_fraction` "linear" or as a "cosine".
+    optimizer.learning_rate = 1e-06  # The peak learning rate.
+    # The learning rate after the warm-up: "constant", or a "linear" or "cosine" decay to `final_fraction`.
     optimizer.schedule = "constant"
-    # Optimizer steps over which the rate rises from learning_rate / warmup_steps; no step has rate 0.
+    # Optimizer steps of linear warm-up. The first step has the rate learning_rate / warmup_steps, not 0.
     optimizer.warmup_steps = 0
-    # Steps (iterations × epochs × minibatches) at which "linear" and "cosine" end; None = the phase's last one, where
-    # `python -m jax_rlhf` trains. Steps that are left out (not finite, past `target_kl`) count too. The actor's are
-    # counted from the end of the critic's warm-up.
+    # Optimizer steps (in PPO iterations × epochs × minibatches) after which "linear" and "cosine" end; None = the last
+    # step of the phase, in runs of `python -m jax_rlhf`. Skipped steps (non-finite, or after `target_kl`) count too.
+    # The actor's steps are counted from the end of the critic's warm-up.
     # optimizer.total_steps = None
-    optimizer.final_fraction = 0.0  # Where the schedule ends, as a fraction of `learning_rate`.
+    optimizer.final_fraction = 0.0  # The final learning rate, as a fraction of `learning_rate`.
     optimizer.beta1 = 0.9  # Decay of Adam's first moment.
     optimizer.beta2 = 0.95  # Decay of Adam's second moment.
     optimizer.eps = 1e-08  # Adam's ε.
     # "pytorch": m̂ / (√v̂ + ε); "tensorflow": ε outside the bias correction, m̂ / (√v̂ + ε / √(1 − β₂ᵗ)), which takes
     # smaller first steps where gradients are tiny.
     optimizer.eps_form = "pytorch"
-    optimizer.weight_decay = 0.0  # Decoupled weight decay, on matrices only (not norms and biases).
-    optimizer.max_grad_norm = 1.0  # Clips the gradient's global norm; None = never.
+    optimizer.weight_decay = 0.0  # Decoupled weight decay, applied to matrices only, not to norms and biases.
+    optimizer.max_grad_norm = 1.0  # Clip the global norm of the gradient to this; None = no clipping.
     # The dtype of Adam's first moment; "bfloat16" saves 2 bytes per parameter.
     optimizer.first_moment_dtype = "float32"
 
 
 def _ppo_critic(critic: ConfigDict) -> None:
     """How the critic trains."""
-    critic.warmup_iterations = 0  # Iterations in which only the critic learns; the coefficients that adapt rest.
+    # The first iterations, in which only the critic is trained and adaptive coefficients do not change.
+    critic.warmup_iterations = 0
     _ppo_critic_optimizer(critic.optimizer)
 
 
 def _ppo_critic_optimizer(optimizer: ConfigDict) -> None:
     """The critic's optimizer."""
-    optimizer.learning_rate = 5e-06  # The highest learning rate of the schedule.
-    # The learning rate after the warm-up: "constant", or down to `final_fraction` "linear" or as a "cosine".
+    optimizer.learning_rate = 5e-06  # The peak learning rate.
+    # The learning rate after the warm-up: "constant", or a "linear" or "cosine" decay to `final_fraction`.
     optimizer.schedule = "constant"
-    # Optimizer steps over which the rate rises from learning_rate / warmup_steps; no step has rate 0.
+    # Optimizer steps of linear warm-up. The first step has the rate learning_rate / warmup_steps, not 0.
     optimizer.warmup_steps = 0
-    # Steps (iterations × epochs × minibatches) at which "linear" and "cosine" end; None = the phase's last one, where
-    # `python -m jax_rlhf` trains. Steps that are left out (not finite, past `target_kl`) count too. The actor's are
-    # counted from the end of the critic's warm-up.
+    # Optimizer steps (in PPO iterations × epochs × minibatches) after which "linear" and "cosine" end; None = the last
+    # step of the phase, in runs of `python -m jax_rlhf`. Skipped steps (non-finite, or after `target_kl`) count too.
+    # The actor's steps are counted from the end of the critic's warm-up.
     # optimizer.total_steps = None
-    optimizer.final_fraction = 0.0  # Where the schedule ends, as a fraction of `learning_rate`.
+    optimizer.final_fraction = 0.0  # The final learning rate, as a fraction of `learning_rate`.
     optimizer.beta1 = 0.9  # Decay of Adam's first moment.
     optimizer.beta2 = 0.95  # Decay of Adam's second moment.
     optimizer.eps = 1e-08  # Adam's ε.
     # "pytorch": m̂ / (√v̂ + ε); "tensorflow": ε outside the bias correction, m̂ / (√v̂ + ε / √(1 − β₂ᵗ)), which takes
     # smaller first steps where gradients are tiny.
     optimizer.eps_form = "pytorch"
-    optimizer.weight_decay = 0.0  # Decoupled weight decay, on matrices only (not norms and biases).
-    optimizer.max_grad_norm = 1.0  # Clips the gradient's global norm; None = never.
+    optimizer.weight_decay = 0.0  # Decoupled weight decay, applied to matrices only, not to norms and biases.
+    optimizer.max_grad_norm = 1.0  # Clip the global norm of the gradient to this; None = no clipping.
     # The dtype of Adam's first moment; "bfloat16" saves 2 bytes per parameter.
     optimizer.first_moment_dtype = "float32"
 
 
 def _ppo_limits(limits: ConfigDict) -> None:
-    """When updates end early, and when a run has gone wrong."""
-    # Nats per token. The rest of an iteration's updates, of actor and critic, is left out once the approximate KL of a
-    # minibatch exceeds this; None = never.
+    """When an iteration's updates end early, and when a run counts as diverged."""
+    # Skip the rest of an iteration's updates, of actor and critic, once the approximate KL to the old policy in a
+    # minibatch exceeds this, in nats per token; None = never.
     # limits.target_kl = None
-    # limits.kl = None  # Nats per response; a mean KL over it is a fault. None = no limit.
-    # limits.ratio = None  # The same for the largest probability ratio of an iteration's updates, 2 or more.
-    # Past `kl` or `ratio` the run "stop"s, its last good checkpoint kept; or each such iteration multiplies the actor's
-    # learning rate from then on by `lr_factor` ("lower_lr").
+    # The limit on the mean KL to the reference, in nats per response; None = no limit. `action` says what follows.
+    # limits.kl = None
+    # The limit on the largest probability ratio of an iteration's updates, 2 or more; None = no limit.
+    # limits.ratio = None
+    # When `kl` or `ratio` is exceeded: "stop" ends the run, and keeps the last good checkpoint; "lower_lr" multiplies
+    # the actor's learning rate by `lr_factor`, for all later iterations, and again each time it happens.
     limits.action = "stop"
-    limits.lr_factor = 0.5  # What `action="lower_lr"` multiplies the learning rate by.
+    limits.lr_factor = 0.5  # The factor of action="lower_lr", between 0 and 1.

@@ -15,12 +15,12 @@ from jax_rlhf.config import default_config
 def get_config() -> ConfigDict:
     """The settings."""
     config = default_config()  # has every field, so that flags can set any
-    config.phases = ("sft",)  # The phases to run, of "sft", "reward" and "ppo", in that order.
-    config.seed = 0  # The seed of everything random.
-    # Steps (PPO: iterations) in a row with an update that was not finite, and was left out, before the run stops.
+    config.phases = ("sft",)  # The phases to run: one or more of "sft", "reward" and "ppo", in this order.
+    config.seed = 0  # The seed of all random numbers.
+    # Consecutive steps (PPO: iterations) with a skipped non-finite update after which the run stops.
     config.max_bad_steps = 5
-    # Stop at the first NaN, at the first transfer between host and devices that nobody asked for, and where an
-    # experience is not what it should be; write checkpoints before going on. Slower.
+    # Stop at the first NaN, at the first implicit transfer between host and devices, and at an inconsistent experience;
+    # write checkpoints synchronously. Slower.
     config.debug = False
     _checkpoint(config.checkpoint)
     _watchdog(config.watchdog)
@@ -34,37 +34,41 @@ def get_config() -> ConfigDict:
 
 
 def _checkpoint(checkpoint: ConfigDict) -> None:
-    """When checkpoints are written, and which stay."""
-    checkpoint.every = 0  # Steps (PPO: iterations) between checkpoints; 0 = by time alone.
-    # Minutes between checkpoints; None = by steps alone. The end of a phase and a stop that was asked for have one in
-    # any case.
+    """When checkpoints are written, and which are kept."""
+    checkpoint.every = 0  # Steps (PPO: iterations) between checkpoints; 0 = by time only, see `minutes`.
+    # Minutes between checkpoints; None = by steps only, see `every`. A checkpoint is always written at the end of a
+    # phase, and when the run is asked to stop.
     checkpoint.minutes = 15.0
-    checkpoint.keep = 2  # How many of the last checkpoints stay.
-    checkpoint.keep_every = 0  # Checkpoints of steps that this divides stay as well; 0 = none.
-    # A metric of evaluations, such as "eval/score": the checkpoint where it was best stays as well; None = none.
+    checkpoint.keep = 2  # The number of latest checkpoints to keep.
+    checkpoint.keep_every = 0  # Also keep the checkpoints of steps that are multiples of this; 0 = none.
+    # Also keep the checkpoint with the best value of this evaluation metric, such as "eval/score"; None = none.
     # checkpoint.best = None
-    # Whether the highest ("max") or the lowest ("min") is best; None = the lowest of what is called loss or perplexity,
-    # the highest of all else.
+    # Whether the highest ("max") or the lowest ("min") value of `best` is best; None = the lowest if its name ends with
+    # loss or perplexity, else the highest.
     # checkpoint.best_mode = None
 
 
 def _watchdog(watchdog: ConfigDict) -> None:
-    """When a run counts as standing still."""
-    watchdog.factor = 20.0  # A run stands still after this many times the median duration of a phase's last steps.
-    watchdog.minutes = 30.0  # But never sooner than after so many minutes; a step compiles when its width first comes.
-    # "exit": with code 75, after which launch scripts start the run again; "warn": say so and wait; "off".
+    """The watchdog, which ends a run that makes no progress."""
+    # A run has stalled if it makes no progress for this many times the median duration of the phase's last steps.
+    watchdog.factor = 20.0
+    # The shortest time without progress after which a run has stalled; a step compiles when a batch width first occurs.
+    watchdog.minutes = 30.0
+    # What happens when a run has stalled. "exit": it exits with code 75, and the launch scripts restart it; "warn": it
+    # prints a warning; "off": no watchdog.
     watchdog.action = "exit"
 
 
 def _log(log: ConfigDict) -> None:
-    """Where metrics go, beside metrics.jsonl."""
-    log.tensorboard = True  # TensorBoard files under <phase>/tensorboard.
-    # log.wandb_project = None  # Weights & Biases, which must be installed; None = not.
-    log.table_rows = 4  # Samples shown on the screen, before and after.
+    """Where metrics are logged, besides metrics.jsonl."""
+    log.tensorboard = True  # Write TensorBoard files to <workdir>/<phase>/tensorboard.
+    # The Weights & Biases project to log to (needs the package wandb); None = no logging there.
+    # log.wandb_project = None
+    log.table_rows = 4  # Samples printed before and after training.
 
 
 def _mesh(mesh: ConfigDict) -> None:
-    """How many devices lie along each axis."""
+    """The number of devices along each mesh axis."""
     mesh.data = 1  # Replicas of the model, each with its own rows. Each of several TPU slices has replicas of its own.
     mesh.fsdp = -1  # Shards of the rows, and of parameters along the model width.
     mesh.tensor = 1  # Shards of heads, MLP width and vocabulary.
@@ -72,14 +76,14 @@ def _mesh(mesh: ConfigDict) -> None:
 
 
 def _rollout_mesh(rollout_mesh: ConfigDict) -> None:
-    """The same devices in another form, for sampling; by default chosen by the model."""
+    """The mesh for sampling, on the same devices; by default chosen by the model."""
     # rollout_mesh.data = None  # As in `MeshConfig`; None = 1 if another size is set.
     # rollout_mesh.fsdp = None  # As in `MeshConfig`; None = 1 if another size is set.
     # rollout_mesh.tensor = None  # As in `MeshConfig`; None = 1 if another size is set.
 
 
 def _model(model: ConfigDict) -> None:
-    """The policy. `path` is the checkpoint that the SFT phase starts from."""
+    """The policy; `path` is the checkpoint that the SFT phase starts from."""
     # The checkpoint: a folder, a .gguf file or a hub id; None = the checkpoint of another model, or no model.
     model.path = "HuggingFaceTB/SmolLM2-135M"
     # model.revision = None  # The revision of a hub id.
@@ -161,36 +165,35 @@ def _data(data: ConfigDict) -> None:
 
 def _sft(sft: ConfigDict) -> None:
     """The SFT phase."""
-    sft.epochs = 1.0  # Passes over the data, where `steps` is None.
-    # sft.steps = None  # Optimizer steps; None = `epochs`.
-    sft.loss_on = "completion"  # The tokens that count: those of the "completion", or "all", prompts too.
-    # Rows whose activations exist at once, on all devices together; None = the whole batch.
-    # sft.microbatch_size = None
-    sft.eval_every = 0  # Steps between evaluations on held-out rows; 0 = only before the first and after the last.
-    sft.sample_rows = 8  # Held-out prompts that the trained model answers, into samples.jsonl; 0 = none.
-    sft.sample_tokens = 64  # The longest of these answers, in tokens.
+    sft.epochs = 1.0  # Passes over the data, if `steps` is None.
+    # sft.steps = None  # Optimizer steps; None = as many as `epochs` takes.
+    sft.loss_on = "completion"  # The tokens in the loss: those of the "completion", or "all", including the prompt.
+    # sft.microbatch_size = None  # Rows per forward and backward pass, summed over all devices; None = the whole batch.
+    sft.eval_every = 0  # Steps between evaluations on held-out rows; 0 = only before the first and after the last step.
+    sft.sample_rows = 8  # Held-out prompts that the trained model answers in samples.jsonl; 0 = none.
+    sft.sample_tokens = 64  # The longest such answer, in tokens.
     _sft_optimizer(sft.optimizer)
 
 
 def _sft_optimizer(optimizer: ConfigDict) -> None:
     """The optimizer."""
-    optimizer.learning_rate = 2e-05  # The highest learning rate of the schedule.
-    # The learning rate after the warm-up: "constant", or down to `final_fraction` "linear" or as a "cosine".
+    optimizer.learning_rate = 2e-05  # The peak learning rate.
+    # The learning rate after the warm-up: "constant", or a "linear" or "cosine" decay to `final_fraction`.
     optimizer.schedule = "cosine"
-    # Optimizer steps over which the rate rises from learning_rate / warmup_steps; no step has rate 0.
+    # Optimizer steps of linear warm-up. The first step has the rate learning_rate / warmup_steps, not 0.
     optimizer.warmup_steps = 10
-    # Steps (iterations × epochs × minibatches) at which "linear" and "cosine" end; None = the phase's last one, where
-    # `python -m jax_rlhf` trains. Steps that are left out (not finite, past `target_kl`) count too. The actor's are
-    # counted from the end of the critic's warm-up.
+    # Optimizer steps (in PPO iterations × epochs × minibatches) after which "linear" and "cosine" end; None = the last
+    # step of the phase, in runs of `python -m jax_rlhf`. Skipped steps (non-finite, or after `target_kl`) count too.
+    # The actor's steps are counted from the end of the critic's warm-up.
     # optimizer.total_steps = None
-    optimizer.final_fraction = 0.1  # Where the schedule ends, as a fraction of `learning_rate`.
+    optimizer.final_fraction = 0.1  # The final learning rate, as a fraction of `learning_rate`.
     optimizer.beta1 = 0.9  # Decay of Adam's first moment.
     optimizer.beta2 = 0.95  # Decay of Adam's second moment.
     optimizer.eps = 1e-08  # Adam's ε.
     # "pytorch": m̂ / (√v̂ + ε); "tensorflow": ε outside the bias correction, m̂ / (√v̂ + ε / √(1 − β₂ᵗ)), which takes
     # smaller first steps where gradients are tiny.
     optimizer.eps_form = "pytorch"
-    optimizer.weight_decay = 0.0  # Decoupled weight decay, on matrices only (not norms and biases).
-    optimizer.max_grad_norm = 1.0  # Clips the gradient's global norm; None = never.
+    optimizer.weight_decay = 0.0  # Decoupled weight decay, applied to matrices only, not to norms and biases.
+    optimizer.max_grad_norm = 1.0  # Clip the global norm of the gradient to this; None = no clipping.
     # The dtype of Adam's first moment; "bfloat16" saves 2 bytes per parameter.
     optimizer.first_moment_dtype = "float32"

@@ -1,4 +1,4 @@
-"""What `python -m jax_rlhf` can be told: every field, with its default."""
+"""The settings of a run, which `python -m jax_rlhf` reads from a config file and flags."""
 
 import dataclasses
 from typing import Any
@@ -20,23 +20,23 @@ class RunConfig:
     """A whole run."""
 
     phases: tuple[str, ...] = PHASES
-    """The phases to run, of "sft", "reward" and "ppo", in that order."""
+    """The phases to run: one or more of "sft", "reward" and "ppo", in this order."""
     seed: int = 0
-    """The seed of everything random."""
+    """The seed of all random numbers."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    """How many devices lie along each axis."""
+    """The number of devices along each mesh axis."""
     rollout_mesh: RolloutMeshConfig = dataclasses.field(default_factory=RolloutMeshConfig)
-    """The same devices in another form, for sampling; by default chosen by the model."""
+    """The mesh for sampling, on the same devices; by default chosen by the model."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    """The policy. `path` is the checkpoint that the SFT phase starts from."""
+    """The policy; `path` is the checkpoint that the SFT phase starts from."""
     sft_model_path: str | None = None
     """The SFT policy, which the reward and PPO phases start from; None = <workdir>/sft/model."""
     reference: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
-    """The reference of PPO; `path` None = the SFT policy."""
+    """The reference of PPO; without a `path`, the SFT policy."""
     critic: CriticConfig = dataclasses.field(default_factory=CriticConfig)
-    """The critic of PPO; `path` None = the reward model."""
+    """The critic of PPO; without a `path` it starts from the reward model."""
     reward_model: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)
-    """The reward model of PPO; `path` None = <workdir>/reward/model, or `ppo.reward.functions` alone."""
+    """The reward model of PPO; without a `path`, <workdir>/reward/model, or reward functions only if there is none."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """The data of all phases."""
     sft: SFTConfig = dataclasses.field(default_factory=SFTConfig)
@@ -46,39 +46,39 @@ class RunConfig:
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
     """The PPO phase."""
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    """When checkpoints are written, and which stay."""
+    """When checkpoints are written, and which are kept."""
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
-    """Where metrics go, beside metrics.jsonl."""
+    """Where metrics are logged, besides metrics.jsonl."""
     watchdog: WatchdogConfig = dataclasses.field(default_factory=WatchdogConfig)
-    """When a run counts as standing still."""
+    """The watchdog, which ends a run that makes no progress."""
     max_bad_steps: int = 5
-    """Steps (PPO: iterations) in a row with an update that was not finite, and was left out, before the run stops."""
+    """Consecutive steps (PPO: iterations) with a skipped non-finite update after which the run stops."""
     debug: bool = False
-    """Stop at the first NaN, at the first transfer between host and devices that nobody asked for, and where an
-    experience is not what it should be; write checkpoints before going on. Slower."""
+    """Stop at the first NaN, at the first implicit transfer between host and devices, and at an inconsistent
+    experience; write checkpoints synchronously. Slower."""
 
     def __post_init__(self) -> None:
         if self.max_bad_steps < 1:
             raise ValueError(f"config.max_bad_steps={self.max_bad_steps} must be 1 or more.")
         for phase in self.phases:
             if phase not in PHASES:
-                raise ValueError(f"config.phases: {phase!r} is no phase; {one_of(phase, PHASES, 'phases')}")
+                raise ValueError(f"config.phases: {phase!r} is not a phase; {one_of(phase, PHASES, 'phases')}")
         if not self.phases or sorted(self.phases, key=PHASES.index) != list(self.phases):
-            raise ValueError(f"config.phases={self.phases}: one or more of {', '.join(PHASES)} in this order.")
+            raise ValueError(f"config.phases={self.phases} must be one or more of {', '.join(PHASES)}, in this order.")
 
     def data_of(self, phase: str) -> DataConfig:
-        """The data's settings for a phase: without packing for `reward.loss="token"`, which does not support it."""
+        """The data settings of a phase; packing is off for `reward.loss="token"`, which does not support it."""
         if phase == "reward" and self.reward.loss == "token":
             return dataclasses.replace(self.data, packing=False)
         return self.data
 
     def eval_rows_of(self, phase: str) -> int:
-        """How many held-out rows a phase evaluates on at most: `data.eval_rows`, or `ppo.eval_rows` if it is set."""
+        """The largest number of held-out rows of a phase: `data.eval_rows`, or `ppo.eval_rows` if it is set."""
         return self.ppo.eval_rows if phase == "ppo" and self.ppo.eval_rows is not None else self.data.eval_rows
 
     @property
     def phase(self) -> PhaseConfig:
-        """What every phase reads."""
+        """The settings that all phases share."""
         return PhaseConfig(
             checkpoint=self.checkpoint,
             log=self.log,
@@ -91,11 +91,7 @@ class RunConfig:
 
 
 def default_config() -> ConfigDict:
-    """All fields with their defaults, for a config file's `get_config` to change.
-
-    Returns:
-      A ConfigDict; `ppo.seed` follows `seed`.
-    """
+    """All fields with their defaults, for `get_config` of a config file; `ppo.seed` follows `seed`."""
     config = to_config_dict(RunConfig(ppo=PPOConfig(time_phases=True)))
     ppo: Any = config.ppo
     ppo.seed = config.get_oneway_ref("seed")
@@ -103,15 +99,12 @@ def default_config() -> ConfigDict:
 
 
 def run_config(config: Any) -> RunConfig:
-    """The settings of a run, every field checked.
+    """The settings of a run, with every field checked.
 
     Args:
       config: a ConfigDict or another mapping of the fields that differ from the defaults, or a `RunConfig`.
 
-    Returns:
-      The settings.
-
     Raises:
-      ValueError: an unknown field (with the names nearest to it), or a wrong value.
+      ValueError: an unknown field (the message suggests similar names), or a wrong value.
     """
     return from_mapping(RunConfig, config)

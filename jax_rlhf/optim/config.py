@@ -6,20 +6,20 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with a schedule."""
+    """AdamW with a learning rate schedule."""
 
     learning_rate: float = 1e-5
-    """The highest learning rate of the schedule."""
+    """The peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """The learning rate after the warm-up: "constant", or down to `final_fraction` "linear" or as a "cosine"."""
+    """The learning rate after the warm-up: "constant", or a "linear" or "cosine" decay to `final_fraction`."""
     warmup_steps: int = 0
-    """Optimizer steps over which the rate rises from learning_rate / warmup_steps; no step has rate 0."""
+    """Optimizer steps of linear warm-up. The first step has the rate learning_rate / warmup_steps, not 0."""
     total_steps: int | None = None
-    """Steps (iterations × epochs × minibatches) at which "linear" and "cosine" end; None = the phase's last one,
-    where `python -m jax_rlhf` trains. Steps that are left out (not finite, past `target_kl`) count too. The
-    actor's are counted from the end of the critic's warm-up."""
+    """Optimizer steps (in PPO iterations × epochs × minibatches) after which "linear" and "cosine" end; None = the last
+    step of the phase, in runs of `python -m jax_rlhf`. Skipped steps (non-finite, or after `target_kl`) count too. The
+    actor's steps are counted from the end of the critic's warm-up."""
     final_fraction: float = 0.0
-    """Where the schedule ends, as a fraction of `learning_rate`."""
+    """The final learning rate, as a fraction of `learning_rate`."""
     beta1: float = 0.9
     """Decay of Adam's first moment."""
     beta2: float = 0.95
@@ -30,20 +30,18 @@ class OptimizerConfig:
     """"pytorch": m̂ / (√v̂ + ε); "tensorflow": ε outside the bias correction, m̂ / (√v̂ + ε / √(1 − β₂ᵗ)), which
     takes smaller first steps where gradients are tiny."""
     weight_decay: float = 0.0
-    """Decoupled weight decay, on matrices only (not norms and biases)."""
+    """Decoupled weight decay, applied to matrices only, not to norms and biases."""
     max_grad_norm: float | None = 1.0
-    """Clips the gradient's global norm; None = never."""
+    """Clip the global norm of the gradient to this; None = no clipping."""
     first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype of Adam's first moment; "bfloat16" saves 2 bytes per parameter."""
 
     def __post_init__(self) -> None:
         if self.schedule not in ("constant", "linear", "cosine"):
-            raise ValueError(
-                f'schedule={self.schedule!r}; "constant", "linear" and "cosine" are the schedules there are.'
-            )
+            raise ValueError(f'schedule={self.schedule!r} must be "constant", "linear" or "cosine".')
         if self.eps_form not in ("pytorch", "tensorflow"):
-            raise ValueError(f'eps_form={self.eps_form!r}; "pytorch" and "tensorflow" are the forms there are.')
+            raise ValueError(f'eps_form={self.eps_form!r} must be "pytorch" or "tensorflow".')
 
     def with_end(self, steps: int) -> "OptimizerConfig":
-        """The settings, whose schedule ends after `steps` where they do not say when."""
+        """The settings with `total_steps`, if it is not set, set to `steps`."""
         return self if self.total_steps else dataclasses.replace(self, total_steps=steps)

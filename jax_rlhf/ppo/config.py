@@ -1,4 +1,4 @@
-"""The settings of PPO: every field with its type, its default and what it means."""
+"""The settings of PPO."""
 
 import dataclasses
 import math
@@ -11,11 +11,12 @@ from jax_rlhf.sampling.config import Sampling
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CriticConfig(ModelConfig):
-    """The critic: where it comes from, and how it runs. Without a path it starts as the reward model."""
+    """The critic: its checkpoint, and how it runs. Without a path it starts from the reward model."""
 
     zero_head: bool = False
-    """Its values start at 0, and only its trunk is what `path` (or the reward model) says. A reward model learned from
-    whole answers; what its head says of unfinished ones can be a worse baseline than none (Ziegler et al. 2019)."""
+    """Start with a value head of zeros, so that all values are 0; only the trunk is taken from `path` (or the reward
+    model). A reward model is trained on whole answers, and its scores of unfinished ones can be a worse baseline than
+    none (Ziegler et al. 2019)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,63 +24,65 @@ class FrozenConfig(ModelConfig):
     """A model that PPO does not train: the reference, or the reward model."""
 
     offload: bool = False
-    """Its parameters wait in the host's memory and come to the devices to score. What it shares with the actor or the
-    critic stays on the devices."""
+    """Keep the parameters in host memory, and copy them to the devices for scoring. Parameters shared with the actor or
+    the critic stay on the devices."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KLConfig:
-    """The KL penalty in the reward: r_t = −coef · kl_t at every token."""
+    """The KL penalty in the rewards: −coef · kl_t at every token t."""
 
     coef: float = 0.05
-    """β, reward units per nat of KL to the reference; the first one where it adapts."""
+    """β, in reward units per nat of KL to the reference. With `target` it is the initial value."""
     kind: Literal["k1", "k2", "k3", "abs"] = "k1"
-    """The estimate of kl_t from a sample; "k1" is the log-ratio."""
+    """The estimator of kl_t from a sampled token; "k1" is the log-ratio."""
     reduction: Literal["sum", "mean"] = "sum"
-    """"sum" over a response, or "mean": each response's penalty is divided by its length, so that short responses do
-    not pay less."""
+    """"sum": a response's penalty is the sum over its tokens. "mean": the penalty is divided by the response's length,
+    so that short responses are not penalized less."""
     target: float | None = None
-    """Nats per response that an adaptive β steers to; None = β is fixed."""
+    """The KL, in nats per response, that an adaptive β aims at; None = β is fixed."""
     horizon: float = 10_000.0
-    """Episodes over which β adapts."""
+    """The time scale of the adaptive β, in episodes; larger = slower."""
 
     def __post_init__(self) -> None:
         _check(self, "config.ppo.kl", at_least_0=("coef",), above_0=("target", "horizon"))
         if self.target is not None and not self.coef > 0:
             raise ValueError(
-                f"config.ppo.kl.target={self.target} adapts config.ppo.kl.coef by factors: start it above 0, not at 0."
+                f"config.ppo.kl.target={self.target} adapts config.ppo.kl.coef by factors: set coef above 0."
             )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardSourceConfig:
-    """Where scores come from beside the reward model, and what becomes of them."""
+    """The reward functions, and how scores become rewards."""
 
     functions: tuple[str, ...] = ()
-    """"FILE.py:function" or "package.module:function" each, f(prompts, responses, **columns) → scores, added to the
-    reward model's."""
+    """Reward functions, each "FILE.py:function" or "package.module:function": f(prompts, responses, **columns) → one
+    score per response. Their scores are added to the reward model's."""
     clip: float | None = None
-    """Scores are clipped to ± this, in reward units; None = not."""
+    """Clip scores to [−clip, clip], in reward units; None = no clipping."""
     missing_eos_penalty: float = 0.0
-    """Subtracted from the (clipped) score of a response without EOS."""
+    """Subtracted from the score of a response without EOS, after clipping; in reward units."""
     truncation: Literal["terminal", "bootstrap"] = "terminal"
-    """A response without EOS is "terminal", or its end is "bootstrap"ped with the critic's value there."""
+    """How a response without EOS ends. "terminal": the value after its last token is 0, as after EOS. "bootstrap": it
+    is the critic's value there."""
     whiten: bool = False
-    """Divides the rewards by their spread, keeping the mean."""
+    """Divide the rewards by their standard deviation; the mean is kept."""
     timeout: float | None = 600.0
-    """Seconds that a call of a reward function may take; None = for ever."""
+    """Time limit of one call of a reward function, in seconds; None = no limit."""
     isolation: Literal["none", "process"] = "none"
-    """"process": each reward and evaluation function runs in a process of its own, which is killed after `timeout` and
-    started again where it ends; "none": in the run's process."""
+    """"none": reward and evaluation functions run in the training process. "process": each runs in its own process,
+    which is killed after `timeout` and restarted if it has exited."""
     memory_gb: float | None = None
-    """With isolation, address space of each such process, in GB; None = no limit."""
+    """With isolation="process", the limit on the address space of each process, in GB; None = no limit."""
     retries: int = 2
-    """How often a call is repeated that raised an exception, took too long, or did not return a finite number for each
+    """The number of retries of a call that raised an exception, timed out, or did not return one finite number per
     response."""
     on_failure: Literal["fatal", "penalize"] = "fatal"
-    """After the last retry "fatal" ends the run; with "penalize" responses without a score get `failure_score`."""
+    """After the last retry, "fatal" ends the run; "penalize" gives `failure_score` to the responses without a
+    score."""
     failure_score: float = -1.0
-    """The score of those responses, instead of all functions' sum."""
+    """The score of those responses, in place of the sum of all functions."""
 
     def __post_init__(self) -> None:
         _check(self, "config.ppo.reward", at_least_0=("clip", "retries"), above_0=("timeout", "memory_gb"))
@@ -87,30 +90,30 @@ class RewardSourceConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The losses of actor and critic."""
+    """The losses of the actor and the critic."""
 
     policy: Literal["clip", "penalty"] = "clip"
-    """"clip" (PPO-clip) or "penalty" (PPO-penalty)."""
+    """The policy loss: "clip" (PPO-clip) or "penalty" (PPO-penalty)."""
     clip_range: float = 0.2
-    """ε of PPO-clip, below 1, and above where `clip_range_high` is None."""
+    """ε of PPO-clip: ratios are clipped to [1 − clip_range, 1 + clip_range_high]."""
     clip_range_high: float | None = None
-    """ε above 1, where it differs."""
+    """The upper ε, if it differs from `clip_range`; None = `clip_range`."""
     dual_clip: float | None = None
-    """c, the cap c |A| on the loss where A < 0; None = none."""
+    """c of dual-clip PPO: the loss of a token with advantage A < 0 is at most c |A|; None = no cap."""
     penalty_coef: float = 1.0
-    """PPO-penalty's first β."""
+    """The initial β of PPO-penalty."""
     penalty_target: float = 0.01
-    """Nats per token that PPO-penalty's β adapts to."""
+    """The KL to the old policy, in nats per token, that PPO-penalty's adaptive β aims at."""
     value_clip_range: float = 0.2
-    """ε of the value loss, in reward units."""
+    """ε of the clipped value loss, in reward units: how far a value may move from the one at the rollout."""
     entropy_coef: float = 0.0
-    """Entropy bonus, per nat."""
+    """The coefficient of the entropy bonus, per nat."""
     entropy_target: float | None = None
-    """Nats per token. Where the last minibatch had more entropy, there is no bonus, so that it holds the entropy up and
-    does not drive it on; None = always a bonus."""
+    """Entropy in nats per token above which there is no bonus. The bonus then keeps entropy from collapsing without
+    pushing it ever higher. The entropy of the last minibatch decides; None = the bonus always applies."""
     ptx_coef: float = 0.0
-    """Weight of the pretraining loss (PPO-ptx), mean nats per token of the texts of `data.ptx_paths`, or of the SFT
-    data."""
+    """The coefficient of the pretraining loss (PPO-ptx): mean nats per token on the texts of `data.ptx_paths`, or on
+    the SFT data without them."""
 
     def __post_init__(self) -> None:
         _check(
@@ -121,14 +124,14 @@ class LossConfig:
         )
         if self.entropy_target is not None and not self.entropy_coef:
             raise ValueError(
-                f"config.ppo.loss.entropy_target={self.entropy_target} steers the bonus: set entropy_coef above 0."
+                f"config.ppo.loss.entropy_target={self.entropy_target} needs a bonus: set entropy_coef above 0."
             )
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError(f"config.ppo.loss.dual_clip={self.dual_clip} must be above 1.")
 
     @property
     def clip_ranges(self) -> tuple[float, float]:
-        """ε below and above 1; infinite where nothing is clipped."""
+        """The lower and the upper ε; infinite for PPO-penalty, which does not clip."""
         if self.policy == "penalty":
             return math.inf, math.inf
         return self.clip_range, self.clip_range if self.clip_range_high is None else self.clip_range_high
@@ -141,7 +144,8 @@ class ActorTrainingConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     """The actor's optimizer."""
     ema_decay: float | None = None
-    """Of the actor's moving average, one step per iteration, saved in <workdir>/ppo/model_ema; None = none is kept."""
+    """The decay per iteration of an exponential moving average of the actor, saved in <workdir>/ppo/model_ema; None =
+    no average."""
 
     def __post_init__(self) -> None:
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
@@ -155,7 +159,7 @@ class CriticTrainingConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     """The critic's optimizer."""
     warmup_iterations: int = 0
-    """Iterations in which only the critic learns; the coefficients that adapt rest."""
+    """The first iterations, in which only the critic is trained and adaptive coefficients do not change."""
 
     def __post_init__(self) -> None:
         _check(self, "config.ppo.critic", at_least_0=("warmup_iterations",))
@@ -163,20 +167,20 @@ class CriticTrainingConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LimitsConfig:
-    """When updates end early, and when a run has gone wrong."""
+    """When an iteration's updates end early, and when a run counts as diverged."""
 
     target_kl: float | None = None
-    """Nats per token. The rest of an iteration's updates, of actor and critic, is left out once the approximate KL of a
-    minibatch exceeds this; None = never."""
+    """Skip the rest of an iteration's updates, of actor and critic, once the approximate KL to the old policy in a
+    minibatch exceeds this, in nats per token; None = never."""
     kl: float | None = None
-    """Nats per response; a mean KL over it is a fault. None = no limit."""
+    """The limit on the mean KL to the reference, in nats per response; None = no limit. `action` says what follows."""
     ratio: float | None = None
-    """The same for the largest probability ratio of an iteration's updates, 2 or more."""
+    """The limit on the largest probability ratio of an iteration's updates, 2 or more; None = no limit."""
     action: Literal["stop", "lower_lr"] = "stop"
-    """Past `kl` or `ratio` the run "stop"s, its last good checkpoint kept; or each such iteration multiplies the
-    actor's learning rate from then on by `lr_factor` ("lower_lr")."""
+    """When `kl` or `ratio` is exceeded: "stop" ends the run, and keeps the last good checkpoint; "lower_lr" multiplies
+    the actor's learning rate by `lr_factor`, for all later iterations, and again each time it happens."""
     lr_factor: float = 0.5
-    """What `action="lower_lr"` multiplies the learning rate by."""
+    """The factor of action="lower_lr", between 0 and 1."""
 
     def __post_init__(self) -> None:
         _check(self, "config.ppo.limits", above_0=("target_kl", "kl"))
@@ -191,50 +195,52 @@ class PPOConfig:
     """The PPO phase. `PPOTrainer` reads all but `iterations`, `eval_…`, `sample_rows` and `reward.functions`."""
 
     iterations: int = 100
-    """Each samples `data.ppo_batch_size` prompts and updates."""
+    """Iterations; each samples responses to `data.ppo_batch_size` prompts and trains on them."""
     eval_every: int = 0
     """Iterations between evaluations on held-out prompts; 0 = only before the first and after the last."""
     eval_rows: int | None = None
-    """Held-out prompts to answer, at most; None = `data.eval_rows`, which says how many are drawn."""
+    """The largest number of held-out prompts per path and evaluation; None = `data.eval_rows`, which decides how many
+    are held out."""
     eval_functions: tuple[str, ...] = ()
-    """As `reward.functions`, but only reported."""
+    """Functions like those of `reward.functions`, whose results are only reported."""
     sample_rows: int = 4
-    """Of each iteration's responses, how many go to samples.jsonl; evaluations write all."""
+    """Responses per iteration that are written to samples.jsonl; evaluations write all of theirs."""
     seed: int = 0
-    """Of the samples and the row orders; the run's seed where that is set."""
+    """The seed of sampling and of shuffling rows; in a run it follows `config.seed` unless it is set."""
     time_phases: bool = False
-    """Sample and score as two programs and wait for each, for the metrics time/generate, time/score and time/train."""
+    """Run sampling and scoring as two programs and wait for each, to measure time/generate, time/score and
+    time/train."""
 
     ppo_epochs: int = 4
-    """Passes over the experience of an iteration."""
+    """Passes over the experience of each iteration."""
     num_minibatches: int = 1
     """Optimizer steps per pass; rows are reshuffled in each pass."""
     microbatch_size: int | None = None
-    """Rows whose activations exist at once, in scoring and in updates, on all devices together; None = chosen by the
+    """Rows per forward and backward pass, in scoring and in updates, summed over all devices; None = chosen by the
     device. It changes memory and speed, not the gradient."""
     logprob_chunk: int | None = None
-    """Positions whose logits exist at once; None = chosen by vocabulary and device."""
+    """Token positions whose logits are in memory at once; None = chosen by vocabulary size and device."""
     gamma: float = 1.0
     """The discount factor of future rewards."""
     lam: float = 0.95
     """λ of GAE."""
     whiten_advantages: bool = True
-    """To mean 0 and variance 1 over the batch's tokens."""
+    """Normalize advantages to mean 0 and variance 1 over the tokens of the batch."""
 
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     """How responses are sampled."""
     reward: RewardSourceConfig = dataclasses.field(default_factory=RewardSourceConfig)
-    """Where scores come from beside the reward model, and what becomes of them."""
+    """The reward functions, and how scores become rewards."""
     kl: KLConfig = dataclasses.field(default_factory=KLConfig)
-    """The KL penalty in the reward."""
+    """The KL penalty in the rewards."""
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
-    """The losses of actor and critic."""
+    """The losses of the actor and the critic."""
     actor: ActorTrainingConfig = dataclasses.field(default_factory=ActorTrainingConfig)
     """How the actor trains."""
     critic: CriticTrainingConfig = dataclasses.field(default_factory=CriticTrainingConfig)
     """How the critic trains."""
     limits: LimitsConfig = dataclasses.field(default_factory=LimitsConfig)
-    """When updates end early, and when a run has gone wrong."""
+    """When an iteration's updates end early, and when a run counts as diverged."""
 
     def __post_init__(self) -> None:
         at_least_1 = ("ppo_epochs", "num_minibatches", "microbatch_size", "logprob_chunk", "iterations", "eval_rows")
@@ -244,17 +250,17 @@ class PPOConfig:
                 raise ValueError(f"config.ppo.{name}={getattr(self, name)} must lie within 0 and 1.")
 
     def with_schedule_ends(self) -> "PPOConfig":
-        """The settings, whose learning rates' schedules end with the run where they do not say when.
+        """The settings with `total_steps` of both optimizers set to the length of the run, unless they were set before.
 
         Raises:
-          ValueError: the critic's warm-up leaves the actor no iteration.
+          ValueError: the critic's warm-up leaves no iteration to the actor.
         """
         per_iteration, learning = self.ppo_epochs * self.num_minibatches, self.iterations
         learning -= self.critic.warmup_iterations
         if learning < 1:
             raise ValueError(
                 f"config.ppo.critic.warmup_iterations={self.critic.warmup_iterations} leaves the actor none of "
-                f"config.ppo.iterations={self.iterations}; make it smaller, or have more iterations."
+                f"config.ppo.iterations={self.iterations}; lower it, or raise iterations."
             )
         actor = self.actor.optimizer.with_end(learning * per_iteration)
         critic = self.critic.optimizer.with_end(self.iterations * per_iteration)
@@ -273,7 +279,7 @@ def _check(
     at_least_1: tuple[str, ...] = (),
     above_0: tuple[str, ...] = (),
 ) -> None:
-    """Raises where a field that is not None is out of range."""
+    """Raises ValueError for a field that is neither None nor in its range."""
     for names, wrong, wanted in (
         (at_least_0, lambda value: not value >= 0, "0 or more"),
         (at_least_1, lambda value: not value >= 1, "1 or more"),

@@ -13,27 +13,30 @@ class RewardConfig:
     start_from: str | None = None
     """The checkpoint that the reward model starts from; None = the SFT phase's model."""
     start_revision: str | None = None
-    """The revision of a hub id."""
+    """The revision of `start_from`, if it is a hub id."""
     num_layers: int | None = None
-    """How many of its layers to keep, from the bottom; None = all."""
+    """The number of its layers to keep, counted from the bottom; None = all."""
     trainable_layers: int | None = None
-    """How many layers train, counted from the top; None = all parameters train."""
+    """The number of layers that are trained, counted from the top; None = all parameters."""
     epochs: float = 1.0
-    """Passes over the data, where `steps` is None; a second one overfits."""
+    """Passes over the data, if `steps` is None. A second pass overfits."""
     steps: int | None = None
-    """Optimizer steps; None = `epochs`."""
+    """Optimizer steps; None = as many as `epochs` takes."""
     microbatch_size: int | None = None
-    """Pairs whose activations exist at once, on all devices together; None = the whole batch."""
+    """Pairs per forward and backward pass, summed over all devices; None = the whole batch."""
     eval_every: int = 0
-    """Steps between evaluations on held-out pairs; 0 = only after the last."""
+    """Steps between evaluations on held-out pairs; 0 = only after the last step."""
     loss: Literal["bradley_terry", "token"] = "bradley_terry"
-    """"bradley_terry", on the scores of whole answers, or "token", DeepSpeed-Chat's."""
+    """The ranking loss: "bradley_terry" on the scores of whole answers, or "token", DeepSpeed-Chat's loss on the value
+    of each token."""
     compare: Literal["pairs", "all"] = "pairs"
-    """"pairs", or "all": each chosen with every rejected of the batch, for texts with labels."""
+    """The comparisons: "pairs" compares each chosen answer with its own rejected one; "all" with every rejected answer
+    of the batch, for texts with labels."""
     head_learning_rate: float | None = None
-    """The learning rate of the scalar head; None = that of all parameters."""
+    """The learning rate of the scalar head; None = `optimizer.learning_rate`."""
     normalize_rows: int = 256
-    """Responses of the SFT policy on which scores are brought to mean 0 and deviation 1; 0 = not."""
+    """The number of responses of the SFT policy on which scores are normalized to mean 0 and standard deviation 1; 0 =
+    no normalization."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
     """The optimizer."""
 

@@ -1,4 +1,4 @@
-"""The settings of what a long run needs: checkpoints, logs, the watchdog."""
+"""The settings of checkpoints, logs and the watchdog."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,22 +7,22 @@ from typing import Any, Literal
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When a phase's state is saved, and what is kept."""
+    """When checkpoints of a phase are written, and which are kept."""
 
     every: int = 0
-    """Steps (PPO: iterations) between checkpoints; 0 = by time alone."""
+    """Steps (PPO: iterations) between checkpoints; 0 = by time only, see `minutes`."""
     minutes: float | None = 15.0
-    """Minutes between checkpoints; None = by steps alone. The end of a phase and a stop that was asked
-    for have one in any case."""
+    """Minutes between checkpoints; None = by steps only, see `every`. A checkpoint is always written at the end of a
+    phase, and when the run is asked to stop."""
     keep: int = 2
-    """How many of the last checkpoints stay."""
+    """The number of latest checkpoints to keep."""
     keep_every: int = 0
-    """Checkpoints of steps that this divides stay as well; 0 = none."""
+    """Also keep the checkpoints of steps that are multiples of this; 0 = none."""
     best: str | None = None
-    """A metric of evaluations, such as "eval/score": the checkpoint where it was best stays as well; None = none."""
+    """Also keep the checkpoint with the best value of this evaluation metric, such as "eval/score"; None = none."""
     best_mode: Literal["max", "min"] | None = None
-    """Whether the highest ("max") or the lowest ("min") is best; None = the lowest of what is called loss or
-    perplexity, the highest of all else."""
+    """Whether the highest ("max") or the lowest ("min") value of `best` is best; None = the lowest if its name ends
+    with loss or perplexity, else the highest."""
 
     def __post_init__(self) -> None:
         for name, least in (("every", 0), ("keep", 1), ("keep_every", 0)):
@@ -33,7 +33,7 @@ class CheckpointConfig:
 
     @property
     def lowest_is_best(self) -> bool:
-        """Of the metric `best`."""
+        """Whether a lower value of the metric `best` is better."""
         if self.best_mode is None:
             return self.best is not None and self.best.endswith(("loss", "perplexity"))
         return self.best_mode == "min"
@@ -41,44 +41,47 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """Where metrics go, beside metrics.jsonl."""
+    """Where metrics are logged, besides metrics.jsonl."""
 
     tensorboard: bool = True
-    """TensorBoard files under <phase>/tensorboard."""
+    """Write TensorBoard files to <workdir>/<phase>/tensorboard."""
     wandb_project: str | None = None
-    """Weights & Biases, which must be installed; None = not."""
+    """The Weights & Biases project to log to (needs the package wandb); None = no logging there."""
     table_rows: int = 4
-    """Samples shown on the screen, before and after."""
+    """Samples printed before and after training."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WatchdogConfig:
-    """When a run counts as standing still: no step, batch, reward or byte of a checkpoint."""
+    """The watchdog, for runs that stall: no step, batch or reward is finished, and no byte of a checkpoint is
+    written."""
 
     factor: float = 20.0
-    """A run stands still after this many times the median duration of a phase's last steps."""
+    """A run has stalled if it makes no progress for this many times the median duration of the phase's last steps."""
     minutes: float = 30.0
-    """But never sooner than after so many minutes; a step compiles when its width first comes."""
+    """The shortest time without progress after which a run has stalled; a step compiles when a batch width first
+    occurs."""
     action: Literal["exit", "warn", "off"] = "exit"
-    """"exit": with code 75, after which launch scripts start the run again; "warn": say so and wait; "off"."""
+    """What happens when a run has stalled. "exit": it exits with code 75, and the launch scripts restart it; "warn": it
+    prints a warning; "off": no watchdog."""
 
     def __post_init__(self) -> None:
         if not (self.factor >= 1 and self.minutes > 0):
             raise ValueError(
                 f"config.watchdog.factor={self.factor} must be 1 or more, minutes={self.minutes} above 0; "
-                'action="off" watches nothing.'
+                'action="off" turns the watchdog off.'
             )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
-    """What every phase of a run reads of its settings.
+    """The settings that all phases of a run share.
 
     Attributes:
       checkpoint, log, watchdog: their settings.
-      max_bad_steps: updates in a row that are not finite, after which the run stops.
-      debug: stop at the first NaN; write checkpoints before going on.
-      longest_call: seconds that a reward function may take, during which the watchdog must wait; None = no limit.
+      max_bad_steps: consecutive steps with a non-finite update after which the run stops.
+      debug: stop at the first NaN; write checkpoints synchronously.
+      longest_call: seconds that a call of a reward function may take, for which the watchdog waits; None = no limit.
       run: all settings of the run as nested dicts, for checkpoints and Weights & Biases.
     """
 

@@ -8,21 +8,24 @@ class Sampling:
     """How responses are sampled."""
 
     max_new_tokens: int = 128
-    """R, the longest response, in tokens."""
+    """The longest response, in tokens."""
     min_new_tokens: int = 0
-    """Before so many tokens EOS is not drawn."""
+    """The shortest response, in tokens: EOS is not sampled earlier."""
     temperature: float = 1.0
-    """τ > 0, what logits are divided by, in sampling and in every log-prob."""
+    """τ > 0; logits are divided by it, in sampling and in all log-probs."""
     top_k: int = 0
-    """Draw among the k likeliest tokens; 0 = all, 1 = greedy. Leave it off in PPO: log-probs are of the unfiltered
-    softmax, so that ratios would be of a distribution that was not sampled from; `val/kept_mass` says how far off."""
+    """Sample from the k most likely tokens; 0 = all, 1 = greedy. Leave it at 0 in PPO: log-probs are those of the
+    unfiltered softmax, so ratios would be of a distribution that was not sampled from; `val/kept_mass` shows by how
+    much."""
     top_p: float = 1.0
-    """Draw among the fewest tokens that hold this probability; 1 = all. Leave it off in PPO, as `top_k`."""
+    """Sample from the smallest set of tokens with at least this total probability; 1 = all. Leave it at 1 in PPO, for
+    the same reason."""
     eos_ids: tuple[int, ...] | None = None
-    """Any of these ids ends a response; None = those of the tokenizer and of the checkpoint's generation_config (of
+    """Token ids that end a response; None = those of the tokenizer and of the checkpoint's generation_config (in
     `jax_rlhf.sample`: none)."""
     pad_id: int | None = None
-    """Stands after the end of a response; None = the tokenizer's pad, else an EOS (of `jax_rlhf.sample`: 0)."""
+    """The token id after the end of a response; None = the tokenizer's pad, or an EOS if it has none (in
+    `jax_rlhf.sample`: 0)."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -40,5 +43,5 @@ class Sampling:
 
     @property
     def filtered(self) -> bool:
-        """Whether top-k or top-p narrow the distribution."""
+        """Whether top-k or top-p is on."""
         return self.top_k > 0 or self.top_p < 1

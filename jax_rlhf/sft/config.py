@@ -11,18 +11,18 @@ class SFTConfig:
     """The SFT phase."""
 
     epochs: float = 1.0
-    """Passes over the data, where `steps` is None."""
+    """Passes over the data, if `steps` is None."""
     steps: int | None = None
-    """Optimizer steps; None = `epochs`."""
+    """Optimizer steps; None = as many as `epochs` takes."""
     loss_on: Literal["completion", "all"] = "completion"
-    """The tokens that count: those of the "completion", or "all", prompts too."""
+    """The tokens in the loss: those of the "completion", or "all", including the prompt."""
     microbatch_size: int | None = None
-    """Rows whose activations exist at once, on all devices together; None = the whole batch."""
+    """Rows per forward and backward pass, summed over all devices; None = the whole batch."""
     eval_every: int = 0
-    """Steps between evaluations on held-out rows; 0 = only before the first and after the last."""
+    """Steps between evaluations on held-out rows; 0 = only before the first and after the last step."""
     sample_rows: int = 8
-    """Held-out prompts that the trained model answers, into samples.jsonl; 0 = none."""
+    """Held-out prompts that the trained model answers in samples.jsonl; 0 = none."""
     sample_tokens: int = 64
-    """The longest of these answers, in tokens."""
+    """The longest such answer, in tokens."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=2e-5))
     """The optimizer."""

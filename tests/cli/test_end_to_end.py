@@ -270,7 +270,7 @@ def test_the_same_command_again_has_nothing_to_do(whole):
         ),
         (["--config.phases=sft", "--overwrite"], "was made from what --overwrite deletes"),
         pytest.param(["--config.phases=ppo,sft"], "in this order", marks=pytest.mark.slow),
-        (["--config.phases=ppo,rm"], "'rm' is no phase"),
+        (["--config.phases=ppo,rm"], "'rm' is not a phase"),
     ],
 )
 def test_a_wrong_command_stops_at_once(whole, flags, message):

@@ -187,9 +187,9 @@ def test_the_package_has_the_configs(parsed):
 
 
 def test_unknown_phases_are_answered_as_such():
-    with pytest.raises(ValueError, match=r"'dpo' is no phase; DPO and its relatives .*: not in this project yet"):
+    with pytest.raises(ValueError, match=r"'dpo' is not a phase; DPO and its relatives .*: not in this project yet"):
         run_config({"phases": ("dpo",)})
-    with pytest.raises(ValueError, match="'rm' is no phase; the phases are sft, reward, ppo"):
+    with pytest.raises(ValueError, match="'rm' is not a phase; the phases are sft, reward, ppo"):
         run_config({"phases": ("rm",)})
     with pytest.raises(ValueError, match=r"config.model.lora_r: there is no such field; LoRA and other adapters: not"):
         run_config({"model": {"lora_r": 8}})

@@ -52,7 +52,7 @@ def test_a_mapping_overrides_the_defaults():
         ({"loss": {"entropy_target": 2.0}}, "set entropy_coef"),
         (
             {"kl": {"target": 6.0, "coef": 0.0}},
-            r"kl\.target=6\.0 adapts config\.ppo\.kl\.coef by factors: start it above 0",
+            r"kl\.target=6\.0 adapts config\.ppo\.kl\.coef by factors: set coef above 0",
         ),
         ({"loss": {"dual_clip": 1.0}}, "dual_clip"),
         ({"loss": {"clip_range": -0.1}}, "clip_range"),
