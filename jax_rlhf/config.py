@@ -11,7 +11,7 @@ from jax_rlhf.parallel.config import MeshConfig, RolloutMeshConfig
 from jax_rlhf.ppo.config import CriticConfig, FrozenConfig, PPOConfig
 from jax_rlhf.reward.config import RewardConfig
 from jax_rlhf.runtime.config import CheckpointConfig, LogConfig, PhaseConfig, WatchdogConfig
-from jax_rlhf.settings import from_mapping, one_of, to_config_dict
+from jax_rlhf.settings import from_mapping, suggest_value, to_config_dict
 from jax_rlhf.sft.config import SFTConfig
 
 
@@ -62,7 +62,7 @@ class RunConfig:
             raise ValueError(f"config.max_bad_steps={self.max_bad_steps} must be 1 or more.")
         for phase in self.phases:
             if phase not in PHASES:
-                raise ValueError(f"config.phases: {phase!r} is not a phase; {one_of(phase, PHASES, 'phases')}")
+                raise ValueError(f"config.phases: {phase!r} is not a phase; {suggest_value(phase, PHASES, 'phases')}")
         if not self.phases or sorted(self.phases, key=PHASES.index) != list(self.phases):
             raise ValueError(f"config.phases={self.phases} must be one or more of {', '.join(PHASES)}, in this order.")
 

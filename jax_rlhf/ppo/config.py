@@ -247,7 +247,7 @@ class PPOConfig:
         _check(self, "config.ppo", at_least_1=at_least_1, at_least_0=("eval_every", "sample_rows"))
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"config.ppo.{name}={getattr(self, name)} must lie within 0 and 1.")
+                raise ValueError(f"config.ppo.{name}={getattr(self, name)} must lie between 0 and 1.")
 
     def with_schedule_ends(self) -> "PPOConfig":
         """The settings with `total_steps` of both optimizers set to the length of the run, unless they were set before.

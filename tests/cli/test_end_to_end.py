@@ -257,10 +257,10 @@ def test_the_same_command_again_has_nothing_to_do(whole):
     ("flags", "message"),
     [
         (["--config.ppo.kl.coef=0.5"], "belongs to a run of another config: config.ppo.kl.coef was 0.05 and is 0.5"),
-        (["--config.ppo.kl_cof=0.5"], "config.ppo.kl_cof: there is no such field; did you mean config.ppo.kl.coef"),
+        (["--config.ppo.kl_cof=0.5"], "config.ppo.kl_cof does not exist; did you mean config.ppo.kl.coef"),
         pytest.param(["--config.pppo.kl_coef=0.5"], "did you mean config.ppo.kl.coef", marks=pytest.mark.slow),
         pytest.param(
-            ["--config.sft.steps=many"], "config.sft.steps='many': int or None is expected", marks=pytest.mark.slow
+            ["--config.sft.steps=many"], "config.sft.steps='many': expected int or None", marks=pytest.mark.slow
         ),
         (["--config.ppo.iterations=many"], "--config.ppo.iterations=many: invalid literal for int()"),
         pytest.param(
