@@ -136,7 +136,7 @@ def _ppo(ppo: ConfigDict) -> None:
 
 def _ppo_sampling(sampling: ConfigDict) -> None:
     """How responses are sampled."""
-    sampling.max_new_tokens = 128  # R, the longest response, in tokens.
+    sampling.max_new_tokens = 128  # The longest response, in tokens.
     sampling.min_new_tokens = 0  # EOS is not drawn before a response has this many tokens.
     sampling.temperature = 1.0  # τ > 0, by which logits are divided, in sampling and in every log-prob.
     # Draws from the k most likely tokens; 0 = all, 1 = greedy. Leave it off in PPO: log-probs are of the unfiltered
@@ -175,7 +175,7 @@ def _ppo_reward(reward: ConfigDict) -> None:
 
 
 def _ppo_kl(kl: ConfigDict) -> None:
-    """The KL penalty in the reward."""
+    """The KL penalty in the rewards."""
     kl.coef = 0.05  # β, reward units per nat of KL to the reference; with `target`, its initial value.
     kl.kind = "k1"  # The estimator of kl_t from a sampled token; "k1" is the log-ratio.
     # "sum": a response's penalty is the sum over its tokens; "mean": that sum divided by its length, so that short
@@ -187,13 +187,14 @@ def _ppo_kl(kl: ConfigDict) -> None:
 
 def _ppo_loss(loss: ConfigDict) -> None:
     """The losses of the actor and the critic."""
-    loss.policy = "clip"  # "clip" (PPO-clip) or "penalty" (PPO-penalty).
+    loss.policy = "clip"  # The policy loss: "clip" (PPO-clip) or "penalty" (PPO-penalty).
     loss.clip_range = 0.2  # ε of PPO-clip: the ratio is clipped to 1 − ε and 1 + ε.
     # loss.clip_range_high = None  # The upper ε, if it differs from `clip_range`; None = `clip_range`.
     # loss.dual_clip = None  # c of dual-clip PPO: the loss of tokens with A < 0 is at most c |A|; None = no such bound.
     loss.penalty_coef = 1.0  # The initial β of PPO-penalty.
     loss.penalty_target = 0.01  # The KL per token, in nats, to which the β of PPO-penalty adapts.
-    loss.value_clip_range = 0.2  # ε of the value loss, in reward units.
+    # ε of the clipped value loss, in reward units: how far a value may move from the one at the rollout.
+    loss.value_clip_range = 0.2
     loss.entropy_coef = 0.0  # The weight of the entropy bonus, per nat.
     # Switches the bonus off while the last minibatch had more entropy than this, in nats per token, so that the bonus
     # prevents a collapse but does not raise entropy further; None = the bonus is always on.
@@ -212,7 +213,7 @@ def _ppo_actor(actor: ConfigDict) -> None:
 
 def _ppo_actor_optimizer(optimizer: ConfigDict) -> None:
     """The actor's optimizer."""
-    optimizer.learning_rate = 1e-06  # The highest learning rate of the schedule.
+    optimizer.learning_rate = 1e-06  # The peak learning rate.
     # The learning rate after warm-up: "constant", or a "linear" or "cosine" decay to `final_fraction`.
     optimizer.schedule = "constant"
     # Optimizer steps of linear warm-up. The first has rate learning_rate / warmup_steps, so no step has rate 0.
@@ -243,7 +244,7 @@ def _ppo_critic(critic: ConfigDict) -> None:
 
 def _ppo_critic_optimizer(optimizer: ConfigDict) -> None:
     """The critic's optimizer."""
-    optimizer.learning_rate = 5e-06  # The highest learning rate of the schedule.
+    optimizer.learning_rate = 5e-06  # The peak learning rate.
     # The learning rate after warm-up: "constant", or a "linear" or "cosine" decay to `final_fraction`.
     optimizer.schedule = "constant"
     # Optimizer steps of linear warm-up. The first has rate learning_rate / warmup_steps, so no step has rate 0.

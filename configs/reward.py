@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
 def _reward(reward: ConfigDict) -> None:
     """The reward phase."""
     # reward.start_from = None  # The checkpoint from which the reward model starts; None = the SFT phase's model.
-    # reward.start_revision = None  # The revision of a hub id.
+    # reward.start_revision = None  # The revision of `start_from`, if it is a hub id.
     # reward.num_layers = None  # The number of layers to keep, counted from the bottom; None = all.
     # The number of layers that are trained, counted from the top; None = all parameters.
     # reward.trainable_layers = None
@@ -47,7 +47,7 @@ def _reward(reward: ConfigDict) -> None:
     # reward.steps = None  # Optimizer steps; None = as many as `epochs` takes.
     # Pairs that are differentiated at once, on all devices in total; None = the whole batch.
     # reward.microbatch_size = None
-    reward.eval_every = 0  # Steps between evaluations on held-out pairs; 0 = only after the last.
+    reward.eval_every = 0  # Steps between evaluations on held-out pairs; 0 = only after the last step.
     # "bradley_terry", on the scores of complete answers; or "token", DeepSpeed-Chat's loss per token.
     reward.loss = "bradley_terry"
     # "pairs": the two answers of a pair; "all": each chosen answer with every rejected one of the batch, for labelled
@@ -62,7 +62,7 @@ def _reward(reward: ConfigDict) -> None:
 
 def _reward_optimizer(optimizer: ConfigDict) -> None:
     """The optimizer."""
-    optimizer.learning_rate = 1e-05  # The highest learning rate of the schedule.
+    optimizer.learning_rate = 1e-05  # The peak learning rate.
     # The learning rate after warm-up: "constant", or a "linear" or "cosine" decay to `final_fraction`.
     optimizer.schedule = "linear"
     # Optimizer steps of linear warm-up. The first has rate learning_rate / warmup_steps, so no step has rate 0.
@@ -86,7 +86,7 @@ def _reward_optimizer(optimizer: ConfigDict) -> None:
 
 def _ppo_sampling(sampling: ConfigDict) -> None:
     """How responses are sampled."""
-    sampling.max_new_tokens = 128  # R, the longest response, in tokens.
+    sampling.max_new_tokens = 128  # The longest response, in tokens.
     sampling.min_new_tokens = 0  # EOS is not drawn before a response has this many tokens.
     sampling.temperature = 1.0  # τ > 0, by which logits are divided, in sampling and in every log-prob.
     # Draws from the k most likely tokens; 0 = all, 1 = greedy. Leave it off in PPO: log-probs are of the unfiltered

@@ -59,7 +59,7 @@ def _watchdog(watchdog: ConfigDict) -> None:
 
 def _log(log: ConfigDict) -> None:
     """Where metrics are logged, besides metrics.jsonl."""
-    log.tensorboard = True  # TensorBoard files under <phase>/tensorboard.
+    log.tensorboard = True  # Write TensorBoard files to <workdir>/<phase>/tensorboard.
     # log.wandb_project = None  # The project in Weights & Biases, which must be installed; None = not logged there.
     log.table_rows = 4  # Held-out prompts whose responses before and after PPO are printed at the end.
 
@@ -167,7 +167,7 @@ def _sft(sft: ConfigDict) -> None:
     sft.loss_on = "completion"  # The tokens in the loss: those of the "completion", or "all", prompts included.
     # Rows that are differentiated at once, on all devices in total; None = the whole batch.
     # sft.microbatch_size = None
-    sft.eval_every = 0  # Steps between evaluations on held-out rows; 0 = only before the first and after the last.
+    sft.eval_every = 0  # Steps between evaluations on held-out rows; 0 = only before the first and after the last step.
     sft.sample_rows = 8  # Held-out prompts to which the trained model writes responses, for samples.jsonl; 0 = none.
     sft.sample_tokens = 64  # The longest of these responses, in tokens.
     _sft_optimizer(sft.optimizer)
@@ -175,7 +175,7 @@ def _sft(sft: ConfigDict) -> None:
 
 def _sft_optimizer(optimizer: ConfigDict) -> None:
     """The optimizer."""
-    optimizer.learning_rate = 2e-05  # The highest learning rate of the schedule.
+    optimizer.learning_rate = 2e-05  # The peak learning rate.
     # The learning rate after warm-up: "constant", or a "linear" or "cosine" decay to `final_fraction`.
     optimizer.schedule = "cosine"
     # Optimizer steps of linear warm-up. The first has rate learning_rate / warmup_steps, so no step has rate 0.

@@ -11,7 +11,7 @@ from jax_rlhf.parallel.config import MeshConfig, RolloutMeshConfig
 from jax_rlhf.ppo.config import CriticConfig, FrozenConfig, PPOConfig
 from jax_rlhf.reward.config import RewardConfig
 from jax_rlhf.runtime.config import CheckpointConfig, LogConfig, PhaseConfig, WatchdogConfig
-from jax_rlhf.settings import from_mapping, one_of, to_config_dict
+from jax_rlhf.settings import from_mapping, suggest_value, to_config_dict
 from jax_rlhf.sft.config import SFTConfig
 
 
@@ -62,23 +62,23 @@ class RunConfig:
             raise ValueError(f"config.max_bad_steps={self.max_bad_steps} must be 1 or more.")
         for phase in self.phases:
             if phase not in PHASES:
-                raise ValueError(f"config.phases: {phase!r} is not a phase; {one_of(phase, PHASES, 'phases')}")
+                raise ValueError(f"config.phases: {phase!r} is not a phase; {suggest_value(phase, PHASES, 'phases')}")
         if not self.phases or sorted(self.phases, key=PHASES.index) != list(self.phases):
-            raise ValueError(f"config.phases={self.phases}: one or more of {', '.join(PHASES)} in this order.")
+            raise ValueError(f"config.phases={self.phases} must be one or more of {', '.join(PHASES)}, in this order.")
 
     def data_of(self, phase: str) -> DataConfig:
-        """The data's settings for a phase: without packing for `reward.loss="token"`, which does not support it."""
+        """The data settings of a phase; packing is off for `reward.loss="token"`, which does not support it."""
         if phase == "reward" and self.reward.loss == "token":
             return dataclasses.replace(self.data, packing=False)
         return self.data
 
     def eval_rows_of(self, phase: str) -> int:
-        """How many held-out rows a phase evaluates on at most: `data.eval_rows`, or `ppo.eval_rows` if it is set."""
+        """The largest number of held-out rows of a phase: `data.eval_rows`, or `ppo.eval_rows` if it is set."""
         return self.ppo.eval_rows if phase == "ppo" and self.ppo.eval_rows is not None else self.data.eval_rows
 
     @property
     def phase(self) -> PhaseConfig:
-        """What every phase reads."""
+        """The settings that all phases share."""
         return PhaseConfig(
             checkpoint=self.checkpoint,
             log=self.log,

@@ -1,4 +1,4 @@
-"""Settings: dataclasses that say what fields there are, and the mappings and flags that fill them in."""
+"""Settings: dataclasses declare the fields; mappings and flags set them."""
 
 import ast
 import dataclasses
@@ -19,18 +19,16 @@ T = TypeVar("T")
 
 
 def from_mapping(kind: type[T], values: Any, where: str = "config") -> T:
-    """A config dataclass from a mapping (a dict, an `ml_collections.ConfigDict`), with every field's type checked.
+    """Creates a config dataclass from a mapping, and checks the type of every field.
 
     Args:
       kind: the dataclass.
-      values: the fields that differ from the defaults, nested where the dataclass is; or an instance of `kind`.
-      where: what to call it in errors.
-
-    Returns:
-      An instance.
+      values: a dict or `ml_collections.ConfigDict` of the fields that differ from the defaults, nested like the
+        dataclass; or an instance of `kind`, which is returned.
+      where: the name of the mapping in error messages.
 
     Raises:
-      ValueError: an unknown field (with the names nearest to it), or a value of another type.
+      ValueError: an unknown field (the message suggests similar names), or a value of the wrong type.
     """
     if isinstance(values, kind):
         return values
@@ -42,12 +40,12 @@ def from_mapping(kind: type[T], values: Any, where: str = "config") -> T:
     for name, value in values.items():
         if name not in known:
             path = f"{where}.{name}".removeprefix("config.")
-            raise ValueError(f"{where}.{name}: there is no such field; {unknown_name(name, known, path=path)}")
+            raise ValueError(f"{where}.{name} does not exist; {suggest_field(name, known, path=path)}")
         checked[name] = _checked(hints[name], value, f"{where}.{name}")
     return kind(**checked)
 
 
-_NOT_HERE = {
+_UNSUPPORTED = {
     r"(^|_|q)lora($|_)|peft|adapters?$": "LoRA and other adapters",
     r"4bit|8bit|quanti[sz]": "quantized training",
     r"vllm|sglang": "generation by another server",
@@ -57,7 +55,7 @@ _NOT_HERE = {
     r"pipeline": "pipeline parallelism",
     r"(^|_)(moe|experts?)($|_)": "mixtures of experts",
 }
-"""What other frameworks have and this one has not, by a pattern of names."""
+"""Features of other frameworks that this one does not have: pattern of a field's name → feature."""
 _OTHER_NAMES = {
     "gradient_checkpointing": "model.remat",
     "gradient_accumulation_steps": "sft.microbatch_size, reward.microbatch_size or ppo.microbatch_size",
@@ -92,7 +90,7 @@ _OTHER_NAMES = {
     "eval_steps": "sft.eval_every, reward.eval_every or ppo.eval_every",
     "attn_implementation": "model.attention",
 }
-"""What users of TRL, OpenRLHF and DeepSpeed-Chat know by another name."""
+"""Names of settings in TRL, OpenRLHF and DeepSpeed-Chat → the setting here."""
 
 
 _RENAMED = {
@@ -148,17 +146,14 @@ _RENAMED = {
     "reward_training.path": "reward.start_from",
     "reward_training.revision": "reward.start_revision",
 }
-"""Names that fields had before version 0.2."""
+"""Names of fields before version 0.2 → their names now."""
 
 
 def new_name(path: str) -> str | None:
-    """What a field is called that had another name in an earlier version.
+    """The current name of a field that was renamed since an earlier version; None if it was not.
 
     Args:
-      path: "a.b.c", without "config.".
-
-    Returns:
-      Its name now, or None.
+      path: the former name, "a.b.c" without "config.".
     """
     section, _, rest = path.partition(".")
     for former, now in _RENAMED.items():
@@ -167,69 +162,56 @@ def new_name(path: str) -> str | None:
     return f"reward.{rest}".rstrip(".") if section == "reward_training" else None
 
 
-def unknown_name(name: str, known: Iterable[str], prefix: str = "", *, path: str | None = None) -> str:
-    """What to say of a field that there is not: what it is called here, that there is no such thing, or what is near.
+def suggest_field(name: str, known: Iterable[str], prefix: str = "", *, path: str | None = None) -> str:
+    """A sentence for the error about an unknown field: its current name, that it is unsupported, or similar names.
 
     Args:
-      name: as written, "a.b.c".
-      known: the names that there are, of the same form.
-      prefix: of names in the answer.
-      path: its full name, where `name` is its last part.
-
-    Returns:
-      A sentence for a message.
+      name: the unknown field as the user wrote it, "a.b.c".
+      known: the fields that exist, in the same form.
+      prefix: put before each suggested name.
+      path: the full name, if `name` is only its last part.
     """
     now = new_name(path or name)
     if now is not None:
-        return f"it is config.{now} now."
+        return f"it is now config.{now}."
     known, last = list(known), name.lower().rpartition(".")[2]
-    for pattern, what in _NOT_HERE.items():
+    for pattern, feature in _UNSUPPORTED.items():
         if re.search(pattern, last):
-            return f"{what}: not in this project yet."
+            return f"{feature}: not supported yet."
     same = [path for path in known if path.lower().rpartition(".")[2] == last]
     near = same or difflib.get_close_matches(name, known, n=3)
     if last in _OTHER_NAMES and not same:
         return f"here it is config.{_OTHER_NAMES[last]}." if "=" not in _OTHER_NAMES[last] else _OTHER_NAMES[last]
     if near:
         return f"did you mean {' or '.join(prefix + path for path in near)}?"
-    if any("." in path for path in known):  # of a whole run
-        return "configs/sft.py, reward.py and ppo.py explain the fields."
+    if any("." in path for path in known):  # all fields of a run, too many to list
+        return "configs/sft.py, configs/reward.py and configs/ppo.py explain the fields."
     return f"the fields are {', '.join(sorted(known))}."
 
 
-def one_of(name: str, known: Sequence[str], what: str) -> str:
-    """What may have been meant by a value that is none of a few.
+def suggest_value(name: str, known: Sequence[str], what: str) -> str:
+    """A sentence for the error about an invalid value: that it is unsupported, a similar one, or all valid ones.
 
     Args:
-      name: as written.
-      known: the values that there are.
-      what: they are, in the plural.
-
-    Returns:
-      A sentence for a message.
+      name: the value as the user wrote it.
+      known: the valid values.
+      what: what the values are, in the plural, such as "phases".
     """
-    for pattern, absent in _NOT_HERE.items():
+    for pattern, feature in _UNSUPPORTED.items():
         if re.search(pattern, name.lower()):
-            return f"{absent}: not in this project yet."
+            return f"{feature}: not supported yet."
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else f"the {what} are {', '.join(known)}."
 
 
-def is_list_of(hint: Any) -> type:
-    """The type of a list's elements.
-
-    Args:
-      hint: a field's, such as `tuple[str, ...]` or `tuple[int, ...] | None`.
-
-    Returns:
-      Such as `str`.
-    """
+def list_element_type(hint: Any) -> type:
+    """The type of the elements of a list field, whose type hint is `tuple[str, ...]` or `tuple[int, ...] | None`."""
     return next(typing.get_args(option)[0] for option in _options(hint) if typing.get_origin(option) is tuple)
 
 
 def _checked(hint: Any, value: Any, where: str) -> Any:
     options = _options(hint)
-    if type(None) in options and value in (None, "None"):  # the latter from a flag that is a text
+    if type(None) in options and value in (None, "None"):  # the text comes from a flag
         return None
     for option in options:
         origin = typing.get_origin(option)
@@ -245,7 +227,7 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
             return float(value)
         if isinstance(option, type) and origin is None and type(value) is option:
             return value
-    raise ValueError(f"{where}={value!r}: {' or '.join(map(_named, options))} is expected.")
+    raise ValueError(f"{where}={value!r}: expected {' or '.join(map(_type_name, options))}.")
 
 
 def _options(hint: Any) -> tuple:
@@ -253,7 +235,7 @@ def _options(hint: Any) -> tuple:
 
 
 def _items(option: Any, value: Any) -> tuple | None:
-    """The tuple that was meant; None where its items are of another type."""
+    """The value as a tuple; None if its items have the wrong type."""
     kind = typing.get_args(option)[0]
     if kind is str:
         texts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
@@ -267,7 +249,7 @@ def _items(option: Any, value: Any) -> tuple | None:
     return tuple(value) if all(type(item) is kind for item in value) else None
 
 
-def _named(option: Any) -> str:
+def _type_name(option: Any) -> str:
     if typing.get_origin(option) is Literal:
         return " or ".join(map(repr, typing.get_args(option)))
     if typing.get_origin(option) is tuple:
@@ -277,14 +259,7 @@ def _named(option: Any) -> str:
 
 @functools.cache
 def field_docs(kind: type) -> dict[str, str]:
-    """What the fields of a dataclass mean: the docstring below each, as it stands in the source.
-
-    Args:
-      kind: the dataclass.
-
-    Returns:
-      field → one line of text; fields of a parent class too.
-    """
+    """Field → its docstring in the source, as one line of text; includes the fields of parent classes."""
     docs: dict[str, str] = {}
     for parent in reversed(kind.__mro__):
         if not dataclasses.is_dataclass(parent):
@@ -303,14 +278,7 @@ def field_docs(kind: type) -> dict[str, str]:
 
 
 def to_config_dict(settings: Any) -> ConfigDict:
-    """A dataclass as the ConfigDict that flags override: each field is there, with its type.
-
-    Args:
-      settings: an instance.
-
-    Returns:
-      The same values; a field that is None takes a value of its type.
-    """
+    """Converts a config dataclass to a ConfigDict that flags can override. A field that is None keeps its type."""
     hints = typing.get_type_hints(type(settings))
     result = ConfigDict()
     for field in dataclasses.fields(settings):
@@ -319,7 +287,9 @@ def to_config_dict(settings: Any) -> ConfigDict:
             value = to_config_dict(value)
         options = _options(hints[field.name])
         if type(None) in options and not {int, float}.isdisjoint(options):
-            value = config_dict.FieldReference(value, field_type=object)  # a flag can say None; `from_mapping` checks
+            value = config_dict.FieldReference(
+                value, field_type=object
+            )  # a flag may set None; `from_mapping` checks the type
         elif value is None:
             option = next(option for option in options if option is not type(None))
             kind = {Literal: str, tuple: tuple}.get(typing.get_origin(option), option)

@@ -16,7 +16,7 @@ from jax_rlhf.cli.packaged import get_config_of, packaged_configs, said_of
 from jax_rlhf.config import RunConfig
 from jax_rlhf.io.paths import local_path
 from jax_rlhf.io.printable import printable_lines
-from jax_rlhf.settings import is_list_of, unknown_name
+from jax_rlhf.settings import list_element_type, suggest_field
 
 USAGE = "usage: jax-rlhf --config=FILE_OR_NAME --workdir=DIR [--config.FIELD=VALUE …]"
 _ELEMENT = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)'|([^,]*))\s*(?:,|$)""")
@@ -108,7 +108,7 @@ def _check_fields(arguments: Sequence[str], config: ConfigDict) -> None:
     for argument in arguments:
         match = re.match(r"--?(no)?config\.([^=]*)", argument)
         if match and match[2] not in known:
-            raise ValueError(f"config.{match[2]}: there is no such field; {unknown_name(match[2], known, 'config.')}")
+            raise ValueError(f"config.{match[2]} does not exist; {suggest_field(match[2], known, 'config.')}")
 
 
 def _paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:
@@ -127,7 +127,7 @@ def _expand_lists(config: ConfigDict, kind: type = RunConfig, where: str = "conf
         if isinstance(value, ConfigDict):
             _expand_lists(value, hints[name], f"{where}.{name}")
         elif isinstance(value, tuple) and any(isinstance(part, _Written) for part in value):
-            parts = [_elements(part, is_list_of(hints[name]), f"{where}.{name}") for part in value]
+            parts = [_elements(part, list_element_type(hints[name]), f"{where}.{name}") for part in value]
             given = [part for part in parts if part is not None]
             config[name] = tuple(itertools.chain(*given)) if given else None
 

@@ -91,4 +91,4 @@ def _new_name_in(error: BaseException) -> str:
         return ""
     names = (new_name(f"{section}.{key[1]}") for section in ("ppo", "reward"))
     now = "reward" if key[1] == "reward_training" else next(filter(None, names), None)
-    return f"it is config.{now} now" if now else ""
+    return f"it is now config.{now}" if now else ""

@@ -205,7 +205,7 @@ def _check_layers(config: RunConfig, policy: DecoderConfig, phases: list[str], w
         checked.append(("critic.trainable_layers", config.critic.trainable_layers, layers))
     for field, value, layers in checked:
         if value is not None and not 1 <= value <= layers:
-            raise ValueError(f"config.{field}={value} must lie within 1 and the model's {layers} layers.")
+            raise ValueError(f"config.{field}={value} must lie between 1 and the model's {layers} layers.")
 
 
 def _check_vocabularies(

@@ -6,10 +6,10 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with a schedule."""
+    """AdamW with a learning rate schedule."""
 
     learning_rate: float = 1e-5
-    """The highest learning rate of the schedule."""
+    """The peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """The learning rate after warm-up: "constant", or a "linear" or "cosine" decay to `final_fraction`."""
     warmup_steps: int = 0

@@ -29,7 +29,7 @@ class FrozenConfig(ModelConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KLConfig:
-    """The KL penalty in the reward: r_t = −coef · kl_t at every token."""
+    """The KL penalty in the rewards: −coef · kl_t at every token t."""
 
     coef: float = 0.05
     """β, reward units per nat of KL to the reference; with `target`, its initial value."""
@@ -89,7 +89,7 @@ class LossConfig:
     """The losses of the actor and the critic."""
 
     policy: Literal["clip", "penalty"] = "clip"
-    """"clip" (PPO-clip) or "penalty" (PPO-penalty)."""
+    """The policy loss: "clip" (PPO-clip) or "penalty" (PPO-penalty)."""
     clip_range: float = 0.2
     """ε of PPO-clip: the ratio is clipped to 1 − ε and 1 + ε."""
     clip_range_high: float | None = None
@@ -101,7 +101,7 @@ class LossConfig:
     penalty_target: float = 0.01
     """The KL per token, in nats, to which the β of PPO-penalty adapts."""
     value_clip_range: float = 0.2
-    """ε of the value loss, in reward units."""
+    """ε of the clipped value loss, in reward units: how far a value may move from the one at the rollout."""
     entropy_coef: float = 0.0
     """The weight of the entropy bonus, per nat."""
     entropy_target: float | None = None
@@ -226,7 +226,7 @@ class PPOConfig:
     reward: RewardSourceConfig = dataclasses.field(default_factory=RewardSourceConfig)
     """Reward functions besides the reward model, and how scores become rewards."""
     kl: KLConfig = dataclasses.field(default_factory=KLConfig)
-    """The KL penalty in the reward."""
+    """The KL penalty in the rewards."""
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     """The losses of the actor and the critic."""
     actor: ActorTrainingConfig = dataclasses.field(default_factory=ActorTrainingConfig)
@@ -241,7 +241,7 @@ class PPOConfig:
         _check(self, "config.ppo", at_least_1=at_least_1, at_least_0=("eval_every", "sample_rows"))
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"config.ppo.{name}={getattr(self, name)} must lie within 0 and 1.")
+                raise ValueError(f"config.ppo.{name}={getattr(self, name)} must lie between 0 and 1.")
 
     def with_schedule_ends(self) -> "PPOConfig":
         """The settings, with learning-rate schedules that end with the run unless `total_steps` is set.

@@ -13,7 +13,7 @@ class RewardConfig:
     start_from: str | None = None
     """The checkpoint from which the reward model starts; None = the SFT phase's model."""
     start_revision: str | None = None
-    """The revision of a hub id."""
+    """The revision of `start_from`, if it is a hub id."""
     num_layers: int | None = None
     """The number of layers to keep, counted from the bottom; None = all."""
     trainable_layers: int | None = None
@@ -25,7 +25,7 @@ class RewardConfig:
     microbatch_size: int | None = None
     """Pairs that are differentiated at once, on all devices in total; None = the whole batch."""
     eval_every: int = 0
-    """Steps between evaluations on held-out pairs; 0 = only after the last."""
+    """Steps between evaluations on held-out pairs; 0 = only after the last step."""
     loss: Literal["bradley_terry", "token"] = "bradley_terry"
     """"bradley_terry", on the scores of complete answers; or "token", DeepSpeed-Chat's loss per token."""
     compare: Literal["pairs", "all"] = "pairs"

@@ -1,4 +1,4 @@
-"""The losses of a reward model, and the cut of a language model that it starts as."""
+"""The losses of a reward model, and the model that its training starts from."""
 
 import dataclasses
 from typing import Literal
@@ -19,28 +19,29 @@ from jax_rlhf.rl.types import AnyArray
 
 @dataclasses.dataclass(frozen=True)
 class RewardLoss:
-    """How a reward model learns from pairs.
+    """The ranking loss of a reward model on pairs of answers.
 
     Attributes:
-      loss: "bradley_terry", on scores at the last tokens; "token": DeepSpeed-Chat's, on all from where the two differ.
-      compare: "pairs": each chosen with its own rejected; "all": each chosen with every rejected of the batch, for data
-        whose pairs are arbitrary, such as texts with labels.
+      loss: "bradley_terry", on the scores at the last tokens; "token": DeepSpeed-Chat's, on the values of all tokens
+        from the first one at which the answers differ.
+      compare: "pairs" compares each chosen answer with its own rejected one; "all" with every rejected answer of the
+        batch, for data whose pairs are arbitrary, such as texts with labels.
     """
 
     loss: Literal["bradley_terry", "token"] = "bradley_terry"
     compare: Literal["pairs", "all"] = "pairs"
 
     def __call__(self, network: SplitModel, params: SplitParams, batch: PairBatch | PackedPairs) -> Sums:
-        """Sums over a batch.
+        """The loss and metrics, summed over a batch.
 
         Args:
-          network: with a scalar head.
+          network: a model with a scalar head.
           params: its parameters.
-          batch: B pairs, or rows of packed ones, which the token loss does not take.
+          batch: B pairs, or rows of packed pairs, which the token loss does not support.
 
         Returns:
-          "loss" in nats, "accuracy" (chosen above rejected), "margin" (chosen − rejected), "count" of comparisons;
-          float32[] each.
+          Sums, float32[] each: "loss" in nats, "accuracy" (1 if chosen scores above rejected), "margin" (chosen −
+          rejected) in reward units, "count" of comparisons.
         """
         params = SplitParams(jax.lax.stop_gradient(params.frozen), params.trainable)
         if self.loss == "token":
@@ -65,12 +66,12 @@ def pair_scores(network: SplitModel, params: SplitParams, batch: PairBatch | Pac
     """The scores of both answers of each pair.
 
     Args:
-      network: with a scalar head.
+      network: a model with a scalar head.
       params: its parameters.
-      batch: B pairs, or B rows of up to S packed ones.
+      batch: B pairs, or B rows of up to S packed pairs.
 
     Returns:
-      (chosen, rejected, real), float32[N], float32[N] and bool[N]: N is B, or B · S; what is not real is no pair.
+      (chosen, rejected, real), float32[N], float32[N] and bool[N], where N is B or B · S; `real` is False for padding.
     """
     if isinstance(batch, PackedPairs):
         values = _values(network, params, batch.tokens, batch.mask, positions=batch.positions, segments=batch.segments)
@@ -78,14 +79,14 @@ def pair_scores(network: SplitModel, params: SplitParams, batch: PairBatch | Pac
             jnp.take_along_axis(values, last, axis=1).reshape(-1) for last in (batch.chosen_last, batch.rejected_last)
         )
         return chosen, rejected, jnp.asarray(batch.real).reshape(-1)
-    tokens, mask = _both(batch)
+    tokens, mask = _stacked(batch)
     chosen, rejected = jnp.split(text_scores(network, params, tokens, mask), 2)
     return chosen, rejected, jnp.any(batch.chosen_mask, axis=1)
 
 
 def _token_loss(network: SplitModel, params: SplitParams, batch: PairBatch) -> tuple[Array, Array, Array]:
-    """(scores of the chosen, of the rejected, loss), float32[B] each."""
-    tokens, mask = _both(batch)
+    """(scores of the chosen answers, scores of the rejected ones, loss), float32[B] each."""
+    tokens, mask = _stacked(batch)
     values = _values(network, params, tokens, mask)
     chosen, rejected = jnp.split(values, 2)
     loss = token_ranking_loss(chosen, rejected, batch.chosen, batch.rejected, batch.chosen_mask, batch.rejected_mask)
@@ -94,40 +95,40 @@ def _token_loss(network: SplitModel, params: SplitParams, batch: PairBatch) -> t
     return chosen, rejected, loss
 
 
-def _both(batch: PairBatch) -> tuple[Array, Array]:
-    """Tokens and mask of chosen above rejected, [2B, T]."""
+def _stacked(batch: PairBatch) -> tuple[Array, Array]:
+    """Tokens and mask of the chosen answers, then of the rejected ones, [2B, T]."""
     return jnp.concatenate([batch.chosen, batch.rejected]), jnp.concatenate([batch.chosen_mask, batch.rejected_mask])
 
 
-def _values(network: SplitModel, params: SplitParams, tokens: AnyArray, mask: AnyArray, **apart: AnyArray) -> Array:
+def _values(network: SplitModel, params: SplitParams, tokens: AnyArray, mask: AnyArray, **packing: AnyArray) -> Array:
     """The head's value at each token, float32[B, T]."""
-    activations = network.frozen_activations(SplitParams(params.frozen, {}), tokens, mask, **apart)
-    hidden = network.hidden_states(params, tokens, mask, activations, **apart)
+    activations = network.frozen_activations(SplitParams(params.frozen, {}), tokens, mask, **packing)
+    hidden = network.hidden_states(params, tokens, mask, activations, **packing)
     return network.model.apply({"params": network.head_params(params)}, hidden, method="apply_head")
 
 
 def reward_start(pretrained: Pretrained, num_layers: int | None, key: Array) -> Pretrained:
-    """The model that a reward model starts as: the lower layers of a model, and a scalar head.
+    """The model that reward training starts from: the lower layers of a model, with a scalar head.
 
-    A reward model keeps the head that it was loaded with, in float32, and its biases, unless layers below it go.
+    A model that already has a trained scalar head keeps it, in float32, and its biases, unless layers are removed.
 
     Args:
       pretrained: a model with either head.
-      num_layers: how many layers to keep, from the bottom; None = all.
-      key: of a new head, normal with standard deviation 1/√(width + 1).
+      num_layers: the number of layers to keep, from the bottom; None = all.
+      key: for a new head, which is normal with standard deviation 1/√(width + 1).
 
     Returns:
-      The model, `new_head` where its head is new; parameters that stay are shared.
+      The model. It shares the parameters that it keeps with `pretrained`; `new_head` tells whether its head is new.
 
     Raises:
-      ValueError: more layers than there are.
+      ValueError: `num_layers` is not between 1 and the model's number of layers.
 
-    Source: the head: Stiennon et al. 2020, "Learning to summarize from human feedback", appendix B.1.
+    Source of the initialization: Stiennon et al. 2020, "Learning to summarize from human feedback", appendix B.1.
     """
     config = pretrained.model.config
     layers = config.num_layers if num_layers is None else num_layers
     if not 1 <= layers <= config.num_layers:
-        raise ValueError(f"num_layers={num_layers} must lie within 1 and the model's {config.num_layers} layers.")
+        raise ValueError(f"num_layers={num_layers} must lie between 1 and the model's {config.num_layers} layers.")
     config = config.replace(num_layers=layers, sliding_layers=config.sliding_layers and config.sliding_layers[:layers])
     params = {name: value for name, value in pretrained.params.items() if name not in ("lm_head", "scalar_head")}
     if layers < pretrained.model.config.num_layers:

@@ -1,4 +1,4 @@
-"""The settings of what a long run needs: checkpoints, logs, the watchdog."""
+"""The settings of checkpoints, logs and the watchdog."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ class CheckpointConfig:
 
     @property
     def lowest_is_best(self) -> bool:
-        """Of the metric `best`."""
+        """Whether a lower value of the metric `best` is better."""
         if self.best_mode is None:
             return self.best is not None and self.best.endswith(("loss", "perplexity"))
         return self.best_mode == "min"
@@ -43,7 +43,7 @@ class LogConfig:
     """Where metrics are logged, besides metrics.jsonl."""
 
     tensorboard: bool = True
-    """TensorBoard files under <phase>/tensorboard."""
+    """Write TensorBoard files to <workdir>/<phase>/tensorboard."""
     wandb_project: str | None = None
     """The project in Weights & Biases, which must be installed; None = not logged there."""
     table_rows: int = 4
@@ -65,19 +65,19 @@ class WatchdogConfig:
         if not (self.factor >= 1 and self.minutes > 0):
             raise ValueError(
                 f"config.watchdog.factor={self.factor} must be 1 or more, minutes={self.minutes} above 0; "
-                'action="off" watches nothing.'
+                'action="off" turns the watchdog off.'
             )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
-    """What every phase of a run reads of its settings.
+    """The settings that all phases of a run share.
 
     Attributes:
       checkpoint, log, watchdog: their settings.
-      max_bad_steps: updates in a row that are not finite, after which the run stops.
-      debug: stop at the first NaN; write checkpoints before going on.
-      longest_call: seconds that a reward function may take, during which the watchdog must wait; None = no limit.
+      max_bad_steps: consecutive steps with a non-finite update after which the run stops.
+      debug: stop at the first NaN; write checkpoints synchronously.
+      longest_call: seconds that a call of a reward function may take, for which the watchdog waits; None = no limit.
       run: all settings of the run as nested dicts, for checkpoints and Weights & Biases.
     """
 

@@ -8,7 +8,7 @@ class Sampling:
     """How responses are sampled."""
 
     max_new_tokens: int = 128
-    """R, the longest response, in tokens."""
+    """The longest response, in tokens."""
     min_new_tokens: int = 0
     """EOS is not drawn before a response has this many tokens."""
     temperature: float = 1.0
@@ -30,7 +30,7 @@ class Sampling:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be 1 or more.")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise ValueError(
-                f"min_new_tokens={self.min_new_tokens} must lie within 0 and max_new_tokens={self.max_new_tokens}."
+                f"min_new_tokens={self.min_new_tokens} must lie between 0 and max_new_tokens={self.max_new_tokens}."
             )
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be above 0; greedy decoding is top_k=1.")

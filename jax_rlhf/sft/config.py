@@ -19,7 +19,7 @@ class SFTConfig:
     microbatch_size: int | None = None
     """Rows that are differentiated at once, on all devices in total; None = the whole batch."""
     eval_every: int = 0
-    """Steps between evaluations on held-out rows; 0 = only before the first and after the last."""
+    """Steps between evaluations on held-out rows; 0 = only before the first and after the last step."""
     sample_rows: int = 8
     """Held-out prompts to which the trained model writes responses, for samples.jsonl; 0 = none."""
     sample_tokens: int = 64

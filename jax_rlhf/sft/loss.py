@@ -18,8 +18,8 @@ class SFTLoss:
     """Σ −log π(token | the tokens of its text before it), in nats.
 
     Attributes:
-      loss_on: tokens of "completion"s (EOS included), or "all": prompts too. A text's first token is never counted,
-        since nothing stands before it.
+      loss_on: "completion", whose tokens (EOS included) are in the loss, or "all", including the prompt. A text's
+        first token is never counted, since no token precedes it.
 
     Source: Ouyang et al. 2022, section 3.5.
     """
@@ -27,20 +27,15 @@ class SFTLoss:
     loss_on: Literal["completion", "all"] = "completion"
 
     def __call__(self, network: SplitModel, params: SplitParams, batch: TextBatch) -> Sums:
-        """Sums over a batch.
-
-        Args:
-          network: the model.
-          params: its parameters.
-          batch: B rows of T tokens.
+        """The loss and metrics, summed over a batch.
 
         Returns:
-          "loss" in nats, "entropy" in nats, "count" in tokens; float32[] each.
+          Sums, float32[] each: "loss" in nats, "entropy" in nats, "count" of tokens.
         """
-        apart = {"positions": batch.positions, "segments": batch.segments}
+        packing = {"positions": batch.positions, "segments": batch.segments}
         frozen = jax.lax.stop_gradient(params.frozen)
-        activations = network.frozen_activations(SplitParams(frozen, {}), batch.tokens, batch.mask, **apart)
-        hidden = network.hidden_states(params, batch.tokens, batch.mask, activations, **apart)[:, :-1]
+        activations = network.frozen_activations(SplitParams(frozen, {}), batch.tokens, batch.mask, **packing)
+        hidden = network.hidden_states(params, batch.tokens, batch.mask, activations, **packing)[:, :-1]
         logprobs, entropy = score_hidden(network.model, network.head_params(params), hidden, batch.tokens[:, 1:])
         counted = batch.mask[:, 1:] & (batch.positions[:, 1:] > 0)
         if self.loss_on == "completion":

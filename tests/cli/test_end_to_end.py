@@ -255,14 +255,14 @@ def test_the_same_command_again_has_nothing_to_do(whole):
 
 WRONG = [
     (["--config.ppo.kl.coef=0.5"], "belongs to a run of another config: config.ppo.kl.coef was 0.05 and is 0.5"),
-    (["--config.ppo.kl_cof=0.5"], "config.ppo.kl_cof: there is no such field; did you mean config.ppo.kl.coef"),
+    (["--config.ppo.kl_cof=0.5"], "config.ppo.kl_cof does not exist; did you mean config.ppo.kl.coef"),
     (["--config.pppo.kl_coef=0.5"], "did you mean config.ppo.kl.coef"),
-    (["--config.sft.steps=many"], "config.sft.steps='many': int or None is expected"),
+    (["--config.sft.steps=many"], "config.sft.steps='many': expected int or None"),
     (["--config.ppo.iterations=many"], "--config.ppo.iterations=many: invalid literal for int()"),
     (["--config.reward.num_layers=None"], "config.reward.num_layers was 2 and is None"),
     (["--config.phases=sft", "--overwrite"], "was made from what --overwrite deletes"),
     (["--config.phases=ppo,sft"], "in this order"),
-    (["--config.phases=ppo,rm"], "'rm' is no phase"),
+    (["--config.phases=ppo,rm"], "'rm' is not a phase"),
 ]
 UNWRITABLE = [["--config.phases=sft", f"--workdir={workdir}"] for workdir in ("/sys/jax_rlhf", "base/config.json/run")]
 

@@ -122,7 +122,7 @@ def test_a_comma_in_a_config_file_s_own_list_is_part_of_the_element():
         (["--config=elsewhere/ppo.py"], "'elsewhere/ppo.py' is no file here; --config=ppo is the package's"),
         (
             ["--config=ppo", "--config.ppo.kl.cof=1"],
-            "config.ppo.kl.cof: there is no such field; did you mean config.ppo.kl.",
+            "config.ppo.kl.cof does not exist; did you mean config.ppo.kl.",
         ),
         (["--config=ppo", "--config.kl_coef=1"], "did you mean config.ppo.kl.coef"),
         (
@@ -130,13 +130,16 @@ def test_a_comma_in_a_config_file_s_own_list_is_part_of_the_element():
             "did you mean config.ppo.actor.optimizer.learning_rate or config.ppo.critic.optimizer.learning_rate or "
             "config.reward.optimizer.learning_rate or config.sft.optimizer.learning_rate?",
         ),
-        (["--config=ppo", "--config.model.lora_rank=8"], "LoRA and other adapters: not in this project yet"),
-        (["--config=ppo", "--noconfig.model.load_in_4bit"], "quantized training: not in this project yet"),
-        (["--config=ppo", "--config.ppo.use_vllm=true"], "generation by another server: not in this project yet"),
+        (["--config=ppo", "--config.model.lora_rank=8"], "LoRA and other adapters: not supported yet"),
+        (["--config=ppo", "--noconfig.model.load_in_4bit"], "quantized training: not supported yet"),
+        (["--config=ppo", "--config.ppo.use_vllm=true"], "generation by another server: not supported yet"),
         (["--config=sft", "--config.model.gradient_checkpointing=1"], "here it is config.model.remat."),
         (["--config=sft", "--config.per_device_train_batch_size=1"], "here it is config.data.sft_batch_size, "),
         (["--config=sft", "--config.output_dir=x"], "--workdir=DIR"),
-        (["--config=ppo", "--config.xyzzy=1"], "configs/sft.py, reward.py and ppo.py explain the fields"),
+        (
+            ["--config=ppo", "--config.xyzzy=1"],
+            "configs/sft.py, configs/reward.py and configs/ppo.py explain the fields",
+        ),
         (["--config=sft", "--config.data.weights=a,b"], "config.data.weights='a,b': numbers with commas"),
         (["--config=sft", "--config.seed=many"], "--config.seed=many: invalid literal for int()"),
         (["--config=sft", "--nosuch=1"], "Unknown command line flag 'nosuch'"),
@@ -187,11 +190,11 @@ def test_the_package_has_the_configs(parsed):
 
 
 def test_unknown_phases_are_answered_as_such():
-    with pytest.raises(ValueError, match=r"'dpo' is not a phase; DPO and its relatives .*: not in this project yet"):
+    with pytest.raises(ValueError, match=r"'dpo' is not a phase; DPO and its relatives .*: not supported yet"):
         run_config({"phases": ("dpo",)})
     with pytest.raises(ValueError, match="'rm' is not a phase; the phases are sft, reward, ppo"):
         run_config({"phases": ("rm",)})
-    with pytest.raises(ValueError, match=r"config.model.lora_r: there is no such field; LoRA and other adapters: not"):
+    with pytest.raises(ValueError, match=r"config.model.lora_r does not exist; LoRA and other adapters: not"):
         run_config({"model": {"lora_r": 8}})
 
 

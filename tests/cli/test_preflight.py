@@ -53,10 +53,13 @@ def set_field(config, path, value):
     ("changes", "message"),
     [
         ({"model.path": "/nowhere"}, "/nowhere: no such file or folder"),
-        ({"model.trainable_layers": 9}, "config.model.trainable_layers=9 must lie within 1 and the model's 3 layers"),
+        ({"model.trainable_layers": 9}, "config.model.trainable_layers=9 must lie between 1 and the model's 3 layers"),
         ({"reward.num_layers": 5}, "config.reward.num_layers=5 must lie"),
-        ({"reward.trainable_layers": 3}, "must lie within 1 and the model's 2 layers"),
-        ({"critic.trainable_layers": 3}, "config.critic.trainable_layers=3 must lie within 1 and the model's 2 layers"),
+        ({"reward.trainable_layers": 3}, "must lie between 1 and the model's 2 layers"),
+        (
+            {"critic.trainable_layers": 3},
+            "config.critic.trainable_layers=3 must lie between 1 and the model's 2 layers",
+        ),
         ({"ppo.microbatch_size": 5}, r"config.ppo.microbatch_size=5 does not divide a minibatch of 8 rows"),
         ({"reward.loss": "token", "reward.compare": "all"}, 'compare="all" is for loss="bradley'),
         ({"ppo.actor.optimizer.schedule": "linear", "ppo.actor.optimizer.warmup_steps": 12}, "config.ppo.actor.optim"),

@@ -481,7 +481,7 @@ def test_processes_share_a_batch(tmp_path, monkeypatch):
         (pairs(3), {"data_split": "1,0,1"}, "leaves none of 3 rows to the reward phase"),
         (pairs(3), {"data_split": "1,2"}, "three numbers, for SFT, reward and PPO"),
         (pairs(3), {"weights": (1.0, 2.0)}, "there are 2 weights for 1 paths"),
-        (pairs(3), {"max_tokns": 4}, "config.data.max_tokns: there is no such field; did you mean max_tokens"),
+        (pairs(3), {"max_tokns": 4}, "config.data.max_tokns does not exist; did you mean max_tokens"),
         (pairs(3), {"paths": ()}, "config.data.paths is empty"),
         (pairs(3), {"pad_token": "<nil>"}, "pad_token='<nil>' is not in the tokenizer's vocabulary"),
     ],

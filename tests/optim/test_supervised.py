@@ -217,5 +217,5 @@ def test_a_cut_model_is_the_lower_layers():
     np.testing.assert_allclose(hidden, lower / spread * policy.params["final_norm"]["scale"], rtol=1e-4, atol=1e-5)
     assert start.params["scalar_head"]["kernel"].shape == (32, 1)
     assert "lm_head" not in start.params
-    with pytest.raises(ValueError, match="num_layers=3 must lie within 1 and the model's 2 layers"):
+    with pytest.raises(ValueError, match="num_layers=3 must lie between 1 and the model's 2 layers"):
         reward_start(policy, 3, jax.random.key(0))

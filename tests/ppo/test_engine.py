@@ -144,7 +144,7 @@ def test_bad_configs_and_models_that_do_not_fit_are_named(folders, tmp_path):
     path = str(folders / "actor")
     for config, message in [
         ({}, r"config\.model\.path is not set"),
-        ({"model": {"paht": path}}, r"config\.model\.paht: there is no such field; did you mean path"),
+        ({"model": {"paht": path}}, r"config\.model\.paht does not exist; did you mean path"),
         ({"model": {"path": path, "trainable_layers": 3}}, "trainable_layers=3 must be from 1 to the model's 2"),
         (
             {"model": {"path": path}, "reward_model": {"path": path, "trainable_layers": 1}},

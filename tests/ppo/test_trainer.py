@@ -169,7 +169,7 @@ def test_what_cannot_be_trained_is_said_at_once():
     engine = RLHFEngine(tiny.policy())
     with pytest.raises(ValueError, match="there is no source of rewards"):
         PPOTrainer(engine, {})
-    with pytest.raises(ValueError, match=r"config\.ppo\.kl\.coeff: there is no such field; did you mean coef"):
+    with pytest.raises(ValueError, match=r"config\.ppo\.kl\.coeff does not exist; did you mean coef"):
         PPOTrainer(engine, {"kl": {"coeff": 0.1}}, reward_functions=tiny.fractional_reward)
     with pytest.raises(ValueError, match="temperature=0"):
         PPOTrainer(engine, {"sampling": {"temperature": 0.0}}, reward_functions=tiny.fractional_reward)
