@@ -256,7 +256,7 @@ def test_the_same_command_again_has_nothing_to_do(whole):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--config.ppo.kl.coef=0.5"], "belongs to a run of another config: config.ppo.kl.coef was 0.05 and is 0.5"),
+        (["--config.ppo.kl.coef=0.5"], "belongs to a run with other settings: config.ppo.kl.coef was 0.05 and is 0.5"),
         (["--config.ppo.kl_cof=0.5"], "config.ppo.kl_cof does not exist; did you mean config.ppo.kl.coef"),
         pytest.param(["--config.pppo.kl_coef=0.5"], "did you mean config.ppo.kl.coef", marks=pytest.mark.slow),
         pytest.param(

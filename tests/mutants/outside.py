@@ -80,7 +80,7 @@ MUTANTS = [
     *variants(
         "settings.py",
         "tests/cli/test_flags.py tests/ppo/test_config.py",
-        ('rpartition(".")[2]\n    for pattern, what', 'rpartition(".")[0]\n    for pattern, what'),
+        ('rpartition(".")[2]\n    for pattern, feature', 'rpartition(".")[0]\n    for pattern, feature'),
         ("if last in _OTHER_NAMES and not same:", "if False:"),
         ("near = same or difflib.get_close_matches(", "near = difflib.get_close_matches("),
         ("if path == former or path", "if path"),
