@@ -67,8 +67,8 @@ def open_workdir(
         if refused and not accept_changes:
             raise WorkdirError(
                 f"{workdir} belongs to a run with other settings: {'; '.join(refused[:8])}. {lost}Take another "
-                "--workdir (earlier results are found with --config.sft_model_path and --config.reward_model.path), --overwrite "
-                f"to repeat {', '.join(phases)} here, or --accept_changes to continue with the changes."
+                "--workdir (earlier results are found with --config.sft_model_path and --config.reward_model.path), "
+                f"--overwrite to repeat {', '.join(phases)} here, or --accept_changes to continue with the changes."
             )
     workdir.mkdir(parents=True, exist_ok=True)
     if overwrite:

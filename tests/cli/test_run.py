@@ -51,7 +51,7 @@ def said(monkeypatch):
     handler = logging.Handler()
     handler.emit = lambda record: said.append(str(record.exc_info[1]))
     asyncio.addHandler(handler)
-    command._quieten_writers()
+    command._silence_writer_threads()
     yield said
     asyncio.removeHandler(handler)
 
