@@ -5,8 +5,8 @@
         --config.data.paths=preferences.jsonl
 
 Rows are {"prompt", "chosen", "rejected"}, texts or chats. The result is runs/reward/reward/model: a sequence classifier
-whose score, in torch too, is logits + config.reward_bias. The fields of `data`: configs/sft.py. PPO's prompts and
-lengths are those of the responses on which scores are normalised.
+whose score, in torch too, is logits + config.reward_bias. The fields of `data`: configs/sft.py. Scores are
+normalized on responses to PPO's prompts, sampled by `ppo.sampling`.
 """
 
 from ml_collections import ConfigDict

@@ -17,7 +17,7 @@ from jax_rlhf.io.json_files import JSONFileError, read_object
 from jax_rlhf.io.printable import printable
 from jax_rlhf.io.terminal import make_output_harmless
 from jax_rlhf.runtime import manifest
-from jax_rlhf.runtime.completeness import of_checkpoint
+from jax_rlhf.runtime.completeness import checkpoint_damage
 from jax_rlhf.runtime.manifest import ManifestError, check_model
 from jax_rlhf.runtime.remote import checkpoints_of, open_workdir_at
 from jax_rlhf.runtime.workdir import is_locked, status
@@ -54,7 +54,7 @@ def verify(workdir: Path) -> Iterator[tuple[str, str]]:
             [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()] if checkpoints.is_dir() else []
         )
         for step in sorted(steps):
-            problem = of_checkpoint(checkpoints / str(step))
+            problem = checkpoint_damage(checkpoints / str(step))
             if not problem or (checkpoints / str(step)).exists():  # an active run deletes older checkpoints
                 yield f"{phase}/checkpoints/{step}", problem
         yield from _of_models(folder, finished=status(workdir, phase) == "finished")

@@ -1,4 +1,4 @@
-"""The command line: a config by its file or its name, its fields as flags, and what is said where it cannot be used."""
+"""The command line: a config file or the name of a packaged config, flags for its fields, and errors about them."""
 
 import ast
 import itertools
@@ -12,7 +12,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.tuple_parser import TupleParser
 
-from jax_rlhf.cli.packaged import get_config_of, packaged_configs, said_of
+from jax_rlhf.cli.packaged import error_text, get_config_of, packaged_configs
 from jax_rlhf.config import RunConfig
 from jax_rlhf.io.paths import local_path
 from jax_rlhf.io.printable import printable_lines
@@ -24,38 +24,40 @@ _SPECIFIED = re.compile(r"--?config(=|$)")
 
 
 class _Written(str):
-    """A list as it was written on the command line; what it means depends on the field's type."""
+    """The text of a list on the command line; the field's type decides how it is parsed."""
 
 
 class _ListParser(TupleParser):
-    """Keeps what was written; ml_collections' own parser reads it as Python, and fails on paths."""
+    """Keeps the text; ml_collections' own parser reads it as Python, and fails on paths."""
 
     def parse(self, argument: Any) -> tuple:
         return (_Written(argument),) if isinstance(argument, str) else super().parse(argument)
 
 
 config_flags.register_flag_parser_for_type(tuple, _ListParser())
-CONFIG = config_flags.DEFINE_config_file("config", help_string="A config: a file, or one that the package has.")
+CONFIG = config_flags.DEFINE_config_file("config", help_string="A config file, or the name of a packaged config.")
 
 
-def _settings_of(argument: str) -> tuple[str, ConfigDict]:
-    """(what config_flags is told, the settings) of --config=FILE[:PARAMETER] or --config=NAME."""
+def _load_config(argument: str) -> tuple[str, ConfigDict]:
+    """(the argument for config_flags, the settings) of --config=FILE[:PARAMETER] or --config=NAME."""
     name, colon, parameter = argument.partition(":")
     file, known = local_path(name), packaged_configs()
     if not file.is_file():
         if name not in known:
             near = [other for other in known if other == file.stem]
-            hint = f"--config={near[0]} is the package's" if near else f"the package has {', '.join(known)}"
-            raise ValueError(f"--config={argument}: {name!r} is no file here; {hint}.")
+            hint = (
+                f"--config={near[0]} is a packaged config" if near else f"the packaged configs are {', '.join(known)}"
+            )
+            raise ValueError(f"--config={argument}: {name!r} is not a file; {hint}.")
         file = known[name]
     get_config = get_config_of(file)
     try:
         config = get_config(parameter) if colon else get_config()
-    except (Exception, SystemExit) as error:  # it is the user's code
-        raise ValueError(said_of(file, error)) from error
+    except (Exception, SystemExit) as error:  # the file is the user's code
+        raise ValueError(error_text(file, error)) from error
     if not isinstance(config, ConfigDict):
         raise ValueError(
-            f"{file}: get_config returned a {type(config).__name__}; an ml_collections.ConfigDict is expected."
+            f"{file}: get_config returned a {type(config).__name__}; it must return an ml_collections.ConfigDict."
         )
     return f"{file}{colon}{parameter}", config
 
@@ -64,15 +66,16 @@ def _settings_of(argument: str) -> tuple[str, ConfigDict]:
 
 
 def parse_flags(arguments: Sequence[str]) -> list[str]:
-    """Parses the command line.
+    """Parses the command line; prints an error and exits with code 2 if it is invalid.
 
-    In a list every text between commas is an element, whatever it looks like; one with a comma inside stands in quotes.
+    In a list, each text between commas is an element, also if it looks like a number. An element that contains a comma
+    needs quotes.
 
     Args:
       arguments: sys.argv.
 
     Returns:
-      What is left of it. Exits with code 2 where it cannot be used, after a line that says why.
+      The arguments that are not flags.
     """
     try:
         return _parsed(list(arguments))
@@ -84,26 +87,28 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
 
 def _parsed(arguments: list[str]) -> list[str]:
     if not any(re.match(r"--?help", argument) for argument in arguments):
-        place = next((i for i, argument in enumerate(arguments) if _SPECIFIED.match(argument)), None)
-        if place is None:
-            raise ValueError(f"--config=FILE_OR_NAME is missing; the package has {', '.join(packaged_configs())}.")
-        if "=" not in arguments[place]:
-            if place + 1 == len(arguments):
+        index = next((i for i, argument in enumerate(arguments) if _SPECIFIED.match(argument)), None)
+        if index is None:
+            raise ValueError(
+                f"--config=FILE_OR_NAME is missing; the packaged configs are {', '.join(packaged_configs())}."
+            )
+        if "=" not in arguments[index]:
+            if index + 1 == len(arguments):
                 raise ValueError("--config has no value.")
-            arguments[place : place + 2] = [f"--config={arguments[place + 1]}"]
-        told, config = _settings_of(arguments[place].partition("=")[2])
-        arguments[place] = f"--config={told}"
+            arguments[index : index + 2] = [f"--config={arguments[index + 1]}"]
+        value, config = _load_config(arguments[index].partition("=")[2])
+        arguments[index] = f"--config={value}"
         _check_fields(arguments, config)
     rest = flags.FLAGS(arguments)
     if flags.FLAGS["verbosity"].using_default_value:
-        flags.FLAGS.verbosity = logging.WARNING  # absl would choose INFO, in which JAX reports each missing device
+        flags.FLAGS.verbosity = logging.WARNING  # at INFO, absl's default, JAX reports each missing backend
     if CONFIG.value is not None:
         _expand_lists(CONFIG.value)
     return rest
 
 
 def _check_fields(arguments: Sequence[str], config: ConfigDict) -> None:
-    """Raises at the first --config.a.b that the config does not have."""
+    """Raises ValueError for the first --config.a.b that is not a field of the config."""
     known = list(_paths(config))
     for argument in arguments:
         match = re.match(r"--?(no)?config\.([^=]*)", argument)
@@ -119,7 +124,7 @@ def _paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:
 
 
 def _expand_lists(config: ConfigDict, kind: type = RunConfig, where: str = "config") -> None:
-    """Reads lists by their fields' types."""
+    """Replaces the text of each list by its elements, parsed by the field's type."""
     hints = typing.get_type_hints(kind)
     for name, value in config.items():
         if name not in hints:
@@ -133,7 +138,7 @@ def _expand_lists(config: ConfigDict, kind: type = RunConfig, where: str = "conf
 
 
 def _elements(written: str, kind: type, where: str) -> list | None:
-    """The elements of a list; None for None."""
+    """The elements of a list; None if the text is "None"."""
     text = written.strip()
     if text == "None":
         return None
@@ -141,7 +146,7 @@ def _elements(written: str, kind: type, where: str) -> list | None:
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
-            value = None  # a text that begins so
+            value = None  # a text that only looks like a tuple or list
         if isinstance(value, tuple | list) and (kind is not str or all(isinstance(part, str) for part in value)):
             return list(value)
     found = [next(filter(None, match.groups()), "") for match in _ELEMENT.finditer(text)]
@@ -149,4 +154,4 @@ def _elements(written: str, kind: type, where: str) -> list | None:
     try:
         return [kind(element) for element in found]
     except ValueError as error:
-        raise ValueError(f"{where}={written!r}: numbers with commas between them are expected.") from error
+        raise ValueError(f"{where}={written!r}: expected numbers separated by commas.") from error

@@ -1,6 +1,6 @@
 """The command `jax-rlhf`: `run` (the default), `plan`, `chat`, `verify`.
 
-This module loads neither JAX nor any other large library, so that `jax-rlhf --help` answers at once.
+This module imports neither JAX nor any other large library, so that `jax-rlhf --help` is fast.
 """
 
 import importlib
@@ -24,9 +24,9 @@ class Command(NamedTuple):
     """A subcommand.
 
     Attributes:
-      module: its module, which has a function `run`.
+      module: the module with its function `run`.
       usage: its arguments.
-      summary: what it does.
+      summary: a short description.
     """
 
     module: str
@@ -38,15 +38,15 @@ COMMANDS = {
     "run": Command(
         "jax_rlhf.cli.run",
         "--config=FILE_OR_NAME --workdir=DIR [--config.FIELD=VALUE …]",
-        "runs the phases that config.phases names; the default",
+        "run the phases of config.phases (the default command)",
     ),
     "plan": Command(
         "jax_rlhf.plan.__main__",
         "--config=FILE_OR_NAME --topology=v5p:2x2x4 [--config.FIELD=VALUE …]",
-        "compiles a run for hardware that is not present, and reports memory and cost",
+        "compile a run for hardware that is not present, and report its memory and cost",
     ),
-    "chat": Command("jax_rlhf.chat", "MODEL", "talks to a model"),
-    "verify": Command("jax_rlhf.verify", "WORKDIR", "checks every checkpoint and model of a run for damage"),
+    "chat": Command("jax_rlhf.chat", "MODEL", "chat with a model"),
+    "verify": Command("jax_rlhf.verify", "WORKDIR", "check every checkpoint and model of a run for damage"),
 }
 
 
@@ -62,14 +62,12 @@ def run() -> None:
 
 
 def help_text() -> str:
-    """What `jax-rlhf --help` prints: the commands, the flags of `run`, and every setting with its default."""
+    """The output of `jax-rlhf --help`: the commands, the flags of `run`, and every setting with its default."""
     lines = ["usage: jax-rlhf [COMMAND] ARGUMENTS", "", "commands:"]
     for name, command in COMMANDS.items():
         lines += _entry(f"{name} {command.usage}", command.summary)
     lines += ["", "flags of run:"]
-    lines += _entry(
-        "--config=FILE_OR_NAME", f"A config file, or one of the package's: {', '.join(packaged_configs())}."
-    )
+    lines += _entry("--config=FILE_OR_NAME", f"A config file, or a packaged config: {', '.join(packaged_configs())}.")
     lines += _flags(run_flags.__name__)
     lines += ["", "settings, each as --config.FIELD=VALUE:"]
     lines += _settings(all_fields())
@@ -77,7 +75,7 @@ def help_text() -> str:
 
 
 def command_help(name: str) -> str:
-    """What `jax-rlhf plan --help` prints, and the same of `chat` and `verify`: usage, description, flags."""
+    """The output of `jax-rlhf NAME --help` for `plan`, `chat` and `verify`: usage, description, flags."""
     command = COMMANDS[name]
     doc = importlib.import_module(command.module).__doc__ or ""
     lines = [f"usage: jax-rlhf {name} {command.usage}", "", doc.strip()]
@@ -86,7 +84,7 @@ def command_help(name: str) -> str:
 
 
 def _flags(module: str) -> list[str]:
-    """The absl flags that a module defines."""
+    """The help of the absl flags that a module defines, as lines."""
     lines = []
     for flag in flags.FLAGS.flags_by_module_dict().get(module, ()):
         lines += _entry(f"--{flag.name}={'' if flag.default is None else flag.default}", flag.help)

@@ -1,4 +1,5 @@
-"""The models that a phase takes: a former phase's result, or another checkpoint; as they were exported."""
+"""The models that a phase starts from: results of earlier phases, or other checkpoints; and whether they have
+changed."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,17 +12,10 @@ from jax_rlhf.runtime.workdir import WorkdirError, status
 
 
 def sft_model(config: RunConfig, workdir: Path) -> str:
-    """The SFT policy.
-
-    Args:
-      config: the run's.
-      workdir: its folder.
-
-    Returns:
-      A path or hub id.
+    """The path or hub id of the SFT policy.
 
     Raises:
-      WorkdirError: there is none.
+      WorkdirError: the workdir has no finished SFT phase, and config.sft_model_path is not set.
     """
     if config.sft_model_path is not None:
         return config.sft_model_path
@@ -29,23 +23,16 @@ def sft_model(config: RunConfig, workdir: Path) -> str:
         config,
         workdir,
         "sft",
-        "--config.sft_model_path=… names another SFT model; to go without the SFT phase, "
+        "--config.sft_model_path=… names another SFT model; to skip the SFT phase, "
         f"--config.sft_model_path={config.model.path or 'CHECKPOINT'}",
     )
 
 
 def reward_model(config: RunConfig, workdir: Path) -> str | None:
-    """The reward model of PPO.
-
-    Args:
-      config: the run's.
-      workdir: its folder.
-
-    Returns:
-      A path or hub id; None where only functions score.
+    """The path or hub id of the reward model of PPO; None if only reward functions are used.
 
     Raises:
-      WorkdirError: there is neither.
+      WorkdirError: there is neither a reward model nor a reward function, or the reward phase did not finish.
     """
     if config.reward_model.path is not None:
         return config.reward_model.path
@@ -56,40 +43,41 @@ def reward_model(config: RunConfig, workdir: Path) -> str | None:
         workdir,
         "reward",
         "--config.reward_model.path=… names another reward model; "
-        "--config.ppo.reward.functions=FILE.py:function scores by a Python function",
+        "--config.ppo.reward.functions=FILE.py:function scores with a Python function",
     )
 
 
-def _result(config: RunConfig, workdir: Path, phase: str, mend: str) -> str:
+def _result(config: RunConfig, workdir: Path, phase: str, remedy: str) -> str:
+    """The path of the model that a phase of this workdir exported."""
     state = status(workdir, phase)
     if state == "new":
         both = ",".join(name for name in PHASES if name == phase or name in config.phases)
         raise WorkdirError(
             f"{workdir / phase / 'model'} is missing: run the {phase} phase first (--config.phases={both} does both), "
-            f"or: {mend}."
+            f"or: {remedy}."
         )
     if state != "finished":
         again = "run it again" if state == "interrupted" else "repeat it with --overwrite"
         raise WorkdirError(
-            f"{workdir / phase} did not finish: {again} (config.phases={phase}), or take it as it is: {mend}."
+            f"{workdir / phase} did not finish: {again} (--config.phases={phase}), or use another model: {remedy}."
         )
     return str(workdir / phase / "model")
 
 
 def check_inputs(config: RunConfig, workdir: Path, phase: str, *, accept_changes: bool) -> list[str]:
-    """Whether the models that a phase takes from this workdir are as they were exported.
+    """Checks that the models which a phase starts from are as they were exported.
 
     Args:
-      config: the run's.
+      config: the settings of the run.
       workdir: its folder.
-      phase: that begins.
-      accept_changes: go on with another one.
+      phase: the phase that is about to start.
+      accept_changes: continue with models that have changed.
 
     Returns:
-      What differs and is accepted, a line each.
+      The accepted changes, one line each.
 
     Raises:
-      WorkdirError: a model is not what the former phase exported.
+      WorkdirError: a model is not what an earlier phase exported.
     """
     training, paths = config.reward, [config.model.path] if phase == "sft" else []
     if phase == "reward":
@@ -102,41 +90,41 @@ def check_inputs(config: RunConfig, workdir: Path, phase: str, *, accept_changes
 
 
 def check_exported(paths: Iterable[str | None], workdir: Path, *, accept_changes: bool) -> list[str]:
-    """Whether models that phases have exported, of this run or another one, are as they were then.
+    """Checks that models which phases of this run or another one exported have not changed since.
 
     Args:
-      paths: of checkpoints; hub ids, None, and folders that no phase has exported are not looked at.
-      workdir: this run's, whose models a manifest must list.
-      accept_changes: go on with another one.
+      paths: of checkpoints. Hub ids, None, and folders that no phase exported are not checked.
+      workdir: the folder of this run. Its models must be listed in a manifest.
+      accept_changes: continue with models that have changed.
 
     Returns:
-      What differs and is accepted, a line each.
+      The accepted changes, one line each.
 
     Raises:
       WorkdirError: a model is not what a phase exported.
     """
-    ours, said = [(workdir / phase).resolve() for phase in PHASES], []
+    phase_folders, accepted = [(workdir / phase).resolve() for phase in PHASES], []
     for path in dict.fromkeys(path for path in paths if path is not None):
         folder = local_path(path)
-        # A folder may be a link, or be reached by one.
-        for place in (folder.parent.resolve() / folder.name, folder.resolve()) if folder.is_dir() else ():
+        # The folder may be a link, or its path may contain one.
+        for model in (folder.parent.resolve() / folder.name, folder.resolve()) if folder.is_dir() else ():
             try:
-                if place.parent in ours or _is_listed(place):
-                    check_model(place)
+                if model.parent in phase_folders or _is_listed(model):
+                    check_model(model)
             except ManifestError as error:
-                what = f"{folder} is not what the {place.parent.name} phase exported: {error}"
+                what = f"{folder} is not what the {model.parent.name} phase exported: {error}"
                 if not accept_changes:
                     raise WorkdirError(
-                        f"{what}. Put it back from a copy; or take it as it is, with --accept_changes."
+                        f"{what}. Restore it from a copy, or use it as it is with --accept_changes."
                     ) from error
-                said.append(f"{what} (--accept_changes)")
-            if place == folder.resolve():
+                accepted.append(f"{what} (--accept_changes)")
+            if model == folder.resolve():
                 break
-    return said
+    return accepted
 
 
 def _is_listed(model: Path) -> bool:
     try:
         return model.name in listed_models(model.parent)
-    except ManifestError:  # other programs have files of that name too
+    except ManifestError:  # a manifest.json of another program
         return False

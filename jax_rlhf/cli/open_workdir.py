@@ -58,17 +58,17 @@ def open_workdir(
     wanted = json.loads(_as_config_dict(config).to_json_best_effort())
     changed: dict[str, str] = {}
     states = {phase: status(workdir, phase) for phase in PHASES}
-    said = []
+    messages = []
     # If no phase has written anything, an earlier start failed, and there is no run to compare with.
     if not overwrite and set(states.values()) != {"new"}:
         lost, changed = _changes(workdir, config, wanted, accept_changes=accept_changes)
-        said = [lost] if lost else []
+        messages = [lost] if lost else []
         refused = [line for name, line in changed.items() if not _can_change(name, states)]
         if refused and not accept_changes:
             raise WorkdirError(
-                f"{workdir} belongs to a run of another config: {'; '.join(refused[:8])}. {lost}Take another --workdir "
-                "(earlier results are found with --config.sft_model_path and --config.reward_model.path), --overwrite "
-                f"to repeat {', '.join(phases)} here, or --accept_changes to continue with the changes."
+                f"{workdir} belongs to a run with other settings: {'; '.join(refused[:8])}. {lost}Take another "
+                "--workdir (earlier results are found with --config.sft_model_path and --config.reward_model.path), "
+                f"--overwrite to repeat {', '.join(phases)} here, or --accept_changes to continue with the changes."
             )
     workdir.mkdir(parents=True, exist_ok=True)
     if overwrite:
@@ -80,7 +80,7 @@ def open_workdir(
     if overwrite:  # everything is deleted
         write_text(workdir / _OVERWRITTEN, _as_text(config))
     upload(workdir)
-    return [*said, *changed.values()]
+    return [*messages, *changed.values()]
 
 
 def _changes(

@@ -1,4 +1,4 @@
-"""Runs one phase: gives its recipe what it reads of the run's settings, and the models of earlier phases."""
+"""Runs one phase: passes its settings and the models of earlier phases to its recipe."""
 
 import dataclasses
 import functools

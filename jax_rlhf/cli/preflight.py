@@ -1,4 +1,4 @@
-"""What can be known to fail before anything runs: settings, data, checkpoints and the workdir of every phase."""
+"""Checks of settings, data, checkpoints and workdir for all phases, before the first one starts."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -30,16 +30,17 @@ def check_run(config: RunConfig, workdir: Path, *, overwrite: bool, accept_chang
     """Stops a run that would fail later.
 
     Args:
-      config: the run's settings.
+      config: the settings of the run.
       workdir: its folder.
-      overwrite: what the phases left in the workdir will be deleted.
-      accept_changes: models need not be as a phase exported them.
+      overwrite: whether earlier results of the phases in the workdir will be deleted.
+      accept_changes: accept models that have changed since a phase exported them.
 
     Returns:
-      What there is to see: of each phase that is left, what becomes of its rows, and one of them.
+      Lines to print: for each phase that is not finished, how many rows are used and left out, and an example row.
 
     Raises:
-      ValueError, FileNotFoundError, CheckpointError, DataError, WorkdirError: says what, where, and how to mend it.
+      ValueError, FileNotFoundError, CheckpointError, DataError, WorkdirError: the run cannot work; the message names
+        the field or file, and how to fix it.
     """
     phases = [phase for phase in config.phases if overwrite or status(workdir, phase) != "finished"]
     for phase in phases if not overwrite else ():
@@ -51,9 +52,9 @@ def check_run(config: RunConfig, workdir: Path, *, overwrite: bool, accept_chang
             raise WorkdirError(f"{error}. Move it away, or take another --workdir.") from error
         if state == "partial":
             raise WorkdirError(
-                f"{workdir / phase} holds a {phase} phase that did not finish, without a checkpoint. --overwrite "
+                f"{workdir / phase} has a {phase} phase that did not finish, without a checkpoint. --overwrite "
                 f"--config.phases={','.join(config.phases[config.phases.index(phase) :])} repeats it from its start; "
-                "another --workdir leaves it as it is."
+                "another --workdir keeps it."
             )
     if not phases:
         return []
@@ -61,11 +62,11 @@ def check_run(config: RunConfig, workdir: Path, *, overwrite: bool, accept_chang
         _check_overwrite(config, workdir)
     check_roles({role: getattr(config, role) for role in ("model", "reference", "critic", "reward_model")})
     if config.model.path is None:
-        raise ValueError("config.model.path is not set; it names the checkpoint: --config.model.path=FOLDER_OR_HUB_ID")
+        raise ValueError("config.model.path is not set; choose a checkpoint with --config.model.path=FOLDER_OR_HUB_ID")
     inputs = _inputs(config, workdir, phases)
     policy = describe_pretrained(config.model.path, revision=config.model.revision)
     if policy.tokenizer is None:
-        raise DataError(f"{config.model.path} came without a tokenizer; put its files into the same folder.")
+        raise DataError(f"config.model.path={config.model.path} has no tokenizer; put its files into the same folder.")
     others = {
         field: describe_pretrained(path, revision=revision) for field, path, revision in _checkpoints(config) if path
     }
@@ -75,44 +76,46 @@ def check_run(config: RunConfig, workdir: Path, *, overwrite: bool, accept_chang
     _check_batches(config, phases)
     _check_schedules(config, phases)
     for function in named_functions((*config.ppo.reward.functions, *config.ppo.eval_functions), config.ppo):
-        function.asks_for_special_tokens()  # with isolation, what cannot be imported is known then
-    seen = _check_data(config, policy, phases, others)
-    if jax.process_index() == 0:  # a phase says what it accepts as it begins
-        check_exported([found.path for found in inputs], workdir, accept_changes=accept_changes)
-    for described in inputs:  # last: of hub ids the weights are downloaded for it
-        _check_tensors(*described)
-    return [line for datasets in seen for line in (datasets.report, *datasets.notes, datasets.example)]
+        function.asks_for_special_tokens()  # with isolation, this finds functions that cannot be imported
+    checked = _check_data(config, policy, phases, others)
+    if jax.process_index() == 0:  # accepted changes are printed when a phase starts
+        check_exported([checkpoint.path for checkpoint in inputs], workdir, accept_changes=accept_changes)
+    for checkpoint in inputs:  # last, since it downloads the weights of hub ids
+        _check_tensors(*checkpoint)
+    return [line for datasets in checked for line in (datasets.report, *datasets.notes, datasets.example)]
 
 
 def _check_data(
     config: RunConfig, policy: Description, phases: list[str], others: Mapping[str, Description]
 ) -> list[Datasets]:
-    """Reads and tokenizes what each phase will."""
+    """Reads and tokenizes the data of each phase."""
     if config.data.ptx_paths and not config.ppo.loss.ptx_coef:
-        raise ValueError("config.data.ptx_paths is given, and config.ppo.loss.ptx_coef=0: nothing would use it.")
-    ends = response_end_ids(policy, config.ppo.sampling.eos_ids)
-    past = [index for index in ends if not 0 <= index < policy.config.vocab_size]
-    if past:
         raise ValueError(
-            f"the id {past[0]} ends an answer (so config.ppo.sampling.eos_ids, generation_config.json or the "
-            f"tokenizer), and the model's embedding has {policy.config.vocab_size} rows; "
-            "--config.ppo.sampling.eos_ids=… names others."
+            "config.data.ptx_paths is set, but unused with config.ppo.loss.ptx_coef=0: set a coefficient above 0."
         )
-    needed, seen = dict.fromkeys(phases), []
+    ends = response_end_ids(policy, config.ppo.sampling.eos_ids)
+    invalid = [index for index in ends if not 0 <= index < policy.config.vocab_size]
+    if invalid:
+        raise ValueError(
+            f"the id {invalid[0]} ends an answer according to config.ppo.sampling.eos_ids, generation_config.json or "
+            f"the tokenizer, but the model's embedding has only {policy.config.vocab_size} rows; set other ids with "
+            "--config.ppo.sampling.eos_ids=…"
+        )
+    needed, checked = dict.fromkeys(phases), []
     if "reward" in phases and config.reward.normalize_rows:
-        needed["ppo"] = None  # its prompts are answered, to normalise scores
+        needed["ppo"] = None  # scores are normalized on answers to its prompts
     for phase in needed:
         models = [policy] if phase == "sft" else [policy, *others.values()]
         keywords = {"seed": config.seed, "eos_ids": ends, "eval_rows": config.eval_rows_of(phase)}
-        keywords["vocab_size"] = min(described.config.vocab_size for described in models)
-        seen.append(create_datasets(config.data_of(phase), tokenizer_of(policy), cast(Phase, phase), **keywords))
+        keywords["vocab_size"] = min(description.config.vocab_size for description in models)
+        checked.append(create_datasets(config.data_of(phase), tokenizer_of(policy), cast(Phase, phase), **keywords))
         if phase == "ppo" in phases and config.ppo.loss.ptx_coef:
-            seen.append(create_datasets(ptx_data(config.data), tokenizer_of(policy), "sft", **keywords))
-    return seen
+            checked.append(create_datasets(ptx_data(config.data), tokenizer_of(policy), "sft", **keywords))
+    return checked
 
 
 def _check_overwrite(config: RunConfig, workdir: Path) -> None:
-    """What is deleted is neither this run's input, nor what a phase that stays was made from, nor somebody else's."""
+    """Checks that --overwrite deletes no input of this run, no input of a phase that is kept, and no foreign files."""
     check_overwrite(workdir, config.phases)
     inputs = [("model.path", config.model.path), *((name, path) for name, path, _ in _checkpoints(config))]
     data = config.data
@@ -122,20 +125,20 @@ def _check_overwrite(config: RunConfig, workdir: Path) -> None:
         for field, path in inputs:
             if path is not None and local_path(path).resolve().is_relative_to(folder):
                 raise WorkdirError(
-                    f"config.{field}={path} lies in {folder}, which --overwrite deletes; take another --workdir."
+                    f"config.{field}={path} is in {folder}, which --overwrite deletes; take another --workdir."
                 )
     later = PHASES[PHASES.index(config.phases[0]) :]
-    made = [phase for phase in later if phase not in config.phases and status(workdir, phase) != "new"]
-    if made:
-        again = ",".join(phase for phase in later if phase in made or phase in config.phases)
+    dependent = [phase for phase in later if phase not in config.phases and status(workdir, phase) != "new"]
+    if dependent:
+        again = ",".join(phase for phase in later if phase in dependent or phase in config.phases)
         raise WorkdirError(
-            f"{workdir / made[0]} was made from what --overwrite deletes. --config.phases={again} repeats it too; "
-            "another --workdir leaves both as they are."
+            f"{workdir / dependent[0]} was trained from a model that --overwrite deletes. --config.phases={again} "
+            "repeats it too; another --workdir keeps both."
         )
 
 
 def _checkpoints(config: RunConfig) -> list[tuple[str, str | None, str | None]]:
-    """Models beside config.model: (field, path or hub id, revision)."""
+    """The settings that name models other than config.model: (field, path or hub id, revision)."""
     return [
         ("reward_model.path", config.reward_model.path, config.reward_model.revision),
         ("critic.path", config.critic.path, config.critic.revision),
@@ -146,7 +149,7 @@ def _checkpoints(config: RunConfig) -> list[tuple[str, str | None, str | None]]:
 
 
 class _Input(NamedTuple):
-    """A checkpoint that a phase starts from, and the head that it is loaded with."""
+    """A checkpoint that a phase starts from, the head that it is loaded with, and what it is used for."""
 
     path: str
     revision: str | None
@@ -155,7 +158,7 @@ class _Input(NamedTuple):
 
 
 def _inputs(config: RunConfig, workdir: Path, phases: list[str]) -> list[_Input]:
-    """What the phases start from: a path, or a former phase's result, which must be there."""
+    """The checkpoints that the phases start from; results of phases that are not run must exist."""
     training, policy, found = config.reward, config.model.revision, []
     if "sft" in phases:
         found.append(_Input(config.model.path or "", policy, "lm", "policy"))
@@ -176,12 +179,14 @@ def _inputs(config: RunConfig, workdir: Path, phases: list[str]) -> list[_Input]
 
 
 def _check_tensors(path: str, revision: str | None, head: Literal["lm", "scalar"], use: str) -> None:
-    described = describe_pretrained(path, revision=revision, head=head, new_head=use == "start")
-    if use == "reward" and described.scalar_head is None:
+    """Checks that a checkpoint has all tensors, and a reward model its head."""
+    description = describe_pretrained(path, revision=revision, head=head, new_head=use == "start")
+    if use == "reward" and description.scalar_head is None:
         raise ValueError(headless(path))
 
 
 def _check_layers(config: RunConfig, policy: DecoderConfig, phases: list[str], workdir: Path) -> None:
+    """Checks numbers of layers against the models."""
     training = config.reward
     start = (
         policy
@@ -198,10 +203,12 @@ def _check_layers(config: RunConfig, policy: DecoderConfig, phases: list[str], w
         reward = config.reward_model
         if reward.path is None and "reward" not in phases:
             reward = dataclasses.replace(reward, path=reward_model(config, workdir))
-        begins = next((model for model in (config.critic, reward) if model.path is not None), None)
-        layers = kept if "reward" in phases else policy.num_layers  # without a reward model it is the actor's trunk
-        if begins is not None and begins.path is not None:
-            layers = describe_pretrained(begins.path, revision=begins.revision).config.num_layers
+        initial = next((model for model in (config.critic, reward) if model.path is not None), None)
+        layers = (
+            kept if "reward" in phases else policy.num_layers
+        )  # without a reward model the critic gets the actor's trunk
+        if initial is not None and initial.path is not None:
+            layers = describe_pretrained(initial.path, revision=initial.revision).config.num_layers
         checked.append(("critic.trainable_layers", config.critic.trainable_layers, layers))
     for field, value, layers in checked:
         if value is not None and not 1 <= value <= layers:
@@ -211,7 +218,7 @@ def _check_layers(config: RunConfig, policy: DecoderConfig, phases: list[str], w
 def _check_vocabularies(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, others: Mapping[str, Description]
 ) -> None:
-    """Token ids go from the policy to the reward model and the critic: they must mean the same there."""
+    """Checks that all models share one vocabulary, since they get the token ids of the policy's tokenizer."""
     for field, path, _ in _checkpoints(config):
         if path is None or path == config.model.path:
             continue
@@ -221,21 +228,21 @@ def _check_vocabularies(
             differ = f"{rows:,} rows in its embedding, {len(tokenizer):,} tokens here"
         if differ:
             raise ValueError(
-                f"config.{field}={path} has another vocabulary than config.model.path={config.model.path} ({differ}): "
-                "token ids are carried from one to the other. Take a model of the same tokenizer (it may have more "
-                "tokens); a model of another one can score texts as a function: config.ppo.reward.functions."
+                f"config.{field}={path} has another vocabulary than config.model.path={config.model.path} ({differ}), "
+                "but gets the same token ids. Take a model with the same tokenizer (it may have more tokens). A model "
+                "with another tokenizer can score texts in a reward function: config.ppo.reward.functions."
             )
 
 
 def _check_positions(
     config: RunConfig, policy: DecoderConfig, phases: list[str], others: Mapping[str, Description]
 ) -> None:
-    """No row is longer than a learned table of positions, past which a model's outputs are NaN."""
+    """Checks that no row is longer than a learned table of positions, beyond which a model's outputs are NaN."""
     data, response = config.data, config.ppo.sampling.max_new_tokens
     prompt = data.max_prompt_tokens if data.prompt_tokens is None else data.prompt_tokens
     wanted = {"sft": ("data.max_tokens", data.max_tokens), "reward": ("data.max_tokens", data.max_tokens)}
     wanted["ppo"] = ("data.max_prompt_tokens + config.ppo.sampling.max_new_tokens", prompt + response)
-    normalizing = "reward" in phases and config.reward.normalize_rows > 0  # by responses to PPO's prompts
+    normalizing = "reward" in phases and config.reward.normalize_rows > 0  # on responses to PPO's prompts
     models = [("model.path", policy, list(dict.fromkeys([*phases, "ppo"])) if normalizing else phases)]
     for field, described in others.items():
         phase = "reward" if field == "reward.start_from" else "ppo"
@@ -245,8 +252,8 @@ def _check_positions(
             name, tokens = wanted[phase]
             if decoder.position_kind == "learned" and tokens > decoder.max_positions:
                 raise ValueError(
-                    f"config.{name}={tokens} tokens is more than the {decoder.max_positions} positions that "
-                    f"config.{field} has; the {phase} phase needs shorter rows, or a model with more positions."
+                    f"config.{name}={tokens} tokens is more than the {decoder.max_positions} positions of "
+                    f"config.{field}; the {phase} phase needs shorter rows, or a model with more positions."
                 )
 
 
@@ -258,13 +265,15 @@ def _check_batches(config: RunConfig, phases: list[str]) -> None:
         training = config.reward
         plan = plan_batch(config.data.reward_batch_size, training.microbatch_size, layout, where="config.reward")
         if training.compare == "all" and plan.microbatches > 1:
-            raise ValueError('config.reward.compare="all" compares within a whole batch: leave microbatch_size out.')
+            raise ValueError(
+                'config.reward.compare="all" compares all answers of a batch: leave microbatch_size unset.'
+            )
     if "ppo" in phases:
         resolve(config.ppo, config.data, layout)
 
 
 def _check_schedules(config: RunConfig, phases: list[str]) -> None:
-    """Schedules end after their warm-up (where the number of steps is known before the data is)."""
+    """Checks that schedules end after their warm-up, if the number of steps does not depend on the data."""
     sft, reward = config.sft, config.reward
     ppo = config.ppo.with_schedule_ends() if "ppo" in phases else config.ppo
     for phase, field, steps, optimizer in (

@@ -1,6 +1,6 @@
-"""The settings written out, from the dataclasses that declare them: docs/config.md and the commented configs.
+"""Generates docs/config.md and the commented configs from the dataclasses that declare the settings.
 
-python -m jax_rlhf.cli.reference     writes docs/config.md, configs/sft.py, configs/reward.py and configs/ppo.py anew
+python -m jax_rlhf.cli.reference     writes docs/config.md, configs/sft.py, configs/reward.py and configs/ppo.py
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ class Field:
     """One setting.
 
     Attributes:
-      path: "ppo.kl.coef".
-      kind: its type, as text.
-      default: its default.
-      doc: what it means, one line.
-      fields: those of a section, empty for a single setting.
+      path: such as "ppo.kl.coef".
+      kind: the type, as text.
+      default: the default value.
+      doc: the docstring, one line.
+      fields: the fields of a section; empty for a single setting.
     """
 
     path: str
@@ -39,14 +39,11 @@ class Field:
 
 
 def fields_of(settings: Any, prefix: str = "") -> tuple[Field, ...]:
-    """The fields of a settings dataclass, sections nested.
+    """The fields of a settings dataclass, in order, with sections nested.
 
     Args:
-      settings: an instance, whose values are the defaults.
-      prefix: of the paths.
-
-    Returns:
-      The fields, in their order.
+      settings: an instance with the default values.
+      prefix: put before each path.
     """
     hints, docs, found = typing.get_type_hints(type(settings)), field_docs(type(settings)), []
     for field in dataclasses.fields(settings):
@@ -57,7 +54,7 @@ def fields_of(settings: Any, prefix: str = "") -> tuple[Field, ...]:
 
 
 def all_fields() -> tuple[Field, ...]:
-    """Every setting of a run, with the default that a config file starts from."""
+    """All settings of a run, with the defaults that a config file starts from."""
     return fields_of(RunConfig(ppo=PPOConfig(time_phases=True)))
 
 
@@ -75,7 +72,7 @@ def _type_text(hint: Any) -> str:
 
 
 def markdown() -> str:
-    """docs/config.md."""
+    """The text of docs/config.md."""
     lines = [
         "# Settings",
         "",
@@ -102,7 +99,7 @@ def _tables(title: str, doc: str, fields: tuple[Field, ...]) -> Iterator[str]:
 
 
 def value_text(value: Any) -> str:
-    """A value as ruff formats it."""
+    """A value as Python source, in the style of ruff."""
     if isinstance(value, tuple):
         return f"({', '.join(map(value_text, value))}{',' * (len(value) == 1)})"
     return f'"{value}"' if isinstance(value, str) else repr(value)
@@ -117,8 +114,8 @@ class Preset:
 
     Attributes:
       doc: its docstring.
-      sections: paths of the fields and sections that it writes out.
-      values: path → what differs from the default.
+      sections: paths of the fields and sections to write out.
+      values: path → value, where it differs from the default.
     """
 
     doc: str
@@ -157,8 +154,8 @@ Every field of `data` and `model` is explained here; docs/data.md shows the form
         --config.data.paths=preferences.jsonl
 
 Rows are {"prompt", "chosen", "rejected"}, texts or chats. The result is runs/reward/reward/model: a sequence classifier
-whose score, in torch too, is logits + config.reward_bias. The fields of `data`: configs/sft.py. PPO's prompts and
-lengths are those of the responses on which scores are normalised.""",
+whose score, in torch too, is logits + config.reward_bias. The fields of `data`: configs/sft.py. Scores are
+normalized on responses to PPO's prompts, sampled by `ppo.sampling`.""",
         (
             *("phases", "model.path", "sft_model_path", "data.paths", "data.reward_batch_size", "data.max_tokens"),
             *("data.packing", "reward", "ppo.sampling"),
@@ -195,13 +192,9 @@ runs/ppo/ppo/critic. The fields of `data`: configs/sft.py; what PPO computes: do
 
 
 def commented_config(preset: Preset) -> str:
-    """A config file that writes fields out with their values and meanings; what is None stands in a comment.
+    """The source of a config file: `get_config`, and a function per section.
 
-    Args:
-      preset: what it has.
-
-    Returns:
-      Python source: `get_config`, and a function per section.
+    Each field has its value and its docstring; an assignment of None is commented out.
     """
     by_path = {field.path: field for field in _flat(all_fields())}
     chosen = [by_path[path] for path in preset.sections]
@@ -251,7 +244,7 @@ def _assignment(field: Field, variable: str, path: str, values: Mapping[str, Any
 
 
 def main() -> None:
-    """Writes the page and the configs."""
+    """Writes docs/config.md and the configs."""
     (_ROOT / "docs" / "config.md").write_text(markdown(), encoding="utf-8")
     for name, preset in PRESETS.items():
         (_ROOT / "configs" / f"{name}.py").write_text(commented_config(preset), encoding="utf-8")

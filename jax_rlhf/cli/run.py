@@ -1,4 +1,5 @@
-"""`python -m jax_rlhf --config=FILE [--config.a.b=value …] --workdir=DIR`: runs the phases that the config names."""
+"""The command `python -m jax_rlhf --config=FILE [--config.a.b=value …] --workdir=DIR`: runs the phases of the
+config."""
 
 import hashlib
 import sys
@@ -30,7 +31,7 @@ from jax_rlhf.cli.run_flags import (
     PROCESS_TIMEOUT,
     WORKDIR,
 )
-from jax_rlhf.cli.summary import closing
+from jax_rlhf.cli.summary import summary_text
 from jax_rlhf.config import run_config
 from jax_rlhf.data import DataError
 from jax_rlhf.hub import CheckpointError
@@ -51,7 +52,8 @@ from jax_rlhf.runtime.preemption import Stopped, StopSignals
 from jax_rlhf.runtime.remote import open_workdir_at, refresh, upload
 from jax_rlhf.runtime.workdir import check_shared, lock_workdir, status
 
-_NOT_OF_FILES = (
+# OSErrors that do not concern files. Their cause is not in what the user gave.
+_NOT_FILE_ERRORS = (
     ConnectionError,
     TimeoutError,
     ChildProcessError,
@@ -59,6 +61,7 @@ _NOT_OF_FILES = (
     BlockingIOError,
     ProcessLookupError,
 )
+# Errors in what the user gave: printed without a traceback.
 _EXPECTED = (
     ValueError,
     FileNotFoundError,
@@ -71,111 +74,116 @@ _EXPECTED = (
 )
 
 _CPU_INFO = Path("/proc/cpuinfo")
-_CPU_KIND = ("vendor_id", "cpu family", "model", "flags", "CPU", "Features")  # not its clock, which varies
-_CACHE_BYTES = 8 * 2**30  # past that JAX removes what was not used for longest
+_CPU_MODEL = ("vendor_id", "cpu family", "model", "flags", "CPU", "Features")  # without the clock rate, which varies
+_CACHE_BYTES = 8 * 2**30  # above this JAX removes the least recently used programs
 
 SAVED = 75
-"""Exit code after SIGTERM, a maintenance notice or Ctrl-C: all is saved, the same command goes on. EX_TEMPFAIL."""
+"""Exit code (EX_TEMPFAIL) after SIGTERM, a maintenance notice or Ctrl-C: the state is saved, and the same command
+    continues the run."""
 FAILED = 70
-"""Exit code after an error that is not the user's: EX_SOFTWARE; launch scripts start again after it."""
+"""Exit code (EX_SOFTWARE) after an error whose cause is not in what the user gave; launch scripts restart the run."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the phases.
 
     Args:
-      arguments: what is left of the command line.
+      arguments: the command line without its flags.
 
     Returns:
-      The exit code: 0, 1 after an error in what the user gave, 70 after another one, 75 where it was asked to stop.
+      The exit code: 0 = finished, 1 = an error in what the user gave, 70 = any other error, 75 = asked to stop.
     """
     make_output_harmless()
-    _quieten_writers()
+    _silence_writer_threads()
     try:
         if len(arguments) > 1:
-            raise ValueError(f"{arguments[1]!r} is no flag; fields are given as --config.name=value.")
+            raise ValueError(f"{arguments[1]!r} is not a flag; set fields with --config.name=value.")
         if WORKDIR.value is None:
             raise ValueError("--workdir=DIR is missing: the folder for models, metrics and samples.")
         process = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
         start_processes(*process, timeout=PROCESS_TIMEOUT.value)
         _keep_compiled(COMPILE_CACHE.value)
-        stop = StopSignals().listen()  # to the very end
+        stop = StopSignals().install()  # until the process ends
         workdir, _lock = open_workdir_at(WORKDIR.value)
         return _run(CONFIG.value, workdir, stop)
     except _EXPECTED as error:
-        logging.debug("where it came from", exc_info=True)
+        logging.debug("traceback", exc_info=True)
         print(f"error: {printable_lines(str(error))}", file=sys.stderr)
         return exit_process(FAILED if getattr(error, "internal", False) else 1, error)
     except Stopped as error:
-        print(f"stopped ({printable_lines(str(error))}); the same command goes on.", file=sys.stderr)
+        print(f"stopped ({printable_lines(str(error))}); run the same command again to continue.", file=sys.stderr)
         return exit_process(SAVED, error)
-    except SystemExit as error:  # of a reader, or of a package: who asks for 0 must not get it
-        print(f"error: something that the run called has ended it: sys.exit({error.code!r})", file=sys.stderr)
+    except SystemExit as error:  # from a reader or a package; exit code 0 would claim success
+        print(f"error: code that the run called has ended it with sys.exit({error.code!r})", file=sys.stderr)
         return exit_process(1, error)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # the tokenizers library's panics are none of Exception
-        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, _NOT_OF_FILES):
-            logging.debug("where it came from", exc_info=True)
+    except BaseException as error:  # panics of the tokenizers library are no subclass of Exception
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, _NOT_FILE_ERRORS):
+            logging.debug("traceback", exc_info=True)
             print(
-                f"error: {printable_lines(str(error))}. What was saved before stays; mended, the same command goes on.",
+                f"error: {printable_lines(str(error))}. Checkpoints are kept; fix the cause, and run the same command "
+                "again to continue.",
                 file=sys.stderr,
             )
             return exit_process(1, error)
-        # Ours; where there are other processes, they must not wait for this one.
+        # A bug of this program. `exit_process` tells other processes, so that they do not wait for this one.
         print(printable_lines(traceback.format_exc()), file=sys.stderr)
         return exit_process(FAILED, error)
 
 
 def _keep_compiled(folder: str) -> None:
-    """Compiled programs are kept on the disk, so that the same run compiles nothing when it starts again.
+    """Keeps compiled programs on the disk, so that a restarted run compiles nothing.
 
-    Not with several processes, which would have to agree on what is there, and not where JAX is told another folder.
+    It does nothing with several processes, which would have to agree on the content of the folder, or if JAX's own
+    cache folder is set.
     """
     given = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if not folder or jax.process_count() > 1 or given is not None:
         return
-    # On the CPU a program uses what its machine has: one that shares the folder, and has less, must not run it.
+    # A program for CPU uses all instructions of its machine. So machines with other CPUs, which may share the folder,
+    # need another subfolder.
     first = _CPU_INFO.read_text().partition("\n\n")[0].splitlines() if _CPU_INFO.exists() else []
-    kind = sorted(line for line in first if line.startswith(_CPU_KIND))
+    cpu = sorted(line for line in first if line.startswith(_CPU_MODEL))
     try:
-        place = Path(folder).expanduser() / hashlib.blake2b("\n".join(kind).encode()).hexdigest()[:12]
-        place.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # a container whose user has no home
-        logging.warning("compiled programs are not kept: %s; --compile_cache=DIR names a folder.", error)
+        cache = Path(folder).expanduser() / hashlib.blake2b("\n".join(cpu).encode()).hexdigest()[:12]
+        cache.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # e.g. a container whose user has no home
+        logging.warning("compiled programs are not kept: %s; choose a folder with --compile_cache=DIR.", error)
         return
-    jax.config.update("jax_compilation_cache_dir", str(place))
+    jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def _quieten_writers() -> None:
-    """Of a write that fails orbax's and tensorstore's threads print hundreds of lines, some after ours.
+def _silence_writer_threads() -> None:
+    """Suppresses the output of the threads of orbax and tensorstore after a failed write.
 
-    What went wrong in them is raised in this thread too. --verbosity=1 shows all.
+    They print hundreds of lines, some of them after the error message. Their error is raised in the main thread too.
+    --verbosity=1 shows all.
     """
     if logging.get_verbosity() >= logging.DEBUG:
         return
     logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "/orbax/" in record.pathname))
-    # What asyncio and Python's threads say of tasks and threads that end with an exception which nobody asks for.
-    getLogger("asyncio").addFilter(lambda record: not (record.exc_info and _of_writers(record.exc_info[2])))
-    former, of_threads = sys.unraisablehook, threading.excepthook
+    # asyncio and threading report exceptions of tasks and threads that nothing waits for.
+    getLogger("asyncio").addFilter(lambda record: not (record.exc_info and _from_writer(record.exc_info[2])))
+    former, former_threads = sys.unraisablehook, threading.excepthook
     sys.unraisablehook = lambda args: None if str(args.exc_value) == "Event loop is closed" else former(args)
-    threading.excepthook = lambda args: None if _of_writers(args.exc_traceback) else of_threads(args)
+    threading.excepthook = lambda args: None if _from_writer(args.exc_traceback) else former_threads(args)
 
 
-def _of_writers(trace: TracebackType | None) -> bool:
-    """Whether an exception comes from orbax or tensorstore, whose C++ leaves no frames."""
+def _from_writer(trace: TracebackType | None) -> bool:
+    """Whether an exception comes from orbax or tensorstore. The C++ code of the latter leaves no frames."""
     files = [frame.filename for frame in traceback.extract_tb(trace)]
     return not files or any("/orbax/" in file or "/tensorstore/" in file for file in files)
 
 
 def _run(config: ConfigDict, workdir: Path, stop: StopSignals) -> int:
-    locks: list[BaseFileLock] = []  # process 0's, once it has it: held until the end
+    locks: list[BaseFileLock] = []  # the lock of the workdir, in process 0, held until the end
     try:
         code = _run_phases(config, workdir, stop, locks)
     except BaseException as error:
-        if locks and isinstance(error, RestoreError):  # who is told to give --overwrite must be believed
+        if locks and isinstance(error, RestoreError):  # its message may advise --overwrite, which must then delete
             forget_overwritten(workdir)
         if locks and not isinstance(error, Stopped):
             forget_failed_start(workdir)
@@ -194,15 +202,15 @@ def _run_phases(config: ConfigDict, workdir: Path, stop: StopSignals, locks: lis
     if overwrite and any_process(first and overwritten(workdir, config)):
         overwrite = False
         if first:
-            print(f"--overwrite was done when this run began in {workdir}; it goes on.", flush=True)
+            print(f"--overwrite was already applied when this run started in {workdir}; continuing.", flush=True)
     with barrier("checking settings, data and checkpoints"):
         settings = run_config(config)
         if first:
             print("checking settings, data and checkpoints", flush=True)
-        seen = check_run(settings, workdir, overwrite=overwrite, accept_changes=accept_changes)
+        lines = check_run(settings, workdir, overwrite=overwrite, accept_changes=accept_changes)
     if CHECK.value:
-        seen.append(f"checked: settings, data and checkpoints of {', '.join(settings.phases)}; nothing was trained")
-        for line in seen if first else ():
+        lines.append(f"checked: settings, data and checkpoints of {', '.join(settings.phases)}; nothing was trained")
+        for line in lines if first else ():
             print(printable_lines(line))
         return 0
     check_same_on_all_processes(config.to_json_best_effort(sort_keys=True, indent=1), "the settings")
@@ -210,11 +218,10 @@ def _run_phases(config: ConfigDict, workdir: Path, stop: StopSignals, locks: lis
     with barrier(f"writing to {workdir}"):
         if first:
             locks.append(lock_workdir(workdir))
-            how = {"overwrite": overwrite, "accept_changes": accept_changes}
-            changed = open_workdir(workdir, config, settings.phases, **how)
+            changed = open_workdir(workdir, config, settings.phases, overwrite=overwrite, accept_changes=accept_changes)
     for line in changed:
         print(f"changed: {printable_lines(line)}")
-    with barrier(f"looking at {workdir}"):
+    with barrier(f"reading {workdir}"):
         refresh(workdir)
         check_shared(workdir)
     results = {}
@@ -222,21 +229,21 @@ def _run_phases(config: ConfigDict, workdir: Path, stop: StopSignals, locks: lis
         stop.check()
         if any_process(first and status(workdir, phase) == "finished"):
             if first:
-                print(f"{phase}: finished before, in {workdir / phase}; --overwrite repeats it.")
+                print(f"{phase}: already finished, in {workdir / phase}; --overwrite repeats it.")
             continue
-        with barrier(f"looking at what {phase} begins with"):
+        with barrier(f"checking the models that {phase} starts from"):
             for line in check_inputs(settings, workdir, phase, accept_changes=accept_changes) if first else ():
                 print(f"changed: {printable_lines(line)}")
         results[phase] = run_phase(phase, settings, workdir, stop=stop, accept_changes=accept_changes)
-        with barrier(f"putting {phase} up"):
+        with barrier(f"uploading {phase}"):
             upload(workdir, phase, models=True)
-        with barrier(f"fetching what {phase} made"):
+        with barrier(f"downloading {phase}"):
             refresh(workdir)
     if first:
-        print(closing(results, workdir, tensorboard=settings.log.tensorboard))
+        print(summary_text(results, workdir, tensorboard=settings.log.tensorboard))
     return 0
 
 
 def run() -> None:
-    """The command `jax-rlhf run`."""
+    """The entry point of `jax-rlhf run`."""
     app.run(main, flags_parser=parse_flags)

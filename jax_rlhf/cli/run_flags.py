@@ -3,30 +3,28 @@
 from absl import flags
 
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The folder for checkpoints, models, metrics and samples; or gs://bucket/folder."
+    "workdir", None, "The folder for checkpoints, models, metrics and samples, or gs://bucket/folder."
 )
-OVERWRITE = flags.DEFINE_bool(
-    "overwrite", False, "Repeat phases that the workdir already has. Their files are deleted."
-)
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete what the workdir has of the phases, and repeat them.")
 COMPILE_CACHE = flags.DEFINE_string(
     "compile_cache",
     "~/.cache/jax_rlhf/compiled",
-    "The folder of compiled programs, which the next start reuses; empty: none.",
+    "The folder for compiled programs, which the next start reuses; empty = compile at each start.",
 )
 CHECK = flags.DEFINE_bool(
-    "check", False, "Check settings, data and checkpoints, show a row of data per phase, and stop."
+    "check", False, "Only check settings, data and checkpoints, and show an example row per phase."
 )
 ACCEPT_CHANGES = flags.DEFINE_bool(
     "accept_changes",
     False,
-    "Continue although model, tokenizer, data or seed differ from those that the workdir was started with.",
+    "Continue a run although its model, tokenizer, data or seed have changed since it was started.",
 )
 
-COORDINATOR = flags.DEFINE_string("coordinator", None, "With several processes: host:port of process 0.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "The host:port of process 0, in runs with several processes.")
 NUM_PROCESSES = flags.DEFINE_integer(
     "num_processes", None, "The number of processes; detected on TPU VMs, Slurm and GKE."
 )
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "The index of this process, from 0.")
 PROCESS_TIMEOUT = flags.DEFINE_integer(
-    "process_timeout", 100, "Seconds without a heartbeat after which a process counts as dead, and the others exit."
+    "process_timeout", 100, "Seconds without a heartbeat after which a process counts as dead and the others exit."
 )

@@ -1,4 +1,4 @@
-"""What is printed when a run ends: what changed, and what to look at next."""
+"""The text that is printed when a run ends: results before and after each phase, and where to look next."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,16 +7,13 @@ from typing import Any
 from jax_rlhf.runtime.remote import remote_of
 
 
-def closing(results: Mapping[str, Mapping[str, Any]], workdir: Path, *, tensorboard: bool) -> str:
-    """A table of held-out numbers before and after each phase, and the next steps.
+def summary_text(results: Mapping[str, Mapping[str, Any]], workdir: Path, *, tensorboard: bool) -> str:
+    """A table of held-out metrics before and after each phase, and where models, curves and samples are.
 
     Args:
-      results: phase → what it came to; a number before it stands as "<name>_before".
-      workdir: the run's folder.
-      tensorboard: whether there are files of it.
-
-    Returns:
-      Lines.
+      results: phase → metric → value; the metric before training has the name "<name>_before".
+      workdir: the folder of the run.
+      tensorboard: whether TensorBoard files were written.
     """
     where = remote_of(workdir) or workdir
     rows = [("", "held out", "before", "after")]
@@ -40,7 +37,7 @@ def closing(results: Mapping[str, Mapping[str, Any]], workdir: Path, *, tensorbo
         lines.append(f"{phase}: {', '.join(others)}; model in {where / phase / 'model'}")
     policy = next((phase for phase in ("ppo", "sft") if phase in results), None)
     if policy is not None:
-        lines.append(f"talk to it:  python -m jax_rlhf.chat {workdir / policy / 'model'}")
+        lines.append(f"chat:        python -m jax_rlhf.chat {workdir / policy / 'model'}")
     if results and tensorboard:
         lines.append(f"curves:      tensorboard --logdir {where}")
     if results:

@@ -1,11 +1,11 @@
-"""Checkpoints of a phase: what a step needs to go on, written by orbax in the background, and whole or not at all.
+"""Checkpoints of a phase: all that it needs to continue, written atomically by orbax in the background.
 
-    <folder>/<step>/state     every array, by name; read back onto any mesh
-    <folder>/<step>/notes     JSON: what is not an array, and a checksum of every array
-    <folder>.damaged/<step>   checkpoints whose checksums are wrong, moved out of the way
+    <folder>/<step>/state     all arrays, by name; they can be restored onto any mesh
+    <folder>/<step>/notes     JSON: everything that is not an array, and a checksum of each array
+    <folder>.damaged/<step>   checkpoints with wrong checksums, moved out of the way
 
-Checksums (`checksum.py`) are taken of the arrays before they are written and after they are read, so that no disk,
-network or file system in between can change a bit unseen.
+Checksums (`checksum.py`) are computed from the arrays before they are written and after they are read. So a bit that a
+disk, network or file system changes is detected.
 """
 
 import contextlib
@@ -25,23 +25,23 @@ from orbax.checkpoint import checkpoint_managers
 from jax_rlhf.hub import CheckpointError
 from jax_rlhf.parallel import ProcessError, barrier
 from jax_rlhf.runtime.checksum import checksums
-from jax_rlhf.runtime.completeness import can_be_read, mark_synced, of_checkpoint, was_synced
+from jax_rlhf.runtime.completeness import checkpoint_damage, is_readable, mark_synced, was_synced
 from jax_rlhf.runtime.config import CheckpointConfig
 from jax_rlhf.runtime.notes import DamagedError, first_line, read_notes, reading, with_digest
 
 
 class RestoreError(CheckpointError):
-    """The checkpoints of a run are damaged, or not of this run; the message says how to mend it."""
+    """The checkpoints of a run are damaged, or belong to another run; the message says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What a checkpoint held.
+    """The content of a checkpoint.
 
     Attributes:
       step: steps done.
-      state: the arrays, in the tree that was asked for.
-      notes: as they were saved.
+      state: the arrays, in the requested tree.
+      notes: the JSON values that were saved.
     """
 
     step: int
@@ -50,14 +50,14 @@ class Restored:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Never asks JAX's preemption service, which knows of each process only what it asked last: `StopSignals` asks."""
+    """Never queries JAX's preemption service, which keeps only the last query of a process: `StopSignals` queries it."""
 
     def reached_preemption(self, step: int) -> bool:
         del step
         return False
 
     def _finalize_checkpoint(self, step: int) -> None:
-        """Called once a checkpoint has its name, and before older ones are deleted: a power cut must not take both."""
+        """Syncs a checkpoint after its final rename, before older ones are deleted: a power cut must not lose both."""
         super()._finalize_checkpoint(step)
         if jax.process_index() == 0:
             mark_synced(epath.Path(self.directory) / str(step))
@@ -65,9 +65,9 @@ class _Manager(ocp.CheckpointManager):
 
 @dataclasses.dataclass
 class _Best(checkpoint_managers.PreservationPolicy):
-    """Keeps the checkpoint whose metric is best.
+    """Keeps the checkpoint with the best metric.
 
-    Not orbax's BestN: that reads metrics from files of their own, without a checksum, and a damaged one ends it.
+    It replaces orbax's BestN, which reads metrics from extra files without checksums, and fails if one is damaged.
     """
 
     lowest: bool
@@ -75,8 +75,8 @@ class _Best(checkpoint_managers.PreservationPolicy):
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         del context
-        found = {one.step: self.metrics[one.step] for one in checkpoints if one.step in self.metrics}
-        best = (min if self.lowest else max)(found, key=found.__getitem__, default=None)
+        metrics = {one.step: self.metrics[one.step] for one in checkpoints if one.step in self.metrics}
+        best = (min if self.lowest else max)(metrics, key=metrics.__getitem__, default=None)
         return [one.step == best for one in checkpoints]
 
     def improves(self, metric: float, steps: Sequence[int]) -> bool:
@@ -85,18 +85,18 @@ class _Best(checkpoint_managers.PreservationPolicy):
 
 
 class Checkpoints:
-    """A folder of checkpoints; of several processes all must call everything, in the same order."""
+    """The checkpoints in a folder. All processes must call the same methods in the same order."""
 
     def __init__(
         self, folder: epath.PathLike, config: CheckpointConfig, *, asynchronous: bool = True, say: Callable = print
     ) -> None:
-        """Makes the folder, and removes what a writer that was killed left half-done.
+        """Creates the folder, and removes incomplete checkpoints of a process that was killed.
 
         Args:
-          folder: of the phase; a local path or gs://….
-          config: what to keep.
+          folder: <workdir>/<phase>/checkpoints; a local path or gs://….
+          config: which checkpoints to keep.
           asynchronous: write in the background.
-          say: shows a line to the user.
+          say: prints a line for the user.
 
         Raises:
           OSError: the folder cannot be written.
@@ -122,42 +122,35 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
+        """The steps of all complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
     @property
     def saving(self) -> bool:
-        """Whether one is being written in the background."""
+        """Whether a checkpoint is being written in the background."""
         return self._manager.is_saving_in_progress()
 
     def improves(self, metric: float | None) -> bool:
-        """Whether the best checkpoint would be this one.
-
-        Args:
-          metric: of `config.best`; None, or not finite: no.
-
-        Returns:
-          Whether.
-        """
+        """Whether this value of the metric `config.best` beats all checkpoints; False for None and non-finite values."""
         return metric is not None and math.isfinite(metric) and self._best.improves(metric, self.steps)
 
     def save(self, step: int, state: Any, notes: Mapping[str, Any], metric: float | None = None) -> None:
-        """Begins a checkpoint: the arrays are copied to the host now, and written in the background.
+        """Starts a checkpoint: copies the arrays to the host, then writes them in the background.
 
         Args:
           step: steps done.
-          state: a tree of arrays; the caller may donate them as soon as this returns.
-          notes: what JSON can hold.
-          metric: of `config.best`; None, or not finite: it has none.
+          state: a tree of arrays, which the caller may donate after this returns.
+          notes: JSON values.
+          metric: the value of the metric `config.best`; None or non-finite = this checkpoint has none.
 
         Raises:
-          CheckpointError: this one, or the one before, could not be written.
+          CheckpointError: this checkpoint, or the one before, could not be written.
         """
-        self.wait()  # orbax would; an error of the one before is not this one's
-        leaves = named(state)
+        self.wait()  # orbax waits too, but would report an error of the former checkpoint for this one
+        leaves = leaves_by_path(state)
         sums = checksums(leaves)
         arrays = {name: [list(leaf.shape), str(leaf.dtype), sums[name]] for name, leaf in leaves.items()}
-        # As JSON will give it back; and a copy, since it is written while the caller goes on.
+        # The JSON round trip gives a copy, since the caller may change the notes while they are written.
         metric = float(metric) if metric is not None and math.isfinite(metric) else None
         content = json.loads(json.dumps({"step": step, "arrays": arrays, "metric": metric, "notes": dict(notes)}))
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(leaves), notes=ocp.args.JsonSave(with_digest(content)))
@@ -168,116 +161,116 @@ class Checkpoints:
         self._latest = step
 
     def check(self) -> None:
-        """Raises where writing in the background has failed.
+        """Raises if a write in the background has failed.
 
         Raises:
-          CheckpointError: says why, and which checkpoint is the last complete one.
+          CheckpointError: the message has the cause, and the last complete checkpoint.
         """
         if not self.saving:
             self.wait()
 
     def wait(self) -> None:
-        """Until all is written.
+        """Waits until pending writes are complete.
 
         Raises:
-          CheckpointError: it could not be.
+          CheckpointError: a checkpoint could not be written.
         """
         with self._explained(self._latest):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and ends the background's threads."""
+        """Waits for pending writes, and ends the background threads."""
         self._manager.close()
 
     def drop_unfinished(self) -> None:
-        """Moves a phase's first checkpoint away that was being written when the machine went down.
+        """Moves the only checkpoint away if it was being written when the machine went down.
 
-        It was not synced to the disk, its files can be read, and they are not whole: it was no checkpoint yet. A later
-        one needs no such question, since `restore` goes back to the one before. Of several processes none looks: each
-        has read its own part alone.
+        Such a checkpoint was never synced to the disk, and its files are readable but incomplete. If there are several,
+        `restore` skips the damaged ones. With several processes nothing is done, since each process reads only its own
+        part.
         """
         steps = self.steps
         if jax.process_count() > 1 or len(steps) != 1:
             return
         folder = self.folder / str(steps[0])
-        if was_synced(folder) or not (wrong := of_checkpoint(folder)):
+        if was_synced(folder) or not (damage := checkpoint_damage(folder)):
             return
-        if can_be_read(folder) and of_checkpoint(folder):  # a disk or network that failed says nothing of its content
-            self._say(f"{folder} was being written when the machine went down, and is not whole: {wrong}")
+        if is_readable(folder) and checkpoint_damage(folder):  # not if a disk or network failed for a moment
+            self._say(f"{folder} was being written when the machine went down, and is incomplete: {damage}")
             self._move_away(steps)
 
     def restore(self, like: Any) -> Restored | None:
-        """The last checkpoint that is whole; damaged ones after it are moved away.
+        """Restores the last intact checkpoint, and moves later, damaged ones away.
 
         Args:
-          like: `jax.ShapeDtypeStruct`s with shardings: what to read, and where to.
+          like: `jax.ShapeDtypeStruct`s with shardings: the arrays to read, and where to put them.
 
         Returns:
-          What it held; None where the folder has no checkpoint.
+          Its content; None if the folder has no checkpoint.
 
         Raises:
-          RestoreError: all that there are are damaged, or are of another model or optimizer.
-          jax.errors.JaxRuntimeError: another process was lost, memory is short: nothing is wrong with the checkpoint.
+          RestoreError: all checkpoints are damaged, or belong to another model or optimizer.
+          jax.errors.JaxRuntimeError: another process was lost, or memory is exhausted; the checkpoint is not at fault.
         """
-        found = self.steps
-        for step in reversed(found):
+        steps = self.steps
+        for step in reversed(steps):
             try:
                 restored = self._read(step, like)
             except _OtherArraysError as error:
                 raise RestoreError(f"{self.folder / str(step)}: {error}") from error
             except (DamagedError, ProcessError) as error:
-                if getattr(error, "internal", False):  # of another process, and no damage
+                if getattr(error, "internal", False):  # an error of another process, no damage
                     raise
-                logging.debug("where it came from", exc_info=True)
+                logging.debug("traceback", exc_info=True)
                 self._say(f"{self.folder / str(step)} is damaged: {first_line(error)}")
                 continue
-            self._move_away([other for other in found if other > step])
+            self._move_away([other for other in steps if other > step])
             return restored
-        if found:
+        if steps:
             raise RestoreError(
-                f"{self.folder}: none of the checkpoints ({', '.join(map(str, found))}) can be read. Put one back "
-                "from a copy, or begin anew with --overwrite."
+                f"{self.folder}: none of the checkpoints ({', '.join(map(str, steps))}) can be read. Restore one from "
+                "a copy, or start again with --overwrite."
             )
         return None
 
     def _read(self, step: int, like: Any) -> Restored:
-        """In two parts, since one process may find its files damaged while the others' are whole."""
+        """Reads a checkpoint. The barrier makes all processes fail if one finds its files damaged."""
         with barrier(f"reading the checkpoint of step {step}"):
             try:
                 content, leaves = self._read_files(step, like)
-            except DamagedError:  # once more: a network's file system may have been away for a moment
-                logging.warning("%s could not be read; trying once more.", self.folder / str(step))
+            except DamagedError:  # a network file system may have been unavailable for a moment
+                logging.warning("%s could not be read; trying again.", self.folder / str(step))
                 content, leaves = self._read_files(step, like)
-        found = checksums(leaves)
-        wrong = [name for name, (_, _, written) in content["arrays"].items() if found[name] != written]
+        sums = checksums(leaves)
+        wrong = [name for name, (_, _, written) in content["arrays"].items() if sums[name] != written]
         if wrong:
-            raise DamagedError(f"{', '.join(wrong[:3])} has another checksum than when it was written")
-        tree = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in named(like)])
+            raise DamagedError(f"wrong checksum of {', '.join(wrong[:3])}")
+        tree = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in leaves_by_path(like)])
         return Restored(content["step"], tree, content["notes"])
 
     def _read_files(self, step: int, like: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         with reading():
             content = read_notes(self.folder / str(step))
-        wanted = named(like)
+        wanted = leaves_by_path(like)
         _check_arrays(content["arrays"], wanted)
         arguments = ocp.args.PyTreeRestore(
             item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
         )
         with reading():
-            # Not the manager's restore: it waits for all processes at its end, and for ever where another one failed.
+            # Not the manager's restore, which waits for all processes at its end, and so hangs if another one failed.
             return content, ocp.PyTreeCheckpointHandler().restore(self.folder / str(step) / "state", args=arguments)
 
     def _metric(self, step: int) -> float | None:
         try:
             with reading():
                 return read_notes(self.folder / str(step))["metric"]
-        except DamagedError as error:  # whether it can be read at all is seen where it is needed
+        except DamagedError as error:  # `restore` deals with it
             logging.warning("%s: its metric cannot be read: %s", self.folder / str(step), error)
             return None
 
     def _move_away(self, steps: list[int]) -> None:
         remote = "://" in str(self.folder)
-        folder = self.folder if remote else epath.Path(Path(self.folder).resolve())  # a link may lead to another disk
+        folder = self.folder if remote else epath.Path(Path(self.folder).resolve())  # a link may point to another disk
         aside = folder.with_name(f"{folder.name}.damaged")
         with barrier("moving damaged checkpoints away"):
             for step in steps if jax.process_index() == 0 else ():
@@ -286,67 +279,54 @@ class Checkpoints:
                 if target.exists():
                     target.rmtree()
                 (folder / str(step)).rename(target)
-                self._say(f"it lies in {target} now.")
+                self._say(f"it was moved to {target}.")
         if steps:
             self._manager.reload()
 
     @contextlib.contextmanager
     def _explained(self, step: int | None) -> Iterator[None]:
-        """Names the checkpoint that an error of orbax is about, and the one that is left."""
+        """Turns an error of orbax into a CheckpointError that names the failed and the last complete checkpoint."""
         try:
             yield
-        except (jax.errors.JaxRuntimeError, TimeoutError):  # another process is lost: no fault of disk or user
+        except (jax.errors.JaxRuntimeError, TimeoutError):  # another process is lost; not a fault of disk or user
             raise
         except Exception as error:
             with contextlib.suppress(OSError):
-                self._manager.reload()  # it has counted on this one
-            whole = [other for other in self.steps if other != step]
-            left = f"the last complete one is of step {whole[-1]}" if whole else "there is no complete one"
+                self._manager.reload()  # forgets the failed checkpoint
+            complete = [other for other in self.steps if other != step]
+            last = f"the last complete one is of step {complete[-1]}" if complete else "there is no complete one"
             raise CheckpointError(
-                f"{self.folder}: the checkpoint of step {step} could not be written: {first_line(error)}; {left}. "
-                "Once this is mended (is the disk full?), the same command goes on from there."
+                f"{self.folder}: the checkpoint of step {step} could not be written: {first_line(error)}; {last}. "
+                "Fix the cause (is the disk full?), and run the same command again to continue from there."
             ) from error
 
 
 class _OtherArraysError(Exception):
-    """A whole checkpoint, of something else."""
+    """An intact checkpoint that has other arrays than the state."""
 
 
 def _check_arrays(written: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises _OtherArraysError if names, shapes or dtypes differ."""
     expected = {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in wanted.items()}
     found = {name: [shape, dtype] for name, (shape, dtype, _) in written.items()}
     differing = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
     if differing:
         shown = "; ".join(
-            f"{name} was {found.get(name, 'not there')} and would be {expected.get(name, 'not there')}"
+            f"{name} was {found.get(name, 'missing')} and would be {expected.get(name, 'missing')}"
             for name in differing[:4]
         )
         raise _OtherArraysError(
-            f"it is of another model, number of trainable layers, or optimizer: {shown}. Give these settings as they "
-            "were, or begin anew with --overwrite."
+            f"it has another model, number of trainable layers, or optimizer: {shown}. Restore the former settings, or "
+            "start again with --overwrite."
         )
 
 
-def named(tree: Any) -> dict[str, Any]:
-    """Leaves by the path to them.
-
-    Args:
-      tree: any.
-
-    Returns:
-      "a.b.c" → leaf.
-    """
+def leaves_by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree: path, as "a.b.c" → leaf."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def abstract(tree: Any) -> Any:
-    """What arrays are, without their content.
-
-    Args:
-      tree: of arrays.
-
-    Returns:
-      `jax.ShapeDtypeStruct`s with shardings.
-    """
+    """Converts a tree of arrays to `jax.ShapeDtypeStruct`s with shardings."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole, and whether it was on the disk; arrays are read without a model to put them into."""
+"""Whether a checkpoint is intact, and whether it was synced to the disk. No model is needed to read its arrays."""
 
 import math
 import os
@@ -17,20 +17,13 @@ from jax_rlhf.runtime.checksum import checksums
 from jax_rlhf.runtime.notes import DamagedError, read_notes, reading
 
 _AT_ONCE = 2**30
-"""Bytes of arrays that are read together; one array may be larger."""
+"""Bytes of arrays to read at a time; a single array may be larger."""
 _SYNCED = "synced"
-"""An empty file in a checkpoint's folder."""
+"""The name of an empty file in a checkpoint's folder, which marks it as synced."""
 
 
-def of_checkpoint(checkpoint: Path | epath.Path) -> str:
-    """Reads a checkpoint, some of its arrays at a time.
-
-    Args:
-      checkpoint: its folder.
-
-    Returns:
-      "" where it is whole, else what is wrong.
-    """
+def checkpoint_damage(checkpoint: Path | epath.Path) -> str:
+    """Reads a checkpoint, a few arrays at a time; returns what is damaged, or "" if it is intact."""
     checkpoint = epath.Path(checkpoint)
     try:
         with reading():
@@ -38,51 +31,46 @@ def of_checkpoint(checkpoint: Path | epath.Path) -> str:
             wrong = [name for group in _groups(arrays) for name in _wrong(checkpoint, group)]
     except DamagedError as error:
         return str(error)
-    return f"{', '.join(wrong[:3])}: another checksum than when it was written" if wrong else ""
+    return f"wrong checksum of {', '.join(wrong[:3])}" if wrong else ""
 
 
 def _groups(arrays: dict) -> Iterator[dict]:
+    """Splits arrays into groups of about _AT_ONCE bytes."""
     group: dict = {}
     size = 0
     for name, (shape, dtype, written) in arrays.items():
-        bytes_of_it = math.prod(shape) * jnp.dtype(dtype).itemsize
-        if group and size + bytes_of_it > _AT_ONCE:
+        num_bytes = math.prod(shape) * jnp.dtype(dtype).itemsize
+        if group and size + num_bytes > _AT_ONCE:
             yield group
             group, size = {}, 0
         group[name] = (shape, dtype, written)
-        size += bytes_of_it
+        size += num_bytes
     if group:
         yield group
 
 
 def _wrong(checkpoint: epath.Path, arrays: dict) -> list[str]:
-    place = SingleDeviceSharding(_device())
-    wanted = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, (shape, dtype, _) in arrays.items()}
-    how = {"restore_args": ocp.checkpoint_utils.construct_restore_args(wanted), "partial_restore": True}
-    leaves = ocp.PyTreeCheckpointHandler().restore(
-        checkpoint / "state", args=ocp.args.PyTreeRestore(item=wanted, **how)
+    """The names of arrays with wrong checksums."""
+    sharding = SingleDeviceSharding(_device())
+    wanted = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype, _) in arrays.items()}
+    arguments = ocp.args.PyTreeRestore(
+        item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
     )
+    leaves = ocp.PyTreeCheckpointHandler().restore(checkpoint / "state", args=arguments)
     found = checksums(leaves)
     return [name for name, (_, _, written) in arrays.items() if found[name] != written]
 
 
 def _device() -> Any:
-    """The host's memory; where JAX_PLATFORMS leaves the CPU out, a device's."""
+    """The CPU, or another device if JAX_PLATFORMS excludes the CPU."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
         return jax.local_devices()[0]
 
 
-def can_be_read(checkpoint: Path | epath.Path) -> bool:
-    """Whether each file of a checkpoint can be read to its end, whatever stands there.
-
-    Args:
-      checkpoint: its local folder.
-
-    Returns:
-      Whether; where not, the disk or the network fails, and its content is not known.
-    """
+def is_readable(checkpoint: Path | epath.Path) -> bool:
+    """Whether all files of a local checkpoint can be read to the end. If not, the disk or the network has failed."""
     try:
         for parent, _, names in os.walk(checkpoint, onerror=_raise):
             for name in names:
@@ -99,10 +87,7 @@ def _raise(error: OSError) -> None:
 
 
 def mark_synced(checkpoint: Path | epath.Path) -> None:
-    """Waits until a checkpoint is on the disk, and notes that it is. Object stores have whole objects as it is.
-
-    Args:
-      checkpoint: its folder.
+    """Syncs a checkpoint to the disk, and marks it as synced. In object stores nothing is done: writes are atomic.
 
     Raises:
       OSError: the disk fails.
@@ -114,12 +99,5 @@ def mark_synced(checkpoint: Path | epath.Path) -> None:
 
 
 def was_synced(checkpoint: Path | epath.Path) -> bool:
-    """Whether a checkpoint was on the disk once: one that was not, and cannot be read, was never complete.
-
-    Args:
-      checkpoint: its folder.
-
-    Returns:
-      Whether.
-    """
+    """Whether a checkpoint was synced to the disk. One that was not, and is damaged, was never complete."""
     return "://" in str(checkpoint) or Path(checkpoint, _SYNCED).exists()

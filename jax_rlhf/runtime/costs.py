@@ -1,6 +1,6 @@
-"""What a phase's starts and checkpoints cost: seconds that were no training, over all its starts.
+"""The costs of starts and checkpoints: seconds that a phase spent on anything but training, over all its starts.
 
-They stand in `<workdir>/<phase>/costs.json`, from the beginning of each start on.
+They are in `<workdir>/<phase>/costs.json`, which is written as soon as a phase starts.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ _COMPILE = "/jax/core/compile/"
 
 
 @functools.cache
-def _compiling() -> list[float]:
-    """Seconds that this process has traced and compiled, in one place: JAX tells it to a listener, and keeps that."""
+def _compile_seconds() -> list[float]:
+    """[seconds this process has spent on tracing and compiling]; a JAX listener, registered once, updates it."""
     seconds = [0.0]
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
@@ -31,13 +31,13 @@ def _compiling() -> list[float]:
 
 @dataclasses.dataclass
 class Costs:
-    """Counts on where former starts left off; seconds after the last checkpoint of a killed process are not known.
+    """Totals over all starts of a phase. What a killed process spent after its last checkpoint is unknown.
 
     Attributes:
-      starts: of the phase, this one among them.
-      compiling: seconds of tracing and compiling, or of finding programs that were compiled before.
+      starts: starts of the phase, including this one.
+      compiling: seconds of tracing and compiling, or of loading compiled programs from the cache.
       restoring: seconds of reading checkpoints.
-      repeated: seconds of steps that were done again, since they were after the last checkpoint.
+      repeated: seconds of steps that were repeated, since they came after the last checkpoint.
       saving: seconds that training waited for checkpoints.
     """
 
@@ -48,45 +48,32 @@ class Costs:
     saving: float = 0.0
 
     def __post_init__(self) -> None:
-        self._compiled = _compiling()[0]
+        self._compiled = _compile_seconds()[0]
 
-    def go_on(self, before: Mapping[str, float]) -> None:
-        """Adds what former starts cost.
-
-        Args:
-          before: from `so_far`.
-        """
+    def add(self, before: Mapping[str, float]) -> None:
+        """Adds the `totals` of earlier starts."""
         for name, value in before.items():
             setattr(self, name, getattr(self, name) + value)
 
     @staticmethod
     def checked(content: Mapping[str, Any]) -> Mapping[str, float]:
-        """What a file says that former starts cost.
-
-        Args:
-          content: of the file.
-
-        Returns:
-          The same.
+        """Checks the content of costs.json, and returns it.
 
         Raises:
-          ValueError: it is not what `so_far` returns.
+          ValueError: it does not have the form that `totals` returns.
         """
         names = {field.name for field in dataclasses.fields(Costs)}
         numbers = all(type(value) in (int, float) and 0 <= value < 1e12 for value in content.values())
         if content.keys() != names or not numbers or type(content["starts"]) is not int:
-            raise ValueError(f"{COSTS} is not what this program writes.")
+            raise ValueError(f"{COSTS} has other content than this program writes.")
         return content
 
     @contextlib.contextmanager
-    def taking(self, name: str) -> Iterator[None]:
-        """Counts the seconds that the block takes.
+    def measure(self, name: str) -> Iterator[None]:
+        """Adds the duration of the block to a total.
 
         Args:
           name: "restoring" or "saving".
-
-        Yields:
-          Nothing.
         """
         started = time.monotonic()
         try:
@@ -94,21 +81,13 @@ class Costs:
         finally:
             setattr(self, name, getattr(self, name) + time.monotonic() - started)
 
-    def so_far(self) -> dict[str, float]:
-        """For a checkpoint.
-
-        Returns:
-          Name → count or seconds.
-        """
-        now = _compiling()[0]
+    def totals(self) -> dict[str, float]:
+        """Name → count or seconds, for checkpoints and costs.json."""
+        now = _compile_seconds()[0]
         self.compiling, self._compiled = self.compiling + now - self._compiled, now
-        found = dataclasses.asdict(self)
-        return {name: round(value, 3) if isinstance(value, float) else value for name, value in found.items()}
+        totals = dataclasses.asdict(self)
+        return {name: round(value, 3) if isinstance(value, float) else value for name, value in totals.items()}
 
     def summary(self) -> dict[str, float]:
-        """For summary.json.
-
-        Returns:
-          "starts", and "seconds_<name>" of the others.
-        """
-        return {name if name == "starts" else f"seconds_{name}": value for name, value in self.so_far().items()}
+        """The totals for summary.json: "starts", and "seconds_<name>" for the others."""
+        return {name if name == "starts" else f"seconds_{name}": value for name, value in self.totals().items()}

@@ -30,7 +30,7 @@ from jax_rlhf.hub import CheckpointError
 from jax_rlhf.io.durable import write_json
 from jax_rlhf.io.json_files import read_object
 from jax_rlhf.parallel import barrier, check_same_on_all_processes
-from jax_rlhf.runtime.checkpoint import Checkpoints, RestoreError, abstract, named
+from jax_rlhf.runtime.checkpoint import Checkpoints, RestoreError, abstract, leaves_by_path
 from jax_rlhf.runtime.checksum import checksums
 from jax_rlhf.runtime.config import PhaseConfig
 from jax_rlhf.runtime.costs import COSTS, Costs
@@ -158,9 +158,9 @@ class Phase:
         if self._checkpoints.steps:
             for leaf in jax.tree.leaves(state):
                 leaf.delete()
-        with self.costs.taking("restoring"):
+        with self.costs.measure("restoring"):
             restored = self._checkpoints.restore(like)
-        self.costs.go_on(self._former_costs({} if restored is None else restored.notes.get("costs", {})))
+        self.costs.add(self._former_costs({} if restored is None else restored.notes.get("costs", {})))
         if restored is None:
             self._note_costs()
             self.state = state
@@ -224,7 +224,7 @@ class Phase:
         """
         self.step, self.state = self.step + 1, state
         self.watchdog.step()
-        with self.costs.taking("saving"):
+        with self.costs.measure("saving"):
             self._checkpoints.check()
         last, every, minutes = self.step == self._total, self.config.checkpoint.every, self.config.checkpoint.minutes
         evaluate = last or (self._evaluate_every > 0 and self.step % self._evaluate_every == 0)
@@ -260,10 +260,10 @@ class Phase:
             "inputs": self._inputs,
             "position": self.logger.position() if self._position is None else self._position,
             "evaluated": self._evaluated,
-            "costs": self.costs.so_far(),
+            "costs": self.costs.totals(),
             "config": self.config.run,
         }
-        with self.costs.taking("saving"):
+        with self.costs.measure("saving"):
             with barrier("writing metrics and samples"):  # before the checkpoint that refers to them
                 self.logger.sync()
                 upload(self.folder.parent, self.name)
@@ -283,7 +283,7 @@ class Phase:
         """Writes costs.json. A start counts at once, since it may be killed before it saves anything."""
         try:
             if jax.process_index() == 0:
-                write_json(self.folder / COSTS, self.costs.so_far())
+                write_json(self.folder / COSTS, self.costs.totals())
         except OSError as error:  # no reason to lose what was trained
             logging.warning("%s cannot be written: %s", self.folder / COSTS, error)
 
@@ -319,7 +319,7 @@ class Phase:
                         raise second from error
             raise
         with self.watchdog:
-            with self.costs.taking("saving"):
+            with self.costs.measure("saving"):
                 self._checkpoints.wait()
                 self._tell_launcher()
                 self._checkpoints.close()
@@ -373,7 +373,7 @@ class Phase:
 
 def digest(*parts: Any) -> str:
     """A checksum, 32 hexadecimal digits, of texts and of trees of arrays on any devices."""
-    content = [part if isinstance(part, str) else sorted(checksums(named(part)).items()) for part in parts]
+    content = [part if isinstance(part, str) else sorted(checksums(leaves_by_path(part)).items()) for part in parts]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 

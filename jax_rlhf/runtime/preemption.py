@@ -33,7 +33,7 @@ class StopSignals:
         self._former: dict[int, Any] = {}
         self._asked = 0
 
-    def listen(self) -> "StopSignals":
+    def install(self) -> "StopSignals":
         """Installs the handlers, in the main thread.
 
         Returns:
@@ -47,7 +47,7 @@ class StopSignals:
                 self._former[number] = signal.signal(number, self._note)
         return self
 
-    def leave(self) -> None:
+    def uninstall(self) -> None:
         """Puts the former handlers back."""
         for number, handler in self._former.items():
             signal.signal(number, handler)

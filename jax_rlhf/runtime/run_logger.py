@@ -78,7 +78,7 @@ class RunLogger:
     def __enter__(self) -> "RunLogger":
         """Installs signal handlers, if the run has none."""
         if self._own_stop:
-            self.stop.listen()
+            self.stop.install()
         return self
 
     def __exit__(
@@ -86,7 +86,7 @@ class RunLogger:
     ) -> None:
         """Closes all files, also after an error."""
         if self._own_stop:
-            self.stop.leave()
+            self.stop.uninstall()
         if self._bar is not None:
             self._bar.close()
         with contextlib.ExitStack() as stack:  # closes each, even if closing another one fails

@@ -110,9 +110,9 @@ def test_a_run_ends_with_a_table_and_what_to_do_next(whole):
     assert rows["ppo", "score"] == [f"{summary['eval/score_before']:.4g}", f"{summary['eval/score']:.4g}"]
     assert len(rows["sft", "loss"]) == 2
     assert f"curves:      tensorboard --logdir {workdir}" in closing
-    talk = next(line for line in closing if line.startswith("talk to it:"))
+    talk = next(line for line in closing if line.startswith("chat:"))
     how = {"env": environment(), "input": "a b c\nd\n", "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, *talk.split()[4:], "--max_new_tokens=3"], **how, check=False)
+    done = subprocess.run([sys.executable, *talk.split()[2:], "--max_new_tokens=3"], **how, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     answers = done.stdout.splitlines()
     assert len(answers) == 2
@@ -250,17 +250,17 @@ def test_the_same_command_again_has_nothing_to_do(whole):
     workdir, _ = whole
     code, printed, errors = run(workdir.parent)
     assert code == 0, errors
-    assert printed.count("finished before") == 3
+    assert printed.count("already finished") == 3
 
 
 WRONG = [
-    (["--config.ppo.kl.coef=0.5"], "belongs to a run of another config: config.ppo.kl.coef was 0.05 and is 0.5"),
+    (["--config.ppo.kl.coef=0.5"], "belongs to a run with other settings: config.ppo.kl.coef was 0.05 and is 0.5"),
     (["--config.ppo.kl_cof=0.5"], "config.ppo.kl_cof does not exist; did you mean config.ppo.kl.coef"),
     (["--config.pppo.kl_coef=0.5"], "did you mean config.ppo.kl.coef"),
     (["--config.sft.steps=many"], "config.sft.steps='many': expected int or None"),
     (["--config.ppo.iterations=many"], "--config.ppo.iterations=many: invalid literal for int()"),
     (["--config.reward.num_layers=None"], "config.reward.num_layers was 2 and is None"),
-    (["--config.phases=sft", "--overwrite"], "was made from what --overwrite deletes"),
+    (["--config.phases=sft", "--overwrite"], "was trained from a model that --overwrite deletes"),
     (["--config.phases=ppo,sft"], "in this order"),
     (["--config.phases=ppo,rm"], "'rm' is not a phase"),
 ]
@@ -371,7 +371,7 @@ def test_being_asked_to_stop_saves_all_and_says_so_by_the_exit_code(tmp_path, nu
     assert process.returncode == 75, errors[-3000:]
     steps = [line["step"] for line in lines(metrics)]
     assert f"step {steps[-1]} is saved in" in printed
-    assert "the same command goes on" in errors
+    assert "run the same command again to continue" in errors
     assert [file.name for file in (tmp_path / "run" / "sft" / "checkpoints").iterdir()] == [str(steps[-1])]
     assert (tmp_path / "run" / "sft" / "model").exists() == (number == signal.SIGINT)  # a preempted machine has seconds
     assert not (tmp_path / "run" / "sft" / "summary.json").exists()
@@ -386,7 +386,7 @@ def test_being_asked_to_stop_saves_all_and_says_so_by_the_exit_code(tmp_path, nu
             seen += line
         again.kill()
         again.communicate()
-        assert "--overwrite was done when this run began" in seen
+        assert "--overwrite was already applied when this run started" in seen
         assert f"continuing from the checkpoint of step {steps[-1]}" in seen
 
 

@@ -115,11 +115,11 @@ def test_a_comma_in_a_config_file_s_own_list_is_part_of_the_element():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--config=FILE_OR_NAME is missing; the package has deepspeed_chat_opt, "),
+        ([], "--config=FILE_OR_NAME is missing; the packaged configs are deepspeed_chat_opt, "),
         (["--config.seed=1"], "--config=FILE_OR_NAME is missing"),
         (["--config"], "--config has no value"),
-        (["--config=nosuch.py"], "--config=nosuch.py: 'nosuch.py' is no file here; the package has "),
-        (["--config=elsewhere/ppo.py"], "'elsewhere/ppo.py' is no file here; --config=ppo is the package's"),
+        (["--config=nosuch.py"], "--config=nosuch.py: 'nosuch.py' is not a file; the packaged configs are "),
+        (["--config=elsewhere/ppo.py"], "'elsewhere/ppo.py' is not a file; --config=ppo is a packaged config"),
         (
             ["--config=ppo", "--config.ppo.kl.cof=1"],
             "config.ppo.kl.cof does not exist; did you mean config.ppo.kl.",
@@ -140,7 +140,10 @@ def test_a_comma_in_a_config_file_s_own_list_is_part_of_the_element():
             ["--config=ppo", "--config.xyzzy=1"],
             "configs/sft.py, configs/reward.py and configs/ppo.py explain the fields",
         ),
-        (["--config=sft", "--config.data.weights=a,b"], "config.data.weights='a,b': numbers with commas"),
+        (
+            ["--config=sft", "--config.data.weights=a,b"],
+            "config.data.weights='a,b': expected numbers separated by commas",
+        ),
         (["--config=sft", "--config.seed=many"], "--config.seed=many: invalid literal for int()"),
         (["--config=sft", "--nosuch=1"], "Unknown command line flag 'nosuch'"),
     ],
@@ -157,7 +160,10 @@ def test_what_cannot_be_used_is_said_in_a_line(refused, arguments, message):
         ("def get_config(:\n", ", line 1: invalid syntax"),
         ("import nosuchmodule\n", ", line 1: ModuleNotFoundError: No module named 'nosuchmodule'"),
         ("def get_config():\n    x = 1\n    return x / 0\n", ", line 3: ZeroDivisionError: division by zero"),
-        ("def get_config():\n    return {}\n", "get_config returned a dict; an ml_collections.ConfigDict is expected"),
+        (
+            "def get_config():\n    return {}\n",
+            "get_config returned a dict; it must return an ml_collections.ConfigDict",
+        ),
     ],
 )
 def test_a_broken_config_file_is_named_with_its_line(refused, tmp_path, content, message):
@@ -205,7 +211,7 @@ def test_a_command_that_cannot_be_used_ends_with_2_and_no_traceback(tmp_path):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "PyTorch was not found" not in done.stderr + done.stdout
-    assert done.stderr.splitlines()[-1].startswith("error: --config=nosuch.py: 'nosuch.py' is no file here")
+    assert done.stderr.splitlines()[-1].startswith("error: --config=nosuch.py: 'nosuch.py' is not a file")
 
 
 def test_the_wheel_has_every_package_the_configs_and_the_examples():

@@ -100,12 +100,14 @@ def test_texts_learned_beside_ppo_must_fit_its_microbatches(config, tmp_path):
 def test_what_overwriting_would_delete_is_no_input(config, tmp_path):
     workdir = tmp_path / "run"
     config.sft_model_path, config.phases = str(workdir / "sft" / "model"), ("sft",)
-    with pytest.raises(ValueError, match=r"config.sft_model_path=.* lies in .*run/sft, which --overwrite deletes"):
+    with pytest.raises(ValueError, match=r"config.sft_model_path=.* is in .*run/sft, which --overwrite deletes"):
         check_run(run_config(config), workdir, overwrite=True)
     config.sft_model_path = None
     check_run(run_config(config), workdir, overwrite=True)
     (workdir / "reward" / "model").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"run/reward was made from what .* --config.phases=sft,reward repeats it too"):
+    with pytest.raises(
+        ValueError, match=r"run/reward was trained from a model .* --config.phases=sft,reward repeats it too"
+    ):
         check_run(run_config(config), workdir, overwrite=True)
 
 
@@ -223,7 +225,7 @@ def test_rows_longer_than_a_table_of_positions_are_said_at_the_start(config, tmp
 
 def test_a_reward_model_of_fewer_positions(config, tmp_path):
     config.reward_model.path, config.data.max_tokens = learned_positions(tmp_path / "gpt2", 9, "scalar"), 9
-    with pytest.raises(ValueError, match=r"10 tokens is more than the 9 positions that config.reward_model.path has"):
+    with pytest.raises(ValueError, match=r"10 tokens is more than the 9 positions of config.reward_model.path"):
         check(config, tmp_path)
 
 

@@ -14,7 +14,7 @@ from jax_rlhf.cli import run as command
 def cache(monkeypatch):
     """The folder that compiled programs would go to."""
     updated = {}
-    config = types.SimpleNamespace(jax_compilation_cache_dir=None, update=updated.__setitem__)
+    config = types.SimpleNamespace(read={"jax_compilation_cache_dir": None}.get, update=updated.__setitem__)
     monkeypatch.setattr(command, "jax", types.SimpleNamespace(process_count=lambda: 1, config=config))
     return updated
 
@@ -51,7 +51,7 @@ def said(monkeypatch):
     handler = logging.Handler()
     handler.emit = lambda record: said.append(str(record.exc_info[1]))
     asyncio.addHandler(handler)
-    command._quieten_writers()
+    command._silence_writer_threads()
     yield said
     asyncio.removeHandler(handler)
 

@@ -98,7 +98,7 @@ def test_under_nohup_a_hang_up_is_nothing(monkeypatch):
     for ignored in (True, False):
         installed.clear()
         monkeypatch.setattr(signal, "getsignal", lambda number, how=ignored: signal.SIG_IGN if how else signal.SIG_DFL)
-        StopSignals().listen()
+        StopSignals().install()
         assert (signal.SIGHUP in installed) != ignored
         assert {signal.SIGINT, signal.SIGTERM} <= installed.keys()
 

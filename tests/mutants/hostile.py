@@ -172,7 +172,7 @@ MUTANTS = [
         "cli/model_paths.py",
         _MANIFEST,
         ("(folder.parent.resolve() / folder.name, folder.resolve())", "(folder,)"),
-        ("if place.parent in ours or _is_listed(place):", "if place.parent in ours:"),
+        ("if model.parent in phase_folders or _is_listed(model):", "if model.parent in phase_folders:"),
     ),
     *variants(
         "cli/open_workdir.py",

@@ -357,13 +357,13 @@ def test_a_run_that_goes_on_is_not_damaged(workdir, monkeypatch, capsys):
     """It deletes older checkpoints meanwhile."""
     (checkpoint,) = sorted((workdir / "sft" / "checkpoints").iterdir())[-1:]
 
-    def of_checkpoint(folder):
+    def checkpoint_damage(folder):
         if str(folder) == str(checkpoint):
             shutil.rmtree(checkpoint)
         return verify_one(folder)
 
-    verify_one = verify.of_checkpoint
-    monkeypatch.setattr(verify, "of_checkpoint", of_checkpoint)
+    verify_one = verify.checkpoint_damage
+    monkeypatch.setattr(verify, "checkpoint_damage", checkpoint_damage)
     with lock_workdir(workdir):
         assert verify.main(["verify", str(workdir)]) == 0
     assert "a run is active in this workdir" in capsys.readouterr().out
@@ -379,14 +379,14 @@ def test_every_damaged_file_of_a_checkpoint_is_seen(workdir):
     for file in sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.stat().st_size):
         before = file.read_bytes()
         flip(file, len(before) // 2)
-        seen[str(file.relative_to(checkpoint))] = verify.of_checkpoint(checkpoint)
+        seen[str(file.relative_to(checkpoint))] = verify.checkpoint_damage(checkpoint)
         file.write_bytes(before)
     assert seen["notes/metadata"]
     assert seen["state/manifest.ocdbt"]
     data = {name: wrong for name, wrong in seen.items() if "/d/" in name}
     largest = max(data, key=lambda name: (checkpoint / name).stat().st_size)
     assert data[largest]
-    assert verify.of_checkpoint(checkpoint) == ""
+    assert verify.checkpoint_damage(checkpoint) == ""
 
 
 def test_what_is_no_run_is_said(tmp_path, capsys):
