@@ -385,7 +385,9 @@ def test_what_may_change_under_way(config, tmp_path, field, value, refused):
     before = (workdir / "config.json").read_text()
     set_field(config, field, value)
     if refused:
-        with pytest.raises(ValueError, match=rf"another config: .*config.{field} was .* and is .*--accept_changes"):
+        with pytest.raises(
+            ValueError, match=rf"with other settings: .*config.{field} was .* and is .*--accept_changes"
+        ):
             open_workdir(workdir, config, ("sft", "ppo"), overwrite=False)
         assert (workdir / "config.json").read_text() == before
     else:
