@@ -179,7 +179,7 @@ def _from_writer(trace: TracebackType | None) -> bool:
 
 
 def _run(config: ConfigDict, workdir: Path, stop: StopSignals) -> int:
-    locks: list[BaseFileLock] = []  # the lock of the workdir, in process 0, held until the end
+    locks: list[BaseFileLock] = []  # the lock of the workdir, in process 0, which it keeps until the end
     try:
         code = _run_phases(config, workdir, stop, locks)
     except BaseException as error:
