@@ -50,7 +50,7 @@ class Restored:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Never queries JAX's preemption service, which keeps only the last query of a process: `StopSignals` queries it."""
+    """Never queries JAX's preemption service, which keeps only the last query of a process: `StopSignals` needs it."""
 
     def reached_preemption(self, step: int) -> bool:
         del step
@@ -131,7 +131,7 @@ class Checkpoints:
         return self._manager.is_saving_in_progress()
 
     def improves(self, metric: float | None) -> bool:
-        """Whether this value of the metric `config.best` beats all checkpoints; False for None and non-finite values."""
+        """Whether this value of the metric `config.best` beats all checkpoints; False for None, NaN and infinities."""
         return metric is not None and math.isfinite(metric) and self._best.improves(metric, self.steps)
 
     def save(self, step: int, state: Any, notes: Mapping[str, Any], metric: float | None = None) -> None:
