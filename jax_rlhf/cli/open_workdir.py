@@ -72,7 +72,7 @@ def open_workdir(
             )
     workdir.mkdir(parents=True, exist_ok=True)
     if overwrite:
-        check_overwrite(workdir, phases)  # again, since the run has the lock only now
+        check_overwrite(workdir, phases)  # again, since the workdir is locked only now
         for phase in phases:
             delete(workdir, phase)
     write_json(workdir / CONFIG_FILE, wanted)
@@ -181,7 +181,7 @@ def overwritten(workdir: Path, config: Mapping[str, Any] | ConfigDict) -> bool:
 
 
 def forget_overwritten(workdir: Path) -> None:
-    """Notes that the run has ended by itself, with or without an error, so that the next --overwrite deletes again.
+    """Marks the run as ended, with or without an error, so that the next --overwrite deletes again.
 
     Args:
       workdir: the folder.

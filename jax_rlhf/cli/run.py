@@ -166,9 +166,9 @@ def _silence_writer_threads() -> None:
     logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "/orbax/" in record.pathname))
     # asyncio and threading report exceptions of tasks and threads that nothing waits for.
     getLogger("asyncio").addFilter(lambda record: not (record.exc_info and _from_writer(record.exc_info[2])))
-    former, former_threads = sys.unraisablehook, threading.excepthook
-    sys.unraisablehook = lambda args: None if str(args.exc_value) == "Event loop is closed" else former(args)
-    threading.excepthook = lambda args: None if _from_writer(args.exc_traceback) else former_threads(args)
+    unraisable_hook, thread_hook = sys.unraisablehook, threading.excepthook
+    sys.unraisablehook = lambda args: None if str(args.exc_value) == "Event loop is closed" else unraisable_hook(args)
+    threading.excepthook = lambda args: None if _from_writer(args.exc_traceback) else thread_hook(args)
 
 
 def _from_writer(trace: TracebackType | None) -> bool:
@@ -178,7 +178,7 @@ def _from_writer(trace: TracebackType | None) -> bool:
 
 
 def _run(config: ConfigDict, workdir: Path, stop: StopSignals) -> int:
-    locks: list[BaseFileLock] = []  # the lock of the workdir, in process 0, held until the end
+    locks: list[BaseFileLock] = []  # the lock of the workdir, in process 0; released at the end
     try:
         code = _run_phases(config, workdir, stop, locks)
     except BaseException as error:

@@ -70,7 +70,7 @@ def export_model(folder: Path, pretrained: Pretrained) -> None:
     Raises:
       CheckpointError, FileExistsError, OSError: as `save_pretrained`.
     """
-    _update_manifest(folder, None)  # if this process is killed, the former digests are those of another model
+    _update_manifest(folder, None)  # first, since the old digests would be wrong if this process were killed
     save_pretrained(folder, pretrained, dtype=pretrained.model.config.dtype)
     if jax.process_index() == 0:
         _update_manifest(folder, {file.name: _digest(file) for file in sorted(folder.iterdir())})

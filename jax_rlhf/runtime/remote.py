@@ -63,7 +63,7 @@ def download(remote: epath.Path, local: Path) -> Path:
 
     Args:
       remote: the remote folder, which need not exist.
-      local: the local folder; its former content is deleted. It records the address of the remote folder.
+      local: the local folder; its old content is deleted, and the address of the remote folder is stored in it.
 
     Returns:
       `local`.
@@ -146,7 +146,7 @@ def upload(workdir: Path, phase: str | None = None, *, models: bool = False) -> 
             _upload_files(entry, remote / phase / entry.name)
             for other in (remote / phase / entry.name).iterdir() if entry.name in manifest.MODELS else ():
                 is_model_file = any(fnmatch.fnmatch(other.name, pattern) for pattern in MODEL_FILES)
-                if is_model_file and not (entry / other.name).exists():  # e.g. shards of a former, larger model
+                if is_model_file and not (entry / other.name).exists():  # e.g. shards of an earlier, larger model
                     other.unlink()
     _upload_files(local, remote / phase)
 

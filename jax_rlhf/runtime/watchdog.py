@@ -38,7 +38,7 @@ class Watchdog:
         config: WatchdogConfig,
         folder: Path,
         activity: Sequence[Callable[[], Any]],
-        say: Callable[[str], None],
+        print_line: Callable[[str], None],
         *,
         longest_call: float | None = None,
     ) -> None:
@@ -48,10 +48,10 @@ class Watchdog:
           config: the time limit, and what happens when it is exceeded.
           folder: the phase's folder; the stacks of all threads are written there.
           activity: functions whose values, such as counts, change while the phase makes progress.
-          say: prints a line.
-          longest_call: seconds that a call of a reward function may take, during which no value changes; None = no limit.
+          print_line: prints a line.
+          longest_call: seconds that a call of a reward function may take, while no value changes; None = no limit.
         """
-        self._config, self._folder, self._activity, self._say = config, folder, list(activity), say
+        self._config, self._folder, self._activity, self._print_line = config, folder, list(activity), print_line
         self._shortest = max(60 * config.minutes, _CALL_FACTOR * (longest_call or 0.0))
         self._seconds: collections.deque[float] = collections.deque(maxlen=_STEPS)
         self._stepped = self._moved = time.monotonic()
@@ -130,7 +130,7 @@ class Watchdog:
             faulthandler.dump_traceback(stream, all_threads=True)
         text = f"no progress for {silent:.0f} seconds; the stacks of all threads are in {file}"
         if self._config.action == "warn":
-            self._say(text)
+            self._print_line(text)
             self._moved = time.monotonic()
             return
         # Not through the progress bar or logging, whose locks a stalled thread may hold.

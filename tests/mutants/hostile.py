@@ -264,7 +264,7 @@ MUTANTS = [
         ("seen.append(_folder_bytes(self._folder))", "seen.append(0)"),
         ("max(self._shortest, self._config.factor * median)", "self._shortest"),
         ("max(60 * config.minutes, _CALL_FACTOR * (longest_call or 0.0))", "60 * config.minutes"),
-        ("self._moved += max(0.0, time.monotonic() - began - pause)", "pass"),
+        ("self._moved += max(0.0, time.monotonic() - started - pause)", "pass"),
         ('        if self._config.action != "off":', "        if True:"),
         ("                _end(self._guard)\n", ""),
         ("        process.kill()\n        process.wait()\n", "        process.wait()\n"),

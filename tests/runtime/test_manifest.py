@@ -93,7 +93,7 @@ def test_a_folder_that_is_not_known_is_not_deleted(workdir, tmp_path):
         "x",
     ):
         (workdir / "ppo" / "manifest.json").write_text(content)
-        with pytest.raises(WorkdirError, match=r"manifest.json (cannot be read|is not what)"):
+        with pytest.raises(WorkdirError, match=r"manifest.json (cannot be read|was not written)"):
             check_overwrite(workdir, ("ppo",))
 
 
