@@ -298,7 +298,7 @@ class Phase:
     def saving(self, export: Callable[[], None]) -> Iterator[None]:
         """Saves what was trained when the block ends: a checkpoint after an error or a stop, and the model.
 
-        All processes must save at the same time. A process that fails alone saves nothing, and the last checkpoint stays.
+        All processes take part in a save: a process that fails alone saves nothing, and the last checkpoint stays.
 
         Args:
           export: writes the model.

@@ -201,7 +201,7 @@ def learned_positions(folder, positions, head="lm"):
         (
             "reward",
             {"ppo.sampling.max_new_tokens": 9},
-            r"config.ppo.sampling.max_new_tokens=13 tokens .* config.model.path has; the ppo",
+            r"config.ppo.sampling.max_new_tokens=13 tokens .* config.model.path; the ppo",
         ),
         ("ppo", {"ppo.sampling.max_new_tokens": 8}, None),
     ],
