@@ -19,8 +19,8 @@ def get_config() -> ConfigDict:
     config.seed = 0  # The seed of all random numbers.
     # Consecutive steps (PPO: iterations) with a skipped non-finite update after which the run stops.
     config.max_bad_steps = 5
-    # Stop at the first NaN, at the first implicit transfer between host and devices, and at an inconsistent experience;
-    # write checkpoints synchronously. Slower.
+    # Stop at the first NaN, at the first implicit transfer between host and devices, and when an experience fails its
+    # consistency checks; write checkpoints synchronously. Slower.
     config.debug = False
     _checkpoint(config.checkpoint)
     _watchdog(config.watchdog)

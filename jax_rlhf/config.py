@@ -54,8 +54,8 @@ class RunConfig:
     max_bad_steps: int = 5
     """Consecutive steps (PPO: iterations) with a skipped non-finite update after which the run stops."""
     debug: bool = False
-    """Stop at the first NaN, at the first implicit transfer between host and devices, and at an inconsistent
-    experience; write checkpoints synchronously. Slower."""
+    """Stop at the first NaN, at the first implicit transfer between host and devices, and when an experience
+    fails its consistency checks; write checkpoints synchronously. Slower."""
 
     def __post_init__(self) -> None:
         if self.max_bad_steps < 1:

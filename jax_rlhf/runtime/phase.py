@@ -45,7 +45,7 @@ PROGRESS_FILE = "JAX_RLHF_PROGRESS_FILE"
 _LONGEST_UPLOAD = 120.0
 """Minutes for which the upload of a checkpoint to a bucket counts as activity."""
 # After FaultError the parameters are not worth a checkpoint. After FloatingPointError (debug) JAX has freed them.
-_NUMBERS = (FaultError, FloatingPointError)
+_NUMERIC_ERRORS = (FaultError, FloatingPointError)
 
 
 class Phase:
@@ -356,7 +356,7 @@ class Phase:
     def _rescue(self, error: BaseException, export: Callable[[], None]) -> None:
         try:
             with self.watchdog:
-                self._save_last(good=not isinstance(error, (CheckpointError, *_NUMBERS)))
+                self._save_last(good=not isinstance(error, (CheckpointError, *_NUMERIC_ERRORS)))
         finally:  # without the watchdog, which cannot count an upload's bytes
             upload(self.folder.parent, self.name)
         if not self._checkpoints.steps:
@@ -365,7 +365,7 @@ class Phase:
         self.logger.info(f"step {saved} is saved in {where}; the same command continues from there.")
         # A preempted machine has seconds left. After Ctrl-C the user may want to look at the model.
         preempted = isinstance(error, Stopped) and self.stop.reason in ("SIGTERM", "SIGHUP", "preemption")
-        if not preempted and not isinstance(error, _NUMBERS):
+        if not preempted and not isinstance(error, _NUMERIC_ERRORS):
             with self.watchdog:
                 export()
             upload(self.folder.parent, self.name, models=True)
