@@ -35,12 +35,12 @@ def from_mapping(kind: type[T], values: Any, where: str = "config") -> T:
     if not isinstance(values, Mapping) and not hasattr(values, "items"):
         raise ValueError(f"{where} must be a mapping of {kind.__name__}'s fields, not {type(values).__name__}.")
     hints = typing.get_type_hints(kind)
-    known = {field.name for field in dataclasses.fields(cast(Any, kind))}
+    fields = {field.name for field in dataclasses.fields(cast(Any, kind))}
     checked = {}
     for name, value in values.items():
-        if name not in known:
+        if name not in fields:
             path = f"{where}.{name}".removeprefix("config.")
-            raise ValueError(f"{where}.{name} does not exist; {suggest_field(name, known, path=path)}")
+            raise ValueError(f"{where}.{name} does not exist; {suggest_field(name, fields, path=path)}")
         checked[name] = _checked(hints[name], value, f"{where}.{name}")
     return kind(**checked)
 
@@ -162,46 +162,46 @@ def new_name(path: str) -> str | None:
     return f"reward.{rest}".rstrip(".") if section == "reward_training" else None
 
 
-def suggest_field(name: str, known: Iterable[str], prefix: str = "", *, path: str | None = None) -> str:
+def suggest_field(name: str, valid: Iterable[str], prefix: str = "", *, path: str | None = None) -> str:
     """A sentence for the error about an unknown field: its current name, that it is unsupported, or similar names.
 
     Args:
       name: the unknown field as the user wrote it, "a.b.c".
-      known: the fields that exist, in the same form.
+      valid: the fields that exist, in the same form.
       prefix: put before each suggested name.
       path: the full name, if `name` is only its last part.
     """
     now = new_name(path or name)
     if now is not None:
         return f"it is now config.{now}."
-    known, last = list(known), name.lower().rpartition(".")[2]
+    valid, last = list(valid), name.lower().rpartition(".")[2]
     for pattern, feature in _UNSUPPORTED.items():
         if re.search(pattern, last):
             return f"{feature}: not supported yet."
-    same = [path for path in known if path.lower().rpartition(".")[2] == last]
-    near = same or difflib.get_close_matches(name, known, n=3)
+    same = [path for path in valid if path.lower().rpartition(".")[2] == last]
+    near = same or difflib.get_close_matches(name, valid, n=3)
     if last in _OTHER_NAMES and not same:
         return f"here it is config.{_OTHER_NAMES[last]}." if "=" not in _OTHER_NAMES[last] else _OTHER_NAMES[last]
     if near:
         return f"did you mean {' or '.join(prefix + path for path in near)}?"
-    if any("." in path for path in known):  # all fields of a run, too many to list
+    if any("." in path for path in valid):  # all fields of a run, too many to list
         return "configs/sft.py, configs/reward.py and configs/ppo.py explain the fields."
-    return f"the fields are {', '.join(sorted(known))}."
+    return f"the fields are {', '.join(sorted(valid))}."
 
 
-def suggest_value(name: str, known: Sequence[str], what: str) -> str:
+def suggest_value(name: str, valid: Sequence[str], what: str) -> str:
     """A sentence for the error about an invalid value: that it is unsupported, a similar one, or all valid ones.
 
     Args:
       name: the value as the user wrote it.
-      known: the valid values.
+      valid: the valid values.
       what: what the values are, in the plural, such as "phases".
     """
     for pattern, feature in _UNSUPPORTED.items():
         if re.search(pattern, name.lower()):
             return f"{feature}: not supported yet."
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"the {what} are {', '.join(known)}."
+    near = difflib.get_close_matches(name, valid, n=1)
+    return f"did you mean {near[0]}?" if near else f"the {what} are {', '.join(valid)}."
 
 
 def list_element_type(hint: Any) -> type:

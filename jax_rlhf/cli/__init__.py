@@ -1,1 +1,1 @@
-"""The command line: flags, checks before a run, the run itself, and what is said at its end."""
+"""The command line: flags, checks before a run, the run itself, and the summary at its end."""

@@ -41,15 +41,17 @@ CONFIG = config_flags.DEFINE_config_file("config", help_string="A config file, o
 def _load_config(argument: str) -> tuple[str, ConfigDict]:
     """(the argument for config_flags, the settings) of --config=FILE[:PARAMETER] or --config=NAME."""
     name, colon, parameter = argument.partition(":")
-    file, known = local_path(name), packaged_configs()
+    file, packaged = local_path(name), packaged_configs()
     if not file.is_file():
-        if name not in known:
-            near = [other for other in known if other == file.stem]
+        if name not in packaged:
+            near = [other for other in packaged if other == file.stem]
             hint = (
-                f"--config={near[0]} is a packaged config" if near else f"the packaged configs are {', '.join(known)}"
+                f"--config={near[0]} is a packaged config"
+                if near
+                else f"the packaged configs are {', '.join(packaged)}"
             )
             raise ValueError(f"--config={argument}: {name!r} is not a file; {hint}.")
-        file = known[name]
+        file = packaged[name]
     get_config = get_config_of(file)
     try:
         config = get_config(parameter) if colon else get_config()
@@ -109,11 +111,11 @@ def _parsed(arguments: list[str]) -> list[str]:
 
 def _check_fields(arguments: Sequence[str], config: ConfigDict) -> None:
     """Raises ValueError for the first --config.a.b that is not a field of the config."""
-    known = list(_paths(config))
+    fields = list(_paths(config))
     for argument in arguments:
         match = re.match(r"--?(no)?config\.([^=]*)", argument)
-        if match and match[2] not in known:
-            raise ValueError(f"config.{match[2]} does not exist; {suggest_field(match[2], known, 'config.')}")
+        if match and match[2] not in fields:
+            raise ValueError(f"config.{match[2]} does not exist; {suggest_field(match[2], fields, 'config.')}")
 
 
 def _paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:

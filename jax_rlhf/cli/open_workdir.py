@@ -18,16 +18,10 @@ from jax_rlhf.runtime.workdir import CONFIG_FILE, WorkdirError, check_overwrite,
 from jax_rlhf.settings import new_name
 
 _OVERWRITTEN = "overwritten.json"  # the config of a run with --overwrite that has not ended yet
-_FREE = ("phases", "log", "checkpoint", "watchdog", "max_bad_steps", "debug")  # may differ between runs in one workdir
-_OF_THE_MACHINE = (
-    "mesh",
-    "rollout_mesh",
-    "remat",
-    "attention",
-    "dtype",
-    "offload",
-    "prefetch",
-)  # results are equal except for rounding
+# Fields that may differ between runs in one workdir.
+_UNCHECKED_FIELDS = ("phases", "log", "checkpoint", "watchdog", "max_bad_steps", "debug")
+# Fields that may differ on other hardware, since results are equal except for rounding.
+_HARDWARE_FIELDS = ("mesh", "rollout_mesh", "remat", "attention", "dtype", "offload", "prefetch")
 
 
 def open_workdir(
@@ -72,7 +66,7 @@ def open_workdir(
             )
     workdir.mkdir(parents=True, exist_ok=True)
     if overwrite:
-        check_overwrite(workdir, phases)  # again, since the run has the lock only now
+        check_overwrite(workdir, phases)  # again, since the workdir is locked only now
         for phase in phases:
             delete(workdir, phase)
     write_json(workdir / CONFIG_FILE, wanted)
@@ -129,7 +123,7 @@ def _changes(
 def _can_change(name: str, states: Mapping[str, str]) -> bool:
     """Whether a field, "config.a.b", may differ from what the phases in the workdir were started with."""
     _, section, *rest = name.split(".")
-    if {section, *rest[-1:]} & set(_OF_THE_MACHINE):
+    if {section, *rest[-1:]} & set(_HARDWARE_FIELDS):
         return True
     # A section named after a phase concerns only that phase.
     return section in PHASES and name != "config.ppo.seed" and states[section] != "finished"
@@ -145,7 +139,7 @@ def _paths(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 def _differences(before: Any, now: Any, where: str = "config") -> Any:
     if isinstance(before, dict) and isinstance(now, dict):
         for name in sorted(before.keys() | now.keys()):
-            if where != "config" or name not in _FREE:
+            if where != "config" or name not in _UNCHECKED_FIELDS:
                 yield from _differences(before.get(name), now.get(name), f"{where}.{name}")
     elif before != now:
         yield where, f"{where} was {before!r} and is {now!r}"
@@ -181,7 +175,7 @@ def overwritten(workdir: Path, config: Mapping[str, Any] | ConfigDict) -> bool:
 
 
 def forget_overwritten(workdir: Path) -> None:
-    """Notes that the run has ended by itself, with or without an error, so that the next --overwrite deletes again.
+    """Marks the run as ended, with or without an error, so that the next --overwrite deletes again.
 
     Args:
       workdir: the folder.

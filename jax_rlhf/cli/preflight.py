@@ -98,7 +98,7 @@ def _check_data(
     if invalid:
         raise ValueError(
             f"the id {invalid[0]} ends an answer according to config.ppo.sampling.eos_ids, generation_config.json or "
-            f"the tokenizer, but the model's embedding has only {policy.config.vocab_size} rows; set other ids with "
+            f"the tokenizer, but the model's embedding has {policy.config.vocab_size} rows; set other ids with "
             "--config.ppo.sampling.eos_ids=…"
         )
     needed, checked = dict.fromkeys(phases), []

@@ -167,9 +167,9 @@ def _silence_writer_threads() -> None:
     logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "/orbax/" in record.pathname))
     # asyncio and threading report exceptions of tasks and threads that nothing waits for.
     getLogger("asyncio").addFilter(lambda record: not (record.exc_info and _from_writer(record.exc_info[2])))
-    former, former_threads = sys.unraisablehook, threading.excepthook
-    sys.unraisablehook = lambda args: None if str(args.exc_value) == "Event loop is closed" else former(args)
-    threading.excepthook = lambda args: None if _from_writer(args.exc_traceback) else former_threads(args)
+    unraisable_hook, thread_hook = sys.unraisablehook, threading.excepthook
+    sys.unraisablehook = lambda args: None if str(args.exc_value) == "Event loop is closed" else unraisable_hook(args)
+    threading.excepthook = lambda args: None if _from_writer(args.exc_traceback) else thread_hook(args)
 
 
 def _from_writer(trace: TracebackType | None) -> bool:

@@ -1,1 +1,1 @@
-"""What every phase runs in: folder, checkpoints, logs, preemption, watchdog."""
+"""The runtime that all phases share: workdir, checkpoints, logs, preemption, watchdog."""

@@ -88,7 +88,12 @@ class Checkpoints:
     """The checkpoints in a folder. All processes must call the same methods in the same order."""
 
     def __init__(
-        self, folder: epath.PathLike, config: CheckpointConfig, *, asynchronous: bool = True, say: Callable = print
+        self,
+        folder: epath.PathLike,
+        config: CheckpointConfig,
+        *,
+        asynchronous: bool = True,
+        print_line: Callable = print,
     ) -> None:
         """Creates the folder, and removes incomplete checkpoints of a process that was killed.
 
@@ -96,12 +101,12 @@ class Checkpoints:
           folder: <workdir>/<phase>/checkpoints; a local path or gs://….
           config: which checkpoints to keep.
           asynchronous: write in the background.
-          say: prints a line for the user.
+          print_line: prints a line for the user.
 
         Raises:
           OSError: the folder cannot be written.
         """
-        self.folder, self._config, self._say = epath.Path(folder), config, say
+        self.folder, self._config, self._print_line = epath.Path(folder), config, print_line
         policies = checkpoint_managers
         kept: list[Any] = [policies.LatestN(config.keep)]
         if config.keep_every:
@@ -146,7 +151,7 @@ class Checkpoints:
         Raises:
           CheckpointError: this checkpoint, or the one before, could not be written.
         """
-        self.wait()  # orbax waits too, but would report an error of the former checkpoint for this one
+        self.wait()  # orbax waits too, but would report an error of the earlier checkpoint for this one
         leaves = leaves_by_path(state)
         sums = checksums(leaves)
         arrays = {name: [list(leaf.shape), str(leaf.dtype), sums[name]] for name, leaf in leaves.items()}
@@ -196,7 +201,7 @@ class Checkpoints:
         if was_synced(folder) or not (damage := checkpoint_damage(folder)):
             return
         if is_readable(folder) and checkpoint_damage(folder):  # not if a disk or network failed for a moment
-            self._say(f"{folder} was being written when the machine went down, and is incomplete: {damage}")
+            self._print_line(f"{folder} was being written when the machine went down, and is incomplete: {damage}")
             self._move_away(steps)
 
     def restore(self, like: Any) -> Restored | None:
@@ -222,7 +227,7 @@ class Checkpoints:
                 if getattr(error, "internal", False):  # an error of another process, no damage
                     raise
                 logging.debug("traceback", exc_info=True)
-                self._say(f"{self.folder / str(step)} is damaged: {first_line(error)}")
+                self._print_line(f"{self.folder / str(step)} is damaged: {first_line(error)}")
                 continue
             self._move_away([other for other in steps if other > step])
             return restored
@@ -279,7 +284,7 @@ class Checkpoints:
                 if target.exists():
                     target.rmtree()
                 (folder / str(step)).rename(target)
-                self._say(f"it was moved to {target}.")
+                self._print_line(f"it was moved to {target}.")
         if steps:
             self._manager.reload()
 
@@ -316,8 +321,8 @@ def _check_arrays(written: Mapping[str, Any], wanted: Mapping[str, Any]) -> None
             for name in differing[:4]
         )
         raise _OtherArraysError(
-            f"it has another model, number of trainable layers, or optimizer: {shown}. Restore the former settings, or "
-            "start again with --overwrite."
+            f"it has another model, number of trainable layers, or optimizer: {shown}. Restore the earlier settings, "
+            "or start again with --overwrite."
         )
 
 

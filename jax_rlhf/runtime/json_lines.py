@@ -1,4 +1,4 @@
-"""Files of JSON lines, as a killed process or a power cut may leave them: where their whole lines end."""
+"""Finds where the complete lines of a JSON Lines file end, which a killed process or a power cut may have truncated."""
 
 import hashlib
 import json
@@ -7,26 +7,16 @@ from typing import BinaryIO
 
 
 def line_digest(line: bytes) -> str:
-    """A checksum of a line, by which it is known that a place in a file is still the same.
-
-    Args:
-      line: its bytes.
-
-    Returns:
-      16 hexadecimal digits.
-    """
+    """A checksum of a line, 16 hexadecimal digits; it shows later whether a file has changed before a position."""
     return hashlib.blake2b(line, digest_size=8).hexdigest()
 
 
 def line_before(file: BinaryIO, end: int) -> bytes:
-    """The line that ends at a place.
+    """The line that ends at a position, with its line break if it has one; b"" at the start of the file.
 
     Args:
       file: open for reading.
-      end: the place, in bytes.
-
-    Returns:
-      The line with its line break, or what stands there instead of one; b"" at the start.
+      end: the position, in bytes.
     """
     start, line = end, b""
     while start > 0 and b"\n" not in line[:-1]:
@@ -37,39 +27,32 @@ def line_before(file: BinaryIO, end: int) -> bytes:
 
 
 def end_of_step(file: BinaryIO, step: int, *, evaluated: bool) -> int:
-    """Where the whole lines of so many steps end: half a line, or the lines of a later step, come after it.
+    """The position, in bytes, after the complete lines of all steps up to `step`.
 
     Args:
       file: open for reading; each line has its "step".
-      step: the last one.
-      evaluated: the lines of that step's evaluation count too.
-
-    Returns:
-      The place, in bytes.
+      step: the last step.
+      evaluated: whether to include the lines of that step's evaluation.
     """
     file.seek(0)
-    place = 0
+    position = 0
     for line in file:
         try:
             content = json.loads(line) if line.endswith(b"\n") else {}
-            of, evaluation = content["step"], content.get("split") == "eval" or any("eval/" in name for name in content)
+            found, evaluation = (
+                content["step"],
+                content.get("split") == "eval" or any("eval/" in name for name in content),
+            )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             break
-        if not isinstance(of, int) or of > step or (of == step and evaluation and not evaluated):
+        if not isinstance(found, int) or found > step or (found == step and evaluation and not evaluated):
             break
-        place += len(line)
-    return place
+        position += len(line)
+    return position
 
 
 def seconds_of(line: bytes) -> float:
-    """When a line of metrics was written.
-
-    Args:
-      line: its bytes.
-
-    Returns:
-      Seconds since the phase began; 0 where it does not say.
-    """
+    """Seconds from the start of the phase to a line of metrics; 0 if the line has no valid time."""
     try:
         seconds = float(json.loads(line)["seconds"])
         return seconds if math.isfinite(seconds) else 0.0

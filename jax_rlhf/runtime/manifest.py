@@ -1,7 +1,7 @@
-"""What a phase's folder holds that this program wrote: so that nothing else is deleted, and no other model is taken.
+"""Manifests: which files of a phase's folder this program wrote.
 
-`<workdir>/<phase>/manifest.json` is written before anything else in the folder. It lists digests of the models that the
-phase has exported.
+With them --overwrite deletes no foreign files, and a phase notices that a model has changed since its export.
+`<workdir>/<phase>/manifest.json` is the first file in the folder. It has digests of the models that the phase exported.
 """
 
 import fnmatch
@@ -26,64 +26,64 @@ _FILES = ("summary.json", "metrics.jsonl", "samples.jsonl", "stacks.txt", COSTS,
 _FOLDERS = {
     "bad_batch": ("step*.npz",),
     "tensorboard": ("events.out.tfevents.*",),
-    "wandb": ("*",),  # another program's
+    "wandb": ("*",),  # written by wandb
 }
 MODELS = ("model", "model_ema", "critic")
-"""Folders that a phase exports models to."""
+"""Names of the folders that a phase exports models to."""
 _CHECKPOINTS = ("checkpoints", "checkpoints.damaged")
-# Complete or not, and what they hold.
+# Complete and incomplete checkpoints, and their content.
 _CHECKPOINT = re.compile(r"[0-9]+(\.orbax-checkpoint-tmp.*)?")
 _IN_CHECKPOINT = re.compile(
     r"(state|notes)(\.orbax-checkpoint-tmp.*)?|_CHECKPOINT_METADATA|commit_success\.txt|descriptor|synced"
 )
-_HALF_DONE = re.compile(rf"\.({'|'.join(MODELS)})\.(partial|old)-[0-9]+")  # a writer left them who was killed
+_INCOMPLETE_EXPORT = re.compile(rf"\.({'|'.join(MODELS)})\.(partial|old)-[0-9]+")  # left by a killed process
 _SUFFIX = ".partial"
 
 
 class ManifestError(ValueError):
-    """A folder is not what this program made of it; the message says what differs."""
+    """A folder is not as this program wrote it; the message says what differs."""
 
 
 def begin_manifest(folder: Path) -> None:
-    """Says that a folder is this program's, where it does not yet; process 0 does it.
+    """Writes an empty manifest if the folder has none; only process 0 writes.
 
     Args:
-      folder: <workdir>/<phase>, which is there.
+      folder: <workdir>/<phase>, which must exist.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: the manifest cannot be written.
     """
     if jax.process_index() == 0 and not (folder / NAME).exists():
         write_json(folder / NAME, {"program": _PROGRAM, "phase": folder.name, "models": {}})
-        sync(folder.parent)  # the folder's own name
+        sync(folder.parent)  # makes the folder's name durable
 
 
 def export_model(folder: Path, pretrained: Pretrained) -> None:
-    """Writes a model in its compute dtype, and its files' digests into the manifest beside it.
+    """Writes a model in its compute dtype, and adds the digests of its files to the manifest.
 
-    Of several processes all must call it.
+    All processes must call this function.
 
     Args:
-      folder: <workdir>/<phase>/model, or one of its siblings.
+      folder: <workdir>/<phase>/model, or another folder of MODELS.
       pretrained: the model.
 
     Raises:
       CheckpointError, FileExistsError, OSError: as `save_pretrained`.
     """
-    _list(folder, None)  # should the writer be killed, former digests are of another model
+    _update_manifest(folder, None)  # first, since the old digests would be wrong if this process were killed
     save_pretrained(folder, pretrained, dtype=pretrained.model.config.dtype)
     if jax.process_index() == 0:
-        _list(folder, {file.name: _digest(file) for file in sorted(folder.iterdir())})
+        _update_manifest(folder, {file.name: _digest(file) for file in sorted(folder.iterdir())})
 
 
-def _list(folder: Path, files: dict[str, str] | None) -> None:
-    """Puts a model's digests into the manifest; None = it is being written."""
+def _update_manifest(folder: Path, files: dict[str, str] | None) -> None:
+    """Sets a model's digests in the manifest; None = it is being written."""
     if jax.process_index() > 0:
         return
     try:
         content = _read(folder.parent)
-    except ManifestError as error:  # the model is worth more than the list
-        logging.warning("%s; it is written anew.", error)
+    except ManifestError as error:  # a damaged manifest is no reason to lose the model
+        logging.warning("%s; writing a new one.", error)
         content = None
     content = content or {"program": _PROGRAM, "phase": folder.parent.name, "models": {}}
     content["models"][folder.name] = files
@@ -91,40 +91,37 @@ def _list(folder: Path, files: dict[str, str] | None) -> None:
 
 
 def check_model(folder: Path) -> None:
-    """Whether a model is as it was exported.
+    """Checks that a model has not changed since its export.
 
     Args:
-      folder: of a model.
+      folder: the model's folder.
 
     Raises:
-      ManifestError: a file is missing, is new or has another content; the message names it.
+      ManifestError: a file is missing, was added or has changed; the message names it.
       OSError: a file cannot be read.
     """
     content = _read(folder.parent)
     if content is None or folder.name not in content["models"]:
-        raise ManifestError(f"{folder.parent / NAME} does not list it")
+        raise ManifestError(f"{folder.parent / NAME} does not list this model")
     listed = content["models"][folder.name]
     if listed is None:
-        raise ManifestError("its export did not end")
+        raise ManifestError("its export was interrupted")
     for name, digest in listed.items():
         file = folder / name
         if not file.is_file():
             raise ManifestError(f"{file} is missing")
         if _digest(file) != digest:
-            raise ManifestError(f"{file} has another content than when it was exported")
-    for file in sorted(folder.iterdir()):  # of a README nothing is loaded
+            raise ManifestError(f"{file} has changed since the export")
+    for file in sorted(folder.iterdir()):  # other files, such as a README, are not loaded
         if file.name not in listed and any(fnmatch.fnmatch(file.name, pattern) for pattern in MODEL_FILES):
-            raise ManifestError(f"{file} was not exported with it")
+            raise ManifestError(f"{file} was added after the export")
 
 
 def listed_models(folder: Path) -> list[str]:
-    """The models that a phase has exported.
+    """The names of the models that a phase has exported.
 
     Args:
       folder: <workdir>/<phase>.
-
-    Returns:
-      Their folders' names.
 
     Raises:
       ManifestError: the manifest cannot be read.
@@ -134,29 +131,29 @@ def listed_models(folder: Path) -> list[str]:
 
 
 def check_unused(folder: Path) -> None:
-    """Whether a phase may begin in a folder: in one of this program, or an empty one.
+    """Checks that a phase may start in a folder: one with a manifest, an empty one, or one that does not exist.
 
     Args:
-      folder: <workdir>/<phase>; need not be there.
+      folder: <workdir>/<phase>.
 
     Raises:
-      ManifestError: it is somebody else's.
+      ManifestError: the folder contains foreign files.
     """
     if folder.is_dir() and not (folder / NAME).exists():
-        strange = sorted(entry.name for entry in folder.iterdir() if entry.name != NAME + _SUFFIX)
-        if strange:
-            raise ManifestError(f"{folder} holds what this program did not write: {', '.join(strange[:5])}")
+        foreign = sorted(entry.name for entry in folder.iterdir() if entry.name != NAME + _SUFFIX)
+        if foreign:
+            raise ManifestError(f"{folder} contains files that this program did not write: {', '.join(foreign[:5])}")
 
 
 def check_deletable(folder: Path, checkpoints: Path | epath.Path) -> None:
-    """Whether a folder holds nothing but what this program wrote.
+    """Checks that a folder contains only files that this program wrote, or does not exist.
 
     Args:
-      folder: <workdir>/<phase>; need not be there.
-      checkpoints: where the phase's are, which may be a bucket.
+      folder: <workdir>/<phase>.
+      checkpoints: the folder of the phase's checkpoints, which may be in a bucket.
 
     Raises:
-      ManifestError: it holds something else, which the message names.
+      ManifestError: it contains other files; the message names them.
     """
     if not folder.exists() and not folder.is_symlink():
         return
@@ -165,57 +162,57 @@ def check_deletable(folder: Path, checkpoints: Path | epath.Path) -> None:
     entries = sorted(folder.iterdir())
     content = _read(folder)
     if entries and content is None:
-        raise ManifestError(f"{folder} has no {NAME}, by which it would be known as this program's")
+        raise ManifestError(f"{folder} has no {NAME}, so this program may not have written it")
     models = {} if content is None else content["models"]
-    strange = [path for entry in entries for path in _not_ours(entry, models, checkpoints)]
-    if strange:
-        raise ManifestError(f"{folder} holds what this program did not write: {', '.join(strange[:5])}")
+    foreign = [path for entry in entries for path in _foreign_files(entry, models, checkpoints)]
+    if foreign:
+        raise ManifestError(f"{folder} contains files that this program did not write: {', '.join(foreign[:5])}")
 
 
-def _not_ours(entry: Path, models: dict[str, Any], checkpoints: Path | epath.Path) -> list[str]:
-    """What of an entry of the folder is somebody else's, by their paths in it."""
+def _foreign_files(entry: Path, models: dict[str, Any], checkpoints: Path | epath.Path) -> list[str]:
+    """Paths in an entry of a phase's folder that this program did not write, relative to the folder."""
     name = entry.name
     if not entry.is_dir() or entry.is_symlink():
         return [] if name.removesuffix(_SUFFIX) in _FILES and not entry.is_symlink() else [name]
-    if _HALF_DONE.fullmatch(name):
+    if _INCOMPLETE_EXPORT.fullmatch(name):
         return []
     if name in _CHECKPOINTS:
-        place = epath.Path(checkpoints).with_name(name)
-        return [f"{name}/{inner}" for inner in (_not_checkpoints(place) if place.exists() else [])]
+        found = epath.Path(checkpoints).with_name(name)
+        return [f"{name}/{inner}" for inner in (_foreign_in_checkpoints(found) if found.exists() else [])]
     if name in MODELS:
-        return [f"{name}/{inner}" for inner in _not_the_model(entry, models.get(name))]
+        return [f"{name}/{inner}" for inner in _foreign_in_model(entry, models.get(name))]
     if name not in _FOLDERS:
         return [name]
     inside = sorted(inner.name for inner in entry.iterdir())
     return [f"{name}/{inner}" for inner in inside if not any(fnmatch.fnmatch(inner, one) for one in _FOLDERS[name])]
 
 
-def _not_checkpoints(folder: epath.Path) -> list[str]:
-    strange = []
+def _foreign_in_checkpoints(folder: epath.Path) -> list[str]:
+    foreign = []
     for entry in sorted(folder.iterdir()):
         if not _CHECKPOINT.fullmatch(entry.name) or not entry.is_dir():
-            strange.append(entry.name)
+            foreign.append(entry.name)
             continue
         names = sorted(inner.name for inner in entry.iterdir())
-        strange += [f"{entry.name}/{name}" for name in names if not _IN_CHECKPOINT.fullmatch(name)]
-    return strange
+        foreign += [f"{entry.name}/{name}" for name in names if not _IN_CHECKPOINT.fullmatch(name)]
+    return foreign
 
 
-def _not_the_model(folder: Path, listed: dict[str, str] | None) -> list[str]:
-    if listed is None:  # it was being written
+def _foreign_in_model(folder: Path, listed: dict[str, str] | None) -> list[str]:
+    if listed is None:  # the export was interrupted
         names = [entry.name for entry in folder.iterdir()]
         return [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES)]
-    strange = []
+    foreign = []
     for file in sorted(folder.iterdir()):
         if file.name not in listed or not file.is_file():
-            strange.append(file.name)
+            foreign.append(file.name)
         elif _digest(file) != listed[file.name]:
-            strange.append(f"{file.name} (another content)")
-    return strange
+            foreign.append(f"{file.name} (changed)")
+    return foreign
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
-    """The manifest; None where there is none."""
+    """The manifest of a phase's folder; None if there is none."""
     try:
         content = read_object(folder / NAME)
     except (FileNotFoundError, NotADirectoryError):
@@ -224,9 +221,9 @@ def _read(folder: Path) -> dict[str, Any] | None:
         raise ManifestError(f"{folder / NAME} cannot be read: {error}") from error
     models = content.get("models")
     if not isinstance(models, dict) or content.get("program") != _PROGRAM:
-        raise ManifestError(f"{folder / NAME} is not what this program writes")
+        raise ManifestError(f"{folder / NAME} was not written by this program")
     if not all(files is None or isinstance(files, dict) for files in models.values()):
-        raise ManifestError(f"{folder / NAME} is not what this program writes")
+        raise ManifestError(f"{folder / NAME} was not written by this program")
     return content
 
 

@@ -1,4 +1,4 @@
-"""The notes of a checkpoint: JSON with a checksum of its own, which can be read without its arrays."""
+"""The notes of a checkpoint: JSON with its own checksum, which can be read without the arrays."""
 
 import contextlib
 import hashlib
@@ -13,22 +13,19 @@ from absl import logging
 from etils import epath
 
 NOTES = "notes"
-"""The folder of a checkpoint that holds them."""
+"""The subfolder of a checkpoint with its notes."""
 
 
 class DamagedError(Exception):
-    """Files that are not as they were written."""
+    """Files of a checkpoint are damaged or missing."""
 
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-    """Reading files: orbax and tensorstore have many words for one that is not as it was.
-
-    Yields:
-      Nothing.
+    """Turns the many kinds of errors that orbax and tensorstore raise for damaged files into DamagedError.
 
     Raises:
-      DamagedError: it was not; other errors are of devices, network and memory.
+      DamagedError: a file is damaged or missing. Errors of devices and memory pass unchanged.
     """
     try:
         yield
@@ -39,44 +36,28 @@ def reading() -> Iterator[None]:
 
 
 def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Notes as they are written.
-
-    Args:
-      content: what JSON can hold.
-
-    Returns:
-      The same, with its checksum.
-    """
+    """Adds a checksum to notes, which must be JSON values."""
     return {"digest": _digest(content), **content}
 
 
 def read_notes(checkpoint: epath.Path) -> dict[str, Any]:
-    """The notes of a checkpoint.
-
-    Args:
-      checkpoint: its folder.
-
-    Returns:
-      Their content.
+    """Reads the notes of a checkpoint.
 
     Raises:
-      DamagedError: they have another checksum than when they were written. Other errors are orbax's: see `reading`.
+      DamagedError: their checksum is wrong. For other errors, which come from orbax, use `reading`.
     """
     content = dict(ocp.JsonCheckpointHandler().restore(checkpoint / NOTES))
     digest = content.pop("digest", None)
     if digest != _digest(content):
-        raise DamagedError("its notes have another checksum than when they were written")
+        raise DamagedError("wrong checksum of its notes")
     return content
 
 
 def last_notes(folder: str | Path | epath.Path) -> tuple[int, dict[str, Any]] | None:
-    """What a phase noted in the last checkpoint whose notes can be read, its arrays aside.
+    """(step, notes) of the last checkpoint with readable notes; None if there is none. Arrays are not read.
 
     Args:
-      folder: of the phase's checkpoints.
-
-    Returns:
-      (step, notes); None where there is none.
+      folder: the folder of a phase's checkpoints.
     """
     folder = epath.Path(folder)
     found = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
@@ -90,14 +71,7 @@ def last_notes(folder: str | Path | epath.Path) -> tuple[int, dict[str, Any]] | 
 
 
 def first_line(error: Exception) -> str:
-    """What an error says first.
-
-    Args:
-      error: of a library.
-
-    Returns:
-      Its first line that is not blank.
-    """
+    """The first line of an error's message that is not blank, at most 400 characters."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:400]
 
 

@@ -61,7 +61,7 @@ def check_step(
     if bad_steps >= max_bad_steps:
         fault = Fault(
             f"{bad_steps} steps in a row had a loss, gradient or reward that is not finite; their updates were skipped",
-            "a lower learning rate, data and rewards without such numbers; --config.debug=true finds where they arise",
+            "a lower learning rate, or finite data and rewards; --config.debug=true finds where they arise",
         )
     if fault is None:
         return not bad_steps
@@ -127,9 +127,9 @@ def debugged(on: bool, step: Callable[[], T]) -> T:
             except Exception as error:
                 if not _of_nan(error):
                     raise
-            step()  # without the guard: JAX looks for the place op by op, and moves constants for that
+            step()  # without the transfer guard: to find the NaN, JAX runs op by op, which transfers constants
             raise FloatingPointError(
-                "the step had a NaN, and none when it was done again: something is not repeatable."
+                "the step had a NaN, but none when it was repeated: some computation is not deterministic."
             )
     finally:
         jax.config.update("jax_cpu_enable_async_dispatch", former)

@@ -45,7 +45,7 @@ PROGRESS_FILE = "JAX_RLHF_PROGRESS_FILE"
 _LONGEST_UPLOAD = 120.0
 """Minutes for which the upload of a checkpoint to a bucket counts as activity."""
 # After FaultError the parameters are not worth a checkpoint. After FloatingPointError (debug) JAX has freed them.
-_NUMBERS = (FaultError, FloatingPointError)
+_NUMERIC_ERRORS = (FaultError, FloatingPointError)
 
 
 class Phase:
@@ -59,7 +59,7 @@ class Phase:
       stop: what asks the run to stop.
       step: steps done.
       state: a tree of arrays, the state after that step.
-      notes: what the phase must remember of earlier steps, as JSON values. Checkpoints contain it.
+      notes: what the phase must know of earlier steps, as JSON values. Checkpoints contain it.
       costs: seconds spent on anything but training.
       activity: more functions whose values change while the phase is active, for the watchdog; add to it before
         `restore`.
@@ -104,7 +104,7 @@ class Phase:
 
     def _create_watchdog(self) -> Watchdog:
         config = self.config.watchdog
-        if self.config.debug and config.action == "exit":  # somebody may have stopped the run in a debugger
+        if self.config.debug and config.action == "exit":  # the run may be paused in a debugger
             config = dataclasses.replace(config, action="warn")
         activity = [lambda: self.logger.heartbeats, self._seconds_of_upload, *self.activity]
         return Watchdog(config, self.folder, activity, self.logger.info, longest_call=self.config.longest_call)
@@ -151,7 +151,7 @@ class Phase:
             checkpoints_of(self.folder),
             self.config.checkpoint,
             asynchronous=not self.config.debug,
-            say=self.logger.info,
+            print_line=self.logger.info,
         )
         self.watchdog = self._create_watchdog()
         self._checkpoints.drop_unfinished()
@@ -242,7 +242,7 @@ class Phase:
             raise Stopped(self.stop.reason or "another process was asked to stop")
 
     def _mark(self, *, evaluated: bool) -> None:
-        """Notes what a checkpoint of this step records: after an interrupted evaluation, the position before it."""
+        """Sets what a checkpoint of this step contains: after an interrupted evaluation, the position before it."""
         self._evaluated, self._metric, self._position = evaluated, None, None  # position() may fail
         self._position = self.logger.position()
 
@@ -298,7 +298,7 @@ class Phase:
     def saving(self, export: Callable[[], None]) -> Iterator[None]:
         """Saves what was trained when the block ends: a checkpoint after an error or a stop, and the model.
 
-        All processes must save together. So a process that fails alone saves nothing, and the last checkpoint stays.
+        All processes take part in a save: a process that fails alone saves nothing, and the last checkpoint stays.
 
         Args:
           export: writes the model.
@@ -356,7 +356,7 @@ class Phase:
     def _rescue(self, error: BaseException, export: Callable[[], None]) -> None:
         try:
             with self.watchdog:
-                self._save_last(good=not isinstance(error, (CheckpointError, *_NUMBERS)))
+                self._save_last(good=not isinstance(error, (CheckpointError, *_NUMERIC_ERRORS)))
         finally:  # without the watchdog, which cannot count an upload's bytes
             upload(self.folder.parent, self.name)
         if not self._checkpoints.steps:
@@ -365,7 +365,7 @@ class Phase:
         self.logger.info(f"step {saved} is saved in {where}; the same command continues from there.")
         # A preempted machine has seconds left. After Ctrl-C the user may want to look at the model.
         preempted = isinstance(error, Stopped) and self.stop.reason in ("SIGTERM", "SIGHUP", "preemption")
-        if not preempted and not isinstance(error, _NUMBERS):
+        if not preempted and not isinstance(error, _NUMERIC_ERRORS):
             with self.watchdog:
                 export()
             upload(self.folder.parent, self.name, models=True)

@@ -1,8 +1,8 @@
-"""A workdir in a bucket: a local folder that is like it, file by file, and checkpoints that go there directly.
+"""A workdir in a bucket: a local copy of its files, and checkpoints that are written to the bucket directly.
 
-Object stores have whole objects and no appending, so metrics and samples are written locally and put up whole: with
-each checkpoint, and at the end of a phase. After a restart, on this machine or another one, the folder is fetched
-first; what was not put up is after the last checkpoint, and done again.
+Objects in a bucket cannot be appended to. So metrics and samples are written locally, and uploaded as whole files with
+each checkpoint and at the end of a phase. After a restart, on this machine or another one, the folder is downloaded
+first. What was not uploaded came after the last checkpoint, and is repeated.
 """
 
 import fnmatch
@@ -19,23 +19,23 @@ from jax_rlhf.hub.folder import MODEL_FILES
 from jax_rlhf.io.paths import local_path
 from jax_rlhf.runtime import manifest
 
-_REMOTE = ".remote"  # in the local folder: where it is download
+_REMOTE = ".remote"  # a file in the local folder with the address of the bucket's folder
 CHECKPOINTS = "checkpoints"
-_COMPILED = "compile_cache"  # where launch scripts let JAX keep compiled programs: it reads them from the bucket itself
+_COMPILED = "compile_cache"  # of launch scripts, for compiled programs: JAX reads it in the bucket
 
 
 def open_workdir_at(workdir: str) -> tuple[Path, BaseFileLock | None]:
-    """The local folder of a workdir.
+    """The local folder of a workdir, which is downloaded if it is in a bucket.
 
     Args:
-      workdir: a path, or a bucket's: "gs://bucket/folder".
+      workdir: a path, or "gs://bucket/folder".
 
     Returns:
-      The path; for a bucket a folder under ~/.cache/jax_rlhf, one a process, fetched from there, and a lock that keeps
-      other runs out of it as long as it lives.
+      (folder, lock): a local path and None. For a bucket, a folder of this process under ~/.cache/jax_rlhf, and a lock
+      that keeps other runs out of it until it is released.
 
     Raises:
-      ValueError: the bucket cannot be reached, or another run on this machine uses it.
+      ValueError: the bucket cannot be read, or another run on this machine uses it.
     """
     if "://" not in workdir:
         return local_path(workdir), None
@@ -50,47 +50,47 @@ def open_workdir_at(workdir: str) -> tuple[Path, BaseFileLock | None]:
         raise ValueError(f"--workdir={workdir}: another run on this machine writes to it.") from error
     try:
         return download(epath.Path(workdir), local), lock
-    except Exception as error:  # of gcsfs, s3fs, their absence, the network …
+    except Exception as error:  # from gcsfs, s3fs, a missing package, the network …
         raise ValueError(
             f"--workdir={workdir} cannot be read: {type(error).__name__}: {error}. gs:// needs `pip install gcsfs`, "
-            "credentials (gcloud auth application-default login; a VM has its service account's), and a bucket that is "
-            "there."
+            "credentials (gcloud auth application-default login; a VM has those of its service account), and a bucket "
+            "that exists."
         ) from error
 
 
 def download(remote: epath.Path, local: Path) -> Path:
-    """Makes a local folder like a remote one, but for checkpoints, of which it has empty folders.
+    """Downloads a remote folder, without the content of checkpoints, whose folders are created empty.
 
     Args:
-      remote: may not exist yet.
-      local: what is there and not in the remote one is deleted.
+      remote: the remote folder, which need not exist.
+      local: the local folder; its old content is deleted, and the address of the remote folder is stored in it.
 
     Returns:
-      `local`, which from now on knows where its mirror is.
+      `local`.
     """
     shutil.rmtree(local, ignore_errors=True)
     local.mkdir(parents=True, mode=0o700)
     (local / _REMOTE).write_text(str(remote), encoding="utf-8")
     if remote.exists():
-        _fetch(remote, local, leave_out=_COMPILED)
+        _download_files(remote, local, skip=_COMPILED)
     return local
 
 
-def _fetch(remote: epath.Path, local: Path, leave_out: str | None = None) -> None:
+def _download_files(remote: epath.Path, local: Path, skip: str | None = None) -> None:
     for entry in remote.iterdir():
-        if entry.name == leave_out:
+        if entry.name == skip:
             continue
         target = local / entry.name
         if entry.is_dir():
             target.mkdir(exist_ok=True)
             if not local.name.startswith(CHECKPOINTS):
-                _fetch(entry, target)
+                _download_files(entry, target)
         else:
             entry.copy(target, overwrite=True)
 
 
 def refresh(workdir: Path) -> None:
-    """Fetches again what process 0 has put up, where this is another process and the workdir has a mirror.
+    """Downloads what process 0 has uploaded, in other processes, if the workdir is in a bucket.
 
     Args:
       workdir: the local folder.
@@ -101,14 +101,7 @@ def refresh(workdir: Path) -> None:
 
 
 def remote_of(workdir: Path) -> epath.Path | None:
-    """Where a workdir is download.
-
-    Args:
-      workdir: a local folder.
-
-    Returns:
-      The remote one; None = nowhere, it is the workdir itself.
-    """
+    """The remote folder of which a local folder is a copy; None if the workdir is local."""
     try:
         return epath.Path((workdir / _REMOTE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -116,34 +109,32 @@ def remote_of(workdir: Path) -> epath.Path | None:
 
 
 def checkpoints_of(folder: Path) -> epath.Path:
-    """Where the checkpoints of a phase are.
+    """The folder of a phase's checkpoints, in the workdir or in its bucket.
 
     Args:
       folder: <workdir>/<phase>.
-
-    Returns:
-      A folder in the workdir, or in its mirror.
     """
     remote = remote_of(folder.parent)
     return epath.Path(folder.resolve()) / CHECKPOINTS if remote is None else remote / folder.name / CHECKPOINTS
 
 
 def upload(workdir: Path, phase: str | None = None, *, models: bool = False) -> None:
-    """Makes the mirror like the workdir, where it has one; process 0 does it.
+    """Uploads files of a workdir in process 0, if the workdir is in a bucket.
 
     Args:
       workdir: the local folder.
-      phase: a folder in it, whose summary.json, which says that all is there, is put up last; None = the files beside.
-      models: the phase's models too, not only what it writes as it goes.
+      phase: the phase whose folder is uploaded; None = only the files of the workdir itself. summary.json is uploaded
+        last, since it marks the phase as finished.
+      models: whether to upload the phase's models too.
 
     Raises:
-      OSError: the mirror cannot be written.
+      OSError: the bucket cannot be written.
     """
     remote = remote_of(workdir)
     if remote is None or jax.process_index() > 0:
         return
     if phase is None:
-        _put_files(workdir, remote)
+        _upload_files(workdir, remote)
         return
     local = workdir / phase
     for entry in local.iterdir() if local.is_dir() else ():
@@ -152,15 +143,15 @@ def upload(workdir: Path, phase: str | None = None, *, models: bool = False) -> 
             and not entry.name.startswith((".", CHECKPOINTS))
             and (models or entry.name not in manifest.MODELS)
         ):
-            _put_files(entry, remote / phase / entry.name)
+            _upload_files(entry, remote / phase / entry.name)
             for other in (remote / phase / entry.name).iterdir() if entry.name in manifest.MODELS else ():
-                of_a_model = any(fnmatch.fnmatch(other.name, pattern) for pattern in MODEL_FILES)
-                if of_a_model and not (entry / other.name).exists():  # such as shards of a larger one
+                is_model_file = any(fnmatch.fnmatch(other.name, pattern) for pattern in MODEL_FILES)
+                if is_model_file and not (entry / other.name).exists():  # e.g. shards of an earlier, larger model
                     other.unlink()
-    _put_files(local, remote / phase)
+    _upload_files(local, remote / phase)
 
 
-def _put_files(local: Path, remote: epath.Path) -> None:
+def _upload_files(local: Path, remote: epath.Path) -> None:
     remote.mkdir(parents=True, exist_ok=True)
     files = [entry for entry in local.iterdir() if entry.is_file() and not entry.name.startswith(".")]
     for file in sorted(files, key=lambda file: file.name == "summary.json"):
@@ -168,17 +159,17 @@ def _put_files(local: Path, remote: epath.Path) -> None:
 
 
 def delete(workdir: Path, part: str) -> None:
-    """Deletes a folder of a workdir, and of its mirror.
+    """Deletes a folder in a workdir, and its remote copy.
 
     Args:
       workdir: the local folder.
-      part: in it.
+      part: the name of the folder in it.
     """
     remote = remote_of(workdir)
     for folder in (epath.Path(workdir) / part, *(() if remote is None else (remote / part,))):
         if not folder.exists():
             continue
-        # The manifest last: who is killed in between can go on with it.
+        # The manifest is deleted last, so that --overwrite works again if this process is killed before.
         for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == manifest.NAME):
             if entry.is_dir():
                 entry.rmtree()

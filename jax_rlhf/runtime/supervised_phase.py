@@ -1,4 +1,4 @@
-"""What the SFT and the reward phase share: the loop over batches, and the loss on held-out rows."""
+"""Code that the SFT and the reward phase share: the training loop, and the loss on held-out rows."""
 
 import dataclasses
 import functools
@@ -81,7 +81,7 @@ def start(
 
 
 def mean_losses(training: SupervisedTraining) -> dict[str, float]:
-    """Name → mean over all held-out rows of what the loss measures; empty without held-out rows."""
+    """The mean of each metric of the loss over all held-out rows, by name; empty without held-out rows."""
     totals: dict[str, float] = {}
     for batch in training.phase.logger.progress_bar(training.datasets.eval, "evaluating"):
         rows = put_rows(batch, training.layout)

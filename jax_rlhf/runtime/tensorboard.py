@@ -1,7 +1,7 @@
 """Curves for TensorBoard.
 
-They are written at once. tensorboardX's SummaryWriter leaves that to a thread, which ends where the disk is full; the
-run then waits for it for ever.
+Events are written in the calling thread. tensorboardX's SummaryWriter uses another thread, which dies when the disk is
+full, and the run then waits for it forever.
 """
 
 import time
@@ -15,19 +15,19 @@ from tensorboardX.summary import scalar
 
 from jax_rlhf.io.durable import file_errors
 
-_EVENTS: Any = event_pb2  # its classes are made at run time, so that type checkers do not see them
+_EVENTS: Any = event_pb2  # its classes are created at run time, so type checkers do not know them
 _SECONDS = 10.0  # between flushes, each of which waits for the disk
 
 
 class TensorBoard:
-    """A file of events, one per start of a phase.
+    """Writes an event file; each start of a phase has its own.
 
     Args:
-      folder: for the files of all starts.
-      first: step from which on those of former starts do not count.
+      folder: the folder of the event files.
+      first: the first step of this start. TensorBoard hides points of earlier starts from this step on.
 
     Raises:
-      OSError: a file cannot be written; so do the methods.
+      OSError: the file cannot be written. The methods raise it too.
     """
 
     def __init__(self, folder: Path, first: int) -> None:
@@ -38,12 +38,7 @@ class TensorBoard:
             self._write(_EVENTS.Event(session_log=_EVENTS.SessionLog(status=_EVENTS.SessionLog.START)), first)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds a point to each curve.
-
-        Args:
-          step: steps done.
-          values: name → number.
-        """
+        """Adds a point to each curve, given as name → value."""
         with file_errors(self._folder):
             for name, value in values.items():
                 self._write(_EVENTS.Event(summary=scalar(name, value)), step)
@@ -52,7 +47,7 @@ class TensorBoard:
                 self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Flushes and closes the file."""
         with file_errors(self._folder):
             self._writer.close()
 

@@ -1,4 +1,4 @@
-"""A run's folder: its lock, how far its phases are, and what of it may be deleted."""
+"""The folder of a run: its lock, the status of its phases, and what may be deleted."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,20 +15,14 @@ _LOCK = ".lock"
 
 
 class WorkdirError(ValueError):
-    """The workdir is not this run's, or lacks what a phase needs; the message says how to mend it."""
+    """The workdir belongs to another run, or lacks what a phase needs; the message says what to do."""
 
 
 def lock_workdir(workdir: Path) -> BaseFileLock:
-    """Keeps other runs out of the workdir, as long as this process lives.
-
-    Args:
-      workdir: the folder; is made.
-
-    Returns:
-      The lock.
+    """Creates the workdir, and locks it against other runs until the lock is released or this process ends.
 
     Raises:
-      WorkdirError: another run writes to it.
+      WorkdirError: another run writes to the workdir, or it cannot be written.
     """
     lock = FileLock(workdir / _LOCK)
     try:
@@ -36,27 +30,20 @@ def lock_workdir(workdir: Path) -> BaseFileLock:
         lock.acquire(blocking=False)
     except Timeout as error:
         raise WorkdirError(
-            f"{workdir}: another run writes to it (it holds {workdir / _LOCK}). Wait for its end, or take another "
-            "--workdir."
+            f"{workdir}: another run writes to it (it has locked {workdir / _LOCK}). Wait for its end, or take "
+            "another --workdir."
         ) from error
     except OSError as error:
         raise WorkdirError(
-            f"{workdir} cannot be written ({error.strerror}); take another --workdir, or change its owner or its mount."
+            f"{workdir} cannot be written ({error.strerror}); take another --workdir, or change its owner or mount."
         ) from error
     except NotImplementedError:
-        logging.warning("%s is on a file system without locks: see to it that no other run writes to it.", workdir)
+        logging.warning("%s is on a file system without locks: make sure that no other run writes to it.", workdir)
     return lock
 
 
 def is_locked(workdir: Path) -> bool:
-    """Whether a run on this machine writes to a workdir.
-
-    Args:
-      workdir: the folder; nothing is made there.
-
-    Returns:
-      Whether.
-    """
+    """Whether a run on this machine writes to a workdir. It does not change the folder."""
     if not (workdir / _LOCK).exists():
         return False
     lock = FileLock(workdir / _LOCK)
@@ -64,38 +51,31 @@ def is_locked(workdir: Path) -> bool:
         lock.acquire(blocking=False)
     except Timeout:
         return True
-    except (OSError, NotImplementedError):  # who may not write, or has no locks, cannot ask
+    except (OSError, NotImplementedError):  # no permission to write, or a file system without locks
         return False
     lock.release()
     return False
 
 
 def check_shared(workdir: Path) -> None:
-    """Raises where this process does not see what process 0 writes.
-
-    Args:
-      workdir: its folder, which process 0 has made.
+    """Checks that this process sees the files that process 0 writes to the workdir.
 
     Raises:
-      WorkdirError: the workdir is this machine's own.
+      WorkdirError: the workdir is not on a file system that the machines share.
     """
     if (workdir / CONFIG_FILE).is_file():
         return
     raise WorkdirError(
-        f"{workdir} is not the folder that process 0 writes to, and all processes write their parts of checkpoints "
-        "there: take a folder on a file system that all machines share, or a bucket (gs://)."
+        f"{workdir} does not have the files that process 0 wrote there, but all processes write their parts of "
+        "checkpoints to it: take a folder on a file system that all machines share, or a bucket (gs://)."
     )
 
 
 def status(workdir: Path, phase: str) -> str:
-    """How far a phase has come in this workdir.
-
-    Args:
-      workdir: the folder.
-      phase: its name.
+    """The status of a phase in a workdir.
 
     Returns:
-      "new", "finished", "interrupted" (it has a checkpoint to go on from), or "partial" (it has a model alone).
+      "new", "finished", "interrupted" (it has a checkpoint to continue from), or "partial" (it has only a model).
     """
     folder = workdir / phase
     try:
@@ -104,21 +84,21 @@ def status(workdir: Path, phase: str) -> str:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except JSONFileError as error:
-        logging.warning("%s is not what this program writes (%s); the phase does not count as finished.", folder, error)
+        logging.warning("%s: summary.json is damaged (%s); the phase does not count as finished.", folder, error)
     if any(path.name.isdigit() for path in folder.glob("checkpoints/*")):
         return "interrupted"
     return "partial" if (folder / "model").exists() else "new"
 
 
 def check_overwrite(workdir: Path, phases: Iterable[str]) -> None:
-    """Whether all that --overwrite would delete was written by this program.
+    """Checks that --overwrite would delete only files that this program wrote.
 
     Args:
       workdir: the folder.
-      phases: to repeat.
+      phases: the phases to repeat.
 
     Raises:
-      WorkdirError: a phase's folder holds something else.
+      WorkdirError: the folder of a phase contains other files.
     """
     for phase in phases:
         try:

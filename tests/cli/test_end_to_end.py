@@ -430,7 +430,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=5)
     assert process.returncode == -signal.SIGINT
-    assert "Ctrl-C: this step is finished and saved; once more stops at once." in errors
+    assert "Ctrl-C: the run stops after this step is finished and saved; a second signal stops it at once." in errors
 
 
 def never(prompts, responses, **columns):

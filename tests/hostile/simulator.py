@@ -162,9 +162,9 @@ class FakeCheckpoints:
     disk: Disk
     word = "none of the checkpoints can be read"
 
-    def __init__(self, folder, config, *, asynchronous=True, say=print):
+    def __init__(self, folder, config, *, asynchronous=True, print_line=print):
         del asynchronous
-        self.folder, self._config, self._say, self._waiting = Path(folder), config, say, None
+        self.folder, self._config, self._print_line, self._waiting = Path(folder), config, print_line, None
         self.folder.mkdir(parents=True, exist_ok=True)
         for half_done in self.folder.glob("*.orbax-checkpoint-tmp"):
             shutil.rmtree(half_done)
@@ -213,7 +213,7 @@ class FakeCheckpoints:
         for step in reversed(found):
             content = self._content(step)
             if content is None:
-                self._say(f"{step} is damaged")
+                self._print_line(f"{step} is damaged")
                 continue
             for other in [other for other in found if other > step]:
                 shutil.rmtree(self.folder / str(other))

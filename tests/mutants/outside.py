@@ -71,7 +71,7 @@ MUTANTS = [
         ("local_path(name), packaged_configs()", "Path(name), packaged_configs()"),
         ("get_config(parameter) if colon else get_config()", "get_config()"),
         ("if not isinstance(config, ConfigDict):", "if False:"),
-        ("if match and match[2] not in known:", "if False:"),
+        ("if match and match[2] not in fields:", "if False:"),
         ('if text == "None":', "if False:"),
         ('if text[:1] in ("(", "["):', "if False:"),
         ("for element in found if element.strip()]", "for element in found]"),

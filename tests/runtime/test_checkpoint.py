@@ -40,7 +40,7 @@ def equal(one, other):
 
 def opened(folder, said=None, **config):
     return Checkpoints(
-        folder / "checkpoints", CheckpointConfig(**config), say=(said if said is not None else []).append
+        folder / "checkpoints", CheckpointConfig(**config), print_line=(said if said is not None else []).append
     )
 
 

@@ -64,7 +64,7 @@ def test_overwrite_deletes_nothing_that_it_did_not_write(workdir, name):
     (workdir / "sft" / name).write_text("mine")
     before = sorted(workdir.rglob("*"))
     shown = "mine|.git" if name.startswith(("mine", ".git")) else re.escape(name)
-    with pytest.raises(WorkdirError, match=f"deletes only what this program wrote: .*sft holds .*: ({shown}).*away"):
+    with pytest.raises(WorkdirError, match=f"deletes only what this program wrote: .*sft contains .*: ({shown}).*away"):
         check_overwrite(workdir, ("reward", "sft"))
     assert sorted(workdir.rglob("*")) == before
     check_overwrite(workdir, ("reward", "ppo"))
@@ -93,13 +93,13 @@ def test_a_folder_that_is_not_known_is_not_deleted(workdir, tmp_path):
         "x",
     ):
         (workdir / "ppo" / "manifest.json").write_text(content)
-        with pytest.raises(WorkdirError, match=r"manifest.json (cannot be read|is not what)"):
+        with pytest.raises(WorkdirError, match=r"manifest.json (cannot be read|was not written)"):
             check_overwrite(workdir, ("ppo",))
 
 
 def test_a_model_that_was_exchanged_is_not_deleted(workdir):
     flip(workdir / "sft" / "model" / "model.safetensors")
-    with pytest.raises(WorkdirError, match=r"did not write: model/model.safetensors \(another content\)"):
+    with pytest.raises(WorkdirError, match=r"did not write: model/model.safetensors \(changed\)"):
         check_overwrite(workdir, ("sft",))
 
 
@@ -120,7 +120,9 @@ def test_no_phase_begins_in_somebody_else_s_folder(workdir):
     (workdir / "ppo" / "manifest.json.partial").write_text("")  # of this program, killed right there
     check_run(config, workdir, overwrite=False)
     (workdir / "ppo" / "metrics.jsonl").write_text("mine\n")
-    with pytest.raises(WorkdirError, match=r"ppo holds what this program did not write: metrics.jsonl. Move it away"):
+    with pytest.raises(
+        WorkdirError, match=r"ppo contains files that this program did not write: metrics.jsonl. Move it away"
+    ):
         check_run(config, workdir, overwrite=False)
 
 
@@ -136,9 +138,9 @@ def test_a_model_whose_export_was_cut_short(workdir, monkeypatch):
     config = SimpleNamespace(dtype="bfloat16")
     with pytest.raises(KeyboardInterrupt):
         export_model(workdir / "ppo" / "model", SimpleNamespace(model=SimpleNamespace(config=config)))
-    with pytest.raises(ManifestError, match="its export did not end"):
+    with pytest.raises(ManifestError, match="its export was interrupted"):
         check_model(workdir / "ppo" / "model")
-    assert looked_at(workdir)["ppo/model"] == "its export did not end"
+    assert looked_at(workdir)["ppo/model"] == "its export was interrupted"
     check_overwrite(workdir, ("ppo",))
 
 
@@ -193,17 +195,15 @@ def test_a_model_that_changed_since_its_export_is_not_taken(workdir):
         assert check_inputs(config, workdir, phase, accept_changes=False) == []
     flip(workdir / "reward" / "model" / "model.safetensors")
     assert check_inputs(config, workdir, "reward", accept_changes=False) == []
-    with pytest.raises(
-        WorkdirError, match=r"reward/model.* has another content than when it was exported.*--accept_ch"
-    ):
+    with pytest.raises(WorkdirError, match=r"reward/model.* has changed since the export.*--accept_ch"):
         check_inputs(config, workdir, "ppo", accept_changes=False)
     (said,) = check_inputs(config, workdir, "ppo", accept_changes=True)
-    assert "another content" in said
+    assert "has changed since the export" in said
     (workdir / "sft" / "model" / "tokenizer.json").unlink()
     with pytest.raises(WorkdirError, match=r"tokenizer.json is missing"):
         check_inputs(config, workdir, "reward", accept_changes=False)
     (workdir / "sft" / "manifest.json").unlink()
-    with pytest.raises(WorkdirError, match=r"sft/manifest.json does not list it"):
+    with pytest.raises(WorkdirError, match=r"sft/manifest.json does not list this model"):
         check_inputs(config, workdir, "reward", accept_changes=False)
 
 
@@ -234,9 +234,9 @@ def test_a_model_of_a_run_is_compared_however_it_is_named(workdir, tmp_path, mon
         config["reward_model"]["path"] = str(shutil.copytree(workdir / "reward" / "model", tmp_path / "plain"))
     assert check_inputs(run_config(config), other, "ppo", accept_changes=False) == []
     (workdir / phase / "model" / "added_tokens.json").write_text("{}")
-    with pytest.raises(WorkdirError, match=r"added_tokens.json was not exported with it"):
+    with pytest.raises(WorkdirError, match=r"added_tokens.json was added after the export"):
         check_inputs(run_config(config), other, "ppo", accept_changes=False)
-    with pytest.raises(WorkdirError, match=r"added_tokens.json was not exported with it"):
+    with pytest.raises(WorkdirError, match=r"added_tokens.json was added after the export"):
         check_run(run_config(for_eight_devices(config)), other, overwrite=False)
 
 
@@ -321,7 +321,7 @@ def test_all_that_a_run_left_is_looked_at(workdir, capsys):
 @pytest.mark.parametrize(
     ("name", "harm", "said"),
     [
-        ("ppo/critic", lambda folder: flip(folder / "model.safetensors"), "another content"),
+        ("ppo/critic", lambda folder: flip(folder / "model.safetensors"), "has changed"),
         ("sft/model", lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
         ("reward/metrics.jsonl", lambda file: file.write_bytes(file.read_bytes()[:-4]), "is not a whole JSON object"),
         ("sft/metrics.jsonl", lambda file: file.write_bytes(file.read_bytes()[:-1]), "is not a whole JSON object"),
@@ -329,12 +329,12 @@ def test_all_that_a_run_left_is_looked_at(workdir, capsys):
         ("sft/summary.json", lambda file: file.write_text("null"), "it must be a JSON object"),
         ("config.json", lambda file: file.unlink(), "No such file"),
         ("ppo/manifest.json", lambda file: file.write_text("{"), "not JSON"),
-        ("ppo/manifest.json", lambda file: file.write_text("{}"), "is not what this program writes"),
+        ("ppo/manifest.json", lambda file: file.write_text("{}"), "was not written by this program"),
         ("ppo/manifest.json", lambda file: file.unlink(), "it is missing"),
         ("sft/model", lambda folder: shutil.rmtree(folder), "is missing"),
-        ("sft/model", lambda folder: unlisted(folder), "does not list it"),
-        ("ppo/critic", lambda folder: unlisted(folder), "does not list it"),
-        ("sft/model", lambda folder: (unlisted(folder), shutil.rmtree(folder)), "does not list it"),
+        ("sft/model", lambda folder: unlisted(folder), "does not list this model"),
+        ("ppo/critic", lambda folder: unlisted(folder), "does not list this model"),
+        ("sft/model", lambda folder: (unlisted(folder), shutil.rmtree(folder)), "does not list this model"),
     ],
 )
 def test_what_is_damaged_is_said(workdir, capsys, name, harm, said):

@@ -37,7 +37,7 @@ def test_where_nothing_is_done_the_stacks_of_all_threads_are_written(tmp_path):
             time.sleep(0.05)
     end.set()
     thread.join()
-    assert "nothing was done for 1 seconds" in said[0].replace("for 0 ", "for 1 ")
+    assert "no progress for 1 seconds" in said[0].replace("for 0 ", "for 1 ")
     assert len(said) >= 2  # it is said again
     stacks = (tmp_path / "stacks.txt").read_text()
     assert "waits_for_ever" in stacks
