@@ -380,7 +380,7 @@ def test_being_asked_to_stop_saves_all_and_says_so_by_the_exit_code(tmp_path, nu
             command(tmp_path, *flags), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
         )
         seen = ""
-        while "going on" not in seen:
+        while "continuing from" not in seen:
             line = again.stdout.readline()
             assert line, seen
             seen += line
