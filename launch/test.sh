@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs everything that CI checks: makes a virtual environment with all requirements, then runs lint, format, types and tests.
+# Runs everything that CI checks: makes a virtual environment with all requirements, then checks lint, format and types,
+# and runs the tests.
 #
 #   bash launch/test.sh                        # uses python3
 #   PYTHON=python3.12 bash launch/test.sh      # uses another interpreter
@@ -23,5 +24,6 @@ pip_install --no-deps -r requirements-quickstart.txt
 "$environment/bin/ruff" format --check .
 "$environment/bin/basedpyright" --pythonpath "$environment/bin/python"
 # Two processes, one file at a time: compiling takes most of the time, and hardly uses a second core. The files keep the
-# order of tests/conftest.py. Otherwise files with many tests would come first, and the longest tests, which are alone in their files, last.
+# order of tests/conftest.py. Otherwise files with many tests would come first, and the longest tests, which are alone in
+# their files, last.
 exec "$environment/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

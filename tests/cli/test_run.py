@@ -14,7 +14,7 @@ from jax_rlhf.cli import run as command
 def cache(monkeypatch):
     """The folder that compiled programs would go to."""
     updated = {}
-    config = types.SimpleNamespace(read={"jax_compilation_cache_dir": None}.get, update=updated.__setitem__)
+    config = types.SimpleNamespace(jax_compilation_cache_dir=None, update=updated.__setitem__)
     monkeypatch.setattr(command, "jax", types.SimpleNamespace(process_count=lambda: 1, config=config))
     return updated
 
