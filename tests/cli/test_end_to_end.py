@@ -6,6 +6,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -379,11 +380,13 @@ def test_being_asked_to_stop_saves_all_and_says_so_by_the_exit_code(tmp_path, nu
         again = subprocess.Popen(
             command(tmp_path, *flags), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
         )
-        seen = ""
+        seen, limit = "", threading.Timer(100, again.kill)  # should the message never come, the lines end
+        limit.start()
         while "continuing from" not in seen:
             line = again.stdout.readline()
             assert line, seen
             seen += line
+        limit.cancel()
         again.kill()
         again.communicate()
         assert "--overwrite was already applied when this run started" in seen
