@@ -9,6 +9,7 @@ from jax_rlhf.cli.model_paths import reward_model, sft_model
 from jax_rlhf.config import RunConfig
 from jax_rlhf.parallel import create_layout
 from jax_rlhf.ppo import train as ppo
+from jax_rlhf.ppo.resolve import batch_plan
 from jax_rlhf.reward import train as reward
 from jax_rlhf.reward.calibration import Responses
 from jax_rlhf.runtime.phase import Phase
@@ -60,8 +61,7 @@ def _reward(config: RunConfig, workdir: Path) -> Recipe:
             policy=dataclasses.replace(config.model, path=sft_model(config, workdir)),
             count=settings.normalize_rows,
             sampling=ppo_settings.sampling,
-            num_minibatches=ppo_settings.num_minibatches,
-            microbatch_size=ppo_settings.microbatch_size,
+            batch_plan=functools.partial(batch_plan, ppo_settings),
             eval_rows=config.eval_rows_of("ppo"),
         )
     return functools.partial(

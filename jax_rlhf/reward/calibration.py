@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,8 +17,8 @@ from jax_rlhf.hub.load_model import load_model, sampled_ids
 from jax_rlhf.models import model_jit
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.models.split import SplitModel, SplitParams, text_scores
-from jax_rlhf.optim.microbatches import plan_batch
-from jax_rlhf.parallel import gather_rows, map_row_groups, put_rows
+from jax_rlhf.optim.microbatches import BatchPlan
+from jax_rlhf.parallel import Layout, gather_rows, map_row_groups, put_rows
 from jax_rlhf.runtime.run_logger import sample_row
 from jax_rlhf.runtime.supervised_phase import SupervisedTraining
 from jax_rlhf.sampling import Samples, Sampling, sample
@@ -34,15 +34,15 @@ class Responses:
       policy: the SFT policy.
       count: responses, rounded up to whole batches.
       sampling: how they are sampled.
-      num_minibatches, microbatch_size: of the PPO phase, which give the rows that are scored at once.
+      batch_plan: (rows, prompt tokens, mesh, platform) → how the PPO phase splits an iteration, which gives the rows
+        that are scored at once.
       eval_rows: held-out rows of the PPO phase, whose prompts are not used here.
     """
 
     policy: ModelConfig
     count: int
     sampling: Sampling
-    num_minibatches: int
-    microbatch_size: int | None
+    batch_plan: Callable[[int, int, Layout | None, str], BatchPlan]
     eval_rows: int
 
 
@@ -74,15 +74,7 @@ def policy_scores(
         width = batch.mask.shape[1]
         last = samples.response_mask & jnp.isin(samples.tokens[:, width:], jnp.asarray(ends, jnp.int32))  # [B, R]
         mask = jnp.concatenate([rows[1], samples.response_mask], axis=1)  # [B, P + R]
-        plan = plan_batch(
-            len(mask),
-            responses.microbatch_size,
-            layout,
-            where="config.ppo",
-            num_minibatches=responses.num_minibatches,
-            tokens_per_row=width + responses.sampling.max_new_tokens,
-            platform=policy.model.config.platform,
-        )
+        plan = responses.batch_plan(len(mask), width, layout, policy.model.config.platform)
         groups = len(mask) // plan.microbatch_size
         found = batch_text_scores(network, groups, training.params, samples.tokens, mask)
         arrays = [gather_rows(part) for part in (samples.tokens, mask, found, jnp.any(last, axis=1))]
