@@ -61,10 +61,9 @@ def check_run(config: RunConfig, workdir: Path, *, overwrite: bool, accept_chang
     if overwrite:
         _check_overwrite(config, workdir)
     check_roles({role: getattr(config, role) for role in ("model", "reference", "critic", "reward_model")})
-    if config.model.path is None:
-        raise ValueError("config.model.path is not set; choose a checkpoint with --config.model.path=FOLDER_OR_HUB_ID")
+    path = config.model.required_path()
     inputs = _inputs(config, workdir, phases)
-    policy = describe_pretrained(config.model.path, revision=config.model.revision)
+    policy = describe_pretrained(path, revision=config.model.revision)
     if policy.tokenizer is None:
         raise DataError(f"config.model.path={config.model.path} has no tokenizer; put its files into the same folder.")
     others = {
@@ -161,7 +160,7 @@ def _inputs(config: RunConfig, workdir: Path, phases: list[str]) -> list[_Input]
     """The checkpoints that the phases start from; results of phases that are not run must exist."""
     training, policy, found = config.reward, config.model.revision, []
     if "sft" in phases:
-        found.append(_Input(config.model.path or "", policy, "lm", "policy"))
+        found.append(_Input(config.model.required_path(), policy, "lm", "policy"))
     elif "ppo" in phases or ("reward" in phases and (not training.start_from or training.normalize_rows > 0)):
         found.append(_Input(sft_model(config, workdir), policy, "lm", "policy"))
     if "reward" in phases and training.start_from:

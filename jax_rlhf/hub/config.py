@@ -29,3 +29,15 @@ class ModelConfig:
     and needs less memory, and "full" elsewhere."""
     attention: AttentionForm | None = None
     """"xla", or "flash" on GPU (cuDNN) and TPU (splash attention), which stores no T × T scores; None = "xla"."""
+
+    def required_path(self) -> str:
+        """`path` of a model that must have one.
+
+        Raises:
+          ValueError: it is None.
+        """
+        if self.path is None:
+            raise ValueError(
+                "config.model.path is not set; choose a checkpoint with --config.model.path=FOLDER_OR_HUB_ID"
+            )
+        return self.path

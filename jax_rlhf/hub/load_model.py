@@ -30,9 +30,7 @@ def load_model(
       ValueError: config.path is None.
       FileNotFoundError, CheckpointError: as in `load_pretrained`.
     """
-    if config.path is None:
-        raise ValueError("the model's path is missing: --config.model.path=CHECKPOINT.")
-    pretrained = load_pretrained(config.path, head=head, mesh=mesh, revision=config.revision, key=key)
+    pretrained = load_pretrained(config.required_path(), head=head, mesh=mesh, revision=config.revision, key=key)
     model = pretrained.model.clone(config=running(pretrained.model.config, config))
     return dataclasses.replace(pretrained, model=model)
 

@@ -85,7 +85,7 @@ def _verdicts(
     own = [int(row) for row in np.flatnonzero(mine)]
     columns = {name: [values[row] for row in own] for name, values in (prompts.columns or {}).items()}
     verdicts = np.zeros(len(local), np.float32)
-    with barrier(f"calling {judge.name}"):
+    with barrier(f"calling {judge.title}"):
         texts = [row["prompt"] for row in rows], [row["response"] for row in rows]
         tokens, mask = (local_rows(part)[mine] for part in (experience.tokens, experience.response_mask))
         ids = [row[-len(real) :][real].tolist() for row, real in zip(tokens, mask, strict=True)]
@@ -126,7 +126,7 @@ def evaluate(
         answered = response_rows(trainer, experience, step, "eval", columns=own, everywhere=True)
         for judge in judges:
             for row, verdict in zip(answered, _verdicts(judge, answered, batch, experience, trainer), strict=True):
-                row[str(judge.name)] = float(verdict)
+                row[judge.title] = float(verdict)
         rows += answered
     rows = rows[: prompts.eval_rows]
     metrics = _metrics(rows, judges) if rows else {}
@@ -145,7 +145,7 @@ def evaluate(
 def _metrics(rows: list[dict[str, Any]], judges: Sequence[RewardFunction]) -> dict[str, float]:
     words = [word for row in rows for word in row["response"].split()]
     metrics = {f"eval/{name}": float(np.mean([row[name] for row in rows])) for name in ("score", "kl", "length")}
-    metrics |= {f"eval/{judge.name}": _mean_given([row[str(judge.name)] for row in rows]) for judge in judges}
+    metrics |= {f"eval/{judge.title}": _mean_given([row[judge.title] for row in rows]) for judge in judges}
     return metrics | {
         "eval/distinct_1": len(set(words)) / max(len(words), 1),
         "eval/distinct_responses": len({row["response"] for row in rows}) / len(rows),

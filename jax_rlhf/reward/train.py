@@ -58,7 +58,7 @@ def run(
     """
     phase.logger.info(f"loading {model.path}")
     pretrained = _load(phase, config, model, layout, seed)
-    described = describe_pretrained(policy.path or "", revision=policy.revision)
+    described = describe_pretrained(policy.required_path(), revision=policy.revision)
     pretrained = dataclasses.replace(pretrained, tokenizer=described.tokenizer)
     ends, vocab_size = response_end_ids(described, eos_ids), pretrained.model.config.vocab_size
     datasets = phase.create_datasets(

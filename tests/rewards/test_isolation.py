@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jax_rlhf.io.import_function import import_function
 from jax_rlhf.rewards import Failures, OnFailure, RewardError, RewardFunction, asks_for_special_tokens_of, score_texts
 from jax_rlhf.rewards.worker import decode, encode
 from jax_rlhf.runtime.workdir import lock_workdir
@@ -52,6 +53,23 @@ def test_it_is_called_as_in_this_process():
     assert not isolated(judges.lengths).asks_for_special_tokens()
     assert scored(judge, with_special_tokens=special) == [1.0, 0.0, 1.0]
     assert scored(isolated(judges.some), unscored=7.0) == [7.0, 1.0, 1.0]
+
+
+def test_a_function_may_be_named_by_its_file(tmp_path, monkeypatch):
+    (tmp_path / "weights.py").write_text("WEIGHT = 2.0\n")
+    (tmp_path / "my_rewards.py").write_text(
+        "from weights import WEIGHT\n\n\n"
+        "def score(prompts, responses):\n    return [WEIGHT * len(text) for text in responses]\n"
+    )
+    assert scored(isolated(f"{tmp_path / 'my_rewards.py'}:score")) == [2.0, 4.0, 6.0]
+    monkeypatch.chdir(tmp_path)
+    relative = isolated("my_rewards.py:score")
+    assert scored(relative) == [2.0, 4.0, 6.0]
+    assert relative.title == "score"
+    function = import_function(f"{tmp_path / 'my_rewards.py'}:score")  # its module is named by the file
+    assert scored(isolated(function)) == [2.0, 4.0, 6.0]
+    with pytest.raises(RewardError, match=r"cannot be imported: ImportError: there is no file other\.py"):
+        scored(isolated("other.py:score"))
 
 
 def test_its_process_stays_as_long_as_it_works():
