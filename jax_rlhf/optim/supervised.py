@@ -53,7 +53,7 @@ class SupervisedState(struct.PyTreeNode):
 
 
 @dataclasses.dataclass(frozen=True)
-class Supervised:
+class TrainingSpec:
     """The static description of a supervised phase: hashable, a static argument of jitted functions.
 
     Attributes:
@@ -71,7 +71,9 @@ class Supervised:
     microbatches: int = 1
 
 
-def create_state(spec: Supervised, params: Params, mesh: Mesh | Layout | None = None) -> tuple[SupervisedState, Params]:
+def create_state(
+    spec: TrainingSpec, params: Params, mesh: Mesh | Layout | None = None
+) -> tuple[SupervisedState, Params]:
     """Splits a model's parameters into trainable and frozen, and creates the optimizer's state.
 
     Args:
@@ -91,13 +93,13 @@ def create_state(spec: Supervised, params: Params, mesh: Mesh | Layout | None = 
     return jax.jit(create, out_shardings=shardings)(parts.trainable), parts.frozen
 
 
-def split_params(spec: Supervised, params: Params) -> SplitParams:
+def split_params(spec: TrainingSpec, params: Params) -> SplitParams:
     """Splits a model's parameters; casts frozen ones to the dtype that they are computed in, if that is narrower."""
     parts = spec.network.split(params)
     return parts.replace(frozen=narrowed(parts.frozen, spec.network.compute_dtypes().frozen))
 
 
-def state_shardings(spec: Supervised, trainable: Params, layout: Layout) -> SupervisedState:
+def state_shardings(spec: TrainingSpec, trainable: Params, layout: Layout) -> SupervisedState:
     """The shardings of the state, in a tree of the state's structure.
 
     Args:
@@ -112,18 +114,18 @@ def state_shardings(spec: Supervised, trainable: Params, layout: Layout) -> Supe
     )
 
 
-def abstract_state(spec: Supervised, trainable: Params) -> SupervisedState:
+def abstract_state(spec: TrainingSpec, trainable: Params) -> SupervisedState:
     """The state as `jax.ShapeDtypeStruct`s without shardings; `trainable` may consist of shapes, too."""
     return jax.eval_shape(functools.partial(_create, spec), trainable)
 
 
-def _create(spec: Supervised, trainable: Params) -> SupervisedState:
+def _create(spec: TrainingSpec, trainable: Params) -> SupervisedState:
     weights = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trainable)
     return SupervisedState(weights, _optimizer(spec).init(weights), jnp.int32(0), jnp.int32(0), jnp.int32(0))
 
 
 def update(
-    spec: Supervised, state: SupervisedState, frozen: Params, batch: Any
+    spec: TrainingSpec, state: SupervisedState, frozen: Params, batch: Any
 ) -> tuple[SupervisedState, dict[str, Float32[Array, ""] | Int32[Array, ""]]]:
     """One optimizer step; the state is donated unless `jax_debug_nans` is set.
 
@@ -142,7 +144,7 @@ def update(
     return run(spec, shardings_of(state), state, frozen, batch)
 
 
-def evaluate(spec: Supervised, state: SupervisedState, frozen: Params, batch: Any) -> Sums:
+def evaluate(spec: TrainingSpec, state: SupervisedState, frozen: Params, batch: Any) -> Sums:
     """The loss's sums over a batch, microbatch by microbatch."""
     return evaluation_sums(spec.network, spec.loss, spec.microbatches, state.trainable, frozen, batch)
 
@@ -151,7 +153,7 @@ def evaluate(spec: Supervised, state: SupervisedState, frozen: Params, batch: An
 def evaluation_sums(
     network: SplitModel, loss: Loss, microbatches: int, trainable: Params, frozen: Params, batch: Any
 ) -> Sums:
-    """`evaluate`, jitted; takes fields of `Supervised` and of the state as separate arguments."""
+    """`evaluate`, jitted; takes fields of `TrainingSpec` and of the state as separate arguments."""
     params = SplitParams(frozen, trainable)
     parts = split_row_groups(batch, microbatches, network.model.config.layout)
     return accumulate(lambda part: loss(network, params, part), parts)
@@ -159,7 +161,7 @@ def evaluation_sums(
 
 @functools.partial(model_jit, static_argnums=(0, 1), donate_argnums=2)
 def step(
-    spec: Supervised, shardings: tuple, state: SupervisedState, frozen: Params, batch: Any
+    spec: TrainingSpec, shardings: tuple, state: SupervisedState, frozen: Params, batch: Any
 ) -> tuple[SupervisedState, dict[str, Float32[Array, ""] | Int32[Array, ""]]]:
     """`update`, jitted; shardings: those of the new state."""
 
@@ -201,5 +203,5 @@ def step(
 _step_without_donation = model_jit(step.__wrapped__, static_argnums=(0, 1))
 
 
-def _optimizer(spec: Supervised) -> optax.GradientTransformation:
+def _optimizer(spec: TrainingSpec) -> optax.GradientTransformation:
     return create_optimizer(spec.optimizer, head_learning_rate=spec.head_learning_rate)

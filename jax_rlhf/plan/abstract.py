@@ -30,11 +30,11 @@ class Program:
       function: the jitted function.
       arguments: its arguments: static values, and shapes instead of arrays.
       resident: arrays that are on the devices during the whole phase: parameters, optimizer states.
-      passing: arrays that are on the devices for this program only: batches, experience.
+      transient: arrays that are on the devices for this program only: batches, experience.
       decode: bytes of kernels and KV cache that a device reads in loops over tokens, if all tokens are sampled; 0
         without such loops.
       layout: the layout for training.
-      waiting: parameters that are offloaded to the host's memory.
+      offloaded: parameters that are offloaded to the host's memory.
       rollout: the layout for sampling; None if it is not a rollout of PPO.
     """
 
@@ -43,10 +43,10 @@ class Program:
     function: Callable
     arguments: tuple
     resident: dict[str, Any]
-    passing: Any
+    transient: Any
     layout: Layout
     decode: float = 0.0
-    waiting: Any = ()
+    offloaded: Any = ()
     rollout: Layout | None = None
 
 

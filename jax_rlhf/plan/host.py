@@ -61,7 +61,7 @@ def host_accounts(programs: Iterable[Program], topology: Topology) -> list[HostA
             HostAccount(
                 phase=phase,
                 devices=devices,
-                offloaded=devices * shard_bytes(program.waiting),
+                offloaded=devices * shard_bytes(program.offloaded),
                 checkpoint=devices * state,
                 file=float(min(whole, MAX_SHARD_BYTES)),
                 memory=devices * topology.chip.host_memory,

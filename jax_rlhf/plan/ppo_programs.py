@@ -93,16 +93,16 @@ def ppo_programs(config: RunConfig, layout: Layout) -> list[Program]:
     rows, width = config.data.ppo_batch_size, prompt_width(config)
     tokens, mask = token_rows(layout, rows, width)
     ids, key = sharded_rows(layout, jnp.int32, rows), replicated(layout, jax.random.key(0))
-    beta, scores = replicated(layout, jnp.float32(0)), None
-    waiting = {role: getattr(frozen, role) for role in models.offloaded}
+    kl_coef, scores = replicated(layout, jnp.float32(0)), None
+    offloaded = {role: getattr(frozen, role) for role in models.offloaded}
     resident = {
-        "parameters": (trainable, dataclasses.replace(frozen, **dict.fromkeys(waiting))),
+        "parameters": (trainable, dataclasses.replace(frozen, **dict.fromkeys(offloaded))),
         "optimizer": (state.actor_optimizer, state.critic_optimizer),
     }
 
-    def made(name: str, function: Callable, arguments: tuple, passing: Any, decode: float = 0.0) -> Program:
+    def made(name: str, function: Callable, arguments: tuple, transient: Any, decode: float = 0.0) -> Program:
         rollout = sampling_layout(models.actor.model.config) if decode else None
-        return Program("ppo", name, function, arguments, resident, passing, layout, decode, waiting, rollout)
+        return Program("ppo", name, function, arguments, resident, transient, layout, decode, offloaded, rollout)
 
     sample, score = make_sample(models, settings.sampling), make_score(models, settings)
     prompts = (params, Prompts(tokens, mask, ids, columns=None), key)
@@ -110,16 +110,16 @@ def ppo_programs(config: RunConfig, layout: Layout) -> list[Program]:
     samples = shard_rows(sample.eval_shape(*prompts), layout)
     if settings.reward.functions:
         scores = sharded_rows(layout, jnp.float32, rows)
-    scored = (params, mask, samples, scores, beta)
+    scored = (params, mask, samples, scores, kl_coef)
     experience = shard_rows(score.eval_shape(*scored), layout)
     # A simulated GPU has no memory kinds. XLA does not know that offloaded parameters are copied to the device, and
     # reserves no memory for them.
-    fetched = [leaf for leaf in jax.tree.leaves(waiting) if leaf.sharding.memory_kind != "pinned_host"]
+    fetched = [leaf for leaf in jax.tree.leaves(offloaded) if leaf.sharding.memory_kind != "pinned_host"]
     if in_one_program(models, settings):
-        both, passing = (*prompts, beta), (tokens, mask, fetched)
-        collected = [made("rollout and scoring", make_experience(models, settings), both, passing, decode)]
+        both, transient = (*prompts, kl_coef), (tokens, mask, fetched)
+        experience_programs = [made("rollout and scoring", make_experience(models, settings), both, transient, decode)]
     else:
-        collected = [
+        experience_programs = [
             made("rollout", sample, prompts, (tokens, mask), decode),
             made("scoring", score, scored, (samples, mask, fetched)),
         ]
@@ -130,5 +130,5 @@ def ppo_programs(config: RunConfig, layout: Layout) -> list[Program]:
     updated = (trainable, state, frozen, experience, texts, key)
     trained_models = [(models.actor, params.actor), (models.critic, params.critic)]
     exported = export_program("ppo", trained_models, resident, layout)
-    exported = [dataclasses.replace(one, waiting=waiting) for one in exported]
-    return [*collected, made("update", update, updated, (experience, texts)), *exported]
+    exported = [dataclasses.replace(one, offloaded=offloaded) for one in exported]
+    return [*experience_programs, made("update", update, updated, (experience, texts)), *exported]

@@ -64,7 +64,7 @@ def account(program: Program, topology: Topology) -> Account:
     traced = program.function.trace(*program.arguments)
     flops = product_flops(traced.jaxpr) / len(topology.devices)
     parameters, optimizer = (device_bytes(program.resident[part]) for part in ("parameters", "optimizer"))
-    batch, failure, sent = device_bytes(program.passing), None, ()
+    batch, failure, sent = device_bytes(program.transient), None, ()
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:

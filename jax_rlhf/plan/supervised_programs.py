@@ -44,7 +44,7 @@ class _Phase:
     """The state of a phase on the devices, which its programs share."""
 
     name: str
-    how: supervised.Supervised
+    spec: supervised.TrainingSpec
     state: supervised.SupervisedState
     params: SplitParams
     layout: Layout
@@ -53,40 +53,40 @@ class _Phase:
     def resident(self) -> dict[str, Any]:
         return {"parameters": (self.state.trainable, self.params.frozen), "optimizer": self.state.optimizer}
 
-    def program(self, name: str, function: Any, arguments: tuple, passing: Any, **fields: Any) -> Program:
+    def program(self, name: str, function: Any, arguments: tuple, transient: Any, **fields: Any) -> Program:
         fields = {"resident": self.resident} | fields
-        return Program(self.name, name, function, arguments, passing=passing, layout=self.layout, **fields)
+        return Program(self.name, name, function, arguments, transient=transient, layout=self.layout, **fields)
 
     def step(self, batch: Any) -> Program:
-        arguments = self.how, shardings_of(self.state), self.state, self.params.frozen, batch
+        arguments = self.spec, shardings_of(self.state), self.state, self.params.frozen, batch
         return self.program("step", supervised.step, arguments, batch)
 
     def export(self) -> list[Program]:
-        return export_program(self.name, [(self.how.network, self.params)], self.resident, self.layout)
+        return export_program(self.name, [(self.spec.network, self.params)], self.resident, self.layout)
 
 
 def sft_programs(config: RunConfig, layout: Layout) -> list[Program]:
     """The programs of supervised fine-tuning."""
     data, pretrained = config.data, abstract_model(config.model, "lm", layout)
     assert pretrained is not None  # config.model has a path
-    how = sft.training_spec(
+    spec = sft.training_spec(
         config.sft,
         pretrained.model,
         data.sft_batch_size,
         config.sft.steps or _STEPS,
         trainable_layers=config.model.trainable_layers,
     )
-    phase = _phase("sft", how, pretrained, layout)
+    phase = _phase("sft", spec, pretrained, layout)
     ids, flags = token_rows(layout, data.sft_batch_size, data.max_tokens)
     batch = TextBatch(ids, flags, flags, ids, ids)
-    evaluation = (how.network, how.loss, how.microbatches, phase.state.trainable, phase.params.frozen, batch)
+    evaluation = (spec.network, spec.loss, spec.microbatches, phase.state.trainable, phase.params.frozen, batch)
     made = [phase.step(batch), phase.program("evaluation", supervised.evaluation_sums, evaluation, batch)]
     if config.sft.sample_rows:
         sampling = Sampling(config.sft.sample_tokens, eos_ids=(pretrained.model.config.vocab_size - 1,))
         rows = config.sft.sample_rows + -config.sft.sample_rows % layout.num_shards("rows")
-        whole, copied = joined(how.network, phase.params, layout)
-        arguments, passing, read = _answers(pretrained.model, whole, rows, config, sampling, layout)
-        made.append(phase.program("answers", sample_program, arguments, (passing, copied), decode=read))
+        whole, copied = joined(spec.network, phase.params, layout)
+        arguments, transient, read = _answers(pretrained.model, whole, rows, config, sampling, layout)
+        made.append(phase.program("answers", sample_program, arguments, (transient, copied), decode=read))
     return made + phase.export()
 
 
@@ -94,9 +94,9 @@ def reward_programs(config: RunConfig, layout: Layout) -> list[Program]:
     """The programs that train the reward model, and that sample and score responses to normalise its scores."""
     data, settings = config.data_of("reward"), config.reward
     pretrained = reward_model(config, layout)
-    how = reward.training_spec(settings, pretrained.model, data.reward_batch_size, settings.steps or _STEPS)
-    phase, batch = _phase("reward", how, pretrained, layout), _pairs(config, layout)
-    arguments = how.network, how.microbatches, phase.params, batch
+    spec = reward.training_spec(settings, pretrained.model, data.reward_batch_size, settings.steps or _STEPS)
+    phase, batch = _phase("reward", spec, pretrained, layout), _pairs(config, layout)
+    arguments = spec.network, spec.microbatches, phase.params, batch
     made = [phase.step(batch), phase.program("evaluation", reward.batch_pair_scores, arguments, batch)]
     if settings.normalize_rows:
         made += _normalising(config, phase, layout)
@@ -119,13 +119,13 @@ def _normalising(config: RunConfig, phase: _Phase, layout: Layout) -> list[Progr
     """Programs that sample answers of the SFT policy, which then is on the devices too, and that score the answers."""
     answering, ppo, rows = policy(config, layout), config.ppo, config.data.ppo_batch_size
     sampling = dataclasses.replace(ppo.sampling, eos_ids=(answering.model.config.vocab_size - 1,))
-    arguments, passing, read = _answers(answering.model, answering.params, rows, config, sampling, layout)
+    arguments, transient, read = _answers(answering.model, answering.params, rows, config, sampling, layout)
     resident = phase.resident | {"parameters": (phase.state.trainable, phase.params.frozen, answering.params)}
-    answers = phase.program("answers", sample_program, arguments, passing, resident=resident, decode=read)
+    answers = phase.program("answers", sample_program, arguments, transient, resident=resident, decode=read)
     samples, width = shard_rows(sample_program.eval_shape(*arguments), layout), prompt_width(config)
     mask = sharded_rows(layout, jnp.bool_, *samples.tokens.shape)
     groups = rows // batch_plan(ppo, rows, width, layout, layout.platform).microbatch_size
-    scored = phase.how.network, groups, phase.params, samples.tokens, mask
+    scored = phase.spec.network, groups, phase.params, samples.tokens, mask
     scores = phase.program("answers' scores", calibration.batch_text_scores, scored, (samples, mask), resident=resident)
     return [answers, scores]
 
@@ -165,13 +165,13 @@ def reward_model(config: RunConfig, layout: Layout) -> Pretrained:
     return Pretrained(models[0], with_shardings(shapes, shardings))
 
 
-def _phase(name: str, how: supervised.Supervised, pretrained: Pretrained, layout: Layout) -> _Phase:
-    shardings = how.network.shardings(layout)
-    shapes = jax.eval_shape(functools.partial(supervised.split_params, how), pretrained.params)
+def _phase(name: str, spec: supervised.TrainingSpec, pretrained: Pretrained, layout: Layout) -> _Phase:
+    shardings = spec.network.shardings(layout)
+    shapes = jax.eval_shape(functools.partial(supervised.split_params, spec), pretrained.params)
     params = SplitParams(
         with_shardings(shapes.frozen, shardings.frozen), with_shardings(shapes.trainable, shardings.trainable)
     )
     state = with_shardings(
-        supervised.abstract_state(how, params.trainable), supervised.state_shardings(how, params.trainable, layout)
+        supervised.abstract_state(spec, params.trainable), supervised.state_shardings(spec, params.trainable, layout)
     )
-    return _Phase(name, how, state, SplitParams(params.frozen, state.trainable), layout)
+    return _Phase(name, spec, state, SplitParams(params.frozen, state.trainable), layout)

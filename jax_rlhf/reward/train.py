@@ -14,7 +14,7 @@ from jax_rlhf.hub.load_model import load_model
 from jax_rlhf.models import Decoder, model_jit
 from jax_rlhf.models.split import SplitModel, SplitParams
 from jax_rlhf.optim.microbatches import plan_batch
-from jax_rlhf.optim.supervised import Supervised
+from jax_rlhf.optim.supervised import TrainingSpec
 from jax_rlhf.parallel import Layout, gather_rows, map_row_groups, put_rows
 from jax_rlhf.reward.calibration import Responses, calibrated, calibration, policy_scores
 from jax_rlhf.reward.config import RewardConfig
@@ -96,7 +96,7 @@ def _load(phase: Phase, config: RewardConfig, model: ModelConfig, layout: Layout
     return pretrained
 
 
-def training_spec(config: RewardConfig, model: Decoder, batch_size: int, steps: int) -> Supervised:
+def training_spec(config: RewardConfig, model: Decoder, batch_size: int, steps: int) -> TrainingSpec:
     """What the update is made of: model, loss, optimizer, microbatches.
 
     Args:
@@ -111,7 +111,7 @@ def training_spec(config: RewardConfig, model: Decoder, batch_size: int, steps: 
     plan = plan_batch(batch_size, config.microbatch_size, model.config.layout, where="config.reward")
     if config.compare == "all" and plan.microbatches > 1:
         raise ValueError('config.reward.compare="all" compares within a whole batch: no microbatch_size.')
-    return Supervised(
+    return TrainingSpec(
         network=SplitModel(model, config.trainable_layers),
         loss=RewardLoss(config.loss, config.compare),
         optimizer=config.optimizer.with_end(steps),

@@ -12,7 +12,7 @@ from jax_rlhf.data import Datasets
 from jax_rlhf.hub import Pretrained, tokenizer_of
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.models.split import SplitParams
-from jax_rlhf.optim.supervised import Supervised, SupervisedState, create_state, evaluate, update
+from jax_rlhf.optim.supervised import SupervisedState, TrainingSpec, create_state, evaluate, update
 from jax_rlhf.parallel import Layout, put_rows
 from jax_rlhf.runtime.numerics import check_step, debugged
 from jax_rlhf.runtime.phase import Phase, digest, tokenizer_digest
@@ -31,7 +31,7 @@ class SupervisedTraining:
     """
 
     phase: Phase
-    spec: Supervised
+    spec: TrainingSpec
     frozen: Params
     datasets: Datasets
     layout: Layout | None
@@ -56,7 +56,7 @@ def other_widths(datasets: Datasets) -> str:
 
 
 def start(
-    phase: Phase, spec: Supervised, pretrained: Pretrained, datasets: Datasets, layout: Layout | None
+    phase: Phase, spec: TrainingSpec, pretrained: Pretrained, datasets: Datasets, layout: Layout | None
 ) -> SupervisedTraining:
     """Creates the training state, or restores it from the phase's last checkpoint.
 

@@ -15,7 +15,7 @@ from jax_rlhf.hub.load_model import load_model, sampled_ids
 from jax_rlhf.models import Decoder
 from jax_rlhf.models.split import SplitModel
 from jax_rlhf.optim.microbatches import plan_batch
-from jax_rlhf.optim.supervised import Supervised
+from jax_rlhf.optim.supervised import TrainingSpec
 from jax_rlhf.parallel import Layout, gather_to_host
 from jax_rlhf.runtime.manifest import export_model
 from jax_rlhf.runtime.phase import Phase
@@ -83,7 +83,7 @@ def run(
 
 def training_spec(
     config: SFTConfig, model: Decoder, batch_size: int, steps: int, *, trainable_layers: int | None
-) -> Supervised:
+) -> TrainingSpec:
     """What the update is made of: model, loss, optimizer, microbatches.
 
     Args:
@@ -97,7 +97,7 @@ def training_spec(
       ValueError: the batch does not divide into the configured microbatches.
     """
     plan = plan_batch(batch_size, config.microbatch_size, model.config.layout, where="config.sft")
-    return Supervised(
+    return TrainingSpec(
         network=SplitModel(model, trainable_layers),
         loss=SFTLoss(config.loss_on),
         optimizer=config.optimizer.with_end(steps),

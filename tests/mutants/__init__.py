@@ -1,4 +1,4 @@
-"""Wrong one-line variants of the code, each with the tests that must find it: `python -m tests.mutants`."""
+"""Wrong one-line variants of the code, each with the tests that must detect it: `python -m tests.mutants`."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""PPO itself: losses, advantages, KL, the two programs of an iteration, the sampler and the scorer."""
+"""Wrong variants of PPO itself: losses, advantages, KL, the programs of an iteration, the sampler and the scorer."""
 
 from tests.mutants import variants
 

@@ -1,4 +1,4 @@
-"""Data: what is held out, order, shares, BOS and EOS, masks, cutting, widths, rows of processes."""
+"""Wrong variants of the data code: splits, order, shares, BOS and EOS, masks, truncation, widths, rows per process."""
 
 from tests.mutants import variants
 

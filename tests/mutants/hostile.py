@@ -1,4 +1,4 @@
-"""What keeps hostile files, other people's code and lost work from doing harm."""
+"""Wrong variants of the code that guards against hostile files, foreign code and lost work."""
 
 from tests.mutants import variants
 

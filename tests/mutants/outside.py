@@ -1,4 +1,4 @@
-"""What comes from outside and goes there: reward functions, checkpoints of other programs, the command line."""
+"""Wrong variants of the code at the edges: reward functions, other programs' checkpoints, the command line."""
 
 from tests.mutants import variants
 

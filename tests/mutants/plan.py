@@ -1,4 +1,4 @@
-"""The plan: what it counts, for which shapes, and what sampling's layout and a padded vocabulary rest on."""
+"""Wrong variants of the plan, the rollout layout and the padded vocabulary."""
 
 from tests.mutants import variants
 
@@ -49,10 +49,10 @@ MUTANTS = [
     *variants(
         "plan/ppo_programs.py",
         _HOST,
-        ("**dict.fromkeys(waiting))", ")"),
+        ("**dict.fromkeys(offloaded))", ")"),
         ('if leaf.sharding.memory_kind != "pinned_host"]', 'if leaf.sharding.memory_kind == "pinned_host"]'),
-        ("passing, layout, decode, waiting, rollout)", "passing, layout, decode, rollout=rollout)"),
-        ("[dataclasses.replace(one, waiting=waiting) for one in exported]", "list(exported)"),
+        ("transient, layout, decode, offloaded, rollout)", "transient, layout, decode, rollout=rollout)"),
+        ("[dataclasses.replace(one, offloaded=offloaded) for one in exported]", "list(exported)"),
     ),
     *variants(
         "plan/supervised_programs.py",

@@ -1,4 +1,4 @@
-"""The recipes: what is written, evaluation, normalisation, schedules, shares of time."""
+"""Wrong variants of the recipes: what they write, evaluation, normalisation, schedules, shares of time."""
 
 from tests.mutants import variants
 

@@ -1,4 +1,4 @@
-"""Supervised training, roles, engine, trainer and reward functions: each term dropped, turned or a neighbour's."""
+"""Wrong variants of supervised training, the engine, the trainer and the reward functions."""
 
 from tests.mutants import variants
 

@@ -11,7 +11,7 @@ from jax_rlhf import Pretrained
 from jax_rlhf.data.batches import pair_batch, text_batch
 from jax_rlhf.models import Decoder
 from jax_rlhf.models.split import SplitModel
-from jax_rlhf.optim.supervised import Supervised, create_state, update
+from jax_rlhf.optim.supervised import TrainingSpec, create_state, update
 from jax_rlhf.reward.loss import RewardLoss, reward_start
 from tests.optim.test_supervised import LINEAR, examples, sft
 from tests.ppo import tiny
@@ -63,7 +63,7 @@ def slope_loss(network, params, batch):
 
 def reward_model(**how):
     start = reward_start(tiny.policy(), 1, jax.random.key(3))
-    return Supervised(SplitModel(start.model), **how), start
+    return TrainingSpec(SplitModel(start.model), **how), start
 
 
 def test_steps_that_are_not_finite_change_nothing_but_the_counters_and_the_schedule():

@@ -11,7 +11,7 @@ from jax_rlhf.data.batches import packed_pairs, pair_batch, text_batch
 from jax_rlhf.data.tokens import Example
 from jax_rlhf.models.split import SplitModel
 from jax_rlhf.optim.config import OptimizerConfig
-from jax_rlhf.optim.supervised import Supervised, create_state, evaluate, step, update
+from jax_rlhf.optim.supervised import TrainingSpec, create_state, evaluate, step, update
 from jax_rlhf.parallel import shardings_of
 from jax_rlhf.reward.loss import RewardLoss, pair_scores, reward_start
 from jax_rlhf.sft.loss import SFTLoss
@@ -29,7 +29,7 @@ def examples(count, answers=1, seed=0):
 
 def sft(network_layers=None, loss_on="completion", microbatches=1):
     policy = tiny.policy()
-    how = Supervised(SplitModel(policy.model, network_layers), SFTLoss(loss_on), LINEAR, None, microbatches)
+    how = TrainingSpec(SplitModel(policy.model, network_layers), SFTLoss(loss_on), LINEAR, None, microbatches)
     return how, policy
 
 
@@ -80,7 +80,7 @@ def test_packed_texts_and_pairs_begin_at_position_0():
     """Where positions have a table, it shows where a text begins; rotations say only how far apart two tokens are."""
     learned = {"position_kind": "learned", "rotary": None, "max_positions": 64}
     rows, policy = examples(3), tiny.policy(**learned)
-    how = Supervised(SplitModel(policy.model), SFTLoss("all"), LINEAR)
+    how = TrainingSpec(SplitModel(policy.model), SFTLoss("all"), LINEAR)
     state, frozen = create_state(how, policy.params)
     apart = evaluate(how, state, frozen, text_batch([[row] for row in rows], 12, 0))
     together = evaluate(how, state, frozen, text_batch([rows], 40, 0))
@@ -141,7 +141,7 @@ def scores_by_hand(policy, pairs):
 def reward(**loss):
     start = reward_start(tiny.policy(), None, jax.random.key(3))
     start = dataclasses.replace(start, params=jax.tree.map(lambda leaf: leaf * 1.5, start.params))
-    return Supervised(SplitModel(start.model), RewardLoss(**loss), LINEAR), start
+    return TrainingSpec(SplitModel(start.model), RewardLoss(**loss), LINEAR), start
 
 
 def softplus(x):

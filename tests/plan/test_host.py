@@ -63,7 +63,7 @@ def test_what_waits_on_the_host_is_on_the_device_only_while_it_scores(tmp_path, 
         parameters = [device_bytes(one.resident["parameters"]) for one in (before, after)]
         assert parameters[0] - parameters[1] == pytest.approx(size, rel=0.01)
         copied = size if chips.startswith("h100") and name == "scoring" else 0
-        more = device_bytes(after.passing) - device_bytes(before.passing)
+        more = device_bytes(after.transient) - device_bytes(before.transient)
         assert more == pytest.approx(copied, rel=0.01)
 
 
