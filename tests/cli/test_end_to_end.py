@@ -228,7 +228,7 @@ def test_reward_model_is_normalised_on_samples_of_the_sft_policy(whole):
 
 
 def test_torch_gives_the_same_scores_as_jax(whole):
-    """transformers reads the score at the last token that is not the pad token, so the exported one differs from EOS."""
+    """transformers scores the last token that is not the pad token, so the exported pad token is not EOS."""
     pytest.importorskip("torch")
     import torch
 
