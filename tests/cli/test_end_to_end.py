@@ -375,9 +375,8 @@ def test_a_signal_saves_the_state_and_gives_exit_code_75(tmp_path, number):
     assert f"step {steps[-1]} is saved in" in printed
     assert "run the same command again to continue" in errors
     assert [file.name for file in (tmp_path / "run" / "sft" / "checkpoints").iterdir()] == [str(steps[-1])]
-    assert (tmp_path / "run" / "sft" / "model").exists() == (
-        number == signal.SIGINT
-    )  # preemption leaves no time to export
+    # Preemption leaves no time to export the model.
+    assert (tmp_path / "run" / "sft" / "model").exists() == (number == signal.SIGINT)
     assert not (tmp_path / "run" / "sft" / "summary.json").exists()
     if number == signal.SIGTERM:  # a launch script repeats the same command, with --overwrite
         again = subprocess.Popen(

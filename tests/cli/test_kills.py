@@ -66,7 +66,7 @@ def run_with(number, kills, folder, seed, *flags):
         gone_on = re.search(r"(\w+): continuing from the checkpoint of step (\d+)", output)
         if gone_on:  # it must continue from the last complete checkpoint
             assert known[gone_on[1]] == int(gone_on[2])
-        # A phase with a checkpoint must not start from the beginning. The results do not show this, as they
+        # A phase with a checkpoint must not start from the beginning. This has to be checked here, because the results
         # would be the same.
         for phase, step in known.items():
             assert not step or f"{phase}: compiling" not in output or (gone_on and gone_on[1] == phase), output[-3000:]

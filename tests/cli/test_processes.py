@@ -192,7 +192,8 @@ def wait_for(what, processes):
 
 def test_a_dead_process_ends_the_other_and_a_signal_to_one_stops_both(folder, tmp_path):
     """The same command continues after the last checkpoint, so that metrics have each step once."""
-    flags = (*ENDLESS, "--config.checkpoint.every=1")  # it is killed during a save, or close to one
+    # Every step is saved, so that the second process is killed during a save, or close to one.
+    flags = (*ENDLESS, "--config.checkpoint.every=1")
     first, second = start_two(folder, tmp_path / "run", *flags)
     wait_for(lambda: complete(tmp_path / "run" / "sft"), [first])
     second.send_signal(signal.SIGKILL)
@@ -206,7 +207,7 @@ def test_a_dead_process_ends_the_other_and_a_signal_to_one_stops_both(folder, tm
     written = file.read_text().count('"train/loss"')
     again = start_two(folder, tmp_path / "run", *flags)
     wait_for(lambda: max(complete(tmp_path / "run" / "sft")) > max(last, written), again)
-    again[1].send_signal(signal.SIGTERM)  # processes must be told of this even during a save
+    again[1].send_signal(signal.SIGTERM)  # all processes must get this notice, even during a save
     printed = finish(again, timeout=120)
     for output, code in printed:
         assert code == 75, output[-3000:]

@@ -137,7 +137,7 @@ def test_pretraining_texts_are_not_packed_even_if_sft_texts_are(tmp_path):
 
 
 def test_a_sample_has_only_the_words_of_prompt_and_response():
-    """Special tokens and padding slots are left out. The padding slots contain "z", which is no special token."""
+    """Special tokens and padding slots are left out. The padding slots contain "z", which is not a special token."""
     engine = types.SimpleNamespace(tokenizer=data.tokenizer(), layout=None)
     experience = types.SimpleNamespace(
         tokens=jnp.array([data.ids("z <bos> a b c <eos> z"), data.ids("<eos> <bos> d z z z z")]),
@@ -155,10 +155,8 @@ def test_a_sample_has_only_the_words_of_prompt_and_response():
     assert evaluate.response_rows(trainer, experience, 3, "eval") == [first, other]
     own = [{"answer": 7}, {"answer": datetime.date(2026, 1, 2)}]
     rows = evaluate.response_rows(trainer, experience, 3, "eval", columns=own)
-    assert [row["columns"] for row in rows] == [
-        {"answer": 7},
-        {"answer": "2026-01-02"},
-    ]  # JSON has no dates, so they become strings
+    # JSON has no dates, so they become strings.
+    assert [row["columns"] for row in rows] == [{"answer": 7}, {"answer": "2026-01-02"}]
     assert evaluate.response_rows(trainer, experience, 3, "eval", count=1) == [first]
 
 

@@ -67,7 +67,7 @@ WHERE = {"/lib/orbax/writer.py": False, "/lib/tensorstore/core.py": False, "/hom
 
 
 @pytest.mark.parametrize(("file", "shown"), WHERE.items())
-def test_only_writers_errors_in_threads_and_tasks_are_suppressed(said, file, shown):
+def test_only_errors_of_orbax_and_tensorstore_are_suppressed(said, file, shown):
     thread = threading.Thread(target=raising(file, "of a thread"))
     thread.start()
     thread.join()

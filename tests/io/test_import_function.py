@@ -46,9 +46,8 @@ def test_a_file_is_executed_once_and_can_import_from_its_folder(file):
     assert function(2) == 6
     assert import_function(f"{file}:scaled") is function
     assert import_function(f"{file.parent / '.' / file.name}:scaled") is function
-    assert (
-        import_function(f"{function.__module__}:{function.__qualname__}") is function
-    )  # the name that another process uses
+    # Another process uses this name.
+    assert import_function(f"{function.__module__}:{function.__qualname__}") is function
 
 
 def test_a_relative_path_is_resolved_in_the_working_directory(file, monkeypatch):
