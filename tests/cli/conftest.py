@@ -1,4 +1,4 @@
-"""A whole run, once for all tests that look at what it left."""
+"""A run of all three phases, made once and shared by the tests that read its files."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.shared import made_once
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-    """A whole run: its folder and what it printed."""
+    """The workdir and the stdout of a run of all three phases."""
 
     def make(folder):
         code, printed, errors = alone.run(folder)

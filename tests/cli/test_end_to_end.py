@@ -1,4 +1,4 @@
-"""`python -m jax_rlhf` on a tiny random model and a hundred rows: all three phases, every file that they write."""
+"""Runs `python -m jax_rlhf` with a tiny random model: all three phases, and the files that they write."""
 
 import json
 import os
@@ -41,14 +41,14 @@ def command(folder, *flags, config=None):
 
 def environment():
     ours = {"PYTHONPATH": PYTHONPATH, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags_for(1)}
-    # Compiled once for all processes of all tests: compiling is most of what they do.
+    # All processes of all tests share compiled programs, because compilation takes most of their time.
     ours["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
     ours["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     return {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"} | ours
 
 
 def run(folder, *flags, config=None):
-    """Exit code, stdout, stderr."""
+    """Runs the command. Returns its exit code, stdout and stderr."""
     how = {"cwd": folder, "env": environment(), "capture_output": True, "text": True, "timeout": 900}
     done = subprocess.run(command(folder, *flags, config=config), **how, check=False)
     return done.returncode, done.stdout, done.stderr
@@ -76,8 +76,8 @@ def test_every_phase_leaves_model_metrics_samples_and_summary(whole):
     assert config["ppo"]["seed"] == config["seed"] == SEED
 
 
-def test_samples_have_one_form_in_all_phases(whole):
-    """With the row's own columns."""
+def test_samples_have_the_same_fields_in_all_phases(whole):
+    """Other columns of the input row, such as `tag`, are copied to the sample."""
     workdir, _ = whole
     form = {"step", "split", "prompt", "response", "score", "kl", "length", "ended", "columns"}
     for phase in ("sft", "reward", "ppo"):
@@ -89,7 +89,7 @@ def test_samples_have_one_form_in_all_phases(whole):
             assert not {"<eos>", "<bos>", "<pad>"} & {*row["prompt"].split(), *row["response"].split()}
 
 
-def test_every_metric_that_is_written_is_explained_and_has_seven_digits(whole):
+def test_every_written_metric_is_documented_and_has_seven_digits(whole):
     workdir, _ = whole
     page = (ROOT / "docs" / "metrics.md").read_text()
     judged = {"eval/count_a"}
@@ -99,11 +99,11 @@ def test_every_metric_that_is_written_is_explained_and_has_seven_digits(whole):
             assert all(
                 value is None or value == float(f"{value:.7g}") for name, value in line.items() if name != "seconds"
             )
-    assert "loss/ptx_avg" not in line  # what is off is not written
+    assert "loss/ptx_avg" not in line  # metrics of features that are off are not written
     assert "policy/penalty_kl" not in line
 
 
-def test_a_run_ends_with_a_table_and_what_to_do_next(whole):
+def test_a_run_ends_by_printing_a_table_and_the_next_commands(whole):
     workdir, printed = whole
     closing = printed.splitlines()[-30:]
     rows = {tuple(line.split()[:2]): line.split()[2:] for line in closing if line.split()[:1] in (["sft"], ["ppo"])}
@@ -136,10 +136,10 @@ finally:
 """
 
 
-def test_the_second_start_of_a_run_compiles_nothing(tmp_path):
-    """Programs are kept on the disk by default, and --compile_cache= turns that off."""
+def test_a_second_run_with_the_same_compile_cache_compiles_nothing(tmp_path):
+    """An empty --compile_cache= turns off the cache of compiled programs."""
     counts = []
-    tiny.config(tmp_path)  # the checkpoint, which the first process would compile for
+    tiny.config(tmp_path)  # saves the checkpoint here, since the first process would compile programs to make it
     for run, place in enumerate(("kept", "kept", "")):
         own = f"--workdir={tmp_path / str(run)}", f"--compile_cache={place and tmp_path / place}"
         flags = command(tmp_path, "--config.phases=sft", "--config.sft.sample_rows=0", *own)
@@ -154,7 +154,7 @@ def test_the_second_start_of_a_run_compiles_nothing(tmp_path):
     assert off == [0, 0]
 
 
-def test_a_check_trains_nothing_and_shows_a_row_of_each_phase(tmp_path):
+def test_check_trains_nothing_and_prints_an_example_row_per_phase(tmp_path):
     code, printed, errors = run(tmp_path, "--check")
     assert code == 0, errors[-3000:]
     assert not (tmp_path / "run").exists()
@@ -163,7 +163,7 @@ def test_a_check_trains_nothing_and_shows_a_row_of_each_phase(tmp_path):
             line for line in printed.splitlines() if line.startswith(f"{phase} data, an example: prompt (3 tokens)")
         )
         assert parts in line
-    assert "<eos>'" in printed  # special tokens are seen
+    assert "<eos>'" in printed  # special tokens are visible
     assert printed.splitlines()[-1] == (
         "checked: settings, data and checkpoints of sft, reward, ppo; nothing was trained"
     )
@@ -175,7 +175,7 @@ def test_a_check_trains_nothing_and_shows_a_row_of_each_phase(tmp_path):
 def test_sft_and_reward_model_learn(whole):
     workdir, _ = whole
     sft = json.loads((workdir / "sft" / "summary.json").read_text())
-    assert sft["eval/loss_before"] > 3.0  # log 31 = 3.43: random weights know nothing
+    assert sft["eval/loss_before"] > 3.0  # random weights give about log 31 = 3.43, for 31 tokens
     assert sft["eval/loss"] < 2.0
     for line in lines(workdir / "sft" / "metrics.jsonl") + lines(workdir / "reward" / "metrics.jsonl"):
         assert line.get("train/tokens_per_second", 1) > 0
@@ -186,7 +186,7 @@ def test_sft_and_reward_model_learn(whole):
     assert [line["train/loss"] for line in lines(workdir / "sft" / "metrics.jsonl") if "train/loss" in line][-1] < 2.5
 
 
-def test_ppo_reports_what_its_users_look_for(whole):
+def test_ppo_reports_metrics_evaluations_and_samples(whole):
     workdir, printed = whole
     metrics = lines(workdir / "ppo" / "metrics.jsonl")
     steps = [line for line in metrics if "objective/kl" in line]
@@ -219,7 +219,7 @@ def test_reward_model_is_normalised_on_samples_of_the_sft_policy(whole):
     normalised = summary["gain"] * scores + summary["bias"] - summary["missing_eos_bias"] * cut
     assert np.mean(normalised) == pytest.approx(0, abs=1e-5)
     assert np.std(normalised) == pytest.approx(1, abs=1e-5)
-    # What was saved gives those scores: gain in the head, bias beside it.
+    # The saved model gives the normalised scores: the gain is in its head, and the bias is stored in its config.
     pretrained = load_pretrained(workdir / "reward" / "model", head="scalar")
     first = lines(workdir / "reward" / "samples.jsonl")[0]
     tokens = np.array([data.ids(f"{first['prompt']} {first['response']}{' <eos>' * first['ended']}")])
@@ -227,8 +227,8 @@ def test_reward_model_is_normalised_on_samples_of_the_sft_policy(whole):
     assert float(value) - pretrained.missing_eos_bias * cut[0] == pytest.approx(normalised[0], abs=1e-4)
 
 
-def test_torch_scores_texts_as_we_do(whole):
-    """transformers pools at the last token that is not the pad: exported as one that differs from EOS."""
+def test_torch_gives_the_same_scores_as_jax(whole):
+    """transformers scores the last token that is not the pad token, so the exported pad token is not EOS."""
     pytest.importorskip("torch")
     import torch
 
@@ -247,7 +247,7 @@ def test_torch_scores_texts_as_we_do(whole):
     np.testing.assert_allclose(scores.numpy() + theirs.config.reward_bias, last, atol=1e-4)
 
 
-def test_the_same_command_again_has_nothing_to_do(whole):
+def test_a_repeated_command_skips_finished_phases(whole):
     workdir, _ = whole
     code, printed, errors = run(workdir.parent)
     assert code == 0, errors
@@ -267,7 +267,7 @@ WRONG = [
 ]
 UNWRITABLE = [["--config.phases=sft", f"--workdir={workdir}"] for workdir in ("/sys/jax_rlhf", "base/config.json/run")]
 
-# Most of what such a command takes is spent on imports: done once, before a process is forked for each.
+# Imports take most of such a command's time. They are done once, before a process is forked for each command.
 FORKED = """
 import json, os, sys
 from jax_rlhf.cli import run as command
@@ -285,7 +285,7 @@ for index, arguments in enumerate(commands):
 
 @pytest.fixture(scope="module")
 def refused(whole, tmp_path_factory):
-    """refused(flags): exit code, stdout and stderr of the command that made the whole run, with a wrong flag."""
+    """refused(flags): exit code, stdout and stderr of the command that made the run `whole`, with these flags added."""
     folder, said = whole[0].parent, tmp_path_factory.mktemp("refused")
     wrong = [*(flags for flags, _ in WRONG), *UNWRITABLE]
     commands = [command(folder, *flags, config=folder / "config.py")[3:] for flags in wrong]
@@ -299,7 +299,7 @@ def refused(whole, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("flags", "message"), WRONG)
-def test_a_wrong_command_stops_at_once(refused, flags, message):
+def test_wrong_settings_end_the_command_with_an_error_line(refused, flags, message):
     code, _, errors = refused(flags)
     assert code in (1, 2)
     assert errors.splitlines()[-1].startswith("error: ")
@@ -307,7 +307,7 @@ def test_a_wrong_command_stops_at_once(refused, flags, message):
 
 
 @pytest.mark.parametrize("flags", UNWRITABLE)
-def test_a_workdir_that_cannot_be_written_is_said_at_the_start(refused, flags):
+def test_an_unwritable_workdir_is_an_error_before_models_are_loaded(refused, flags):
     workdir = flags[-1].removeprefix("--workdir=")
     code, printed, errors = refused(flags)
     assert code == 1, errors[-3000:]
@@ -325,7 +325,7 @@ JUDGED = ("--config.phases=ppo", "--config.ppo.iterations=2", "--config.ppo.rewa
         ("exits", ["--config.ppo.reward.timeout=None"], 1, "it ended with SystemExit"),
     ],
 )
-def test_what_a_reward_function_does_to_its_process_is_no_end_of_the_run(tmp_path, judge, flags, code, said):
+def test_a_reward_function_may_be_isolated_and_its_exit_is_an_error(tmp_path, judge, flags, code, said):
     tiny.config(tmp_path)
     names = (
         f"--config.sft_model_path={tmp_path / 'base'}",
@@ -340,10 +340,11 @@ def test_what_a_reward_function_does_to_its_process_is_no_end_of_the_run(tmp_pat
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_being_asked_to_stop_saves_all_and_says_so_by_the_exit_code(tmp_path, number):
+def test_a_signal_saves_the_state_and_gives_exit_code_75(tmp_path, number):
     flags = ("--config.phases=sft", "--config.sft.steps=100000", "--overwrite")
     tiny.config(tmp_path)
-    # Alone in a cluster, as on a TPU VM of one host, JAX's preemption service would have SIGTERM, and nobody ask it.
+    # With SIGTERM the process is the only one of its cluster, as on a TPU VM with one host. There JAX's preemption
+    # service must not handle SIGTERM, because nothing would query it.
     cluster = (f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=1", "--process_id=0")
     process = subprocess.Popen(
         command(tmp_path, *flags, *(cluster if number == signal.SIGTERM else ())),
@@ -374,13 +375,14 @@ def test_being_asked_to_stop_saves_all_and_says_so_by_the_exit_code(tmp_path, nu
     assert f"step {steps[-1]} is saved in" in printed
     assert "run the same command again to continue" in errors
     assert [file.name for file in (tmp_path / "run" / "sft" / "checkpoints").iterdir()] == [str(steps[-1])]
-    assert (tmp_path / "run" / "sft" / "model").exists() == (number == signal.SIGINT)  # a preempted machine has seconds
+    # Preemption leaves no time to export the model.
+    assert (tmp_path / "run" / "sft" / "model").exists() == (number == signal.SIGINT)
     assert not (tmp_path / "run" / "sft" / "summary.json").exists()
-    if number == signal.SIGTERM:  # a launch script gives the same command again, --overwrite and all
+    if number == signal.SIGTERM:  # a launch script repeats the same command, with --overwrite
         again = subprocess.Popen(
             command(tmp_path, *flags), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
         )
-        seen, limit = "", threading.Timer(100, again.kill)  # should the message never come, the lines end
+        seen, limit = "", threading.Timer(100, again.kill)  # ends the loop if the message never comes
         limit.start()
         while "continuing from" not in seen:
             line = again.stdout.readline()
@@ -393,8 +395,8 @@ def test_being_asked_to_stop_saves_all_and_says_so_by_the_exit_code(tmp_path, nu
         assert f"continuing from the checkpoint of step {steps[-1]}" in seen
 
 
-def test_a_full_disk_loses_nothing_that_was_saved(tmp_path):
-    """Where no file may grow past 40 KiB, as on a full disk: there is no checkpoint, and that is said."""
+def test_a_full_disk_is_an_error_and_the_same_command_works_later(tmp_path):
+    """ulimit keeps files below 40 KiB, so that writing a checkpoint fails as on a full disk."""
     flags = ("--config.phases=sft", "--config.checkpoint.every=2")
     limit = ["bash", "-c", 'ulimit -f 40; exec "$@"', "bash"]
     full = {"cwd": tmp_path, "env": environment(), "capture_output": True, "text": True, "timeout": 200}
@@ -413,8 +415,8 @@ def test_a_full_disk_loses_nothing_that_was_saved(tmp_path):
     assert "sft: steps 12" in printed
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path):
-    """In a reward function that never returns."""
+def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path):
+    """The first Ctrl-C waits for the reward function, which never returns. The second one ends the process."""
     flags = ("--config.phases=ppo", f"--config.sft_model_path={tmp_path / 'base'}")
     process = subprocess.Popen(
         command(tmp_path, *flags, "--config.ppo.reward.functions=tests.cli.test_end_to_end:never"),

@@ -1,4 +1,4 @@
-"""What strangers write on the command line: lists, configs, fields of other frameworks."""
+"""Command-line flags: lists, configs, misspelled fields, and fields of other frameworks."""
 
 import importlib
 import subprocess
@@ -18,7 +18,7 @@ from tests.processes import ROOT
 
 @pytest.fixture
 def parsed(monkeypatch):
-    """Parses a command line as the program does, with flags of its own."""
+    """parsed(*arguments): the settings that the program makes of a command line, with absl flags of this test only."""
 
     def parse(*arguments):
         values = flags.FlagValues()
@@ -36,7 +36,7 @@ def parsed(monkeypatch):
 
 @pytest.fixture
 def refused(parsed, capsys):
-    """What is said of one that cannot be used: usage, and a line."""
+    """refused(*arguments): the error message for a wrong command line, which follows a line with the usage."""
 
     def refuse(*arguments):
         with pytest.raises(SystemExit) as stopped:
@@ -85,7 +85,7 @@ def test_every_text_between_commas_is_an_element(parsed, written, expected):
     assert parsed("--config=sft", f"--config.data.paths={written}").data.paths == expected
 
 
-def test_lists_of_other_fields(parsed):
+def test_lists_of_other_fields_are_parsed(parsed):
     settings = parsed(
         "--config=ppo",
         "--config.phases=sft,reward,ppo",
@@ -100,7 +100,7 @@ def test_lists_of_other_fields(parsed):
     assert settings.phases == ("sft", "reward", "ppo")
     assert settings.ppo.reward.functions == ("a.b:f", "c:g")
     assert settings.ppo.sampling.eos_ids == (2, 7)
-    assert settings.data.paths == ("a b.jsonl", "c.jsonl", "d.jsonl")  # given twice, they add up
+    assert settings.data.paths == ("a b.jsonl", "c.jsonl", "d.jsonl")  # the values of a repeated flag are concatenated
     assert settings.data.weights == (3.0, 1.5, 1.0)
     assert settings.data.length_buckets == (64, 128)
     assert settings.mesh.rules == ("mlp=tensor+fsdp", "embed=")
@@ -108,7 +108,7 @@ def test_lists_of_other_fields(parsed):
     assert parsed("--config=ppo").phases == ("ppo",)
 
 
-def test_a_comma_in_a_config_file_s_own_list_is_part_of_the_element():
+def test_a_comma_in_an_element_of_a_config_files_list_is_kept():
     assert run_config({"data": {"paths": ("a,b.jsonl", "c.jsonl")}}).data.paths == ("a,b.jsonl", "c.jsonl")
 
 
@@ -148,7 +148,7 @@ def test_a_comma_in_a_config_file_s_own_list_is_part_of_the_element():
         (["--config=sft", "--nosuch=1"], "Unknown command line flag 'nosuch'"),
     ],
 )
-def test_what_cannot_be_used_is_said_in_a_line(refused, arguments, message):
+def test_a_wrong_flag_ends_with_a_one_line_error(refused, arguments, message):
     assert message in refused(*arguments)
 
 
@@ -166,14 +166,14 @@ def test_what_cannot_be_used_is_said_in_a_line(refused, arguments, message):
         ),
     ],
 )
-def test_a_broken_config_file_is_named_with_its_line(refused, tmp_path, content, message):
+def test_an_error_in_a_config_file_names_the_file_and_the_cause(refused, tmp_path, content, message):
     (tmp_path / "mine.py").write_text(content)
     said = refused(f"--config={tmp_path / 'mine.py'}")
     assert said.startswith(str(tmp_path / "mine.py"))
     assert message in said
 
 
-def test_a_config_of_the_user_s_may_take_a_parameter(parsed, tmp_path, monkeypatch):
+def test_a_users_config_file_may_take_a_parameter(parsed, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "from jax_rlhf.cli.packaged import packaged_config\n"
         "def get_config(seed='3'):\n"
@@ -185,17 +185,17 @@ def test_a_config_of_the_user_s_may_take_a_parameter(parsed, tmp_path, monkeypat
     assert parsed("--config", str(tmp_path / "mine.py")).seed == 3
     needed = (tmp_path / "mine.py").read_text().replace("seed='3'", "seed")
     (tmp_path / "needed.py").write_text(needed)
-    monkeypatch.setenv("HOME", str(tmp_path))  # which a shell does not put in after "="
+    monkeypatch.setenv("HOME", str(tmp_path))  # for "~", which a shell does not expand after "="
     assert parsed("--config=~/needed.py:5").seed == 5
 
 
-def test_the_package_has_the_configs(parsed):
+def test_the_package_contains_all_configs(parsed):
     assert set(packaged_configs()) == {file.stem for file in (ROOT / "configs").glob("*.py")}
     for name in packaged_configs():
         assert parsed(f"--config={name}") == run_config(packaged_config(name))
 
 
-def test_unknown_phases_are_answered_as_such():
+def test_unknown_phases_and_fields_raise_with_an_explanation():
     with pytest.raises(ValueError, match=r"'dpo' is not a phase; DPO and its relatives .*: not supported yet"):
         run_config({"phases": ("dpo",)})
     with pytest.raises(ValueError, match="'rm' is not a phase; the phases are sft, reward, ppo"):
@@ -204,8 +204,8 @@ def test_unknown_phases_are_answered_as_such():
         run_config({"model": {"lora_r": 8}})
 
 
-def test_a_command_that_cannot_be_used_ends_with_2_and_no_traceback(tmp_path):
-    """As a process: a JobSet starts again after other codes."""
+def test_a_wrong_command_exits_with_code_2_and_no_traceback(tmp_path):
+    """A Kubernetes JobSet restarts a run after most other exit codes."""
     command = [sys.executable, "-m", "jax_rlhf", "--config=nosuch.py", "--workdir=x"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 2

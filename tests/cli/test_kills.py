@@ -1,4 +1,4 @@
-"""A whole run as a real process, killed at random moments and started again: it ends as if nothing had happened."""
+"""A run is killed at random moments and restarted. Its results equal those of a run that was never stopped."""
 
 import json
 import random
@@ -26,7 +26,7 @@ def start(folder, *flags):
 
 
 def complete(workdir):
-    """The last complete checkpoint of each phase."""
+    """The step of each phase's last complete checkpoint, 0 if there is none."""
     found = {phase: (workdir / phase / "checkpoints").glob("*") for phase in PHASES}
     return {phase: max((int(f.name) for f in files if f.name.isdigit()), default=0) for phase, files in found.items()}
 
@@ -47,8 +47,8 @@ def assert_same(one, other):
 
 
 def run_with(number, kills, folder, seed, *flags):
-    """Sends the signal so often, and starts again each time; how many steps were written down and lost, each time."""
-    longest = 8.0 if flags else 3.0  # seconds that a start has, far less than the whole takes
+    """Stops a run `kills` times and restarts it. Returns the number of logged steps that each stop lost."""
+    longest = 8.0 if flags else 3.0  # seconds until the signal at most; the whole run takes much longer
     moments, lost, sent = random.Random(seed), [], 0
     known = dict.fromkeys(PHASES, 0)
     while True:
@@ -64,9 +64,11 @@ def run_with(number, kills, folder, seed, *flags):
                 sent += 1
         output = process.communicate(timeout=300)[0]
         gone_on = re.search(r"(\w+): continuing from the checkpoint of step (\d+)", output)
-        if gone_on:  # from the last complete one
+        if gone_on:  # it must continue from the last complete checkpoint
             assert known[gone_on[1]] == int(gone_on[2])
-        for phase, step in known.items():  # and never from the start, which would end alike
+        # A phase with a checkpoint must not start from the beginning. This has to be checked here, because the results
+        # would be the same.
+        for phase, step in known.items():
             assert not step or f"{phase}: compiling" not in output or (gone_on and gone_on[1] == phase), output[-3000:]
         if process.returncode == 0:
             assert sent == kills, "it ended before it was killed often enough: make the run longer"
@@ -80,7 +82,7 @@ def run_with(number, kills, folder, seed, *flags):
 
 
 def whole_lines(file):
-    """But for one that may be half-written."""
+    """The complete lines of a file, whose last line may be incomplete."""
     content = file.read_bytes()
     return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
 
@@ -106,15 +108,15 @@ def compared(number, kills, folder, name, wanted, *flags):
     return lost
 
 
-def test_killed_and_started_again_it_ends_as_if_nothing_had_happened(folder, whole):
-    """As the run that was never stopped, of the same settings but for how often it saves."""
+def test_a_killed_run_ends_with_the_results_of_an_uninterrupted_one(folder, whole):
+    """The two runs have the same settings, except for the interval between checkpoints."""
     lost = compared(signal.SIGKILL, 2, folder, "killed", whole[0])
-    assert max(lost, default=0) <= 2  # the step at hand, and the one whose checkpoint was being written
+    assert max(lost, default=0) <= 2  # the current step, and the one whose checkpoint was being written
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_thirty_times(folder, number):
+def test_a_run_that_is_stopped_35_times_ends_with_the_same_results(folder, number):
     wanted = straight(folder / f"straight{number}", *LONG)
     started = time.time()
     lost = compared(number, 35, folder, f"killed{number}", wanted, *LONG)

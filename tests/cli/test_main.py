@@ -1,4 +1,4 @@
-"""The command `jax-rlhf`: which subcommand runs with which arguments, and what --help says."""
+"""The command `jax-rlhf`: which subcommand runs with which arguments, and what --help prints."""
 
 import sys
 import types
@@ -11,7 +11,7 @@ from jax_rlhf.cli.reference import all_fields
 
 @pytest.fixture
 def ran(monkeypatch):
-    """(module, arguments) of each subcommand that was run, which does nothing."""
+    """A list of (module, arguments) of each subcommand that was called. Its module is replaced, so nothing runs."""
     calls = []
 
     def module(name):
@@ -31,7 +31,7 @@ def ran(monkeypatch):
             "jax_rlhf.plan.__main__",
             ["--config=ppo", "--topology=h100:8"],
         ),
-        (["chat", "plan"], "jax_rlhf.chat", ["plan"]),  # a model in a folder of this name
+        (["chat", "plan"], "jax_rlhf.chat", ["plan"]),  # here "plan" is the folder of a model
         (["verify", "runs/own"], "jax_rlhf.verify", ["runs/own"]),
         ([], "jax_rlhf.cli.run", []),
         (["--config", "plan"], "jax_rlhf.cli.run", ["--config", "plan"]),
@@ -61,7 +61,7 @@ def flat(fields):
         yield from flat(field.fields)
 
 
-def test_help_lists_every_flag_and_every_setting_with_its_default_and_meaning():
+def test_help_lists_all_flags_and_settings_with_default_and_meaning():
     lines = main.help_text().splitlines()
     assert "  --config.ppo.kl.coef=0.05" in lines
     assert '  --config.phases=("sft", "reward", "ppo")' in lines

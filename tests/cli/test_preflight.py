@@ -1,4 +1,4 @@
-"""What would fail later is said at the start, with how to mend it."""
+"""Preflight raises errors that would occur later in a run, and says what to change."""
 
 import json
 import subprocess
@@ -82,14 +82,14 @@ def set_field(config, path, value):
         ),
     ],
 )
-def test_what_cannot_work_is_said_at_the_start(config, tmp_path, changes, message):
+def test_wrong_settings_are_errors_at_the_start(config, tmp_path, changes, message):
     for path, value in changes.items():
         set_field(config, path, value)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         check(config, tmp_path)
 
 
-def test_texts_learned_beside_ppo_must_fit_its_microbatches(config, tmp_path):
+def test_the_ptx_batch_size_must_be_a_multiple_of_the_microbatch_count(config, tmp_path):
     config.phases, config.sft_model_path, config.reward_model.path = ("ppo",), config.model.path, None
     config.reward_model.path = tiny.checkpoint(tmp_path / "reward", head="scalar")
     config.ppo.loss.ptx_coef, config.data.sft_batch_size = 1.0, 15
@@ -97,7 +97,7 @@ def test_texts_learned_beside_ppo_must_fit_its_microbatches(config, tmp_path):
         check(config, tmp_path)
 
 
-def test_what_overwriting_would_delete_is_no_input(config, tmp_path):
+def test_overwrite_cannot_delete_a_model_that_is_still_needed(config, tmp_path):
     workdir = tmp_path / "run"
     config.sft_model_path, config.phases = str(workdir / "sft" / "model"), ("sft",)
     with pytest.raises(ValueError, match=r"config.sft_model_path=.* is in .*run/sft, which --overwrite deletes"):
@@ -111,7 +111,7 @@ def test_what_overwriting_would_delete_is_no_input(config, tmp_path):
         check_run(run_config(config), workdir, overwrite=True)
 
 
-def test_a_reward_model_of_another_vocabulary(config, tmp_path):
+def test_a_reward_model_with_another_vocabulary_is_refused(config, tmp_path):
     config.reward_model.path = tiny.checkpoint(tmp_path / "small", vocabulary=20, head="scalar")
     with pytest.raises(ValueError, match=r"config.reward_model.path=.* has another vocabulary than config.model.path"):
         check(config, tmp_path)
@@ -127,7 +127,7 @@ def test_a_reward_model_of_another_vocabulary(config, tmp_path):
         ("model.path", ("sft",), "is a reward model or a critic"),
     ],
 )
-def test_a_checkpoint_with_the_wrong_head_is_said_at_the_start(config, tmp_path, field, phases, message):
+def test_a_checkpoint_with_the_wrong_head_is_an_error_at_the_start(config, tmp_path, field, phases, message):
     head = "lm" if field == "reward_model.path" else "scalar"
     config.phases, config.sft_model_path = phases, config.model.path
     config.ppo.reward.functions = ("tests.cli.tiny:count_a",)
@@ -138,7 +138,7 @@ def test_a_checkpoint_with_the_wrong_head_is_said_at_the_start(config, tmp_path,
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_reward_model_is_trained_further_with_its_own_head(config, tmp_path, capsys, tied):
-    """Its biases stay where scores are not normalised anew."""
+    """Its bias is kept if the scores are not normalised again."""
     config.reward.start_from = tiny.checkpoint(tmp_path / "reward", head="scalar", tied=tied, reward_bias=0.5)
     config.reward.num_layers, config.reward.normalize_rows = None, 0
     config.reward.optimizer.learning_rate, config.phases = 0.0, ("reward",)
@@ -151,8 +151,8 @@ def test_a_reward_model_is_trained_further_with_its_own_head(config, tmp_path, c
     np.testing.assert_array_equal(after.params["scalar_head"]["kernel"], before.params["scalar_head"]["kernel"])
 
 
-def test_samples_of_the_sft_phase_fit_a_table_of_positions(config, tmp_path):
-    """Prompts as long as the table leave room for one token, and the phase ends well."""
+def test_sft_samples_fit_the_position_embeddings(config, tmp_path):
+    """Prompts of 5 tokens leave room for one sampled token in a model with 6 position embeddings."""
     config.model.path, config.phases = learned_positions(tmp_path / "gpt2", 6), ("sft",)
     config.data.max_tokens, config.data.max_prompt_tokens, config.data.too_long = 6, 5, "truncate"
     config.data.length_buckets, config.sft.sample_tokens, config.sft.sample_rows, config.sft.steps = (), 64, 4, 1
@@ -165,7 +165,7 @@ def test_samples_of_the_sft_phase_fit_a_table_of_positions(config, tmp_path):
     assert status(tmp_path / "run", "sft") == "finished"
 
 
-def test_a_reward_model_may_have_more_tokens_than_the_policy(config, tmp_path):
+def test_a_reward_model_may_know_extra_tokens_but_must_know_the_policys(config, tmp_path):
     longer = data.tokenizer()
     longer.add_tokens(["<new>"])
     config.phases, config.sft_model_path = ("ppo",), config.model.path
@@ -177,14 +177,14 @@ def test_a_reward_model_may_have_more_tokens_than_the_policy(config, tmp_path):
         check(config, tmp_path)
 
 
-def test_an_end_that_the_model_does_not_know_is_said(config, tmp_path):
+def test_an_eos_id_beyond_the_embedding_is_an_error(config, tmp_path):
     config.ppo.sampling.eos_ids = (data.EOS, 77)
     with pytest.raises(ValueError, match=r"the id 77 ends an answer .* has 31 rows"):
         check(config, tmp_path)
 
 
 def learned_positions(folder, positions, head="lm"):
-    """A GPT-2 whose rows may have so many tokens."""
+    """Saves a GPT-2 with this number of position embeddings. Returns its folder."""
     shape = {"model_type": "gpt2", "vocab_size": len(data.WORDS), "n_embd": 16, "n_layer": 3, "n_head": 2}
     model = Decoder(config_from_hub(shape | {"n_positions": positions, "eos_token_id": data.EOS}), head=head)
     save_pretrained(folder, Pretrained(model, init_params(model, jax.random.key(0)), data.tokenizer()))
@@ -209,7 +209,7 @@ def learned_positions(folder, positions, head="lm"):
         ("ppo", {"ppo.sampling.max_new_tokens": 8}, None),
     ],
 )
-def test_rows_longer_than_a_table_of_positions_are_said_at_the_start(config, tmp_path, phase, changes, message):
+def test_rows_longer_than_the_position_embeddings_are_an_error(config, tmp_path, phase, changes, message):
     config.model.path = config.sft_model_path = learned_positions(tmp_path / "gpt2", 12)
     config.reward_model.path, config.data.max_tokens, config.phases = config.model.path, 12, (phase,)
     if phase == "ppo":
@@ -223,16 +223,16 @@ def test_rows_longer_than_a_table_of_positions_are_said_at_the_start(config, tmp
         check(config, tmp_path)
 
 
-def test_a_reward_model_of_fewer_positions(config, tmp_path):
+def test_a_reward_model_with_too_few_position_embeddings_is_refused(config, tmp_path):
     config.reward_model.path, config.data.max_tokens = learned_positions(tmp_path / "gpt2", 9, "scalar"), 9
     with pytest.raises(ValueError, match=r"10 tokens is more than the 9 positions of config.reward_model.path"):
         check(config, tmp_path)
 
 
 @pytest.mark.parametrize("phase", ["sft", "reward", "ppo"])
-def test_a_token_past_the_embedding_is_named_with_its_row_at_the_start(config, tmp_path, phase):
-    """For the first phase too, and before weights are read."""
-    known = len(data.WORDS) - 1  # "z" has no row
+def test_a_token_id_beyond_the_embedding_is_an_error_at_the_start(config, tmp_path, phase):
+    """The message names the file and the line. No weights are read before this check."""
+    known = len(data.WORDS) - 1  # "z" has no embedding
     config.model.path = config.sft_model_path = tiny.checkpoint(tmp_path / "small", vocabulary=known)
     config.phases, config.ppo.reward.functions = (phase,), ("tests.cli.tiny:count_a",)
     config.reward.normalize_rows = 0
@@ -249,7 +249,7 @@ def test_a_token_past_the_embedding_is_named_with_its_row_at_the_start(config, t
         check(config, tmp_path)
 
 
-def test_a_pad_token_past_the_embedding_is_said(config, tmp_path):
+def test_a_pad_token_id_beyond_the_embedding_is_an_error(config, tmp_path):
     config.model.path = tiny.checkpoint(tmp_path / "small", vocabulary=len(data.WORDS) - 1)
     config.data.pad_token = "z"
     with pytest.raises(ValueError, match=r"the pad token 'z' has the id 30, .*--config.data.pad_token='<eos>'"):
@@ -257,7 +257,7 @@ def test_a_pad_token_past_the_embedding_is_said(config, tmp_path):
 
 
 @pytest.mark.parametrize("phase", ["sft", "reward", "ppo"])
-def test_the_first_phase_s_data_is_read_at_the_start(config, tmp_path, phase):
+def test_missing_columns_are_an_error_at_the_start(config, tmp_path, phase):
     config.phases, config.sft_model_path = (phase,), config.model.path
     config.reward_model.path = tiny.checkpoint(tmp_path / "reward", head="scalar")
     config.data.paths = (data.write(tmp_path / "x.jsonl", [{"question": "a", "answer": "b"}] * 40),)
@@ -265,7 +265,7 @@ def test_the_first_phase_s_data_is_read_at_the_start(config, tmp_path, phase):
         check(config, tmp_path)
 
 
-def test_weights_of_a_hub_id_are_downloaded_after_all_else_is_checked(config, tmp_path, monkeypatch):
+def test_hub_weights_are_downloaded_after_all_other_checks(config, tmp_path, monkeypatch):
     asked = []
 
     def download(name, revision, allow_patterns):
@@ -284,7 +284,7 @@ def test_weights_of_a_hub_id_are_downloaded_after_all_else_is_checked(config, tm
     assert not any(asked)
 
 
-def test_texts_of_their_own_for_the_pretraining_loss(config, tmp_path):
+def test_ptx_paths_need_a_ptx_coefficient_and_the_columns_of_sft(config, tmp_path):
     config.phases, config.sft_model_path = ("ppo",), config.model.path
     config.ppo.reward.functions = ("tests.cli.tiny:count_a",)
     config.data.ptx_paths = (data.write(tmp_path / "texts.jsonl", [{"text": text} for text in data.letters(40)]),)
@@ -297,7 +297,7 @@ def test_texts_of_their_own_for_the_pretraining_loss(config, tmp_path):
         check(config, tmp_path)
 
 
-def test_a_start_that_failed_leaves_no_config(config, tmp_path):
+def test_a_failed_start_leaves_no_config_unless_there_is_a_checkpoint(config, tmp_path):
     workdir = tmp_path / "run"
     open_workdir(workdir, config, ("sft",), overwrite=False)
     forget_failed_start(workdir)
@@ -320,15 +320,15 @@ if os.fork() == 0:
 """
 
 
-def test_a_child_that_was_forked_does_not_keep_the_lock(tmp_path):
-    """Such as a reward function's worker, which outlives the run."""
+def test_a_forked_child_does_not_keep_the_lock_of_the_workdir(tmp_path):
+    """A reward function may fork a worker that outlives the run."""
     subprocess.run([sys.executable, "-c", FORKS, str(tmp_path)], cwd=ROOT, check=True, timeout=25, capture_output=True)
     assert lock_workdir(tmp_path).is_locked
 
 
-def test_a_later_phase_s_broken_row_stops_the_run_at_its_start(config, tmp_path):
+def test_a_wrong_row_of_a_later_phase_is_an_error_at_the_start(config, tmp_path):
     rows = [json.loads(line) for line in Path(config.data.paths[0]).read_text().splitlines()]
-    rows[41]["rejected"] = rows[41]["chosen"]  # the SFT phase would not notice
+    rows[41]["rejected"] = rows[41]["chosen"]  # an error in the reward phase, but not in SFT
     config.data.paths = (data.write(tmp_path / "broken.jsonl", rows),)
     with pytest.raises(ValueError, match=r"broken.jsonl, line 42: chosen and rejected are the same"):
         check(config, tmp_path)
@@ -344,10 +344,10 @@ def test_a_workdir_belongs_to_one_config(config, tmp_path):
     workdir = tmp_path / "run"
     config.data.max_tokens = 19
     assert open_workdir(workdir, config, ("sft",), overwrite=False) == []
-    config.data.max_tokens = 20  # nothing was made with the former one
+    config.data.max_tokens = 20  # no phase has written anything yet
     assert open_workdir(workdir, config, ("sft",), overwrite=False) == []
     finished(workdir, "sft")
-    config.phases, config.log.table_rows, config.checkpoint.every = ("ppo",), 1, 5  # what may differ
+    config.phases, config.log.table_rows, config.checkpoint.every = ("ppo",), 1, 5  # these fields may differ
     assert open_workdir(workdir, config, ("sft",), overwrite=False) == []
     config.data.max_tokens = 21
     with pytest.raises(ValueError, match=r"config.data.max_tokens was 20 and is 21.*--accept_changes"):
@@ -362,12 +362,12 @@ def test_a_workdir_belongs_to_one_config(config, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "refused"),
     [
-        ("ppo.kl.coef", 0.3, False),  # a phase that is under way goes on with another setting
+        ("ppo.kl.coef", 0.3, False),  # a phase that is not finished may continue with other settings
         ("ppo.actor.optimizer.learning_rate", 1e-6, False),
         ("mesh.fsdp", 2, False),
         ("model.remat", "full", False),
         ("data.prefetch", 7, False),
-        ("sft.optimizer.learning_rate", 1.0, True),  # a phase that is finished was made with the former one
+        ("sft.optimizer.learning_rate", 1.0, True),  # a finished phase was trained with the former setting
         ("model.path", "/elsewhere", True),
         ("model.trainable_layers", 1, True),
         ("data.paths", ("others.jsonl",), True),
@@ -376,7 +376,7 @@ def test_a_workdir_belongs_to_one_config(config, tmp_path):
         ("reward_model.path", "/elsewhere", True),
     ],
 )
-def test_what_may_change_under_way(config, tmp_path, field, value, refused):
+def test_only_settings_of_unfinished_phases_and_hardware_may_change(config, tmp_path, field, value, refused):
     workdir = tmp_path / "run"
     open_workdir(workdir, config, ("sft", "ppo"), overwrite=False)
     finished(workdir, "sft")
@@ -393,7 +393,7 @@ def test_what_may_change_under_way(config, tmp_path, field, value, refused):
         assert line.startswith(f"config.{field} was ")
 
 
-def test_a_workdir_of_an_earlier_version_is_refused_by_its_names(config, tmp_path):
+def test_a_workdir_with_fields_of_an_earlier_version_is_refused(config, tmp_path):
     workdir = tmp_path / "run"
     open_workdir(workdir, config, ("sft",), overwrite=False)
     finished(workdir, "sft")
@@ -408,8 +408,8 @@ def test_a_workdir_of_an_earlier_version_is_refused_by_its_names(config, tmp_pat
     assert "the given settings are used" in line
 
 
-def test_a_run_that_overwrote_and_was_stopped_goes_on(config, tmp_path):
-    """With the same command, --overwrite and all; with another config, or once it has ended, it is meant anew."""
+def test_a_run_that_is_stopped_and_restarted_does_not_overwrite_again(config, tmp_path):
+    """--overwrite takes effect again if the config differs, or if the run has ended."""
     workdir = tmp_path / "run"
     open_workdir(workdir, config, ("sft",), overwrite=False)
     assert not overwritten(workdir, config)
@@ -423,7 +423,7 @@ def test_a_run_that_overwrote_and_was_stopped_goes_on(config, tmp_path):
     forget_overwritten(workdir)
 
 
-def test_a_model_without_a_checkpoint_is_not_overwritten_in_silence(config, tmp_path):
+def test_a_model_without_a_checkpoint_is_not_overwritten_silently(config, tmp_path):
     (tmp_path / "run" / "sft" / "model").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"did not finish, without a checkpoint. --overwrite --config.phases=sft,"):
         check(config, tmp_path)

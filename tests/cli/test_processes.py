@@ -1,4 +1,4 @@
-"""Two real processes run all three phases from the command line, as one does; and what happens when one fails."""
+"""Two processes give the results of one in all three phases, and both end if one fails or is asked to stop."""
 
 import os
 import signal
@@ -26,8 +26,8 @@ def get_config():
     return config
 """
 
-# Adam divides a gradient by its own size, and so makes rounding larger where a gradient is all but zero. With its ε at
-# 1,000 a step is linear in the gradient.
+# Adam divides a gradient by its magnitude, which amplifies rounding errors of gradients near zero. With ε = 1,000 an
+# update is almost linear in the gradient.
 LINEAR = [
     f"--config.{phase}optimizer.{setting}"
     for phase, rate in {"sft.": 100, "reward.": 100, "ppo.actor.": 30, "ppo.critic.": 30}.items()
@@ -37,7 +37,7 @@ MODELS = ("sft/model", "reward/model", "ppo/model", "ppo/critic")
 
 
 def half_a_point_an_a(prompts, responses, tag, **columns):
-    """Which process is asked for what is written down; every row must come with its column."""
+    """Scores half a point per "a". Logs the number of rows of each call, and checks the column of the rows."""
     del columns
     assert tag == ["t"] * len(prompts)
     with open(os.environ["ASKED"], "a") as file:
@@ -92,13 +92,13 @@ def metrics(workdir, phase):
 
 
 def parameters(run):
-    """Of all models that a run leaves, by file and name."""
+    """The parameters of all models that a run exports, by folder and name."""
     files = {model: load_file(run / model / "model.safetensors") for model in MODELS}
     return {(model, name): leaf for model, leaves in files.items() for name, leaf in leaves.items()}
 
 
 def assert_same_up_to_rounding(wanted, got, started):
-    """Each parameter to 1e-6 of its array's largest; most have moved a thousand times as far."""
+    """Compares to 1e-6 of each array's largest value. Training has changed most arrays by 1,000 times that."""
     assert wanted.keys() == got.keys()
     for name, leaf in wanted.items():
         np.testing.assert_allclose(got[name], leaf, rtol=0, atol=1e-6 * np.abs(leaf).max(), err_msg=str(name))
@@ -106,8 +106,8 @@ def assert_same_up_to_rounding(wanted, got, started):
     assert np.median(moved) > 1e-3
 
 
-def test_two_processes_run_all_phases_as_one_does(folder):
-    # With tensor=2 on the processes' 2 devices each, rows lie along fsdp=2.
+def test_two_processes_give_the_results_of_one_in_all_phases(folder):
+    # Each of two processes has 2 devices. With tensor=2, rows are sharded over fsdp=2.
     form = ("--config.mesh.tensor=2", *LINEAR)
     printed = finish(start_two(folder, folder / "two", *form))
     assert [code for _, code in printed] == [0, 0], printed[0][0][-3000:] + printed[1][0][-3000:]
@@ -121,7 +121,7 @@ def test_two_processes_run_all_phases_as_one_does(folder):
             for name, value in one.items():
                 np.testing.assert_allclose(two[name], value, rtol=2e-3, atol=1e-5, err_msg=f"{phase} {name}")
         samples = [alone.lines(folder / run / phase / "samples.jsonl") for run in ("one", "two")]
-        if phase == "ppo":  # of training iterations the first process writes some of its own rows
+        if phase == "ppo":  # training samples are only those of process 0
             samples = [[row for row in rows if row["split"] == "eval"] for rows in samples]
         texts = [[row.get("response") or row.get("text") for row in rows] for rows in samples]
         assert texts[0] == texts[1]
@@ -129,16 +129,16 @@ def test_two_processes_run_all_phases_as_one_does(folder):
     started = load_file(folder / "base" / "model.safetensors")
     assert_same_up_to_rounding(parameters(folder / "one"), parameters(folder / "two"), started)
     assert "ppo: iterations 2" in printed[0][0]
-    assert "ppo: iterations 2" not in printed[1][0]  # what is said, process 0 says
+    assert "ppo: iterations 2" not in printed[1][0]  # only process 0 prints
     asked = [(folder / name).read_text().split() for name in ("asked", "asked0", "asked1")]
-    assert set(asked[0]) == {"16"}  # each row once: evaluations and iterations
+    assert set(asked[0]) == {"16"}  # each row is scored once, in evaluations and in iterations
     assert set(asked[1]) == set(asked[2]) == {"8"}
     assert len(asked[0]) == len(asked[1]) == len(asked[2])
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_to_the_bit_where_sums_have_two_addends(folder):
-    """With Adam: order is all that rounding depends on, and two numbers have one order."""
+def test_two_processes_with_a_device_each_equal_one_bit_for_bit(folder):
+    """Adam has its default ε. The rounding of a sum of two terms does not depend on their order."""
     who = (f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", "--process_timeout=10")
     asked = folder / "asked_of_pair"
     two = [start(folder, folder / "pair", *who, f"--process_id={index}", devices=1, asked=asked) for index in range(2)]
@@ -150,7 +150,7 @@ def test_two_processes_are_one_to_the_bit_where_sums_have_two_addends(folder):
         np.testing.assert_array_equal(got[name], leaf, err_msg=str(name))
 
 
-def test_a_process_with_other_data_is_named_by_all(folder, tmp_path):
+def test_all_processes_name_the_process_with_other_data(folder, tmp_path):
     lines = (folder / "preferences.jsonl").read_text().splitlines()
     (tmp_path / "preferences.jsonl").write_text("\n".join(lines[:60]) + "\n")
     flags = ("--config.phases=sft", "--config.data.eval_rows=2")
@@ -160,27 +160,27 @@ def test_a_process_with_other_data_is_named_by_all(folder, tmp_path):
         assert "All processes need the same files" in output
 
 
-def test_another_setting_is_named_by_all(folder, tmp_path):
+def test_all_processes_name_a_setting_that_differs(folder, tmp_path):
     processes = start_two(folder, tmp_path / "run", each=((), ("--config.ppo.reward.whiten=true",)))
     for output, code in finish(processes, timeout=120):
         assert code == 1
         assert """the settings: process 1 has '"whiten": true', process 0 has '"whiten": false'""" in output
 
 
-def test_an_input_that_one_process_lacks_ends_both_with_its_words(folder, tmp_path):
+def test_a_file_missing_in_one_process_ends_both_with_its_name(folder, tmp_path):
     for output, code in finish(start_two(folder, tmp_path / "run", cwds=(None, tmp_path)), timeout=120):
         assert code == 1
         assert "preferences.jsonl" in output
-    assert not (tmp_path / "run").exists()  # nothing was begun
+    assert not (tmp_path / "run").exists()  # nothing was written
 
 
 def complete(folder):
-    """Steps of its complete checkpoints."""
+    """The steps of a phase's complete checkpoints."""
     return [int(file.name) for file in (folder / "checkpoints").glob("*") if file.name.isdigit()]
 
 
 ENDLESS = ("--config.phases=sft", "--config.sft.steps=100000")
-"""Of a run that goes on until it is stopped."""
+"""The flags of a run that continues until it is stopped."""
 
 
 def wait_for(what, processes):
@@ -190,15 +190,16 @@ def wait_for(what, processes):
         time.sleep(0.2)
 
 
-def test_a_process_that_dies_ends_the_other_and_one_that_is_asked_to_stop_stops_both(folder, tmp_path):
-    """The same command goes on with the step after the last checkpoint, and ends at the same step on both."""
-    flags = (*ENDLESS, "--config.checkpoint.every=1")  # it dies in a save, or near one
+def test_a_dead_process_ends_the_other_and_a_signal_to_one_stops_both(folder, tmp_path):
+    """The same command continues after the last checkpoint, so that metrics have each step once."""
+    # Every step is saved, so that the second process is killed during a save, or close to one.
+    flags = (*ENDLESS, "--config.checkpoint.every=1")
     first, second = start_two(folder, tmp_path / "run", *flags)
     wait_for(lambda: complete(tmp_path / "run" / "sft"), [first])
     second.send_signal(signal.SIGKILL)
     killed = time.time()
     (output, code), _ = finish([first, second], timeout=60)
-    assert code == 70 or code < 0, output[-3000:]  # what launch scripts start again after
+    assert code == 70 or code < 0, output[-3000:]  # launch scripts restart a run after these
     assert time.time() - killed < 50  # the time-out is 10 seconds
     assert "disk full" not in output
     last = max(complete(tmp_path / "run" / "sft"))
@@ -206,7 +207,7 @@ def test_a_process_that_dies_ends_the_other_and_one_that_is_asked_to_stop_stops_
     written = file.read_text().count('"train/loss"')
     again = start_two(folder, tmp_path / "run", *flags)
     wait_for(lambda: max(complete(tmp_path / "run" / "sft")) > max(last, written), again)
-    again[1].send_signal(signal.SIGTERM)  # a save must not keep the notice from those who wait for it
+    again[1].send_signal(signal.SIGTERM)  # all processes must get this notice, even during a save
     printed = finish(again, timeout=120)
     for output, code in printed:
         assert code == 75, output[-3000:]

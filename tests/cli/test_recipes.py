@@ -1,4 +1,4 @@
-"""Pieces of the recipes by hand: what each phase hands to its update, what it measures, what it shows."""
+"""Parts of the phases in isolation: the settings of their updates, their evaluations, samples and metrics."""
 
 import datetime
 import types
@@ -20,7 +20,7 @@ from tests.models.test_decoder import tiny_config
 from tests.ppo import tiny
 
 
-def test_sft_hands_every_setting_to_its_update():
+def test_the_sft_phase_passes_every_setting_to_its_update():
     optimizer = {"learning_rate": 3e-4, "schedule": "cosine", "warmup_steps": 2}
     settings = {"loss_on": "all", "microbatch_size": 4, "optimizer": optimizer}
     config, model = run_config({"sft": settings}), Decoder(tiny_config())
@@ -31,7 +31,7 @@ def test_sft_hands_every_setting_to_its_update():
     assert spec.head_learning_rate is None
 
 
-def test_the_reward_phase_hands_every_setting_to_its_update():
+def test_the_reward_phase_passes_every_setting_to_its_update():
     optimizer = {"learning_rate": 3e-4, "schedule": "linear"}
     settings = {"trainable_layers": 1, "microbatch_size": 8, "head_learning_rate": 0.1, "optimizer": optimizer}
     model = Decoder(tiny_config(), head="scalar")
@@ -52,12 +52,12 @@ def test_the_reward_phase_hands_every_setting_to_its_update():
         made(compare="all")
 
 
-def test_a_schedule_ends_with_its_phase_unless_it_says_when():
+def test_a_schedule_ends_with_its_phase_unless_total_steps_is_set():
     assert OptimizerConfig().with_end(7) == OptimizerConfig(total_steps=7)
     assert OptimizerConfig(total_steps=3).with_end(7).total_steps == 3
 
 
-def test_the_actors_schedule_begins_after_the_critics_warm_up():
+def test_the_actors_schedule_excludes_the_critics_warmup():
     settings = tiny.ppo_config(iterations=5, critic_warmup_iterations=2, ppo_epochs=3, num_minibatches=4)
     ends = settings.with_schedule_ends()
     assert (ends.actor.optimizer.total_steps, ends.critic.optimizer.total_steps) == (3 * 12, 5 * 12)
@@ -67,21 +67,21 @@ def test_the_actors_schedule_begins_after_the_critics_warm_up():
         tiny.changed(settings, critic_warmup_iterations=5).with_schedule_ends()
 
 
-def test_steps_are_counted_by_epochs_or_as_they_are_told():
+def test_the_number_of_steps_follows_from_epochs_unless_it_is_set():
     datasets = types.SimpleNamespace(steps_per_epoch=10)
     assert [supervised.total_steps(None, epochs, datasets) for epochs in (0.01, 0.5, 2.0)] == [1, 5, 20]
     assert supervised.total_steps(3, 2.0, datasets) == 3
 
 
-def test_a_batch_is_cut_into_microbatches_of_the_size_asked_for():
+def test_a_batch_is_split_into_microbatches_of_the_given_size():
     cut = [plan_batch(12, size, None, where="config.sft").microbatches for size in (None, 12, 4, 1)]
     assert cut == [1, 1, 3, 12]
     with pytest.raises(ValueError, match=r"config\.sft\.microbatch_size=5 .*1, 2, 3, 4, 6, 12"):
         plan_batch(12, 5, None, where="config.sft")
 
 
-def test_held_out_pairs_are_measured_over_all_real_ones(monkeypatch):
-    """Two batches; the second has one pair and one row that fills it. One score of a chosen is that of a rejected."""
+def test_reward_metrics_cover_all_held_out_pairs_and_no_padding(monkeypatch):
+    """The second batch has one pair and one padding row. A chosen and a rejected response have equal scores."""
     scores = [([3.0, 1.0], [1.0, 2.0], [True, True]), ([0.5, 99.0], [-1.0, -99.0], [True, False])]
     batches = [tuple(np.asarray(part) for part in batch) for batch in scores]
     monkeypatch.setattr(reward, "batch_pair_scores", lambda network, groups, params, batch: batch)
@@ -116,7 +116,7 @@ def test_held_out_pairs_are_measured_over_all_real_ones(monkeypatch):
     assert len(logged) == 1
 
 
-def test_texts_of_the_pretraining_loss_are_those_of_the_iteration_prompts_too():
+def test_an_iteration_takes_the_pretraining_texts_of_its_own_index():
     batch = types.SimpleNamespace(tokens=np.array([[4, 5, 6, 0]]), mask=np.array([[True, True, True, False]]))
     other = types.SimpleNamespace(tokens=batch.tokens + 1, mask=batch.mask)
     texts = types.SimpleNamespace(train=[other, other, batch])
@@ -126,7 +126,7 @@ def test_texts_of_the_pretraining_loss_are_those_of_the_iteration_prompts_too():
     assert ppo._pretraining_batch(None, 2) is None
 
 
-def test_texts_of_the_pretraining_loss_stand_one_to_a_row_where_the_sft_phase_packs_them(tmp_path):
+def test_pretraining_texts_are_not_packed_even_if_sft_texts_are(tmp_path):
     rows = [{"prompt": text, "completion": "a b"} for text in data.letters(20)]
     how = {"paths": (data.write(tmp_path / "x.jsonl", rows),), "packing": True, "sft_batch_size": 2, "max_tokens": 24}
     engine = types.SimpleNamespace(tokenizer=data.tokenizer(), generation_config=None, layout=None)
@@ -136,8 +136,8 @@ def test_texts_of_the_pretraining_loss_stand_one_to_a_row_where_the_sft_phase_pa
     assert [row[5] for row in batch.tokens] == [data.ASSISTANT] * 2
 
 
-def test_a_sample_has_the_words_of_prompt_and_response_alone():
-    """Left out are special tokens, and what stands where there is no token: here "z", which is no special one."""
+def test_a_sample_has_only_the_words_of_prompt_and_response():
+    """Special tokens and padding slots are left out. The padding slots contain "z", which is not a special token."""
     engine = types.SimpleNamespace(tokenizer=data.tokenizer(), layout=None)
     experience = types.SimpleNamespace(
         tokens=jnp.array([data.ids("z <bos> a b c <eos> z"), data.ids("<eos> <bos> d z z z z")]),
@@ -155,11 +155,12 @@ def test_a_sample_has_the_words_of_prompt_and_response_alone():
     assert evaluate.response_rows(trainer, experience, 3, "eval") == [first, other]
     own = [{"answer": 7}, {"answer": datetime.date(2026, 1, 2)}]
     rows = evaluate.response_rows(trainer, experience, 3, "eval", columns=own)
-    assert [row["columns"] for row in rows] == [{"answer": 7}, {"answer": "2026-01-02"}]  # what JSON can hold
+    # JSON has no dates, so they become strings.
+    assert [row["columns"] for row in rows] == [{"answer": 7}, {"answer": "2026-01-02"}]
     assert evaluate.response_rows(trainer, experience, 3, "eval", count=1) == [first]
 
 
-def test_what_is_shown_and_the_shares_of_an_iteration(monkeypatch):
+def test_ppo_logs_displayed_metrics_and_shares_of_an_iterations_time(monkeypatch):
     metrics = {"objective/scores": 1.0, "objective/rlhf_reward": 2.0, "objective/kl": 3.0, "eps": 4.0}
     metrics |= {"objective/response_length": 5.0, "time/generate": 1.0, "time/train": 3.0, "time/iteration": 8.0}
     logged = []
@@ -174,7 +175,7 @@ def test_what_is_shown_and_the_shares_of_an_iteration(monkeypatch):
         "time/generate_share": 1 / 8,
         "time/train_share": 3 / 8,
         "tokens_per_second": 20.0,
-        "tokens_per_second/generate": 160.0,  # all of an iteration's tokens come in an eighth of it
+        "tokens_per_second/generate": 160.0,  # generation takes an eighth of the iteration's time
     }
     shown = {"reward": 1.0, "kl": 3.0, "length": 5.0, "samples/s": 4.0}
     assert logged == [(7, metrics | shares, shown), [(7, "train")]]

@@ -1,4 +1,4 @@
-"""What is written of the settings is what their dataclasses say: the reference page and the commented configs."""
+"""The reference page and the commented configs agree with the dataclasses of the settings."""
 
 import ast
 
@@ -15,17 +15,17 @@ def every(fields):
 
 
 @pytest.mark.parametrize("name", sorted(reference.PRESETS))
-def test_a_commented_config_is_what_the_fields_say(name):
-    """Else: python -m jax_rlhf.cli.reference."""
+def test_a_commented_config_agrees_with_the_fields(name):
+    """If this fails, run `python -m jax_rlhf.cli.reference`."""
     assert (ROOT / "configs" / f"{name}.py").read_text() == reference.commented_config(reference.PRESETS[name])
 
 
-def test_the_page_is_what_the_fields_say():
-    """Else: python -m jax_rlhf.cli.reference."""
+def test_the_reference_page_agrees_with_the_fields():
+    """If this fails, run `python -m jax_rlhf.cli.reference`."""
     assert (ROOT / "docs" / "config.md").read_text() == reference.markdown()
 
 
-def test_every_setting_says_what_it_means():
+def test_every_setting_has_an_explanation():
     known = list(every(reference.all_fields()))
     assert len(known) > 120
     for field in known:
@@ -34,8 +34,7 @@ def test_every_setting_says_what_it_means():
     assert {field.path: field for field in known}["ppo.kl.coef"].default == 0.05
 
 
-def test_every_setting_stands_in_a_commented_config():
-    """Of each preset the assignments, those in comments too; sections as their functions name them."""
+def test_every_setting_belongs_to_a_section_of_a_commented_config():
     written = set()
     for preset in reference.PRESETS.values():
         chosen = [field for field in every(reference.all_fields()) if field.path in preset.sections]
@@ -43,7 +42,7 @@ def test_every_setting_stands_in_a_commented_config():
     assert {field.path for field in every(reference.all_fields()) if not field.fields} <= written
 
 
-def test_values_that_differ_from_the_defaults_are_written():
+def test_commented_configs_assign_values_that_are_not_defaults():
     for preset in reference.PRESETS.values():
         text = reference.commented_config(preset)
         assigned = {ast.unparse(node) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Assign)}

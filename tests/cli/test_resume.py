@@ -1,4 +1,4 @@
-"""2N steps straight are N steps, a stop, and N more, bit for bit; on another mesh but for rounding."""
+"""A stopped phase ends with the results of an uninterrupted one: bit for bit, on another mesh up to rounding."""
 
 import functools
 import json
@@ -26,7 +26,7 @@ TIMES = ("time", "second", "eps")
 
 
 class StopAt(StopSignals):
-    """Is asked to stop at the n-th point where the run could."""
+    """Asks the run to stop at the n-th point where it can stop."""
 
     def __init__(self, point):
         super().__init__()
@@ -40,7 +40,7 @@ class StopAt(StopSignals):
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    """On eight devices: with evaluations, several epochs and minibatches, adaptive KL, EMA, PPO-ptx, frozen layers."""
+    """For eight devices: evaluations, several epochs and minibatches, adaptive KL, EMA, PPO-ptx, frozen layers."""
     folder = tmp_path_factory.mktemp("resume")
     config = tiny.config(folder)
     config.model.trainable_layers = 2
@@ -67,7 +67,7 @@ def lines(file):
 
 
 def results(folder):
-    """What a phase leaves, all but times: lines of its files, tensors of its models, arrays of its checkpoint."""
+    """A phase's results without times: lines of its files, tensors of its models, arrays of its checkpoint."""
     found = {name: lines(folder / f"{name}.jsonl") for name in ("metrics", "samples")}
     summary = json.loads((folder / "summary.json").read_text())
     found["summary"] = {k: value for k, value in summary.items() if not k.startswith(("seconds", "starts"))}
@@ -76,12 +76,12 @@ def results(folder):
     checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(keep=9))
     notes = json.loads((folder / "checkpoints" / str(checkpoints.steps[-1]) / "notes" / "metadata").read_text())
     checkpoints.close()
-    return found | {"arrays": notes["arrays"]}  # their checksums
+    return found | {"arrays": notes["arrays"]}  # with their checksums
 
 
 @pytest.fixture(scope="module")
 def straight(settings, tmp_path_factory):
-    """All phases, one after the other, never stopped."""
+    """The workdir of a run of all phases that was never stopped."""
     workdir = tmp_path_factory.mktemp("straight")
     config = run_config(settings)
     for run in PHASES.values():
@@ -91,7 +91,7 @@ def straight(settings, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def interrupted(settings, straight, tmp_path_factory):
-    """interrupted(phase, workdir): a workdir whose phase was stopped at step 3 or 4, which all tests have copies of."""
+    """interrupted(phase, workdir): copies to `workdir` a run whose phase was stopped at step 3 or 4."""
     made = {}
 
     def copied(phase, workdir):
@@ -108,7 +108,7 @@ def interrupted(settings, straight, tmp_path_factory):
 
 
 def stopped_at_every_point(run, config, workdir, points):
-    """Stops at each of these points, counted from the last one."""
+    """Stops the phase at these points, each counted from the restart before it, and then finishes it."""
     for point in points:
         try:
             run(config, workdir, stop=StopAt(point))
@@ -119,7 +119,7 @@ def stopped_at_every_point(run, config, workdir, points):
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_stopped_phase_goes_on_bit_for_bit(settings, straight, tmp_path, phase):
+def test_a_stopped_phase_continues_bit_for_bit(settings, straight, tmp_path, phase):
     former_phases(straight, tmp_path, phase)
     stopped_at_every_point(PHASES[phase], run_config(settings), tmp_path, [4, 5, 3, 6, 4])
     wanted, got = results(straight / phase), results(tmp_path / phase)
@@ -135,14 +135,14 @@ def test_a_stopped_phase_goes_on_bit_for_bit(settings, straight, tmp_path, phase
     ("phase", "file", "starts"),
     [("reward", None, 2), ("ppo", {"starts": 5}, 6), ("reward", [1], 2), ("reward", {"starts": "x"}, 2)],
 )
-def test_what_starting_again_cost_is_summed_up(
+def test_the_cost_of_restarts_is_summed_up(
     settings, straight, interrupted, tmp_path, monkeypatch, *, phase, file, starts
 ):
-    """Also of starts that were killed before they saved anything; a file that says nothing of use is not asked."""
+    """costs.json also counts starts that were killed before they saved anything. An invalid costs.json is ignored."""
     told = tmp_path / "told"
     monkeypatch.setenv("JAX_RLHF_PROGRESS_FILE", str(told))
     interrupted(phase, tmp_path)
-    assert told.read_text() == f"{phase} {latest(tmp_path / phase)}\n"  # of launch scripts
+    assert told.read_text() == f"{phase} {latest(tmp_path / phase)}\n"  # launch scripts read this file
     costs = tmp_path / phase / "costs.json"
     former = json.loads(costs.read_text())
     if file is not None:
@@ -150,7 +150,7 @@ def test_what_starting_again_cost_is_summed_up(
     (checkpoint,) = sorted((tmp_path / phase / "checkpoints").iterdir(), key=lambda path: int(path.name))[-1:]
     notes = json.loads((checkpoint / "notes" / "metadata").read_text())["notes"]
     at = notes["position"]["seconds"]
-    with (tmp_path / phase / "metrics.jsonl").open("a") as file:  # as if it had gone on, and been killed
+    with (tmp_path / phase / "metrics.jsonl").open("a") as file:  # as if it had continued, and then been killed
         file.write(json.dumps({"step": 99, "seconds": at + 7.5}) + "\n" + '{"step": 100, "sec')
     PHASES[phase](run_config(settings), tmp_path)
     once, twice = (json.loads((where / phase / "summary.json").read_text()) for where in (straight, tmp_path))
@@ -175,8 +175,8 @@ def former_phases(straight, workdir, phase):
             shutil.copytree(straight / former, workdir / former)
 
 
-def test_on_another_mesh_it_goes_on_but_for_rounding(settings, straight, interrupted, tmp_path):
-    """With the same samples."""
+def test_a_stopped_phase_continues_on_another_mesh_up_to_rounding(settings, straight, interrupted, tmp_path):
+    """The sampled responses are exactly the same."""
     phase = "ppo"
     interrupted(phase, tmp_path)
     other = settings.copy_and_resolve_references()
@@ -227,7 +227,9 @@ def other_reward_model(folder, straight):
         ),
     ],
 )
-def test_what_it_cannot_go_on_with_is_said(settings, straight, interrupted, tmp_path, *, phase, field, value, message):
+def test_a_change_that_a_phase_cannot_continue_with_is_an_error(
+    settings, straight, interrupted, tmp_path, *, phase, field, value, message
+):
     interrupted(phase, tmp_path)
     other = settings.copy_and_resolve_references()
     *sections, name = field.split(".")
@@ -241,7 +243,7 @@ def test_what_it_cannot_go_on_with_is_said(settings, straight, interrupted, tmp_
         PHASES[phase](run_config(other), tmp_path, accept_changes=True)
 
 
-def test_another_tokenizer_is_named(settings, interrupted, tmp_path):
+def test_a_phase_does_not_continue_with_another_tokenizer(settings, interrupted, tmp_path):
     interrupted("sft", tmp_path)
     other = settings.copy_and_resolve_references()
     other.model.path = str(tmp_path / "renamed")
@@ -252,8 +254,8 @@ def test_another_tokenizer_is_named(settings, interrupted, tmp_path):
         run_phase("sft", run_config(other), tmp_path)
 
 
-def test_another_machine_goes_on_from_a_bucket(settings, straight, tmp_path):
-    """PPO, stopped on one machine and ended on another that has nothing but the bucket, here a folder."""
+def test_another_machine_continues_from_a_bucket(settings, straight, tmp_path):
+    """PPO stops on one machine and finishes on another, which has only the bucket. A folder serves as the bucket."""
     bucket = epath.Path(tmp_path / "bucket")
     workdir = download(bucket, tmp_path / "first")
     open_workdir(workdir, settings, ("ppo",), overwrite=False)
@@ -274,7 +276,7 @@ def test_another_machine_goes_on_from_a_bucket(settings, straight, tmp_path):
         np.testing.assert_array_equal(got[name], value, err_msg=name)
 
 
-def test_a_changed_setting_of_its_own_is_taken(settings, interrupted, tmp_path):
+def test_a_phase_continues_with_changed_settings_of_its_own(settings, interrupted, tmp_path):
     interrupted("sft", tmp_path)
     other = settings.copy_and_resolve_references()
     other.sft.optimizer.learning_rate, other.sft.steps = 5e-3, 8
@@ -285,8 +287,8 @@ def test_a_changed_setting_of_its_own_is_taken(settings, interrupted, tmp_path):
     assert rows[0]["train/lr"] == pytest.approx(1e-2)
 
 
-def test_the_best_is_saved_whenever_it_is(settings, tmp_path):
-    """Not only where one is due. The highest loss is that of the first evaluation, so that it is not the last one's."""
+def test_the_best_checkpoint_is_saved_even_if_none_is_due(settings, tmp_path):
+    """With mode "max" the first evaluation is the best one, so the best checkpoint is not the last."""
     config = settings.copy_and_resolve_references()
     config.checkpoint.every, config.checkpoint.keep = 0, 1
     config.checkpoint.best, config.checkpoint.best_mode = "eval/loss", "max"
@@ -297,10 +299,10 @@ def test_the_best_is_saved_whenever_it_is(settings, tmp_path):
 
 
 @pytest.mark.parametrize("failures", [1, 9])
-def test_a_stop_does_not_say_saved_where_the_write_failed(settings, tmp_path, monkeypatch, failures):
+def test_a_failed_write_at_a_stop_is_repeated_once_then_an_error(settings, tmp_path, monkeypatch, failures):
     left, finalize = [failures], ocp.PyTreeCheckpointHandler.finalize
 
-    def failing(handler, folder):  # in the background
+    def failing(handler, folder):  # runs in the background
         if folder.parent.name.startswith("3.") and left[0]:
             left[0] -= 1
             raise OSError("no space")
@@ -309,15 +311,15 @@ def test_a_stop_does_not_say_saved_where_the_write_failed(settings, tmp_path, mo
     monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "finalize", failing)
     config = settings.copy_and_resolve_references()
     config.checkpoint.every = 1
-    with pytest.raises(Stopped if failures == 1 else CheckpointError):  # in the first case it is written once more
+    with pytest.raises(Stopped if failures == 1 else CheckpointError):  # after one failure the write is repeated
         run_phase("sft", run_config(config), tmp_path, stop=StopAt(8))
     assert max(int(f.name) for f in (tmp_path / "sft" / "checkpoints").iterdir() if f.name.isdigit()) == (
         3 if failures == 1 else 2
     )
 
 
-def test_a_reward_function_that_fails_loses_nothing(settings, straight, tmp_path, monkeypatch):
-    """Mended, the same command goes on with the iteration that it failed in."""
+def test_a_failing_reward_function_loses_no_finished_iteration(settings, straight, tmp_path, monkeypatch):
+    """After the function is fixed, the same command repeats the iteration that failed."""
     former_phases(straight, tmp_path, "ppo")
     config = settings.copy_and_resolve_references()
     config.ppo.reward.functions, config.checkpoint.every = ("tests.cli.test_resume:half_a_point",), 0
@@ -329,7 +331,7 @@ def test_a_reward_function_that_fails_loses_nothing(settings, straight, tmp_path
 
     def broken(prompts, responses, **columns):
         calls.append(1)
-        if len(calls) == 1 or len(calls) > 5:  # evaluation of two batches, the first of them twice; then iterations
+        if len(calls) == 1 or len(calls) > 5:  # 3 calls evaluate 2 batches (the first is retried), then 1 per iteration
             raise OSError("the judge is not at home")
         return half_a_point_again(prompts, responses, **columns)
 

@@ -1,4 +1,4 @@
-"""What the command line lets others say."""
+"""The compile cache of the command line, and the errors of writer threads that it suppresses."""
 
 import logging
 import sys
@@ -12,7 +12,7 @@ from jax_rlhf.cli import run as command
 
 @pytest.fixture
 def cache(monkeypatch):
-    """The folder that compiled programs would go to."""
+    """The settings of JAX that the command changes. JAX itself is replaced, so nothing is cached."""
     updated = {}
     config = types.SimpleNamespace(jax_compilation_cache_dir=None, update=updated.__setitem__)
     monkeypatch.setattr(command, "jax", types.SimpleNamespace(process_count=lambda: 1, config=config))
@@ -22,7 +22,7 @@ def cache(monkeypatch):
 CPU = "processor\t: 0\nvendor_id\t: A\nmodel name\t: B\ncpu MHz\t\t: {}\nflags\t\t: fpu {}\n\nprocessor\t: 1\n"
 
 
-def test_compiled_programs_are_kept_by_the_kind_of_cpu_and_not_by_its_clock(cache, monkeypatch, tmp_path):
+def test_the_compile_cache_depends_on_the_cpu_but_not_on_its_clock_rate(cache, monkeypatch, tmp_path):
     monkeypatch.setattr(command, "_CPU_INFO", tmp_path / "cpuinfo")
     places = []
     for clock, features in ((2596.1, "avx"), (3100.7, "avx"), (2596.1, "avx avx512f")):
@@ -34,7 +34,7 @@ def test_compiled_programs_are_kept_by_the_kind_of_cpu_and_not_by_its_clock(cach
 
 
 @pytest.mark.parametrize("folder", ["", "~nobody-of-this-name/kept", "/proc/none"])
-def test_without_a_folder_nothing_is_kept(cache, folder, caplog):
+def test_without_a_usable_folder_compiled_programs_are_not_cached(cache, folder, caplog):
     command._keep_compiled(folder)
     assert cache == {}
     assert ("compiled programs are not kept" in caplog.text) == bool(folder)
@@ -42,7 +42,7 @@ def test_without_a_folder_nothing_is_kept(cache, folder, caplog):
 
 @pytest.fixture
 def said(monkeypatch):
-    """What threads and asyncio still say, with hooks and filters as they were afterwards."""
+    """The errors that threads and asyncio still report. Hooks and filters are restored afterwards."""
     said, asyncio = [], logging.getLogger("asyncio")
     monkeypatch.setattr(threading, "excepthook", lambda args: said.append(str(args.exc_value)))
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
@@ -57,7 +57,7 @@ def said(monkeypatch):
 
 
 def raising(file, text):
-    """A function that raises in a file of some name."""
+    """A function that raises OSError, with a traceback that names this file."""
     scope = {}
     exec(compile(f"def fail():\n    raise OSError({text!r})", file, "exec"), scope)
     return scope["fail"]
@@ -67,7 +67,7 @@ WHERE = {"/lib/orbax/writer.py": False, "/lib/tensorstore/core.py": False, "/hom
 
 
 @pytest.mark.parametrize(("file", "shown"), WHERE.items())
-def test_of_writers_alone_nothing_is_said_of_threads_and_tasks(said, file, shown):
+def test_only_errors_of_orbax_and_tensorstore_are_suppressed(said, file, shown):
     thread = threading.Thread(target=raising(file, "of a thread"))
     thread.start()
     thread.join()
@@ -78,7 +78,7 @@ def test_of_writers_alone_nothing_is_said_of_threads_and_tasks(said, file, shown
     assert said == (["of a thread", "of a task"] if shown else [])
 
 
-def test_of_an_exception_without_frames_asyncio_says_nothing(said):
-    """It comes from tensorstore's C++."""
+def test_an_asyncio_exception_without_frames_is_suppressed(said):
+    """Exceptions from the C++ code of tensorstore have no Python frames."""
     logging.getLogger("asyncio").error("Future exception was never retrieved", exc_info=OSError("no space"))
     assert said == []

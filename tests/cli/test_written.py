@@ -1,4 +1,4 @@
-"""What a whole run writes, made again from the models that it wrote: samples, scores, KL, losses, means."""
+"""Recomputes what a run wrote from the models that it exported: samples, scores, KL, losses and means."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ SAMPLING = {"temperature": 1.5, "top_k": 3, "top_p": 0.9, "min_new_tokens": 2, "
 
 
 def answers(pretrained, prompts, key, rows, **sampling):
-    """A model's answers to texts of three letters, in the form that the phases give them: [(tokens, ended)]."""
+    """A model's responses to prompts of three letters, each as a list of words, special tokens included."""
     tokens = np.array([data.ids(prompt) for prompt in prompts])
     mask = np.ones(tokens.shape, bool)
     made = sample(pretrained.model, pretrained.params, tokens, mask, key, eos_id=data.EOS, row_ids=rows, **sampling)
@@ -26,7 +26,7 @@ def answers(pretrained, prompts, key, rows, **sampling):
 
 
 def text(words):
-    """As it is shown: without the tokenizer's special tokens."""
+    """The words as a sample shows them, without special tokens."""
     return " ".join(word for word in words if word not in ("<pad>", "<eos>", "<bos>"))
 
 
@@ -35,8 +35,8 @@ def evaluated(workdir, step):
     return [row for row in rows if row["split"] == "eval" and row["step"] == step]
 
 
-def test_scores_are_normalised_on_what_ppo_will_sample(whole):
-    """By the SFT policy, at PPO's temperature and with its filters; each batch has noise of its own."""
+def test_scores_are_normalised_on_samples_with_ppos_settings(whole):
+    """The SFT policy samples with PPO's temperature, top-k and top-p. Each batch has its own random key."""
     workdir, _ = whole
     policy, wanted = load_pretrained(workdir / "sft" / "model"), alone.lines(workdir / "reward" / "samples.jsonl")
     assert len(wanted) == 64
@@ -49,15 +49,15 @@ def test_scores_are_normalised_on_what_ppo_will_sample(whole):
         assert [" ".join([prompt, *words]) for prompt, words in zip(prompts, made, strict=True)] == rows
     assert len({row["prompt"] for row in wanted}) > 40  # 64 of the 90 prompts
     reward = json.loads((workdir / "reward" / "summary.json").read_text())
-    assert reward["missing_eos_bias"] > 0  # else nothing here would say whether it is written
+    assert reward["missing_eos_bias"] > 0  # if it were 0, the check below could not show that it is saved
     model = load_pretrained(workdir / "reward" / "model", head="scalar")
-    written = reward["bias"], reward["missing_eos_bias"]  # of seven digits
+    written = reward["bias"], reward["missing_eos_bias"]  # rounded to seven digits
     assert (model.reward_bias, model.missing_eos_bias) == pytest.approx(written, rel=1e-6)
 
 
 @pytest.mark.parametrize(("step", "folder"), [(0, "sft/model"), (3, "ppo/model")])
-def test_an_evaluation_is_of_the_actor_at_that_time_with_noise_of_its_own(whole, step, folder):
-    """Held-out rows have ids of their own, from 2²⁴ on, so that no training row has their noise."""
+def test_an_evaluation_samples_from_the_current_actor_with_its_own_noise(whole, step, folder):
+    """Evaluation rows have ids from 2²⁴ on, so that no training row has the same noise."""
     workdir, _ = whole
     rows, actor = evaluated(workdir, step), load_pretrained(workdir / folder)
     assert len(rows) == 10
@@ -67,7 +67,7 @@ def test_an_evaluation_is_of_the_actor_at_that_time_with_noise_of_its_own(whole,
     assert [len(words) for words in made] == [row["length"] for row in rows[:8]]
 
 
-def test_an_evaluation_has_the_kl_from_the_sft_policy_and_the_reward_models_scores(whole):
+def test_an_evaluation_has_the_kl_to_the_sft_policy_and_the_scores(whole):
     workdir, _ = whole
     policies = [load_pretrained(workdir / phase / "model") for phase in ("ppo", "sft")]
     reward, scores = load_pretrained(workdir / "reward" / "model", head="scalar"), []
@@ -93,7 +93,7 @@ def test_an_evaluation_has_the_kl_from_the_sft_policy_and_the_reward_models_scor
 
 
 @pytest.mark.parametrize(("step", "suffix"), [(0, "_before"), (3, "")])
-def test_an_evaluations_numbers_are_means_over_the_held_out_rows(whole, step, suffix):
+def test_evaluation_metrics_are_computed_over_the_held_out_rows(whole, step, suffix):
     workdir, _ = whole
     rows = evaluated(workdir, step)
     words = " ".join(row["response"] for row in rows).split()
@@ -109,7 +109,7 @@ def test_an_evaluations_numbers_are_means_over_the_held_out_rows(whole, step, su
         assert line[f"eval/{name}"] == summary[f"eval/{name}{suffix}"] == pytest.approx(value), name
 
 
-def test_the_critic_is_written_with_its_bias_and_the_average_of_the_actor_beside_it(whole):
+def test_the_critic_is_saved_with_its_bias_and_the_actor_with_its_ema(whole):
     workdir, _ = whole
     reward = json.loads((workdir / "reward" / "summary.json").read_text())
     critic = load_pretrained(workdir / "ppo" / "critic", head="scalar")
@@ -119,7 +119,7 @@ def test_the_critic_is_written_with_its_bias_and_the_average_of_the_actor_beside
     first, last, average = (
         load_pretrained(workdir / name).params for name in ("sft/model", "ppo/model", "ppo/model_ema")
     )
-    # After three iterations at 0.75 it has gone less than the way to the last, and 1 − 0.75³ of it at most.
+    # With decay 0.75 the EMA has moved from the first to the last weights by at most 1 − 0.75³ = 0.58 of the way.
     assert 0.25 * moved(last, first) < moved(average, first) < 0.75 * moved(last, first)
 
 
@@ -137,7 +137,7 @@ def test_held_out_loss_and_samples_are_those_of_the_sft_model(whole):
     assert {row["prompt"] for row in samples} <= set(held_out)
     key, how = jax.random.key(alone.SEED), {"max_new_tokens": 3}
     made = answers(policy, [row["prompt"] for row in samples], key, np.arange(3), **how)
-    assert data.WORDS[data.EOS] not in made[0]  # cut at three
+    assert data.WORDS[data.EOS] not in made[0]  # truncated at three tokens
     assert [row["response"] for row in samples] == [text(words) for words in made]
     rows = [json.loads(line) for line in (workdir.parent / "preferences.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["prompt"] in held_out]
@@ -156,23 +156,23 @@ def test_held_out_loss_and_samples_are_those_of_the_sft_model(whole):
 
 
 @pytest.mark.parametrize("phase", ["sft", "reward"])
-def test_a_steps_tokens_a_second_are_all_of_its_batchs_tokens(whole, phase):
-    """A step lies between two lines of metrics: at its speed no fewer tokens than its own would fit in there."""
+def test_tokens_per_second_count_all_tokens_of_a_batch(whole, phase):
+    """A step takes less time than passes between two lines of metrics, which bounds its rate from below."""
     found = [row for row in alone.lines(whole[0] / phase / "metrics.jsonl") if "train/tokens" in row]
     for before, row in itertools.pairwise(found):
         between = row["seconds"] - before["seconds"] + 0.002  # both are rounded
         assert row["train/tokens_per_second"] * between > row["train/tokens"]
 
 
-def test_an_iterations_seconds_and_samples_a_second_are_its_own(whole):
+def test_samples_per_second_follow_from_the_iterations_own_time(whole):
     found = [row for row in alone.lines(whole[0] / "ppo" / "metrics.jsonl") if "time/iteration" in row]
     for before, row in itertools.pairwise(found):
         assert row["time/iteration"] < row["seconds"] - before["seconds"] + 0.002
         assert row["eps"] * row["time/iteration"] == pytest.approx(8, rel=0.05)
 
 
-def test_held_out_pairs_are_measured_with_the_reward_model_as_trained(whole):
-    """The gain that is put into its head later is divided out."""
+def test_reward_metrics_are_of_the_model_before_normalisation(whole):
+    """Normalisation later multiplies the head by the gain, so the test divides the scores by it."""
     workdir, _ = whole
     model, held_out = load_pretrained(workdir / "reward" / "model", head="scalar"), evaluated(workdir, 0)
     assert model.model.config.num_layers == 2

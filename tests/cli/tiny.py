@@ -1,4 +1,4 @@
-"""A tiny random checkpoint with a tokenizer, a hundred rows, and the config of a whole run on them."""
+"""A tiny random checkpoint with a tokenizer, 100 preference pairs, and the config of a run that trains on them."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from tests.data import tiny as data
 
 
 def checkpoint(folder, *, seed=0, layers=3, vocabulary=None, head="lm", tied=True, tokenizer=None, **biases):
-    """A Llama of 3 layers and 32 columns: a policy, or with head="scalar" a reward model."""
+    """Saves a tiny random Llama of width 32: a policy, or with head="scalar" a reward model. Returns its folder."""
     tokenizer = tokenizer or data.tokenizer()
     config = config_from_hub(
         {
@@ -36,7 +36,7 @@ def checkpoint(folder, *, seed=0, layers=3, vocabulary=None, head="lm", tied=Tru
 
 
 def preferences(file, count=100):
-    """After three letters, answers of a's are chosen and answers of b's rejected."""
+    """Writes pairs with prompts of three letters. The chosen response repeats "a", the rejected one repeats "b"."""
     random = np.random.RandomState(0)
     rows = []
     for text in data.letters(count):
@@ -48,9 +48,11 @@ def preferences(file, count=100):
 
 
 def config(folder, **changes):
-    """A run of all phases: some seconds each."""
+    """The config of a run of all phases, each of which takes a few seconds."""
     config = default_config()
-    made = (folder / "preferences.jsonl").is_file()  # by another process: a config may not wake JAX before they meet
+    # Another process may have made the files. Making them uses JAX, which a config file must not do: several processes
+    # read it before they connect to each other.
+    made = (folder / "preferences.jsonl").is_file()
     config.model.path = str(folder / "base") if made else checkpoint(folder / "base")
     config.data.paths = (str(folder / "preferences.jsonl") if made else preferences(folder / "preferences.jsonl"),)
     config.data.max_tokens, config.data.max_prompt_tokens, config.data.length_buckets = 16, 4, (16,)

@@ -1,4 +1,4 @@
-"""Functions by name, of modules and of files."""
+"""Importing a function by name, from a module or a file."""
 
 import re
 
@@ -30,31 +30,32 @@ def file(tmp_path):
         ("~/rewards.py:score", True),
         ("module", False),
         ("org/name:configuration", False),
-        ("data.jsonl:x", True),  # a module could have this name; a data file of this name is looked for first
+        ("data.jsonl:x", True),  # a module may have this name; data files are looked for first
         ("rewards.py:", False),
         ("rewards.py:2x", False),
         (":score", False),
         ("", False),
     ],
 )
-def test_the_form_of_a_name(text, is_name):
+def test_function_names_are_recognised_by_their_form(text, is_name):
     assert is_function_name(text) == is_name
 
 
-def test_a_file_is_run_once_and_finds_its_neighbours(file):
+def test_a_file_is_executed_once_and_can_import_from_its_folder(file):
     function = import_function(f"{file}:scaled")
     assert function(2) == 6
     assert import_function(f"{file}:scaled") is function
     assert import_function(f"{file.parent / '.' / file.name}:scaled") is function
-    assert import_function(f"{function.__module__}:{function.__qualname__}") is function  # as another process names it
+    # Another process uses this name.
+    assert import_function(f"{function.__module__}:{function.__qualname__}") is function
 
 
-def test_a_relative_file_is_found_from_the_working_directory(file, monkeypatch):
+def test_a_relative_path_is_resolved_in_the_working_directory(file, monkeypatch):
     monkeypatch.chdir(file.parent)
     assert import_function("my-rewards.py:scaled")(1) == 3
 
 
-def test_what_is_missing_is_named(file):
+def test_an_error_names_what_is_missing(file):
     with pytest.raises(ImportError, match=re.escape(f"there is no file {file}x.py")):
         import_function(f"{file}x.py:scaled")
     with pytest.raises(AttributeError, match="other"):
@@ -65,7 +66,7 @@ def test_what_is_missing_is_named(file):
         import_function("no_such_module:f")
 
 
-def test_a_file_that_fails_is_run_again_once_mended(tmp_path):
+def test_a_file_that_failed_is_executed_again_after_a_fix(tmp_path):
     path = tmp_path / "rewards.py"
     path.write_text("def score(x):\n    return x\n\nraise ValueError('broken')\n")
     with pytest.raises(ValueError, match="broken"):
@@ -74,6 +75,6 @@ def test_a_file_that_fails_is_run_again_once_mended(tmp_path):
     assert import_function(f"{path}:score")(2) == 4
 
 
-def test_a_function_of_a_module():
+def test_a_function_of_a_module_is_imported():
     assert import_function("os.path:join")("a", "b") == "a/b"
     assert import_function("pathlib:Path.cwd")().is_absolute()

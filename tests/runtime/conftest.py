@@ -1,3 +1,3 @@
-"""The whole run that tests of what it left look at, too."""
+"""Makes the fixture `whole`, a run of all three phases, available to these tests."""
 
 from tests.cli.conftest import whole  # noqa: F401

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, and a bit that changed on the way is seen."""
+"""A checkpoint is either complete or ignored, and its checksums detect a changed bit."""
 
 import errno
 import math
@@ -53,7 +53,7 @@ def saved(folder, *steps, **config):
 
 
 def test_a_checkpoint_is_on_the_disk_before_an_older_one_is_deleted(tmp_path, monkeypatch):
-    """A power cut right after the deletion must leave one of them."""
+    """A power cut right after the deletion must leave a complete checkpoint."""
     saved(tmp_path, 1, keep=1)
     folder, happened = tmp_path / "checkpoints", []
     sync, where = os.fsync, Path("/proc/self/fd")
@@ -73,7 +73,7 @@ def test_a_checkpoint_is_on_the_disk_before_an_older_one_is_deleted(tmp_path, mo
     assert {path for path, old_is_there in happened if old_is_there} >= files
 
 
-def test_what_is_saved_comes_back_though_the_arrays_were_donated_at_once(tmp_path):
+def test_a_save_is_correct_even_if_its_arrays_are_donated_at_once(tmp_path):
     add = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + jnp.ones_like(leaf), state), donate_argnums=0)
     state = {"a": jnp.arange(4_000_000, dtype=jnp.float32), "b": jnp.float32(0)}
     wanted = jax.tree.map(np.array, state)
@@ -88,12 +88,12 @@ def test_what_is_saved_comes_back_though_the_arrays_were_donated_at_once(tmp_pat
     equal(restored.state, wanted)
 
 
-def test_an_empty_folder_has_none(tmp_path):
+def test_restore_returns_none_for_an_empty_folder(tmp_path):
     assert opened(tmp_path).restore(abstract(tree())) is None
 
 
 @pytest.mark.parametrize(("before", "after"), [((8, 1, 1), (1, 4, 2)), ((1, 2, 4), (2, 2, 2))])
-def test_it_is_read_onto_another_mesh(tmp_path, before, after):
+def test_a_checkpoint_can_be_restored_onto_another_mesh(tmp_path, before, after):
     def placed(sizes):
         mesh = create_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
         places = {"weights": {"kernel": PartitionSpec("fsdp", "tensor")}, "moment": PartitionSpec("fsdp")}
@@ -112,7 +112,7 @@ def test_it_is_read_onto_another_mesh(tmp_path, before, after):
     checkpoints.close()
 
 
-def test_checksums_see_a_single_bit_and_an_exchange():
+def test_checksums_detect_a_flipped_bit_and_swapped_rows():
     array = np.random.RandomState(0).randn(33, 5).astype(np.float32)
     whole = checksums({"a": jnp.asarray(array)})["a"]
     for place, bit in [((0, 0), 0), ((32, 4), 31), ((7, 3), 22)]:
@@ -126,8 +126,8 @@ def test_checksums_see_a_single_bit_and_an_exchange():
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (2, 3, 1500), (4, 2000), (5, 2, 3, 4), (0, 3)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool", "uint8"])
-def test_checksums_are_what_they_say_on_host_and_devices(shape, dtype):
-    """Σ bits · weights, in Python's integers."""
+def test_checksums_follow_their_definition_on_host_and_devices(shape, dtype):
+    """The definition is Σ bits · weights mod 2³², computed here with Python integers."""
     array = jnp.asarray(np.random.RandomState(1).randn(*shape) * 50).astype(dtype)
     bits = np.asarray(array).view({1: np.uint8, 2: np.uint16, 4: np.uint32}[array.dtype.itemsize])
     weights = [checksum._weights(np, size, axis) for axis, size in enumerate(shape)]
@@ -140,7 +140,7 @@ def test_checksums_are_what_they_say_on_host_and_devices(shape, dtype):
 
 
 def files(folder, step):
-    """What has bytes, the arrays' largest first."""
+    """The files of a checkpoint that are not empty, the largest first."""
     found = [file for file in (folder / "checkpoints" / str(step)).rglob("*") if file.is_file() and file.stat().st_size]
     return sorted(found, key=lambda file: -file.stat().st_size)
 
@@ -157,7 +157,7 @@ def truncate(file):
 
 @pytest.mark.parametrize("damage", [flip, truncate, lambda file: file.unlink()])
 @pytest.mark.parametrize("which", ["largest", "notes/metadata"])
-def test_a_damaged_checkpoint_is_moved_away_and_the_one_before_is_taken(tmp_path, damage, which):
+def test_a_damaged_checkpoint_is_moved_away_and_the_last_good_one_used(tmp_path, damage, which):
     saved(tmp_path, 1, 2, 3, keep=3)
     notes = tmp_path / "checkpoints" / "3" / "notes" / "metadata"
     damage(notes if which != "largest" else files(tmp_path, 3)[0])
@@ -169,14 +169,14 @@ def test_a_damaged_checkpoint_is_moved_away_and_the_one_before_is_taken(tmp_path
     equal(restored.state, tree(2))
     assert "checkpoints/3 is damaged" in said[0]
     assert (tmp_path / "checkpoints.damaged" / "3").is_dir()
-    checkpoints.save(3, tree(3), {"at": 3})  # its place is free
+    checkpoints.save(3, tree(3), {"at": 3})  # the step can be saved again
     checkpoints.wait()
     checkpoints.close()
     assert opened(tmp_path, keep=3).restore(abstract(tree())).step == 3
 
 
-def test_no_damaged_file_keeps_a_whole_checkpoint_from_being_found(tmp_path):
-    """Whichever of a checkpoint's files it is; what no array hangs on may be as it will."""
+def test_restore_finds_a_good_checkpoint_whichever_file_is_damaged(tmp_path):
+    """Each file of checkpoint 3 is truncated in turn. Checkpoint 3 is restored if it does not need the file, else 2."""
     how = {"keep": 3, "best": "eval/score"}
     saved(tmp_path, 1, 2, 3, **how)
     every = files(tmp_path, 3)
@@ -198,7 +198,7 @@ def test_no_damaged_file_keeps_a_whole_checkpoint_from_being_found(tmp_path):
 
 
 @pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("Connection closed by peer"), MemoryError("no more")])
-def test_a_lost_process_or_short_memory_is_no_damage(tmp_path, monkeypatch, error):
+def test_a_lost_process_or_memory_error_is_not_taken_for_damage(tmp_path, monkeypatch, error):
     saved(tmp_path, 1, 2)
 
     def fails(*_, **__):
@@ -211,7 +211,7 @@ def test_a_lost_process_or_short_memory_is_no_damage(tmp_path, monkeypatch, erro
 
 
 @pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("Connection closed by peer"), TimeoutError("no answer")])
-def test_a_process_lost_in_a_save_is_no_full_disk(tmp_path, monkeypatch, error):
+def test_a_process_lost_during_a_save_is_not_taken_for_a_full_disk(tmp_path, monkeypatch, error):
     def fails(*_, **__):
         raise error
 
@@ -220,8 +220,8 @@ def test_a_process_lost_in_a_save_is_no_full_disk(tmp_path, monkeypatch, error):
         opened(tmp_path).save(1, tree(), {})
 
 
-def test_saving_leaves_the_preemption_service_to_who_stops_the_run(tmp_path, monkeypatch):
-    """It knows of each process what was asked last; a notice that comes after a save's question would be lost."""
+def test_saving_does_not_query_the_preemption_service(tmp_path, monkeypatch):
+    """The service keeps only the last query of each process. A query by a save would make the run miss a notice."""
     asked = []
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
     saved(tmp_path, 1, 2)
@@ -229,7 +229,7 @@ def test_saving_leaves_the_preemption_service_to_who_stops_the_run(tmp_path, mon
     assert asked == []
 
 
-def test_where_all_are_damaged_nothing_begins_anew_in_silence(tmp_path):
+def test_restore_raises_if_all_checkpoints_are_damaged(tmp_path):
     saved(tmp_path, 1, 2)
     for step in (1, 2):
         flip(files(tmp_path, step)[0])
@@ -238,7 +238,7 @@ def test_where_all_are_damaged_nothing_begins_anew_in_silence(tmp_path):
     assert (tmp_path / "checkpoints" / "2").is_dir()
 
 
-def test_another_model_is_no_damage(tmp_path):
+def test_a_checkpoint_of_another_model_is_an_error_but_not_damage(tmp_path):
     saved(tmp_path, 1, 2)
     other = tree() | {"moment": jnp.zeros((64, 33), jnp.bfloat16)}
     other["more"] = other.pop("done")
@@ -246,7 +246,7 @@ def test_another_model_is_no_damage(tmp_path):
         opened(tmp_path).restore(abstract(other))
 
 
-def test_a_half_written_one_counts_for_nothing(tmp_path):
+def test_an_incomplete_checkpoint_is_ignored_and_then_deleted(tmp_path):
     saved(tmp_path, 1)
     half = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp-0"
     (half / "state").mkdir(parents=True)
@@ -259,7 +259,7 @@ def test_a_half_written_one_counts_for_nothing(tmp_path):
     assert not half.exists()
 
 
-def test_what_is_kept(tmp_path):
+def test_the_last_the_periodic_and_the_best_checkpoints_are_kept(tmp_path):
     checkpoints = opened(tmp_path, keep=2, keep_every=4, best="eval/score")
     scores = {2: 0.5, 3: 0.9, 5: 0.1, 6: None, 7: math.nan, 9: 0.8}
     for step in range(1, 11):
@@ -280,7 +280,7 @@ def test_what_is_kept(tmp_path):
 @pytest.mark.parametrize(
     ("best", "mode", "kept"), [("eval/loss", None, 2), ("eval/auc", "min", 2), ("eval/loss", "max", 3)]
 )
-def test_what_is_best_is_known_by_its_name_or_said(tmp_path, best, mode, kept):
+def test_the_best_mode_follows_from_the_metrics_name_unless_it_is_set(tmp_path, best, mode, kept):
     checkpoints = opened(tmp_path, keep=1, best=best, best_mode=mode)
     for step, loss in enumerate([2.0, 1.0, 3.0, 2.5], 1):
         checkpoints.save(step, tree(step), {}, loss)
@@ -289,8 +289,8 @@ def test_what_is_best_is_known_by_its_name_or_said(tmp_path, best, mode, kept):
     checkpoints.close()
 
 
-def test_a_write_that_fails_says_what_is_left(tmp_path):
-    """No file may grow past 64 KiB: what a full disk does, without one."""
+def test_a_failed_write_names_the_last_complete_checkpoint(tmp_path):
+    """A limit of 64 KiB per file makes the write fail as on a full disk."""
     checkpoints = opened(tmp_path)
     checkpoints.save(1, tree(1), {})
     checkpoints.wait()
@@ -310,14 +310,14 @@ def test_a_write_that_fails_says_what_is_left(tmp_path):
 
 
 @pytest.mark.parametrize(("field", "value"), [("keep", 0), ("every", -1), ("minutes", 0.0)])
-def test_bad_settings_are_named(field, value):
+def test_an_error_names_the_wrong_setting(field, value):
     with pytest.raises(ValueError, match=rf"config.checkpoint.{field}={value}"):
         CheckpointConfig(**{field: value})
 
 
 @pytest.mark.parametrize("synced", [True, False])
-def test_one_that_was_being_written_when_the_power_was_cut_is_no_checkpoint(tmp_path, synced):
-    """Not synced, and not whole: the phase begins from its start. One that was on the disk is damaged, and counts."""
+def test_a_save_that_a_power_cut_interrupted_is_dropped(tmp_path, synced):
+    """Without the mark `synced` it is dropped, and the phase starts from step 0. With the mark it is an error."""
     saved(tmp_path, 1)
     folder = tmp_path / "checkpoints" / "1"
     if not synced:
@@ -325,7 +325,7 @@ def test_one_that_was_being_written_when_the_power_was_cut_is_no_checkpoint(tmp_
     said = []
     checkpoints = opened(tmp_path, said)
     checkpoints.drop_unfinished()
-    assert checkpoints.steps == [1]  # whole, though its writer was killed before it was noted
+    assert checkpoints.steps == [1]  # it is complete, even if the process was killed before setting the mark
     (folder / "notes" / "metadata").write_bytes(b"")
     checkpoints.drop_unfinished()
     if synced:
@@ -339,8 +339,8 @@ def test_one_that_was_being_written_when_the_power_was_cut_is_no_checkpoint(tmp_
 
 
 @pytest.mark.parametrize("fault", ["unreadable", "once", "no CPU"])
-def test_a_disk_that_fails_makes_no_run_begin_anew(tmp_path, monkeypatch, fault):
-    """What cannot be read at the moment is no checkpoint that was never written."""
+def test_a_checkpoint_that_cannot_be_read_at_the_moment_is_kept(tmp_path, monkeypatch, fault):
+    """A read error, or a missing CPU backend, does not mean that the checkpoint is incomplete."""
     saved(tmp_path, 1)
     folder = tmp_path / "checkpoints" / "1"
     (folder / "synced").unlink()
@@ -375,8 +375,8 @@ def unreadable(*_):
     raise OSError(errno.EIO, "Input/output error")
 
 
-def test_of_two_checkpoints_none_is_taken_for_unfinished(tmp_path):
-    """The one before was complete once, or there would be no later one: the run may not begin anew by itself."""
+def test_of_several_damaged_checkpoints_none_is_dropped_as_unfinished(tmp_path):
+    """The first was complete before the second was saved, so the run must not silently restart from step 0."""
     saved(tmp_path, 1, 2)
     for step in (1, 2):
         (tmp_path / "checkpoints" / str(step) / "synced").unlink()
@@ -388,8 +388,8 @@ def test_of_two_checkpoints_none_is_taken_for_unfinished(tmp_path):
     checkpoints.close()
 
 
-def test_a_damaged_one_is_moved_away_on_its_own_disk(tmp_path):
-    """Checkpoints may be a link to a scratch disk."""
+def test_a_damaged_checkpoint_is_moved_to_a_folder_on_the_same_disk(tmp_path):
+    """The folder `checkpoints` may be a link to a scratch disk."""
     saved(tmp_path, 1, 2)
     scratch = tmp_path / "scratch" / "run"
     scratch.parent.mkdir()

@@ -1,4 +1,4 @@
-"""What this program wrote is known: nothing else is deleted, no other model is taken, no lost config overlooked."""
+"""The manifest lists what the program wrote: nothing else is deleted, and changed files are detected."""
 
 import json
 import os
@@ -22,13 +22,13 @@ from jax_rlhf.runtime.workdir import WorkdirError, check_overwrite, lock_workdir
 
 @pytest.fixture
 def workdir(whole, tmp_path):
-    """A finished run of three phases, to do harm to."""
+    """A copy of a finished run of three phases, which the tests damage."""
     return shutil.copytree(whole[0], tmp_path / "run")
 
 
 @pytest.fixture(autouse=True)
 def same_verbosity():
-    """`verify` says only what it finds."""
+    """Restores the log level, which `verify` changes."""
     before = logging.get_verbosity()
     yield
     logging.set_verbosity(before)
@@ -59,7 +59,7 @@ def config_of(workdir):
         ".git/config",
     ],
 )
-def test_overwrite_deletes_nothing_that_it_did_not_write(workdir, name):
+def test_overwrite_refuses_to_delete_files_of_the_user(workdir, name):
     (workdir / "sft" / name).parent.mkdir(exist_ok=True)
     (workdir / "sft" / name).write_text("mine")
     before = sorted(workdir.rglob("*"))
@@ -70,9 +70,9 @@ def test_overwrite_deletes_nothing_that_it_did_not_write(workdir, name):
     check_overwrite(workdir, ("reward", "ppo"))
 
 
-def test_a_folder_that_is_not_known_is_not_deleted(workdir, tmp_path):
+def test_a_folder_without_a_valid_manifest_and_a_link_are_not_deleted(workdir, tmp_path):
     (tmp_path / "other" / "sft").mkdir(parents=True)
-    check_overwrite(tmp_path / "other", ("sft", "reward"))  # empty, and none
+    check_overwrite(tmp_path / "other", ("sft", "reward"))  # one folder is empty, and the other is missing
     (tmp_path / "other" / "sft" / "metrics.jsonl").write_text("")
     with pytest.raises(WorkdirError, match=r"has no manifest.json"):
         check_overwrite(tmp_path / "other", ("sft",))
@@ -97,14 +97,14 @@ def test_a_folder_that_is_not_known_is_not_deleted(workdir, tmp_path):
             check_overwrite(workdir, ("ppo",))
 
 
-def test_a_model_that_was_exchanged_is_not_deleted(workdir):
+def test_a_model_that_was_changed_is_not_deleted(workdir):
     flip(workdir / "sft" / "model" / "model.safetensors")
     with pytest.raises(WorkdirError, match=r"did not write: model/model.safetensors \(changed\)"):
         check_overwrite(workdir, ("sft",))
 
 
-def test_what_came_after_the_first_look_is_not_deleted(workdir):
-    """Between that and the deletion all data is tokenized."""
+def test_a_file_added_after_the_first_check_is_not_deleted(workdir):
+    """All data is tokenized between the first check and the deletion, which can take long."""
     check_overwrite(workdir, ("sft",))
     (workdir / "sft" / "notes.txt").write_text("mine")
     with pytest.raises(WorkdirError, match=r"did not write: notes.txt"):
@@ -113,11 +113,11 @@ def test_what_came_after_the_first_look_is_not_deleted(workdir):
     assert (workdir / "sft" / "model").is_dir()
 
 
-def test_no_phase_begins_in_somebody_else_s_folder(workdir):
+def test_no_phase_starts_in_a_folder_with_unknown_files(workdir):
     config = run_config(for_eight_devices(config_of(workdir)))
     shutil.rmtree(workdir / "ppo")
     (workdir / "ppo").mkdir()
-    (workdir / "ppo" / "manifest.json.partial").write_text("")  # of this program, killed right there
+    (workdir / "ppo" / "manifest.json.partial").write_text("")  # this program leaves it if it is killed at that moment
     check_run(config, workdir, overwrite=False)
     (workdir / "ppo" / "metrics.jsonl").write_text("mine\n")
     with pytest.raises(
@@ -126,11 +126,11 @@ def test_no_phase_begins_in_somebody_else_s_folder(workdir):
         check_run(config, workdir, overwrite=False)
 
 
-def test_a_model_whose_export_was_cut_short(workdir, monkeypatch):
-    """Its digests are not those of the model before."""
+def test_an_interrupted_export_is_detected(workdir, monkeypatch):
+    """The manifest must not keep the digests of the former model."""
 
     def cut_short(folder, pretrained, dtype):
-        assert dtype == "bfloat16"  # which it computes in
+        assert dtype == "bfloat16"  # the dtype that the model computes in
         flip(folder / "model.safetensors")
         raise KeyboardInterrupt
 
@@ -144,7 +144,7 @@ def test_a_model_whose_export_was_cut_short(workdir, monkeypatch):
     check_overwrite(workdir, ("ppo",))
 
 
-def test_what_half_done_writers_leave_is_deleted(workdir):
+def test_files_of_interrupted_writes_are_deleted(workdir):
     for name in (
         ".model.partial-7/config.json",
         ".critic.old-7/x",
@@ -159,7 +159,7 @@ def test_what_half_done_writers_leave_is_deleted(workdir):
     assert not (workdir / "sft").exists()
 
 
-def test_a_deletion_that_is_cut_short_can_be_done_again(workdir, monkeypatch):
+def test_an_interrupted_deletion_can_be_repeated(workdir, monkeypatch):
     from etils import epath
 
     left, remove = [3], type(epath.Path(workdir)).unlink
@@ -189,7 +189,7 @@ def flip(file, place=-5):
     file.write_bytes(content)
 
 
-def test_a_model_that_changed_since_its_export_is_not_taken(workdir):
+def test_a_model_that_changed_since_its_export_is_refused(workdir):
     config = run_config(config_of(workdir))
     for phase in ("reward", "ppo"):
         assert check_inputs(config, workdir, phase, accept_changes=False) == []
@@ -217,8 +217,8 @@ def test_a_model_that_changed_since_its_export_is_not_taken(workdir):
         ("reward_model", lambda folder, here: linked(here / "link", folder.parent) / "model"),
     ],
 )
-def test_a_model_of_a_run_is_compared_however_it_is_named(workdir, tmp_path, monkeypatch, spell, field):
-    """One of another run is, too."""
+def test_a_model_of_a_run_is_checked_whatever_path_leads_to_it(workdir, tmp_path, monkeypatch, spell, field):
+    """The phase that starts from the model belongs to another run."""
     monkeypatch.chdir(tmp_path)
     phase = "sft" if field in ("sft_model_path", "reference") else "reward"
     config, name = config_of(workdir), str(spell(workdir / phase / "model", tmp_path))
@@ -241,7 +241,7 @@ def test_a_model_of_a_run_is_compared_however_it_is_named(workdir, tmp_path, mon
 
 
 def for_eight_devices(config):
-    """The run's own process had one."""
+    """The config of the PPO phase for the eight devices of these tests; the run itself had one device."""
     return config | {"phases": ["ppo"], "data": config["data"] | {"ppo_batch_size": 16}}
 
 
@@ -250,7 +250,7 @@ def linked(link, target):
     return link
 
 
-def test_models_from_elsewhere_are_not_compared(workdir, tmp_path):
+def test_a_model_that_the_phase_does_not_read_is_not_checked(workdir, tmp_path):
     config = config_of(workdir)
     flip(workdir / "sft" / "model" / "model.safetensors")
     config["sft_model_path"] = config["model"]["path"]
@@ -261,7 +261,7 @@ def test_models_from_elsewhere_are_not_compared(workdir, tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", "null", "[]", "{", '{"model": {}}', b"\xff", "[" * 5000])
-def test_a_lost_config_does_not_end_the_comparison(workdir, content):
+def test_settings_are_compared_with_a_checkpoint_if_the_config_is_lost(workdir, content):
     config, file = config_of(workdir), workdir / "config.json"
 
     def lose():
@@ -288,7 +288,7 @@ def test_a_lost_config_does_not_end_the_comparison(workdir, content):
 
 
 @pytest.mark.parametrize("content", [None, "null", "[]", "{}", '{"finished": "no"}', "{", b"\xff", "folder"])
-def test_a_summary_that_is_none_does_not_end_a_phase(workdir, content):
+def test_an_invalid_summary_does_not_mark_a_phase_as_finished(workdir, content):
     file = workdir / "sft" / "summary.json"
     file.unlink()
     if content == "folder":
@@ -305,7 +305,7 @@ def looked_at(workdir):
     return dict(verify.verify(workdir))
 
 
-def test_all_that_a_run_left_is_looked_at(workdir, capsys):
+def test_verify_checks_everything_that_a_run_wrote(workdir, capsys):
     found = looked_at(workdir)
     expected = {"config.json", "ppo/critic", "ppo/model_ema", "ppo/checkpoints/3"}
     for phase in ("sft", "reward", "ppo"):
@@ -337,7 +337,7 @@ def test_all_that_a_run_left_is_looked_at(workdir, capsys):
         ("sft/model", lambda folder: (unlisted(folder), shutil.rmtree(folder)), "does not list this model"),
     ],
 )
-def test_what_is_damaged_is_said(workdir, capsys, name, harm, said):
+def test_verify_names_the_damaged_file(workdir, capsys, name, harm, said):
     harm(workdir / name)
     assert verify.main(["verify", str(workdir)]) == 1
     damaged = [line for line in capsys.readouterr().out.splitlines() if line.startswith("DAMAGED")]
@@ -353,8 +353,8 @@ def unlisted(folder):
     manifest.write_text(json.dumps(content))
 
 
-def test_a_run_that_goes_on_is_not_damaged(workdir, monkeypatch, capsys):
-    """It deletes older checkpoints meanwhile."""
+def test_verify_accepts_that_an_active_run_deletes_checkpoints(workdir, monkeypatch, capsys):
+    """The run deletes old checkpoints while `verify` reads them."""
     (checkpoint,) = sorted((workdir / "sft" / "checkpoints").iterdir())[-1:]
 
     def checkpoint_damage(folder):
@@ -371,8 +371,8 @@ def test_a_run_that_goes_on_is_not_damaged(workdir, monkeypatch, capsys):
     assert "a run is active in this workdir" not in capsys.readouterr().out
 
 
-def test_every_damaged_file_of_a_checkpoint_is_seen(workdir):
-    """Of arrays, and of what describes them; a checkpoint that can be read all the same is whole."""
+def test_verify_detects_damaged_files_of_a_checkpoint(workdir):
+    """The files are changed one by one. Some of them matter to no array, so only the important ones are asserted."""
     checkpoint = workdir / "reward" / "checkpoints"
     (checkpoint,) = sorted(checkpoint.iterdir())[-1:]
     seen = {}
@@ -389,13 +389,13 @@ def test_every_damaged_file_of_a_checkpoint_is_seen(workdir):
     assert verify.checkpoint_damage(checkpoint) == ""
 
 
-def test_what_is_no_run_is_said(tmp_path, capsys):
+def test_verify_refuses_a_folder_that_is_not_a_workdir(tmp_path, capsys):
     assert verify.main(["verify", str(tmp_path)]) == 2
     assert "is not the workdir of a run" in capsys.readouterr().err
     assert verify.main(["verify"]) == 2
 
 
-def test_a_summary_says_what_was_no_training(workdir):
+def test_a_summary_has_the_time_that_was_not_spent_on_training(workdir):
     for phase in ("sft", "reward", "ppo"):
         summary = json.loads((workdir / phase / "summary.json").read_text())
         assert summary["starts"] == 1
@@ -403,8 +403,8 @@ def test_a_summary_says_what_was_no_training(workdir):
         assert summary["seconds_restoring"] == summary["seconds_repeated"] == 0
 
 
-def test_a_file_that_decides_is_synced_with_its_folder(tmp_path, monkeypatch):
-    """In this order: its content, its name, the folder that has the name."""
+def test_a_json_file_is_synced_and_renamed_and_its_folder_synced(tmp_path, monkeypatch):
+    """The order is: sync the content, rename the file, sync the folder."""
     happened, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda handle: happened.append(read_link(handle)) or fsync(handle))
     monkeypatch.setattr(os, "replace", lambda *names: happened.append("replaced") or replace(*names))
@@ -417,5 +417,5 @@ def read_link(handle):
     return os.readlink(f"/proc/self/fd/{handle}")
 
 
-def test_a_model_s_own_digests_are_those_of_its_files(workdir):
+def test_an_exported_model_matches_its_digests(workdir):
     check_model(workdir / "ppo" / "model")

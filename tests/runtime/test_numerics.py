@@ -1,4 +1,4 @@
-"""Numbers that are not finite: left out, counted, borne for a while, then the run stops with the batch written down."""
+"""Steps with NaN are skipped and counted. After several in a row the run stops, and saves the batch."""
 
 import json
 
@@ -25,7 +25,7 @@ def config(tmp_path_factory):
 
 
 def poisoned(monkeypatch, steps):
-    """The margins of these steps' batches are NaN."""
+    """Sets the margins of these batches, counted from 0, to NaN."""
     count = iter(range(1000))
 
     def put(batch, layout):
@@ -41,7 +41,7 @@ def train_lines(folder):
     return [row for row in rows if "train/loss" in row]
 
 
-def test_a_bad_step_is_left_out_and_counted(config, tmp_path, monkeypatch):
+def test_a_bad_step_is_skipped_and_counted(config, tmp_path, monkeypatch):
     poisoned(monkeypatch, {2, 4})
     run_phase("reward", run_config(config), tmp_path)
     rows = train_lines(tmp_path / "reward")
@@ -50,7 +50,7 @@ def test_a_bad_step_is_left_out_and_counted(config, tmp_path, monkeypatch):
     assert [row["train/loss"] is None for row in rows] == [False, False, True, False, True, False]
 
 
-def test_bad_steps_in_a_row_stop_the_run_and_it_goes_on_once_mended(config, tmp_path, monkeypatch):
+def test_bad_steps_in_a_row_stop_the_run_which_continues_after_a_fix(config, tmp_path, monkeypatch):
     run_phase("reward", run_config(config), tmp_path / "wanted")
     poisoned(monkeypatch, {2, 3, 4})
     with pytest.raises(
@@ -59,7 +59,8 @@ def test_bad_steps_in_a_row_stop_the_run_and_it_goes_on_once_mended(config, tmp_
         run_phase("reward", run_config(config), tmp_path)
     batch = np.load(tmp_path / "reward" / "bad_batch" / "step4.npz", allow_pickle=False)
     assert batch["chosen"].shape == (8, 16)
-    assert sorted(file.name for file in (tmp_path / "reward" / "checkpoints").iterdir()) == ["1", "2"]  # the good ones
+    # Checkpoints exist only for the steps before the bad ones.
+    assert sorted(file.name for file in (tmp_path / "reward" / "checkpoints").iterdir()) == ["1", "2"]
     assert not (tmp_path / "reward" / "model").exists()
     monkeypatch.undo()
     run_phase("reward", run_config(config), tmp_path)
@@ -74,7 +75,7 @@ def test_bad_steps_in_a_row_stop_the_run_and_it_goes_on_once_mended(config, tmp_
         ({"ratio": 2.0}, r"ppo, step \d: val/largest_ratio_gap=.*, config.ppo.limits.ratio=2"),
     ],
 )
-def test_past_a_limit_the_run_stops(config, tmp_path, limit, message):
+def test_a_run_stops_when_a_metric_exceeds_its_limit(config, tmp_path, limit, message):
     other = config.copy_and_resolve_references()
     other.ppo.limits.update(limit)
     other.reward_model.path = None
@@ -90,7 +91,7 @@ def test_past_a_limit_the_run_stops(config, tmp_path, limit, message):
 def test_debug_stops_at_the_first_nan(config, tmp_path, monkeypatch):
     other = config.copy_and_resolve_references()
     other.debug = True
-    poisoned(monkeypatch, {1, 2})  # it is done twice
+    poisoned(monkeypatch, {1, 2})  # the debug mode runs a step with NaN twice
     with pytest.raises(FloatingPointError, match="nan"):
         run_phase("reward", run_config(other), tmp_path)
     assert len(train_lines(tmp_path / "reward")) == 1

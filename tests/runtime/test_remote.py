@@ -1,6 +1,6 @@
-"""A workdir in a bucket: what is there, and what comes back. The bucket is a store in memory; Google's was not at hand.
+"""Uploads and downloads of a workdir in a bucket. An in-memory file system replaces Google Cloud Storage.
 
-That another machine goes on from it: test_resume.py.
+tests/cli/test_resume.py shows that another machine continues a run from a bucket.
 """
 
 import pytest
@@ -13,10 +13,10 @@ from jax_rlhf.runtime.workdir import status
 
 
 class Bucket(MemoryFileSystem):
-    """Google's, in this process."""
+    """A Google Cloud Storage bucket in the memory of this process."""
 
     protocol = "gs"
-    store: dict = {}  # noqa: RUF012, as its base has it
+    store: dict = {}  # noqa: RUF012, as in the base class
     pseudo_dirs = [""]  # noqa: RUF012
 
     @classmethod
@@ -34,7 +34,7 @@ def bucket(monkeypatch, tmp_path):
     Bucket.store.clear()
 
 
-def test_files_go_to_the_bucket_and_come_back(bucket):
+def test_files_are_uploaded_to_the_bucket_and_downloaded_again(bucket):
     workdir, lock = open_workdir_at(bucket)
     with pytest.raises(ValueError, match="another run on this machine"):
         open_workdir_at(bucket)
@@ -57,19 +57,20 @@ def test_files_go_to_the_bucket_and_come_back(bucket):
     upload(workdir, "sft", models=True)
     (workdir / "sft" / "metrics.jsonl").write_text("lost with the machine")
 
-    workdir, _ = open_workdir_at(bucket)  # as another machine does
+    workdir, _ = open_workdir_at(bucket)  # as on another machine
     files = {str(path.relative_to(workdir)) for path in workdir.rglob("*") if path.is_file()}
     assert files == {".remote", "config.json", "sft/metrics.jsonl", "sft/summary.json", "sft/model/a.safetensors"}
     assert (workdir / "sft" / "metrics.jsonl").read_text() == "metrics.jsonl"
-    assert status(workdir, "sft") == "interrupted"  # its summary is no JSON; the checkpoint's folder tells
+    assert status(workdir, "sft") == "interrupted"  # its summary is not JSON, but it has a checkpoint
     delete(workdir, "sft")
     assert not (remote / "sft").exists()
     assert status(workdir, "sft") == "new"
 
 
-def test_compiled_programs_in_the_bucket_are_not_fetched_for_jax_reads_them_there(bucket):
+def test_compiled_programs_in_the_bucket_are_not_downloaded(bucket):
+    """JAX reads them from the bucket itself."""
     remote = epath.Path(bucket)
-    for folder in ("compile_cache", "sft/compile_cache"):  # the second one is no folder of a launcher's
+    for folder in ("compile_cache", "sft/compile_cache"):  # only the first is the compile cache of launch scripts
         (remote / folder).mkdir(parents=True)
         (remote / folder / "a-cache").write_text("large")
     workdir, lock = open_workdir_at(bucket)
@@ -80,12 +81,12 @@ def test_compiled_programs_in_the_bucket_are_not_fetched_for_jax_reads_them_ther
     assert (remote / "compile_cache" / "a-cache").exists()
 
 
-def test_a_bucket_that_cannot_be_reached_is_said(monkeypatch, tmp_path):
+def test_a_bucket_that_cannot_be_reached_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(ValueError, match=r"--workdir=s3://nowhere/run cannot be read: .*gcsfs"):
         open_workdir_at("s3://nowhere/run")
 
 
-def test_a_plain_path_has_no_mirror(tmp_path):
+def test_a_local_workdir_has_no_bucket(tmp_path):
     assert open_workdir_at(str(tmp_path / "run")) == (tmp_path / "run", None)
     assert remote_of(tmp_path / "run") is None

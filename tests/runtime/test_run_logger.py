@@ -1,4 +1,4 @@
-"""What a phase says while it runs."""
+"""What a phase logs while it runs: progress, metrics, samples and notes on compilation."""
 
 import dataclasses
 import io
@@ -20,7 +20,7 @@ def prompts(width):
     return Prompts(np.zeros((2, width), np.int32), np.ones((2, width), bool), np.arange(2, dtype=np.int32))
 
 
-def test_a_width_that_comes_in_mid_run_is_said_once(tmp_path, capsys):
+def test_each_new_batch_width_after_the_first_is_logged_once(tmp_path, capsys):
     with RunLogger(tmp_path / "ppo", LogConfig(tensorboard=False)) as logger:
         for step, width in enumerate([16, 16, 32, 16, 32, 64]):
             logger.note_width(step, prompts(width))
@@ -31,8 +31,8 @@ def test_a_width_that_comes_in_mid_run_is_said_once(tmp_path, capsys):
     ]
 
 
-def test_in_a_log_file_progress_is_plain_lines(tmp_path, monkeypatch):
-    """One bar within another too, and nothing that moves a cursor."""
+def test_progress_in_a_log_file_is_plain_lines(tmp_path, monkeypatch):
+    """This includes nested progress bars. No line has characters that move the cursor."""
     log = io.StringIO()
     monkeypatch.setattr(sys, "stderr", log)
     monkeypatch.setattr(records, "_LINE_EVERY", 0.0)
@@ -47,8 +47,8 @@ def test_in_a_log_file_progress_is_plain_lines(tmp_path, monkeypatch):
     assert all(line.isprintable() and line.startswith("sft: ") for line in lines)
 
 
-def test_lines_are_synced_with_their_files_names(tmp_path, monkeypatch):
-    """A file whose name is not on the disk is gone after a power cut, whatever it holds."""
+def test_log_files_are_synced_and_then_their_folder(tmp_path, monkeypatch):
+    """If the folder was not synced, a new file is lost after a power cut, whatever its content."""
     happened = []
     monkeypatch.setattr(os, "fsync", lambda handle: happened.append(os.readlink(f"/proc/self/fd/{handle}")))
     with RunLogger(tmp_path / "sft", LogConfig(tensorboard=False)) as logger:
@@ -59,7 +59,7 @@ def test_lines_are_synced_with_their_files_names(tmp_path, monkeypatch):
 
 
 class FakeWandb(types.ModuleType):
-    """What of Weights & Biases is used."""
+    """The part of the API of Weights & Biases that the logger uses."""
 
     def __init__(self):
         super().__init__("wandb")
@@ -86,7 +86,7 @@ class Settings:
     paths: tuple = ("a.jsonl",)
 
 
-def test_weights_and_biases_has_the_config_the_run_s_name_and_tables(tmp_path, monkeypatch):
+def test_weights_and_biases_gets_config_run_name_metrics_and_tables(tmp_path, monkeypatch):
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     log = LogConfig(tensorboard=False, wandb_project="mine")
@@ -112,21 +112,21 @@ LINES = [b'{"step": 1, "seconds": 3.5}\n', b'{"step": 2, "seconds": 4.5}\n', b'{
 @pytest.mark.parametrize(
     ("left", "kept", "lost"),
     [
-        (LINES, 2, 3.5),  # what came after the checkpoint is dropped
-        ([*LINES, b'{"step": 4, "sec'], 2, 3.5),  # half a line, too
+        (LINES, 2, 3.5),  # lines after the checkpoint are dropped
+        ([*LINES, b'{"step": 4, "sec'], 2, 3.5),  # an incomplete line is dropped too
         (LINES[:2], 2, 0.0),
-        ([*LINES[:1], LINES[1][:4]], 1, None),  # a power cut took the end of it
-        ([*LINES[:1], LINES[1][:-1]], 1, None),  # and the line's break alone
+        ([*LINES[:1], LINES[1][:4]], 1, None),  # a power cut removed the end of the last line
+        ([*LINES[:1], LINES[1][:-1]], 1, None),  # only the line break is lost
         ([LINES[0][:3]], 0, None),
-        ([b"x" * 200_000], 0, None),  # not one line
+        ([b"x" * 200_000], 0, None),  # there is no complete line
         ([b""], 0, None),
         (None, 0, None),
         ([LINES[0], b"null\n"], 1, None),
-        ([LINES[1], LINES[2]], 1, None),  # a line was lost before: bytes say nothing of where a step ends
+        ([LINES[1], LINES[2]], 1, None),  # an earlier line is lost, so the position in bytes is wrong
         ([LINES[0], b'{"step": 2, "eval/loss": 1.0}\n'], 2, None),
     ],
 )
-def test_a_file_that_was_cut_goes_on_after_its_last_whole_line(tmp_path, capsys, left, kept, lost):
+def test_a_truncated_file_continues_after_its_last_complete_line(tmp_path, capsys, left, kept, lost):
     folder = tmp_path / "sft"
     folder.mkdir()
     with RunLogger(folder, LogConfig(tensorboard=False)) as logger:
@@ -150,7 +150,7 @@ def test_a_file_that_was_cut_goes_on_after_its_last_whole_line(tmp_path, capsys,
     assert len((folder / "samples.jsonl").read_bytes().splitlines()) == 1
 
 
-def test_an_evaluation_that_is_done_again_leaves_no_line(tmp_path):
+def test_lines_of_an_evaluation_that_is_repeated_are_dropped(tmp_path):
     folder = tmp_path / "sft"
     folder.mkdir()
     rows = [{"step": 1}, {"step": 2, "train/loss": 1.0}, {"step": 2, "eval/loss": 1.0}, {"step": 3}]
@@ -162,7 +162,7 @@ def test_an_evaluation_that_is_done_again_leaves_no_line(tmp_path):
         assert len(content[:end].splitlines()) == kept
 
 
-def test_the_line_before_a_place_may_be_long(tmp_path):
+def test_line_before_finds_lines_of_any_length(tmp_path):
     file = tmp_path / "x"
     file.write_bytes(b"a\n" + b"b" * 300_000 + b"\nc")
     with file.open("rb") as stream:
@@ -173,6 +173,6 @@ def test_the_line_before_a_place_may_be_long(tmp_path):
 
 
 @pytest.mark.parametrize("seconds", ["9" * 400, "1e999", "-1e999", "NaN", '"x"', "null", "[1]", "{}"])
-def test_a_line_that_does_not_say_when_it_was_written(seconds):
+def test_a_line_without_a_valid_time_counts_as_0_seconds(seconds):
     assert lines.seconds_of(b'{"step": 1, "seconds": ' + seconds.encode() + b"}\n") == 0.0
     assert lines.seconds_of(b'{"step": 1, "seconds": 1.5}\n') == 1.5

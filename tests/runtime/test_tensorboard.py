@@ -1,4 +1,4 @@
-"""Curves that TensorBoard reads; a full disk is an error, and no thread that everybody waits for."""
+"""Event files for TensorBoard. A full disk raises an error in the calling thread."""
 
 import errno
 import resource
@@ -11,7 +11,7 @@ from jax_rlhf.runtime.tensorboard import TensorBoard
 
 
 def events(file):
-    """Of a file of TensorFlow's records: length, its checksum, content, its checksum."""
+    """The events of a TFRecord file. Each record is a length, its checksum, the content, and its checksum."""
     data, found = file.read_bytes(), []
     while data:
         (length,) = struct.unpack("<Q", data[:8])
@@ -20,7 +20,7 @@ def events(file):
     return found
 
 
-def test_points_stand_in_a_file_that_says_where_its_start_began(tmp_path):
+def test_an_event_file_has_its_first_step_and_all_points(tmp_path):
     board = TensorBoard(tmp_path / "tensorboard", first=3)
     board.add(3, {"train/loss": 0.5, "train/accuracy": 1.0})
     board.add(4, {"train/loss": 0.25})
@@ -34,10 +34,10 @@ def test_points_stand_in_a_file_that_says_where_its_start_began(tmp_path):
     assert all(point.wall_time > 1e9 for point in points)
 
 
-def test_a_full_disk_is_said_at_once_with_the_folder(tmp_path):
+def test_a_full_disk_is_an_error_that_names_the_folder(tmp_path):
     board = TensorBoard(tmp_path, first=0)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))  # bytes of a file
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))  # bytes per file
     try:
         with pytest.raises(OSError, match="File too large") as caught:
             board.add(1, {f"curve {i}": 0.0 for i in range(100)})

@@ -1,4 +1,4 @@
-"""A run that stands still is noticed, one that only takes long is not."""
+"""The watchdog detects a stalled run, and leaves a slow one alone."""
 
 import os
 import signal
@@ -38,13 +38,13 @@ def test_where_nothing_is_done_the_stacks_of_all_threads_are_written(tmp_path):
     end.set()
     thread.join()
     assert "no progress for 1 seconds" in said[0].replace("for 0 ", "for 1 ")
-    assert len(said) >= 2  # it is said again
+    assert len(said) >= 2  # the message is repeated
     stacks = (tmp_path / "stacks.txt").read_text()
     assert "waits_for_ever" in stacks
     assert "test_where_nothing_is_done" in stacks
 
 
-def test_steps_signs_and_growing_files_are_life(tmp_path):
+def test_steps_activity_and_growing_files_count_as_progress(tmp_path):
     said, count = [], [0]
     with watched(tmp_path, said=said) as dog:
         for _ in range(20):
@@ -62,7 +62,7 @@ def test_steps_signs_and_growing_files_are_life(tmp_path):
     assert said == []
 
 
-def test_a_slow_run_has_more_time(tmp_path):
+def test_the_limit_grows_with_the_duration_of_the_steps(tmp_path):
     said = []
     with watched(tmp_path, said=said) as dog:
         assert dog.limit == 60 * SOON
@@ -76,13 +76,13 @@ def test_a_slow_run_has_more_time(tmp_path):
     assert said
 
 
-def test_it_ends_with_the_phase(tmp_path):
+def test_the_watchdog_thread_ends_with_the_phase(tmp_path):
     said = []
     before = threading.active_count()
     with pytest.raises(KeyError), watched(tmp_path, said=said) as dog:
         raise KeyError
     assert threading.active_count() == before
-    with dog:  # once more
+    with dog:  # it can be entered again
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
     with watched(tmp_path, said=said, action="off"):
@@ -91,8 +91,8 @@ def test_it_ends_with_the_phase(tmp_path):
     assert said == []
 
 
-def test_one_that_fails_leaves_no_guard(tmp_path, monkeypatch):
-    """The process beside it would end this one, though nothing is wrong with it."""
+def test_a_failing_watchdog_thread_ends_its_guard(tmp_path, monkeypatch):
+    """Without heartbeats the guard would kill the run, although nothing is wrong with it."""
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     calls = []
 
@@ -111,7 +111,7 @@ def test_one_that_fails_leaves_no_guard(tmp_path, monkeypatch):
         assert dog._guard is None
 
 
-def test_the_process_beside_it_ends_with_it_even_where_it_was_stopped(tmp_path, monkeypatch):
+def test_a_suspended_guard_is_killed_when_the_watchdog_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(watchdog, "_GOODBYE", 0.5)
     with watched(tmp_path, action="exit") as dog:
         beside = dog._guard
@@ -119,8 +119,8 @@ def test_the_process_beside_it_ends_with_it_even_where_it_was_stopped(tmp_path, 
     assert beside.poll() == -signal.SIGKILL
 
 
-def test_alarms_are_left_to_others(tmp_path):
-    """Judges limit themselves with signal.alarm."""
+def test_the_watchdog_uses_no_alarm_signals(tmp_path):
+    """Judges may use signal.alarm for their own time limits."""
     rung, former = [], signal.signal(signal.SIGALRM, lambda *_: rung.append(time.monotonic()))
     try:
         with watched(tmp_path, action="exit") as dog:
@@ -134,7 +134,7 @@ def test_alarms_are_left_to_others(tmp_path):
     assert len(rung) == 1
 
 
-def test_a_call_that_may_take_long_has_the_time(tmp_path):
+def test_the_limit_is_above_the_time_limit_of_a_call(tmp_path):
     assert Watchdog(WatchdogConfig(), tmp_path, [], print, longest_call=7200.0).limit == 9000.0
     assert Watchdog(WatchdogConfig(), tmp_path, [], print, longest_call=60.0).limit == 1800.0
     assert Watchdog(WatchdogConfig(), tmp_path, [], print).limit == 1800.0
@@ -157,8 +157,8 @@ print("done")
 
 
 @pytest.mark.parametrize("both", [True, False])
-def test_a_process_that_was_stopped_goes_on(tmp_path, both):
-    """Ctrl-Z, a suspended job or a debugger, for longer than a run may stand still, is none of its faults."""
+def test_a_process_that_was_suspended_continues(tmp_path, both):
+    """Ctrl-Z, a suspended job or a debugger may stop it for longer than the time limit. That is not a stall."""
     command = [sys.executable, "-c", GOES_ON, str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout.readline() == "0\n"
@@ -183,14 +183,14 @@ sys.exit(beside.returncode)
 """
 
 
-def test_one_that_is_late_has_the_margin():
-    """Where both were stopped, the process beside may be the first that goes on."""
+def test_the_guard_accepts_a_heartbeat_that_is_late_by_less_than_a_margin():
+    """If both processes were suspended, the guard may resume first."""
     done = subprocess.run([sys.executable, "-c", BEATS_LATE], cwd=ROOT, capture_output=True, text=True, timeout=50)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("wrong", [{"minutes": 0}, {"factor": 0.5}, {"minutes": -1}])
-def test_a_wrong_setting_is_said(wrong):
+def test_wrong_settings_are_errors(wrong):
     with pytest.raises(ValueError, match=r"config.watchdog.factor=.* must be 1 or more"):
         WatchdogConfig(**wrong)
 
@@ -210,8 +210,8 @@ with watchdog.Watchdog(config, Path(sys.argv[1]), [lambda: 0], print):
 
 
 @pytest.mark.parametrize(("where", "code"), [("python", 75), ("c", -signal.SIGABRT)])
-def test_a_process_that_hangs_is_ended(tmp_path, where, code):
-    """By the thread, or where that cannot run, by another process: launch scripts start again after both."""
+def test_a_process_that_hangs_is_killed_with_its_stacks_written(tmp_path, where, code):
+    """The thread ends it, or the guard if no thread can run. Launch scripts restart the run after both exit codes."""
     done = subprocess.run(
         [sys.executable, "-c", HANGS, str(tmp_path), where], cwd=ROOT, capture_output=True, text=True, timeout=50
     )
