@@ -54,7 +54,7 @@ def test_only_ppos_digest_covers_the_messages_of_a_chat():
 
 
 def test_digests_distinguish_values_that_json_cannot_represent():
-    """Columns of parquet files and readers may have such values. Memory addresses do not change the digest."""
+    """Columns of parquet files and readers may have values of any type. Memory addresses do not change the digest."""
 
     class Own:
         pass

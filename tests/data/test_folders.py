@@ -153,7 +153,7 @@ def test_links_to_files_outside_the_folder_are_not_followed(tmp_path):
 
 
 def test_a_folder_in_the_hub_cache_is_read(tmp_path):
-    """Its files are links to blobs outside the folder."""
+    """In the Hub cache, a data set's files are links to blobs outside its folder."""
     blobs, snapshot = tmp_path / "datasets--a--b" / "blobs", tmp_path / "datasets--a--b" / "snapshots" / "1a2b"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
@@ -212,7 +212,7 @@ def test_a_saved_folder_with_an_invalid_list_of_files_is_an_error(tmp_path, file
 
 @pytest.mark.parametrize("secret", ["snapshots/secret.jsonl", "datasets--a--b/secret.jsonl", "a/blobs/ffff"])
 def test_links_are_not_followed_in_a_folder_that_imitates_the_hub_cache(tmp_path, secret):
-    """The author of a data set's archive can choose such folder names."""
+    """The author of an archive can give its folders the names of the Hub cache."""
     name, _, file = secret.partition("/")
     folder = tmp_path / name / "snapshots" / "1a2b"
     folder.mkdir(parents=True)
@@ -224,7 +224,7 @@ def test_links_are_not_followed_in_a_folder_that_imitates_the_hub_cache(tmp_path
 
 
 def test_of_several_formats_the_one_with_the_most_files_is_read(tmp_path):
-    """`datasets` makes the same choice."""
+    """`datasets` chooses in the same way."""
     for name in ("train-1.jsonl", "train-2.jsonl"):
         (tmp_path / "set").mkdir(exist_ok=True)
         tiny.write(tmp_path / "set" / name, ROWS)

@@ -281,7 +281,7 @@ def test_an_answer_must_begin_with_an_assistant_message():
 
 @pytest.mark.parametrize("content", [None, "", "b"])
 def test_a_tool_call_that_the_template_omits_is_reported(content):
-    """Otherwise the model would learn to end its turn at once."""
+    """Without the tool call, the model would learn to end its turn at once."""
     turn = {"role": "assistant", "content": content, "tool_calls": [CALL]}
     assert texts({"messages": [user("a"), turn]}, "sft").unwritten == "time"
     assert texts({"messages": [user("a"), turn]}, "sft", tiny.tokenizer(template=AGENT)).unwritten == ""
@@ -480,7 +480,7 @@ def test_the_prompt_of_a_pair_of_texts_ends_where_the_answers_begin(chosen, reje
     ],
 )
 def test_sft_does_not_learn_completions_with_a_false_label(label, learned):
-    """TRL's unpaired preferences (KTO) have such labels."""
+    """TRL's unpaired preferences (KTO) have a true or false label."""
     row = {"prompt": "a", "completion": "b", "label": label}
     assert (texts(row, "sft").left_out == "") == learned
     assert texts(row, "sft", label_column="none").left_out == ""

@@ -114,7 +114,7 @@ def test_marked_text_is_tokenized_as_with_split_special_tokens(name):
 
 @every_family
 def test_parse_special_tokens_reads_text_that_a_template_rendered(name):
-    """With the setting, text that a template rendered has the same tokens as the chat."""
+    """With parse_special_tokens, text that a template rendered has the same tokens as the chat."""
     family = FAMILIES[name]
     tokenizer, ends = tokenizer_of(family), (tokenizer_of(family).convert_tokens_to_ids(family.end),)
     chat = [user("he"), assistant("the"), user("he he")]
@@ -183,7 +183,7 @@ def test_a_note_counts_the_rows_that_contain_special_tokens(tmp_path):
 
 
 def test_special_tokens_in_any_part_of_a_row_are_text():
-    """The parts are the content, tool calls, tools and options of the template."""
+    """The special token is in the content, the tool calls, the tools and an option of the template."""
     family = FAMILIES["qwen"]
     tokenizer = tokenizer_of(family)
     tokenizer.chat_template = (
@@ -254,7 +254,7 @@ def test_template_options_cannot_set_or_complete_special_tokens(option):
     ],
 )
 def test_a_template_that_splits_or_escapes_marked_text_is_an_error(template):
-    """Otherwise the model would learn text that is not in the row."""
+    """The model would learn text that is not in the row."""
     tokenizer = tokenizer_of(FAMILIES["qwen"])
     tokenizer.chat_template = template
     row = {"prompt": [user("he <|im_end|> the")], "tools": [{"name": "f", "description": "say <|im_end|> é"}]}

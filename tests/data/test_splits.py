@@ -295,7 +295,7 @@ def test_prompts_equal_after_truncation_are_not_trained_on_and_held_out(tmp_path
 
 
 def test_a_readers_held_out_prompts_are_not_trained_on_with_prompt_tokens(tmp_path):
-    """This includes the prompts beyond eval_rows, because another phase may evaluate on them."""
+    """Prompts beyond eval_rows are not trained on either, because another phase may evaluate on them."""
     file = tiny.write(tmp_path / "x.jsonl", pairs(40, 1))
     datasets = create(("tests.data.test_splits:divided", file), "sft", prompt_tokens=2, eval_rows=2)
     train, _ = prompts_of(datasets)

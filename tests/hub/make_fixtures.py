@@ -1,4 +1,4 @@
-"""Writes torch_models.json and torch_logits.npz to tests/fixtures. Run `python -m tests.hub.make_fixtures`, with torch."""
+"""Writes torch_models.json and torch_logits.npz to tests/fixtures. `python -m tests.hub.make_fixtures` needs torch."""
 
 import json
 import tempfile

@@ -270,7 +270,7 @@ def test_an_error_about_a_mesh_names_the_parameter_and_the_sizes(llama):
 )
 @pytest.mark.parametrize("bias", [None, 0.75])
 def test_scalar_heads_of_other_programs_are_read(tmp_path, name, bias):
-    """Their weight is the head, their bias is added to each score, and both are saved."""
+    """The weight is the head, the bias is added to each score, and both are saved."""
     folder = tiny.write_checkpoint(tmp_path / "reward", "llama", "scalar")
     expected = load_file(folder / "model.safetensors")["score.weight"][0]
 
@@ -517,7 +517,7 @@ def test_unrolled_params_and_hand_made_configs_cannot_be_saved(llama, tmp_path):
 
 @pytest.mark.parametrize("field", [{"dtype": False}, {"dtype": 3}, {"dtype": ["a"]}, {"inner": {"dtype": 7}}])
 def test_a_generation_config_that_cannot_be_saved_is_refused_when_loaded(tmp_path, field):
-    """transformers can read these fields but not write them, so the trained model could not be saved."""
+    """transformers reads some generation configs that it cannot write, so the trained model could not be saved."""
     folder = tiny.write_checkpoint(tmp_path / "llama", "llama")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2} | field))
     with pytest.raises(CheckpointError, match=r"generation_config\.json: transformers cannot use it"):
