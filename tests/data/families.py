@@ -1,6 +1,6 @@
-"""Tokenizers of the chat families, small: their kinds of model, their special tokens and their templates.
+"""Small tokenizers of the chat families, with their special tokens and chat templates.
 
-Templates are those of the published checkpoints, without defaults for a system's turn and without tools.
+The templates are those of published checkpoints, without default system messages and without tools.
 """
 
 import dataclasses
@@ -74,12 +74,12 @@ class Family:
     Attributes:
       template: its chat template.
       special: its special tokens, EOS first.
-      end: what ends the assistant's turn.
-      kind: of the tokenizer: "byte_level", "sentencepiece" (BPE with byte fallback) or "unigram".
+      end: the token that ends the assistant's turn.
+      kind: the tokenizer's model: "byte_level", "sentencepiece" (BPE with byte fallback) or "unigram".
       bos: its BOS, or None.
-      ordinary: tokens that are added without being called special.
-      stripped: special tokens that swallow the white space after them.
-      adds_bos: it begins texts with BOS.
+      ordinary: tokens that the tokenizer adds as ordinary ones.
+      stripped: special tokens that remove the white space after them.
+      adds_bos: whether the tokenizer adds BOS to texts.
     """
 
     template: str
@@ -99,7 +99,7 @@ FAMILIES = {
         "<|im_end|>",
         ordinary=("<think>", "</think>", "<tool_call>", "</tool_call>"),
     ),
-    "openhermes": Family(  # ChatML whose turns' beginnings are ordinary added tokens
+    "openhermes": Family(  # ChatML in which <|im_start|> is an ordinary added token
         CHATML, ("<|im_end|>", "<s>", "</s>", "<unk>"), "<|im_end|>", "sentencepiece", ordinary=("<|im_start|>",)
     ),
     "llama3": Family(
@@ -137,7 +137,7 @@ FAMILIES = {
 
 
 def tokenizer_of(family: Family) -> PreTrainedTokenizerFast:
-    """A small tokenizer of a family's kind."""
+    """A small tokenizer of a family."""
     letters = [chr(code) for code in range(32, 127)]
     if family.kind == "byte_level":
         pieces = [*family.special, *family.ordinary, *bytes_to_unicode().values(), "he", "Ġt"]
@@ -152,7 +152,7 @@ def tokenizer_of(family: Family) -> PreTrainedTokenizerFast:
         bare = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
         bare.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
         bare.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    else:  # T5's kind, in which a special token's text is a piece with a score
+    else:  # as in T5: the text of a special token is a piece with a score
         scored = [(piece, 0.0) for piece in (*family.special, *family.ordinary)]
         scored += [("▁", -2.0), *((letter, -3.0) for letter in letters[1:]), ("he", -2.5)]
         bare = Tokenizer(models.Unigram(scored, unk_id=family.special.index("<unk>"), byte_fallback=False))

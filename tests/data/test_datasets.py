@@ -1,4 +1,4 @@
-"""From files to batches: splits, filters that count, order, processes."""
+"""`create_datasets`: splits, filters, the report, the order of rows, packing, and batches of several processes."""
 
 import collections
 import json
@@ -30,7 +30,7 @@ def pairs(count):
 
 
 def texts_of(datasets, steps):
-    """The real tokens of all rows of some batches."""
+    """The real tokens of each row of the first `steps` batches."""
     rows = []
     for step in range(steps):
         batch = datasets.train[step]
@@ -38,7 +38,7 @@ def texts_of(datasets, steps):
     return rows
 
 
-def test_sft_rows_by_hand(tmp_path):
+def test_an_sft_batch_equals_the_batch_written_by_hand(tmp_path):
     file = tiny.write(
         tmp_path / "x.jsonl", [{"prompt": "a b", "completion": "c"}, {"prompt": "d", "completion": "e f g h"}]
     )
@@ -60,7 +60,7 @@ def test_a_chat_has_the_special_tokens_of_its_template_and_no_others(tmp_path):
     assert batch.completion_mask[0].sum() == 2
 
 
-def test_reward_pairs_by_hand(tmp_path):
+def test_a_reward_batch_equals_the_batch_written_by_hand(tmp_path):
     rows = [{"prompt": "a", "chosen": "b c", "rejected": "d", "margin": 0.5}] * 2
     batch = create(tiny.write(tmp_path / "x.jsonl", rows), "reward", deduplicate=False).train[0]
     assert batch.chosen[0].tolist() == tiny.ids("a b c <eos>")
@@ -69,7 +69,7 @@ def test_reward_pairs_by_hand(tmp_path):
     assert batch.margin.tolist() == [0.5, 0.5]
 
 
-def test_prompts_are_padded_on_the_left_and_bring_their_columns(tmp_path):
+def test_a_ppo_batch_has_left_padded_prompts_and_their_columns(tmp_path):
     rows = [{"prompt": "a b c", "answer": 1}, {"prompt": "d", "answer": 2}]
     batch = create(tiny.write(tmp_path / "x.jsonl", rows), "ppo").train[0]
     row = batch.columns["answer"].index(2)
@@ -82,8 +82,8 @@ def test_prompts_are_padded_on_the_left_and_bring_their_columns(tmp_path):
     assert (batch.columns["source"][row], batch.columns["source"][1 - row]) == (None, "x")
 
 
-def test_a_column_that_one_data_set_lacks_is_none_in_its_rows_and_stays_in_the_others(tmp_path):
-    """In every batch, so that a reward function that asks for it can be called."""
+def test_a_column_missing_in_one_data_set_is_none_in_its_rows_only(tmp_path):
+    """Every batch has the column, because a reward function may require it."""
     files = [
         tiny.write(tmp_path / "one.jsonl", [{"prompt": text, "answer": text} for text in tiny.letters(30)]),
         tiny.write(tmp_path / "two.jsonl", [{"prompt": text} for text in tiny.letters(30, 100)]),
@@ -105,19 +105,19 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(tmp_path):
     assert texts_of(one, 30) != texts_of(create(file, "ppo", eval_rows=1, seed=1), 30)
 
 
-def test_an_epoch_has_every_row_once_and_the_next_is_in_another_order(tmp_path):
+def test_each_epoch_has_every_row_once_in_a_different_order(tmp_path):
     datasets = create(tiny.write(tmp_path / "x.jsonl", pairs(21)), "ppo", eval_rows=1)
     assert (datasets.train_rows, datasets.eval_rows, datasets.steps_per_epoch) == (20, 1, 10)
     odd = create(tiny.write(tmp_path / "y.jsonl", pairs(22)), "ppo", eval_rows=1)
-    assert (odd.train_rows, odd.steps_per_epoch) == (21, 10)  # the last row begins the next
+    assert (odd.train_rows, odd.steps_per_epoch) == (21, 10)  # the last row is in a batch of the next epoch
     rows = texts_of(datasets, 20)
     assert len(set(rows[:20])) == 20
     assert set(rows[20:]) == set(rows[:20])
     assert rows[20:] != rows[:20]
 
 
-def test_each_path_has_an_order_of_its_own(tmp_path):
-    """Two files of equally many rows: were they shuffled alike, rows of one place would always meet."""
+def test_each_path_is_shuffled_differently(tmp_path):
+    """If two files of equal length were shuffled alike, rows with the same index would always be neighbours."""
     files = [
         tiny.write(tmp_path / f"{first}.jsonl", [{"prompt": f"{first} {text}"} for text in tiny.letters(20)])
         for first in "yz"
@@ -128,7 +128,7 @@ def test_each_path_has_an_order_of_its_own(tmp_path):
     assert one != other
 
 
-def test_data_split_gives_each_phase_its_own_rows(tmp_path):
+def test_data_split_gives_the_phases_disjoint_prompts(tmp_path):
     file = tiny.write(tmp_path / "x.jsonl", pairs(100))
     prompts = {}
     for phase, share in (("sft", 20), ("reward", 40), ("ppo", 40)):
@@ -143,7 +143,7 @@ def test_data_split_gives_each_phase_its_own_rows(tmp_path):
     assert not prompts["reward"] & prompts["ppo"]
 
 
-def test_a_mixture_has_its_weights(tmp_path):
+def test_a_mixture_follows_the_weights_or_else_the_sizes_of_the_files(tmp_path):
     one = tiny.write(tmp_path / "one.jsonl", [{"prompt": text} for text in tiny.letters(30)])
     other = tiny.write(tmp_path / "other.jsonl", [{"prompt": f"z {text}"} for text in tiny.letters(90)])
     datasets = create((one, other), "ppo", weights=(3.0, 1.0))
@@ -153,7 +153,7 @@ def test_a_mixture_has_its_weights(tmp_path):
     assert sum(len(row) == 3 for row in by_size) / len(by_size) == pytest.approx(0.25, abs=0.03)
 
 
-def test_filters_count_what_they_leave_out(tmp_path):
+def test_the_report_counts_the_rows_that_each_filter_leaves_out(tmp_path):
     rows = [*pairs(30), *pairs(2), {"prompt": "a b c d e f g h", "chosen": "a", "rejected": "b"}]
     rows += [{"prompt": "z", "chosen": "a", "rejected": "a"}, {"prompt": "y", "chosen": " ", "rejected": "a"}]
     first = rows
@@ -175,7 +175,7 @@ def test_filters_count_what_they_leave_out(tmp_path):
     assert "1 (a prompt longer than max_prompt_tokens=4)" in datasets.report
 
 
-def test_what_is_held_out_is_not_trained_on(tmp_path):
+def test_held_out_rows_are_not_trained_on(tmp_path):
     file, held_out = tiny.write(tmp_path / "x.jsonl", pairs(20)), tiny.write(tmp_path / "y.jsonl", pairs(6)[3:])
     datasets = create(file, "ppo", eval_paths=(held_out,))
     assert (datasets.train_rows, datasets.eval_rows) == (17, 3)
@@ -187,8 +187,8 @@ def test_what_is_held_out_is_not_trained_on(tmp_path):
         create(file, "ppo", eval_paths=(file,))
 
 
-def test_the_digest_is_of_held_out_rows_too(tmp_path):
-    """Processes that read other files differ in it, or a run that goes on with others."""
+def test_the_digest_includes_the_held_out_rows(tmp_path):
+    """A process, or a resumed run, that reads different held-out rows has a different digest."""
     file, digests = tiny.write(tmp_path / "x.jsonl", pairs(20)[6:]), set()
     for name, rows in (("y", pairs(3)), ("z", pairs(4)), ("again", pairs(3))):
         held_out = tiny.write(tmp_path / f"{name}.jsonl", rows)
@@ -196,20 +196,19 @@ def test_the_digest_is_of_held_out_rows_too(tmp_path):
     assert len(digests) == 2
 
 
-def test_tokens_are_counted_without_pads():
+def test_real_tokens_does_not_count_pads():
     pair = Example(np.arange(2), (np.arange(3), np.arange(1)))
     assert int(pair_batch([pair, None], 8, 0).real_tokens()) == 5 + 3
     assert int(packed_pairs([[pair, pair], []], 20, 2, 0).real_tokens()) == 2 * (5 + 3)
     assert int(text_batch([[pair], []], 8, 0).real_tokens()) == 5
 
 
-def test_a_reader_gives_its_own_held_out_rows():
+def test_a_reader_returns_the_held_out_rows_itself():
     datasets = create("tests.data.tiny:reader", "sft", eval_rows=7)
     assert (datasets.train_rows, datasets.eval_rows) == (20, 7)
     rows = [row[mask] for batch in datasets.eval for row, mask in zip(batch.tokens, batch.mask, strict=True)]
-    assert {row[-2] for row in rows if len(row)} == set(
-        tiny.ids("e")
-    )  # for "eval"; those of training end with the t of "train"
+    # The "e" is of "eval"; training rows end with the "t" of "train".
+    assert {row[-2] for row in rows if len(row)} == set(tiny.ids("e"))
 
 
 @pytest.mark.parametrize("phase", ["sft", "reward", "ppo"])
@@ -223,32 +222,32 @@ def test_the_report_accounts_for_every_row(phase, tmp_path):
         assert read == sum(parts), report
 
 
-def test_long_rows_are_cut_where_that_is_wanted(tmp_path):
+def test_long_rows_are_cut_with_too_long_truncate(tmp_path):
     row = {"prompt": "a b c d e f", "completion": "g h i j k l"}
     file = tiny.write(tmp_path / "x.jsonl", [row] * 2)
     batch = create(file, "sft", too_long="truncate", deduplicate=False).train[0]
     assert batch.tokens[0].tolist() == tiny.ids("c d e f g h i j")
     batch = create(file, "ppo", too_long="truncate", deduplicate=False).train[0]
     assert batch.tokens[0].tolist() == tiny.ids("c d e f")
-    few = {"max_prompt_tokens": 9, "max_tokens": 4}  # one is kept for the completion
+    few = {"max_prompt_tokens": 9, "max_tokens": 4}  # one token of the completion is kept
     batch = create(file, "sft", too_long="truncate", deduplicate=False, **few).train[0]
     assert batch.tokens[0].tolist() == tiny.ids("d e f g")
 
 
-def test_a_prompt_that_is_cut_keeps_its_bos(tmp_path):
+def test_a_truncated_prompt_keeps_its_bos(tmp_path):
     file = tiny.write(tmp_path / "x.jsonl", [{"prompt": "a b c d e f", "completion": "g h"}] * 2)
     how = {"tokenizer": tiny.tokenizer(bos=True), "too_long": "truncate", "deduplicate": False}
     assert create(file, "ppo", **how).train[0].tokens[0].tolist() == tiny.ids("<bos> d e f")
     assert create(file, "sft", **how).train[0].tokens[0].tolist()[:7] == tiny.ids("<bos> d e f g h <eos>")
     one = create(file, "ppo", max_prompt_tokens=1, **how).train[0]
-    assert one.tokens[0].tolist() == tiny.ids("f")  # no room for both
-    chat = [{"messages": [{"role": "user", "content": "a b c d"}]}] * 2  # whose template writes none
+    assert one.tokens[0].tolist() == tiny.ids("f")  # BOS and a token of the prompt do not both fit
+    chat = [{"messages": [{"role": "user", "content": "a b c d"}]}] * 2  # the template writes no BOS
     without = create(tiny.write(tmp_path / "y.jsonl", chat), "ppo", **how).train[0]
     assert without.tokens[0].tolist() == tiny.ids("c d <eos> <assistant>")
 
 
-def test_a_text_that_has_bos_already_gets_no_second_one(tmp_path):
-    """A chat template that was applied before the data was saved has written it."""
+def test_a_text_that_begins_with_bos_gets_no_second_bos(tmp_path):
+    """A text may begin with BOS because a chat template was applied before the data was saved."""
     how = {"tokenizer": tiny.tokenizer(bos=True), "deduplicate": False, "eval_rows": 1}
     for begin in ("", "<bos> "):
         pair = {"prompt": f"{begin}a", "chosen": "b", "rejected": "c"}
@@ -261,15 +260,15 @@ def test_a_text_that_has_bos_already_gets_no_second_one(tmp_path):
         assert batch.rejected[0, :4].tolist() == tiny.ids("<bos> a c <eos>")
         batch = create(tiny.write(tmp_path / "y.jsonl", [{"text": f"{begin}a b"}] * 2), "sft", **how).train[0]
         assert batch.tokens[0, :4].tolist() == tiny.ids("<bos> a b <eos>")
-        assert batch.completion_mask[0, :4].tolist() == [False, True, True, True]  # BOS is given, not learned
+        assert batch.completion_mask[0, :4].tolist() == [False, True, True, True]  # BOS is not learned
         pair = [{"prompt": "", "chosen": f"{begin}b", "rejected": "c"}] * 2
         batch = create(tiny.write(tmp_path / "z.jsonl", pair), "reward", **how).train[0]
         assert batch.chosen[0, :3].tolist() == tiny.ids("<bos> b <eos>")
 
 
 @pytest.mark.parametrize("phase", ["sft", "reward", "ppo"])
-def test_half_a_surrogate_pair_is_named_with_its_row(tmp_path, phase):
-    """JSON can hold one, and no tokenizer takes it."""
+def test_half_a_surrogate_pair_is_an_error_that_names_the_row(tmp_path, phase):
+    """JSON can contain half of a surrogate pair, but tokenizers reject it."""
     rows = pairs(30)
     rows[7] |= {"prompt": "a \ud83d", "chosen": "b \ud83d"}
     file = tiny.write(tmp_path / "x.jsonl", rows)
@@ -280,7 +279,7 @@ def test_half_a_surrogate_pair_is_named_with_its_row(tmp_path, phase):
     create(file, phase, max_tokens=12, on_bad_row="drop", prompt_tokens=1)
 
 
-def test_undesired_completions_are_left_out_and_counted(tmp_path):
+def test_sft_leaves_out_and_counts_completions_with_a_false_label(tmp_path):
     rows = [{"prompt": text, "completion": "z", "label": i % 3 > 0} for i, text in enumerate(tiny.letters(30))]
     file = tiny.write(tmp_path / "x.jsonl", rows)
     data = create(file, "sft", eval_rows=1)
@@ -291,7 +290,7 @@ def test_undesired_completions_are_left_out_and_counted(tmp_path):
     assert prompts.train_rows + prompts.eval_rows == 30
 
 
-def test_what_a_template_leaves_out_is_an_error_or_dropped_and_counted(tmp_path):
+def test_an_answer_partly_omitted_by_the_template_is_an_error_or_dropped(tmp_path):
     template = tiny.TEMPLATE.replace("m.content", "m.content.split('=')[-1]")
     turns = lambda answer: [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]  # noqa: E731
     rows = [{"messages": turns(f"x = {text}" if text.startswith("b") else text)} for text in tiny.letters(30)]
@@ -304,7 +303,7 @@ def test_what_a_template_leaves_out_is_an_error_or_dropped_and_counted(tmp_path)
     assert f"left out: {left_out} (the chat template leaves out a part of the answer)" in report
 
 
-def test_what_is_worth_knowing_of_the_rows_is_noted(tmp_path):
+def test_notes_say_how_ambiguous_rows_are_read(tmp_path):
     def notes(rows, phase="sft", **how):
         return create(tiny.write(tmp_path / "x.jsonl", rows), phase, eval_rows=1, **how).notes
 
@@ -331,15 +330,15 @@ def test_what_is_worth_knowing_of_the_rows_is_noted(tmp_path):
         create(tiny.write(tmp_path / "x.jsonl", rows), "reward", eval_rows=1, prompt_column=column)
         for rows, column in ((apart, "prompt"), (whole, "none"))
     )
-    assert one.digest == other.digest  # as the note says
+    assert one.digest == other.digest  # the setting that the note recommends removes the repetition
     chats = [
         {"messages": [{"role": "user", "content": t}, {"role": "assistant", "content": "b"}]} for t in tiny.letters(20)
     ]
     assert notes(chats, max_tokens=12) == ()
 
 
-def test_a_completion_is_what_follows_the_prompt():
-    """A sentencepiece tokenizer puts a space before each text: apart, each completion would begin with one."""
+def test_a_completion_is_tokenized_as_the_continuation_of_its_prompt():
+    """A sentencepiece tokenizer prepends a space to each text, so a completion tokenized alone would gain a space."""
     vocabulary = {"<eos>": 0, "▁a": 1, "▁b": 2, "▁": 3, "▁c": 4}
     bare = Tokenizer(models.BPE(vocabulary, [], unk_token="<eos>", ignore_merges=True))
     bare.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -355,21 +354,21 @@ def test_a_completion_is_what_follows_the_prompt():
     ("completion", "eos_ids", "wanted"),
     [
         ("b", None, "b <eos>"),
-        ("b <user> c", (4, 3), "b <user>"),  # what the template writes after the end of the turn is cut
-        ("b <eos> <user>", (3, 1), "b <eos>"),  # where the text of a token is the token
+        ("b <user> c", (4, 3), "b <user>"),  # text that a template writes after the end of the turn is cut
+        ("b <eos> <user>", (3, 1), "b <eos>"),  # with parse_special_tokens, the text <eos> is the token
         ("b", (3, 1), "b <eos>"),
         ("b", (3,), "b <user>"),
-        ("<user> b c d", (3,), "<user> b c d <user>"),  # it is looked for near the end only
+        ("<user> b c d", (3,), "<user> b c d <user>"),  # an end is searched for only near the end of the text
     ],
 )
-def test_a_completion_ends_as_answers_do(tmp_path, completion, eos_ids, wanted):
+def test_a_completion_ends_with_one_of_the_eos_ids(tmp_path, completion, eos_ids, wanted):
     file = tiny.write(tmp_path / "x.jsonl", [{"prompt": "a", "completion": completion}] * 2)
     config = {"paths": (file,), **SIZES, "deduplicate": False, "parse_special_tokens": True}
     batch = create_datasets(config, tiny.tokenizer(), "sft", seed=0, eos_ids=eos_ids).train[0]
     assert batch.tokens[0, batch.mask[0]].tolist() == tiny.ids(f"a {wanted}")
 
 
-def test_held_out_rows_are_drawn_not_the_first(tmp_path):
+def test_eval_rows_are_drawn_at_random_from_eval_paths(tmp_path):
     file, held_out = tiny.write(tmp_path / "x.jsonl", pairs(4)), tiny.write(tmp_path / "y.jsonl", pairs(60)[4:])
     first, other = (create(file, "ppo", eval_paths=(held_out,), eval_rows=8, seed=seed) for seed in (0, 1))
     rows = [{tuple(row) for batch in datasets.eval for row in batch.tokens.tolist()} for datasets in (first, other)]
@@ -377,27 +376,27 @@ def test_held_out_rows_are_drawn_not_the_first(tmp_path):
     assert rows[0] != rows[1]
 
 
-def test_packed_rows_are_as_wide_as_the_longest_text_may_be(tmp_path):
-    """For pairs twice as wide: a row holds both texts."""
+def test_packed_rows_are_as_wide_as_max_tokens(tmp_path):
+    """Rows of packed pairs are twice as wide, because they contain both texts of a pair."""
     file = tiny.write(tmp_path / "x.jsonl", pairs(20))
     texts, both = (create(file, phase, packing=True, max_tokens=9) for phase in ("sft", "reward"))
     assert (texts.widths, texts.train[0].tokens.shape[1]) == ((9,), 9)
     assert (both.widths, both.train[0].tokens.shape[1]) == ((18,), 18)
 
 
-def test_openings_of_texts(tmp_path):
+def test_with_prompt_tokens_the_first_tokens_of_a_text_are_the_prompt(tmp_path):
     file = tiny.write(tmp_path / "x.jsonl", [{"text": "a b c d"}, {"text": "e f g"}, {"text": "h"}])
     datasets = create(file, "ppo", prompt_tokens=2)
-    assert datasets.widths == (2,)  # all prompts are of one length
+    assert datasets.widths == (2,)  # all prompts have the same length
     assert sorted(datasets.train[0].tokens.tolist()) == [tiny.ids("a b"), tiny.ids("e f")]
     assert "1 (shorter than prompt_tokens=2)" in datasets.report
 
 
-def test_held_out_rows_fill_their_last_batch(tmp_path):
+def test_the_last_held_out_batch_is_filled_with_empty_rows(tmp_path):
     file, held_out = tiny.write(tmp_path / "x.jsonl", pairs(7)[3:]), tiny.write(tmp_path / "y.jsonl", pairs(3))
     prompts = create(file, "ppo", eval_paths=(held_out,))
     assert (len(prompts.eval), prompts.eval_rows) == (2, 3)
-    # Numbers from which noise is drawn, far above those of rows that are trained on.
+    # The sampler derives random numbers from row ids, so held-out rows have ids far above those of training rows.
     assert prompts.eval[1].row_ids.tolist() == [2**24 + 2, 2**24 + 3]
     for phase, mask in (("sft", "mask"), ("reward", "chosen_mask")):
         last = create(file, phase, eval_paths=(held_out,)).eval[1]
@@ -405,11 +404,11 @@ def test_held_out_rows_fill_their_last_batch(tmp_path):
 
 
 def of_lengths(*lengths):
-    """Texts without a prompt, each of its number."""
+    """One text without a prompt per length; every token of text i has the id i."""
     return [Example(np.zeros(0, np.int32), (np.full(n, i, np.int32),)) for i, n in enumerate(lengths)]
 
 
-def test_packed_rows_hold_every_text_once():
+def test_packed_rows_contain_every_text_once():
     lengths = np.random.RandomState(0).randint(2, 20, 200)
     examples = of_lengths(*lengths)
     rows = packed(examples, 32)
@@ -419,7 +418,7 @@ def test_packed_rows_hold_every_text_once():
     assert [[example.length for example in row] for row in packed(of_lengths(4, 4, 6, 6), 10)] == [[6, 4], [6, 4]]
 
 
-def test_packed_pairs_are_laid_out_one_after_the_other(tmp_path):
+def test_packed_pairs_equal_the_unpacked_pairs(tmp_path):
     rows = [pair | {"margin": index} for index, pair in enumerate(pairs(7))]
     file = tiny.write(tmp_path / "x.jsonl", rows)
     datasets = create(file, "reward", packing=True, max_tokens=20, eval_paths=(file,), deduplicate=False)
@@ -444,7 +443,7 @@ def test_packed_pairs_are_laid_out_one_after_the_other(tmp_path):
         assert sorted(seen) == list(range(7))
 
 
-def test_widths_are_few(tmp_path):
+def test_batches_are_padded_to_a_few_widths(tmp_path):
     rows = [
         {"prompt": " ".join(["a"] * length + [text]), "completion": "b"}
         for length in range(1, 28)
@@ -457,7 +456,7 @@ def test_widths_are_few(tmp_path):
     assert {datasets.train[step].tokens.shape[1] for step in range(50)} <= {30, 40}
 
 
-def test_processes_share_a_batch(tmp_path, monkeypatch):
+def test_each_process_gets_its_part_of_a_batch(tmp_path, monkeypatch):
     file = tiny.write(tmp_path / "x.jsonl", pairs(40))
     whole = create(file, "ppo", ppo_batch_size=4)
     parts = []
@@ -486,14 +485,14 @@ def test_processes_share_a_batch(tmp_path, monkeypatch):
         (pairs(3), {"pad_token": "<nil>"}, "pad_token='<nil>' is not in the tokenizer's vocabulary"),
     ],
 )
-def test_what_cannot_be_used_is_said(rows, config, message, tmp_path):
+def test_unusable_rows_and_settings_are_errors(rows, config, message, tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises((DataError, ValueError), match=message):
         create(config.pop("paths", (str(file),)), "reward", **config)
 
 
-def test_a_tokenizer_without_a_pad_token_is_told_what_to_do(tmp_path):
+def test_a_missing_pad_token_is_an_error_that_says_what_to_set(tmp_path):
     file = tiny.write(tmp_path / "x.jsonl", pairs(4))
     with pytest.raises(DataError, match=r"no pad token: set --config.data.pad_token='<eos>'"):
         create(file, "ppo", tokenizer=tiny.tokenizer(pad=None))

@@ -1,4 +1,4 @@
-"""What "the same data" means: all that a phase reads, and nothing else."""
+"""A digest covers everything that a phase reads, and nothing else."""
 
 import array
 import collections
@@ -40,21 +40,21 @@ def digest(tmp_path, phase, change=None):
         ({"new": "z"}, ("ppo",)),
     ],
 )
-def test_a_phase_s_digest_is_of_what_it_reads(tmp_path, change, seen_by):
+def test_a_phases_digest_covers_exactly_what_the_phase_reads(tmp_path, change, seen_by):
     for phase in ("sft", "reward", "ppo"):
         same = digest(tmp_path, phase) == digest(tmp_path, phase, change)
         assert same != (phase in seen_by), phase
 
 
-def test_a_chat_s_messages_count_where_reward_functions_get_them():
+def test_only_ppos_digest_covers_the_messages_of_a_chat():
     one = Example(np.arange(3), (), chat=[{"role": "user", "content": "a", "name": "b"}])
     two = Example(np.arange(3), (), chat=[{"role": "user", "content": "a", "name": "c"}])
     assert examples_digest([one], "ppo") != examples_digest([two], "ppo")
     assert examples_digest([one], "sft") == examples_digest([two], "sft")
 
 
-def test_values_that_json_does_not_know_are_told_apart_and_no_address_counts():
-    """Columns of parquet files and readers."""
+def test_digests_distinguish_values_that_json_cannot_represent():
+    """Columns of parquet files and readers may have values of any type. Memory addresses do not change the digest."""
 
     class Own:
         pass
@@ -100,7 +100,7 @@ def test_values_that_json_does_not_know_are_told_apart_and_no_address_counts():
     found = [of_column(value) for value in [*values, Own()]]
     assert len(set(found)) == len(found)
     assert [of_column(value) for value in [*values, Own()]] == found
-    assert len({of_column(value) for value in [Own(), Own()]}) == 1  # which stand at two addresses
+    assert len({of_column(value) for value in [Own(), Own()]}) == 1  # two objects at different addresses
     assert of_column({1: "x", "b": "y"}) == of_column({"b": "y", 1: "x"})
     assert len({row_digest({"c": value}) for value in values}) == len(values)
 

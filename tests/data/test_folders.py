@@ -1,4 +1,4 @@
-"""Of a data set's folder its own files are read, whatever its card says, and those of the split that was asked for."""
+"""From a data set's folder only the files of the requested split are read, and no files outside the folder."""
 
 import gzip
 import json
@@ -29,7 +29,7 @@ def as_datasets_has_it(folder, split="train", **how):
     return list(loaded)
 
 
-# ---- what datasets would read --------------------------------------------------------------------------------------
+# ---- files that datasets would read --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def as_datasets_has_it(folder, split="train", **how):
         (("harmless/train.jsonl.gz", "helpful/train.jsonl.gz"), ("train",)),
     ],
 )
-def test_the_same_files_in_the_same_order(tmp_path, files, splits):
+def test_the_same_rows_are_read_in_the_same_order_as_by_datasets(tmp_path, files, splits):
     for number, name in enumerate(files):
         file = tmp_path / "set" / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def test_the_same_files_in_the_same_order(tmp_path, files, splits):
         [{"config_name": "default", "data_dir": "sub"}],
     ],
 )
-def test_a_card_says_which_files_are_read(tmp_path, configs):
+def test_the_card_selects_the_files_as_in_datasets(tmp_path, configs):
     folder = with_card(tmp_path / "set", configs)
     (folder / "sub").mkdir()
     tiny.write(folder / "a.jsonl", ROWS[:2])
@@ -74,7 +74,7 @@ def test_a_card_says_which_files_are_read(tmp_path, configs):
     assert read(folder) == as_datasets_has_it(folder)
 
 
-def test_a_card_says_what_stands_between_columns(tmp_path):
+def test_the_card_sets_the_delimiter_of_csv_files(tmp_path):
     folder = with_card(tmp_path / "set", [{"config_name": "default", "data_files": "a.csv", "sep": ";"}])
     (folder / "a.csv").write_text("prompt;completion\na;b\n")
     assert read(folder) == [{"prompt": "a", "completion": "b"}]
@@ -90,7 +90,7 @@ def test_a_row_is_named_by_its_file_and_line(tmp_path):
     assert rows[2].where == f"{tmp_path / 'set' / 'train.jsonl'}, line 3"
 
 
-def test_what_is_missing_is_said(tmp_path):
+def test_a_missing_file_split_or_configuration_is_an_error(tmp_path):
     (tmp_path / "set").mkdir()
     with pytest.raises(DataError, match="it has no files that can be read"):
         read(tmp_path / "set")
@@ -107,7 +107,7 @@ def test_what_is_missing_is_said(tmp_path):
         read(tmp_path / "two")
 
 
-# ---- names that lead out -------------------------------------------------------------------------------------------
+# ---- paths outside the folder --------------------------------------------------------------------------------------
 
 LEADING_OUT = ["../secret.jsonl", "sub/../../secret.jsonl", "{root}/secret.jsonl", "https://example.org/a.jsonl", "~/a"]
 LEADING_OUT += ["file://{root}/secret.jsonl", "zip://a::b.zip", "hf://datasets/a/b/c.jsonl", "..", "..\\secret.jsonl"]
@@ -118,7 +118,7 @@ NAMED = [(form, name) for form in FORMS for name in [*LEADING_OUT, 7, ["a"], {"a
 
 
 @pytest.mark.parametrize(("form", "name"), [*NAMED, ("list", None), ("split", None)])
-def test_a_card_cannot_name_what_lies_elsewhere(tmp_path, name, form):
+def test_a_card_cannot_name_files_outside_the_folder(tmp_path, name, form):
     tiny.write(tmp_path / "secret.jsonl", [{"prompt": "secret", "completion": "secret"}])
     name = name.format(root=tmp_path) if isinstance(name, str) else name
     files = {"one": name, "list": ["own.jsonl", name], "split": [{"split": "train", "path": [name]}]}.get(form)
@@ -138,7 +138,7 @@ def test_a_card_cannot_name_what_lies_elsewhere(tmp_path, name, form):
         assert "its card names" in str(error.value)
 
 
-def test_links_that_lead_out_are_not_followed(tmp_path):
+def test_links_to_files_outside_the_folder_are_not_followed(tmp_path):
     tiny.write(tmp_path / "secret.jsonl", ROWS)
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").symlink_to(tmp_path / "secret.jsonl")
@@ -152,8 +152,8 @@ def test_links_that_lead_out_are_not_followed(tmp_path):
         read(tmp_path / "set")
 
 
-def test_a_folder_of_the_hub_s_cache_is_read(tmp_path):
-    """Its files are links to blobs beside it."""
+def test_a_folder_in_the_hub_cache_is_read(tmp_path):
+    """In the Hub cache, a data set's files are links to blobs outside its folder."""
     blobs, snapshot = tmp_path / "datasets--a--b" / "blobs", tmp_path / "datasets--a--b" / "snapshots" / "1a2b"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
@@ -170,13 +170,13 @@ def test_archives_are_not_unpacked(tmp_path):
         archive.writestr("train.jsonl", json.dumps(ROWS[0]))
     with pytest.raises(DataError, match=r"can be read \(train.zip\)"):
         read(tmp_path / "set")
-    (tmp_path / "set" / "train.zip").rename(tmp_path / "set" / "train.jsonl")  # datasets goes by the content
+    (tmp_path / "set" / "train.zip").rename(tmp_path / "set" / "train.jsonl")  # datasets goes by content, not by name
     with pytest.raises(DataError, match=r"not UTF-8|not JSON"):
         read(tmp_path / "set")
 
 
 @pytest.mark.parametrize("name", ["../../outside.arrow", "/etc/passwd", "..", 7, None, "a\x00b"])
-def test_a_saved_folder_cannot_name_a_file_elsewhere(tmp_path, name):
+def test_a_saved_folder_cannot_name_a_file_outside_it(tmp_path, name):
     datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "set"))
     state = json.loads((tmp_path / "set" / "state.json").read_text())
     (tmp_path / "set" / "state.json").write_text(json.dumps(state | {"_data_files": [{"filename": name}]}))
@@ -184,7 +184,7 @@ def test_a_saved_folder_cannot_name_a_file_elsewhere(tmp_path, name):
         read(tmp_path / "set")
 
 
-def test_a_saved_dict_cannot_name_a_split_elsewhere(tmp_path):
+def test_a_saved_dataset_dict_cannot_name_a_split_outside_it(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "other"))
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "dataset_dict.json").write_text(json.dumps({"splits": ["../other"]}))
@@ -202,7 +202,7 @@ def test_a_saved_dict_cannot_name_a_split_elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize("files", [5, "x", {"a": 1}, None, [7], [None], True])
-def test_a_saved_folder_whose_files_are_no_list(tmp_path, files):
+def test_a_saved_folder_with_an_invalid_list_of_files_is_an_error(tmp_path, files):
     datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "set"))
     state = json.loads((tmp_path / "set" / "state.json").read_text())
     (tmp_path / "set" / "state.json").write_text(json.dumps(state | {"_data_files": files}))
@@ -211,8 +211,8 @@ def test_a_saved_folder_whose_files_are_no_list(tmp_path, files):
 
 
 @pytest.mark.parametrize("secret", ["snapshots/secret.jsonl", "datasets--a--b/secret.jsonl", "a/blobs/ffff"])
-def test_a_folder_that_is_only_called_like_the_hub_s_cache(tmp_path, secret):
-    """Whoever packs an archive names its folders."""
+def test_links_are_not_followed_in_a_folder_that_imitates_the_hub_cache(tmp_path, secret):
+    """The author of an archive can give its folders the names of the Hub cache."""
     name, _, file = secret.partition("/")
     folder = tmp_path / name / "snapshots" / "1a2b"
     folder.mkdir(parents=True)
@@ -223,8 +223,8 @@ def test_a_folder_that_is_only_called_like_the_hub_s_cache(tmp_path, secret):
         read(folder)
 
 
-def test_of_several_kinds_of_files_one_is_read(tmp_path):
-    """As datasets does: the one that most files are of."""
+def test_of_several_formats_the_one_with_the_most_files_is_read(tmp_path):
+    """`datasets` chooses in the same way."""
     for name in ("train-1.jsonl", "train-2.jsonl"):
         (tmp_path / "set").mkdir(exist_ok=True)
         tiny.write(tmp_path / "set" / name, ROWS)
@@ -233,7 +233,7 @@ def test_of_several_kinds_of_files_one_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("pattern", ["*a*a*a*a*a*a*a*a*a*a*a*a*a*b.jsonl", "x/**a**a/*.jsonl", "a" * 2000])
-def test_a_pattern_that_takes_for_ever_is_refused(tmp_path, pattern):
+def test_a_pattern_that_is_too_long_or_too_slow_is_refused(tmp_path, pattern):
     folder = with_card(tmp_path / "set", [{"config_name": "default", "data_files": pattern}])
     tiny.write(folder / f"{'a' * 120}.jsonl", ROWS)
     started = time.monotonic()
@@ -242,7 +242,7 @@ def test_a_pattern_that_takes_for_ever_is_refused(tmp_path, pattern):
     assert time.monotonic() - started < 5
 
 
-def test_a_name_of_aliases_within_aliases_is_not_written_out(tmp_path):
+def test_nested_yaml_aliases_in_a_configuration_name_are_not_expanded(tmp_path):
     lines = ["a0: &a0 [x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40))]
     card = "\n".join([*lines, "configs:", "- config_name: *a39", "  data_files: a", "- config_name: b"])
     (tmp_path / "set").mkdir()
@@ -251,8 +251,8 @@ def test_a_name_of_aliases_within_aliases_is_not_written_out(tmp_path):
         read(tmp_path / "set")
 
 
-def test_a_card_of_aliases_within_aliases_ends(tmp_path):
-    """A YAML text of a kilobyte can stand for a billion entries."""
+def test_nested_yaml_aliases_in_data_files_are_not_expanded(tmp_path):
+    """One kilobyte of YAML can expand to billions of entries."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
     (tmp_path / "set").mkdir()

@@ -1,4 +1,4 @@
-"""TRL's formats, row by row: what each phase takes."""
+"""Formats of rows, such as TRL's: the prompt and completions that each phase takes from a row."""
 
 import json
 
@@ -31,7 +31,7 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
     ("content", "phase", "prompt", "completions"),
     [
         ({"text": "a b"}, "sft", "", ("a b",)),
-        ({"text": "a b", "prompt": "a"}, "sft", "", ("a b",)),  # the whole, beside what it begins with
+        ({"text": "a b", "prompt": "a"}, "sft", "", ("a b",)),  # the text contains the prompt
         ({"text": "a b", "prompt": "a"}, "ppo", "a", ()),
         ({"text": "x", "prompt": "a", "completion": "b"}, "sft", "a", ("b",)),
         ({"prompt": "a", "completion": "b"}, "sft", "a", ("b",)),
@@ -44,7 +44,7 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ({"prompt": "a"}, "ppo", "a", ()),
     ],
 )
-def test_plain_texts(content, phase, prompt, completions):
+def test_plain_texts_are_read_without_the_chat_template(content, phase, prompt, completions):
     read = texts(content, phase)
     assert (read.prompt, read.completions, read.templated) == (prompt, completions, False)
 
@@ -69,7 +69,7 @@ def test_plain_texts(content, phase, prompt, completions):
         ),
     ],
 )
-def test_chats_go_through_the_template(content, phase, prompt, completions):
+def test_chats_are_rendered_by_the_chat_template(content, phase, prompt, completions):
     read = texts(content, phase)
     assert (read.prompt, read.completions, read.templated) == (prompt, completions, True)
 
@@ -82,18 +82,18 @@ ANSWERS = {"chosen": [assistant("b")], "rejected": [assistant("c")]}
 @pytest.mark.parametrize(
     ("phase", "completions"), [("sft", ("b <eos> ",)), ("reward", ("b <eos> ", "c <eos> ")), ("ppo", ())]
 )
-def test_a_prompt_that_is_a_text_beside_chats(answers, phase, completions):
+def test_a_text_prompt_beside_chat_answers_is_a_user_message(answers, phase, completions):
     read = texts({"prompt": "a"} | answers, phase)
     assert (read.prompt, read.completions) == ("<user> a <eos> <assistant> ", completions)
     assert read.templated
 
 
-def test_chats_that_are_the_same_have_no_answer_less():
+def test_two_equal_chats_keep_their_last_message_as_the_answer():
     read = texts({"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("b")]}, "reward")
     assert read.completions == ("b <eos> ", "b <eos> ")
 
 
-def test_an_empty_answer_of_a_chat_is_empty():
+def test_a_blank_chat_answer_is_an_empty_completion():
     read = texts({"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant(" ")]}, "reward")
     assert read.completions == ("b <eos> ", "")
 
@@ -112,8 +112,8 @@ ASKED = "<user> a <eos> <assistant> "
 
 @pytest.mark.parametrize("content", [{"content": ""}, {"content": None}, {}])
 @pytest.mark.parametrize("arguments", [{"zone": "z"}, '{"zone": "z"}', {"zone": "z", "unit": None}])
-def test_a_tool_call_is_a_turn_whatever_its_content(content, arguments):
-    """OpenAI's form has content null, and arguments as JSON."""
+def test_a_tool_call_is_rendered_with_or_without_content(content, arguments):
+    """In OpenAI's format the content is null, and the arguments are a JSON string."""
     call = CALL | {"function": CALL["function"] | {"arguments": arguments}}
     turn = {"role": "assistant", "tool_calls": [call]} | content
     agent = tiny.tokenizer(template=AGENT)
@@ -142,7 +142,7 @@ def test_a_tool_call_is_a_turn_whatever_its_content(content, arguments):
         {"prompt": 1.5, "chosen": "a", "rejected": "b"},
     ],
 )
-def test_what_is_no_message_and_no_call_is_named(row):
+def test_invalid_messages_and_tool_calls_are_errors_that_name_the_line(row):
     for phase in ("sft", "reward"):
         if phase == "sft" or "chosen" in row:
             with pytest.raises(DataError, match=r"x.jsonl, line 7: "):
@@ -150,15 +150,15 @@ def test_what_is_no_message_and_no_call_is_named(row):
 
 
 @pytest.mark.parametrize("call", [{"function": None, "name": "time"}, {"name": "time"}, {"function": {"name": 7}}])
-def test_a_call_without_a_function_or_name_is_left_to_the_template(call):
+def test_an_incomplete_tool_call_is_passed_to_the_template(call):
     bare = AGENT.replace("call.function.name ~ ' ' ~ call.function.arguments.zone", "(call.name or call.function.name)")
     row = {"messages": [user("a"), assistant("b") | {"tool_calls": [call]}]}
     read = texts(row, "sft", tiny.tokenizer(template=bare))
     assert read.completions == (f"b <call> {call.get('name', 7)} <eos> ",)
 
 
-def test_tool_calls_and_nones_of_parquet_files(tmp_path):
-    """Arrow gives each message the keys of all."""
+def test_none_fields_of_messages_in_parquet_files_are_removed(tmp_path):
+    """Arrow stores every message with the keys of all messages; the absent ones are None."""
     rows = [
         {"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [CALL]}], "tools": TOOLS},
         {"messages": [user("b"), assistant("c")], "tools": None},
@@ -173,8 +173,8 @@ def test_tool_calls_and_nones_of_parquet_files(tmp_path):
 
 @pytest.mark.parametrize("phase", ["sft", "ppo"])
 @pytest.mark.parametrize("prompt", ["a", [user("a")], "something else"])
-def test_messages_beside_a_prompt_win(phase, prompt):
-    """ultrachat_200k and no_robots hold the first question as `prompt`."""
+def test_messages_take_precedence_over_a_prompt(phase, prompt):
+    """ultrachat_200k and no_robots have the first question as `prompt`, and the whole chat as `messages`."""
     turns = [user("a"), assistant("b"), user("c"), assistant("d")]
     read = texts({"prompt": prompt, "prompt_id": "7", "messages": turns}, phase)
     assert read.prompt == "<user> a <eos> <assistant> b <eos> <user> c <eos> <assistant> "
@@ -185,7 +185,7 @@ def test_messages_beside_a_prompt_win(phase, prompt):
     assert own_prompt(row, DataConfig()) == own_prompt(Row({"messages": turns}, "x.jsonl", 1), DataConfig())
 
 
-def test_a_pair_beside_messages_is_a_pair():
+def test_a_pair_takes_precedence_over_messages():
     """ultrafeedback_binarized has a prompt, a pair of whole conversations, and the chosen one as messages."""
     row = {"prompt": "a", "messages": WHOLE["chosen"]} | WHOLE
     for phase, completions in (("sft", ("b <eos> ",)), ("reward", ("b <eos> ", "c <eos> ")), ("ppo", ())):
@@ -197,7 +197,7 @@ def test_a_pair_beside_messages_is_a_pair():
     ("completion", "expected"),
     [([assistant("d")], "d <eos> "), ("d", "d <eos> "), ([assistant("d"), user("e"), assistant("f")], None)],
 )
-def test_a_prompt_that_ends_with_the_assistant_is_continued(completion, expected):
+def test_a_prompt_that_ends_with_an_assistant_message_is_continued(completion, expected):
     asked = [user("a"), assistant("b c ")]
     assert texts({"prompt": asked}, "ppo").prompt == "<user> a <eos> <assistant> b c "
     assert texts({"prompt": asked}, "ppo").continued
@@ -208,8 +208,8 @@ def test_a_prompt_that_ends_with_the_assistant_is_continued(completion, expected
     assert (read.prompt, read.completions) == ("<user> a <eos> <assistant> b c ", ("d <eos> ", "e <eos> "))
 
 
-def test_two_turns_of_the_assistant_in_a_row_are_two():
-    """In one conversation; only a prompt of its own is continued."""
+def test_consecutive_assistant_messages_are_separate_turns():
+    """An answer continues an assistant message only at the end of a prompt column."""
     turns = [user("a"), assistant("b"), assistant("c")]
     for phase, completions in (("sft", ("c <eos> ",)), ("ppo", ())):
         read = texts({"messages": turns}, phase)
@@ -224,8 +224,8 @@ def test_two_turns_of_the_assistant_in_a_row_are_two():
 
 @pytest.mark.parametrize("column", ["messages", "conversations"])
 @pytest.mark.parametrize("answer", ["{}", assistant("{}"), [assistant("{}")], {"from": "gpt", "value": "{}"}])
-def test_messages_beside_answers_are_their_prompt(column, answer):
-    """LLaMA-Factory's rankings: a message alone is an answer too."""
+def test_messages_beside_answers_are_the_prompt(column, answer):
+    """LLaMA-Factory's ranking format is read, in which an answer is one message without a list."""
     filled = lambda text: json.loads(json.dumps(answer).replace("{}", text))  # noqa: E731
     pair = {column: [user("a")], "chosen": filled("b"), "rejected": filled("c")}
     for phase, completions in (("sft", ("b <eos> ",)), ("reward", ("b <eos> ", "c <eos> ")), ("ppo", ())):
@@ -238,28 +238,28 @@ def test_messages_beside_answers_are_their_prompt(column, answer):
 
 
 @pytest.mark.parametrize("begin", [{}, {"prompt": "a"}, {"prompt": [user("a")]}])
-def test_messages_beside_whole_conversations_are_one_of_them(begin):
-    """As in ultrafeedback: `messages` is `chosen` again."""
+def test_messages_that_repeat_the_chosen_conversation_are_ignored(begin):
+    """In ultrafeedback_binarized, `messages` is a copy of `chosen`."""
     whole = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}
     read = texts({"messages": whole["chosen"]} | whole | begin, "reward")
     assert (read.prompt, read.completions) == (ASKED, ("b <eos> ", "c <eos> "))
 
 
-def test_a_prompt_beside_answers_counts_before_messages():
+def test_with_answers_a_prompt_takes_precedence_over_messages():
     answers = {"chosen": [assistant("b")], "rejected": [assistant("c")]}
     for prompt in ("a", [user("a")]):
         read = texts({"messages": [user("x"), assistant("y")], "prompt": prompt} | answers, "reward")
         assert (read.prompt, read.completions) == (ASKED, ("b <eos> ", "c <eos> "))
 
 
-def test_the_system_s_turn_of_share_gpt_rows():
+def test_the_system_column_of_a_sharegpt_row_is_the_system_message():
     row = {"system": "s", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     assert texts(row, "sft").prompt == "<system> s " + "<eos> " + ASKED
-    assert texts({"system": "s", "prompt": [user("a")]}, "ppo").prompt == ASKED  # another data set's column
+    assert texts({"system": "s", "prompt": [user("a")]}, "ppo").prompt == ASKED  # not a ShareGPT row
 
 
 @pytest.mark.parametrize(("asks", "says"), [("human", "gpt"), ("user", "model"), ("Human", "bot")])
-def test_roles_of_other_names(asks, says):
+def test_other_role_names_are_mapped_to_user_and_assistant(asks, says):
     turns = [{"role": asks, "content": "a"}, {"role": says, "content": "b"}]
     read = texts({"messages": turns}, "sft")
     assert (read.prompt, read.completions) == (ASKED, ("b <eos> ",))
@@ -267,21 +267,21 @@ def test_roles_of_other_names(asks, says):
     assert (read.prompt, read.completions) == (ASKED, ("b <eos> ", "c <eos> "))
 
 
-def test_an_answer_is_the_assistant_s():
+def test_an_answer_must_begin_with_an_assistant_message():
     with pytest.raises(DataError, match="line 7: an answer begins with the user's message"):
         texts({"prompt": [user("a")], "completion": [user("b")]}, "sft")
     unlike = {"chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("d")]}
-    read = texts(unlike, "reward")  # nothing in common: each is a text of its own
+    read = texts(unlike, "reward")  # no common prompt: each is a whole conversation
     assert (read.prompt, read.completions) == ("", (ASKED + "b <eos> ", "<user> c <eos> <assistant> d <eos> "))
     system = {"role": "system", "content": "s"}
     whole = {name: [user("a"), assistant(name[0])] for name in ("chosen", "rejected")}
-    read = texts({"prompt": [system, user("a")]} | whole, "reward")  # whole conversations, without the system's turn
+    read = texts({"prompt": [system, user("a")]} | whole, "reward")  # they lack the system message
     assert (read.prompt, read.completions) == (f"<system> s <eos> {ASKED}", ("c <eos> ", "r <eos> "))
 
 
 @pytest.mark.parametrize("content", [None, "", "b"])
-def test_a_call_that_the_template_does_not_write_is_noticed(content):
-    """Else an immediate end of the turn would be learned."""
+def test_a_tool_call_that_the_template_omits_is_reported(content):
+    """Without the tool call, the model would learn to end its turn at once."""
     turn = {"role": "assistant", "content": content, "tool_calls": [CALL]}
     assert texts({"messages": [user("a"), turn]}, "sft").unwritten == "time"
     assert texts({"messages": [user("a"), turn]}, "sft", tiny.tokenizer(template=AGENT)).unwritten == ""
@@ -290,21 +290,21 @@ def test_a_call_that_the_template_does_not_write_is_noticed(content):
         assert texts(row, "ppo", tiny.tokenizer(template=template)).tools_unwritten == unwritten
         told = {"prompt": [user("a"), turn, {"role": "tool", "content": "c"}]}
         assert texts(told, "ppo", tiny.tokenizer(template=template)).tools_unwritten == unwritten
-    listed = tiny.tokenizer(template=AGENT.replace("m.tool_calls or []", "[]"))  # the tools, and not what is called
+    listed = tiny.tokenizer(template=AGENT.replace("m.tool_calls or []", "[]"))  # renders the tools, but no calls
     read = texts({"messages": [user("what time a"), turn], "tools": TOOLS}, "sft", listed)
     assert read.prompt == "<tools> time <user> what time a <eos> <assistant> "
     assert read.unwritten == "time"
 
 
-def test_a_template_that_wants_a_call_or_a_text_looks_for_calls():
+def test_a_template_that_fails_without_tool_calls_is_taken_to_read_them():
     needed = "{% if not (m.content or m.tool_calls) %}{{ raise_exception('empty') }}{% endif %}"
     strict = tiny.tokenizer(template=tiny.TEMPLATE.replace("{{ '<' ", needed + "{{ '<' "))
     called = [user("a"), {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "c"}]
     assert not texts({"prompt": called}, "ppo", strict).tools_unwritten
 
 
-def test_an_answer_of_several_messages():
-    """The tool may say nothing, and what it says a template may write as it likes."""
+def test_an_answer_may_have_several_messages():
+    """The tool's message may be empty, and the template may change its text."""
     answer = [{"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": ""}, assistant("c")]
     read = texts({"prompt": [user("a")], "completion": answer}, "sft", tiny.tokenizer(template=AGENT))
     assert (read.prompt, read.unwritten) == (ASKED, "")
@@ -316,7 +316,7 @@ def test_an_answer_of_several_messages():
     assert read.unwritten == ""
 
 
-def test_answers_that_begin_with_the_prompt_s_messages_are_whole_conversations():
+def test_a_prompt_repeated_at_the_start_of_its_answers_is_removed():
     read = texts({"prompt": [user("a")]} | WHOLE, "reward")
     assert (read.prompt, read.completions) == (ASKED, ("b <eos> ", "c <eos> "))
 
@@ -330,18 +330,18 @@ def test_answers_that_begin_with_the_prompt_s_messages_are_whole_conversations()
         ("m.reasoning_content ~ ' </think> ' ~ m.content", assistant("b") | {"reasoning_content": "x  y"}, ""),
     ],
 )
-def test_what_a_template_leaves_out_of_an_answer_is_noticed(template, turn, unwritten):
+def test_a_part_of_an_answer_that_the_template_omits_is_reported(template, turn, unwritten):
     template = tiny.TEMPLATE.replace("m.content", f"({template} if m.role == 'assistant' else m.content)")
     read = texts({"messages": [user("a"), turn]}, "sft", tiny.tokenizer(template=template))
     assert read.unwritten == unwritten
     history = texts(
         {"messages": [user("a"), turn, user("c"), assistant("d")]}, "sft", tiny.tokenizer(template=template)
     )
-    assert history.unwritten == "" or "reasoning_content ~" in template  # only what is learned must be there
+    assert history.unwritten == "" or "reasoning_content ~" in template  # only the answer that is learned is checked
 
 
 @pytest.mark.parametrize("column", ["messages", "conversations"])
-def test_share_gpt_rows_are_chats(column):
+def test_sharegpt_rows_are_read_as_chats(column):
     turns = [
         {"from": "system", "value": "s"},
         {"from": "human", "value": "a", "weight": None},
@@ -355,7 +355,7 @@ def test_share_gpt_rows_are_chats(column):
 
 
 @pytest.mark.parametrize("column", ["messages", "conversations"])
-def test_messages_may_be_json_as_csv_files_hold_them(column):
+def test_messages_may_be_a_json_string_as_in_csv_files(column):
     read = texts({column: json.dumps([user("a"), assistant("b")])}, "sft")
     assert (read.prompt, read.completions) == (ASKED, ("b <eos> ",))
     for wrong in ("[", "a b", '{"a"', "7"):
@@ -363,31 +363,31 @@ def test_messages_may_be_json_as_csv_files_hold_them(column):
             texts({column: wrong}, "sft", messages_column=column)
 
 
-def test_texts_in_parts_are_joined_and_images_are_named():
+def test_text_parts_are_joined_and_image_parts_are_errors():
     parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
     assert texts({"messages": [user(parts), assistant("c")]}, "sft").prompt == "<user> a b <eos> <assistant> "
     with pytest.raises(DataError, match="line 7: a message has a part of type 'image'; only text parts are supported"):
         texts({"messages": [user([{"type": "image"}]), assistant("c")]}, "sft")
 
 
-def test_options_for_the_template_come_with_the_row():
+def test_chat_template_kwargs_of_a_row_reach_the_template():
     template = "{{ thinking | default('none') ~ ' ' }}" + tiny.TEMPLATE
     for value, begin in ((None, "none "), ({"thinking": "a"}, "a "), ('{"thinking": "a"}', "a ")):
         row = {"prompt": [user("b")], "chat_template_kwargs": value}
         assert texts(row, "ppo", tiny.tokenizer(template=template)).prompt.startswith(begin)
     with pytest.raises(DataError, match=r"line 7: chat_template_kwargs is .*; it must be an object"):
         texts({"prompt": [user("b")], "chat_template_kwargs": {"tokenize": True}}, "ppo")
-    with pytest.raises(DataError, match="it must be an object of the template"):  # a row brings no template of its own
+    with pytest.raises(DataError, match="it must be an object of the template"):  # a row cannot set the template
         texts({"prompt": [user("b")], "chat_template_kwargs": {"chat_template": "{{ 'x' }}"}}, "ppo")
 
 
-def test_plain_texts_are_chats_where_that_is_wanted():
+def test_as_chat_makes_chats_of_plain_texts_with_a_prompt():
     read = texts(PAIR, "reward", as_chat=True)
     assert (read.prompt, read.completions, read.templated) == (ASKED, ("b <eos> ", "c <eos> "), True)
     assert read.chat == [user("a")]
     assert texts({"prompt": "a", "completion": "b"}, "sft", as_chat=True).completions == ("b <eos> ",)
     assert texts({"prompt": "a"}, "ppo", as_chat=True).prompt == ASKED
-    assert not texts({"text": "a b"}, "sft", as_chat=True).templated  # nobody says it
+    assert not texts({"text": "a b"}, "sft", as_chat=True).templated  # it has no prompt
 
 
 HH = "\n\nHuman: May I?\n\nAssistant: Yes.\n\nHuman: And now?\n\nAssistant:"
@@ -398,7 +398,7 @@ HH = "\n\nHuman: May I?\n\nAssistant: Yes.\n\nHuman: And now?\n\nAssistant:"
     [
         (HH + " I think so.", HH + " I think not.", HH),
         (HH + " No.", HH + " No!", HH),
-        (HH + " No.\n\nHuman: b\n\nAssistant: c", HH + " Yes.", HH),  # one goes on
+        (HH + " No.\n\nHuman: b\n\nAssistant: c", HH + " Yes.", HH),  # the chosen conversation goes on
         ("Q: a\n### Response:\nI am b", "Q: a\n### Response:\nI am c", "Q: a\n### Response:\n"),
         ("USER: a ASSISTANT: I am b", "USER: a ASSISTANT: I am c", "USER: a ASSISTANT:"),
         (
@@ -437,7 +437,7 @@ HH = "\n\nHuman: May I?\n\nAssistant: Yes.\n\nHuman: And now?\n\nAssistant:"
                 "问:天空?答:",
             )
         ),
-        # An answer may say "Answer:" itself.
+        # An answer may contain "Answer:".
         (HH + " It is so.\nAnswer: 4", HH + " It is so.\nAnswer: 5", HH),
         ("Ask an assistant: it is good", "Ask an assistant: it is grim", "Ask an assistant: it is"),
         ("a film so good", "a film so grim", "a film so"),
@@ -447,12 +447,12 @@ HH = "\n\nHuman: May I?\n\nAssistant: Yes.\n\nHuman: And now?\n\nAssistant:"
         ("空は何色ですか？青です", "空は何色ですか？緑です", "空は何色ですか？"),
         ("ฟ้าสีอะไรฟ้า", "ฟ้าสีอะไรเขียว", "ฟ้าสีอะไร"),
         ("Q:2+2?A:4", "Q:2+2?A:5", "Q:2+2?A:"),
-        ("하늘은 파란색", "하늘은 파랑", "하늘은"),  # Korean has spaces
-        ("蓝", "蓝色", ""),  # an answer must be left of each
+        ("하늘은 파란색", "하늘은 파랑", "하늘은"),  # Korean has spaces between words
+        ("蓝", "蓝色", ""),  # each answer must have a text
         ("same", "same", ""),
     ],
 )
-def test_where_the_prompt_of_two_texts_ends(chosen, rejected, prompt):
+def test_the_prompt_of_a_pair_of_texts_ends_where_the_answers_begin(chosen, rejected, prompt):
     read = texts({"chosen": chosen, "rejected": rejected}, "reward")
     assert (read.prompt, read.completions) == (prompt, (chosen[len(prompt) :], rejected[len(prompt) :]))
     assert read.implicit
@@ -479,29 +479,29 @@ def test_where_the_prompt_of_two_texts_ends(chosen, rejected, prompt):
         ("negative", True),
     ],
 )
-def test_an_undesired_completion_is_not_learned(label, learned):
-    """TRL's unpaired preferences (KTO)."""
+def test_sft_does_not_learn_completions_with_a_false_label(label, learned):
+    """TRL's unpaired preferences (KTO) have a true or false label."""
     row = {"prompt": "a", "completion": "b", "label": label}
     assert (texts(row, "sft").left_out == "") == learned
     assert texts(row, "sft", label_column="none").left_out == ""
     assert (texts(row, "ppo").left_out, texts(row, "ppo").prompt) == ("", "a")
-    assert texts(row, "ppo").columns == {"label": label}  # reward functions may want it
-    assert texts({"text": "a", "label": label}, "sft").left_out == ""  # of a classifier
+    assert texts(row, "ppo").columns == {"label": label}  # a reward function may use it
+    assert texts({"text": "a", "label": label}, "sft").left_out == ""  # a classifier's label
 
 
-def test_what_a_template_ends_a_conversation_with_is_no_part_of_the_prompt():
-    template = tiny.TEMPLATE.replace("{% endif %}", "{% else %}{{ '<bos>' }}{% endif %}")  # Phi-3's ends so
+def test_text_that_closes_a_conversation_is_not_part_of_the_prompt():
+    template = tiny.TEMPLATE.replace("{% endif %}", "{% else %}{{ '<bos>' }}{% endif %}")  # as in Phi-3's
     read = texts({"messages": [user("a"), assistant("b")]}, "sft", tiny.tokenizer(template=template))
     assert (read.prompt, read.completions) == ("<user> a <eos> <assistant> ", ("b <eos> <bos>",))
 
 
-def test_a_template_that_changes_the_prompt_once_there_is_an_answer():
+def test_a_template_that_changes_the_prompt_before_an_answer_is_an_error():
     template = "{% for m in messages %}{{ m.content if loop.last or messages|length == 1 else 'x' }} {% endfor %}"
     with pytest.raises(DataError, match="the chat template renders the prompt differently"):
         texts({"messages": [user("a"), assistant("b")]}, "sft", tiny.tokenizer(template=template))
 
 
-def test_other_columns_come_along_and_margins_are_numbers():
+def test_margins_and_other_columns_are_read_and_columns_can_be_renamed():
     read = texts(PAIR | {"margin": 2, "source": "x"}, "reward")
     assert (read.margin, read.columns) == (2.0, {"source": "x"})
     assert texts(PAIR | {"margin": -2}, "reward").margin == -2.0
@@ -523,12 +523,12 @@ def test_other_columns_come_along_and_margins_are_numbers():
         (PAIR | {"margin": "much"}, "reward", "'margin' is 'much'; it must be a number"),
     ],
 )
-def test_a_row_that_does_not_fit_is_named(content, phase, message):
+def test_an_unusable_row_is_an_error_that_says_why(content, phase, message):
     with pytest.raises(DataError, match=message):
         texts(content, phase)
 
 
-def test_a_chat_needs_a_template():
+def test_a_missing_or_failing_chat_template_is_an_error():
     with pytest.raises(DataError, match="line 7: this row is a chat, and the tokenizer has no chat template"):
         texts({"messages": [user("a"), assistant("b")]}, "sft", tiny.tokenizer(template=None))
     with pytest.raises(DataError, match="the chat template fails: TemplateError: no"):

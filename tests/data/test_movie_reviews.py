@@ -1,4 +1,4 @@
-"""The quickstart's rows: no sentence in two shares, and a judge that can tell."""
+"""The quickstart's data: the shares are disjoint, and the judge classifies unseen sentences."""
 
 import importlib.metadata
 import itertools
@@ -23,7 +23,7 @@ def texts(phase, split):
     return [row[column] for row in rows for column in ("text", "chosen", "rejected") if column in row]
 
 
-def test_shares_are_disjoint_and_without_copies():
+def test_shares_are_disjoint_and_have_no_duplicates():
     shares = {name: texts(*name) for name in itertools.product(("sft", "reward", "ppo"), ("train", "eval"))}
     shares["judge"] = [text for text, _ in movie_reviews._share("judge")]
     keys = [re.sub(r"\W+", "", text.lower()) for share in shares.values() for text in share]
@@ -32,7 +32,7 @@ def test_shares_are_disjoint_and_without_copies():
     assert len(shares["ppo", "eval"]) >= 192
 
 
-def test_the_judge_tells_sentences_that_it_has_not_seen():
+def test_the_judge_classifies_sentences_that_it_was_not_trained_on():
     rows = movie_reviews.rows(phase="reward", split="train")
     verdicts = [movie_reviews.positive([], [row[side] for row in rows]) for side in ("chosen", "rejected")]
-    assert np.mean(verdicts[0][:, None] > verdicts[1]) > 0.78  # AUC; 0.5 for one that cannot tell
+    assert np.mean(verdicts[0][:, None] > verdicts[1]) > 0.78  # AUC; 0.5 is chance

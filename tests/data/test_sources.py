@@ -1,4 +1,4 @@
-"""Rows come from files, readers and data sets, and a broken one is named by file and line."""
+"""Rows are read from files, readers and data sets, and errors name the file and line."""
 
 import csv
 import gzip
@@ -42,7 +42,7 @@ def write_as(suffix, folder):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".arrow", ".csv", ".tsv"])
-def test_every_kind_of_file_holds_the_same_rows(suffix, tmp_path):
+def test_the_same_rows_are_read_from_every_file_format(suffix, tmp_path):
     file = write_as(suffix, tmp_path)
     assert [row.content for row in read(file)] == ROWS
     if suffix not in (".parquet", ".arrow"):
@@ -51,7 +51,7 @@ def test_every_kind_of_file_holds_the_same_rows(suffix, tmp_path):
         assert [row.content for row in read(packed)] == ROWS
 
 
-def test_a_json_file_may_have_a_row_per_line_or_be_one(tmp_path):
+def test_a_json_file_may_be_lines_an_object_with_rows_or_one_row(tmp_path):
     (tmp_path / "x.json").write_text("\n".join(map(json.dumps, ROWS)))
     assert [row.content for row in read(tmp_path / "x.json")] == ROWS
     (tmp_path / "x.json").write_text(json.dumps({"data": ROWS}))
@@ -60,8 +60,8 @@ def test_a_json_file_may_have_a_row_per_line_or_be_one(tmp_path):
     assert [row.content for row in read(tmp_path / "x.json")] == ROWS[:1]
 
 
-def test_values_of_arrow_s_json_type_are_what_they_say(tmp_path):
-    """datasets stores columns of several types so."""
+def test_values_of_arrows_json_type_are_parsed(tmp_path):
+    """`datasets` uses this type for columns whose values have several types."""
     rows = [{"messages": [{"role": "user", "content": "a"}, {"x": 1}], "b": 2}, {"messages": None, "b": "c"}]
     kinds = datasets.Features(messages=datasets.List(datasets.Json()), b=datasets.Json())
     table = datasets.Dataset.from_list(rows, features=kinds)
@@ -71,8 +71,8 @@ def test_values_of_arrow_s_json_type_are_what_they_say(tmp_path):
     assert [row.content for row in read(tmp_path / "saved")] == rows
 
 
-def test_a_parquet_row_that_cannot_be_read_is_named(tmp_path):
-    """A text that is not UTF-8, as other writers store them, in a row of the second batch."""
+def test_an_error_names_the_parquet_row_that_cannot_be_read(tmp_path):
+    """Other programs may store text that is not UTF-8. Here it is in the second batch of rows."""
     texts = pyarrow.array([b"fine"] * 1500 + [b"\xff\xfe"] + [b"fine"]).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "x.parquet")
     with pytest.raises(DataError, match=r"x.parquet, row 1501: a value that cannot be read \(.*UTF8"):
@@ -80,8 +80,8 @@ def test_a_parquet_row_that_cannot_be_read_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("rows", [3, 300_000])
-def test_what_the_decoding_process_writes_is_read_whole_or_not_at_all(tmp_path, monkeypatch, rows):
-    """A stream that breaks is no short file, and its writer is not waited for."""
+def test_a_broken_stream_from_the_decoding_process_is_an_error(tmp_path, monkeypatch, rows):
+    """The rows before the break are not returned, and the reader does not wait for the process."""
     file = tmp_path / "x.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": list(map(str, range(rows)))}), file)
     open_stream = pyarrow.ipc.open_stream
@@ -96,7 +96,7 @@ def test_what_the_decoding_process_writes_is_read_whole_or_not_at_all(tmp_path, 
 
 
 def test_long_fields_of_csv_files_are_read(tmp_path):
-    """Python's csv module stops at 131,072 characters."""
+    """By default, Python's csv module rejects fields of more than 131,072 characters."""
     (tmp_path / "x.csv").write_text("text\n" + "a" * 200_000 + "\n")
     assert len(read(tmp_path / "x.csv")[0].content["text"]) == 200_000
 
@@ -118,31 +118,31 @@ def test_long_fields_of_csv_files_are_read(tmp_path):
         ("x.txt", "a", "must end with one of .jsonl, .json, .csv, .tsv, .parquet, .arrow"),
     ],
 )
-def test_a_broken_file_is_named_with_its_line(name, content, message, tmp_path):
+def test_an_error_about_a_broken_file_names_the_file_and_line(name, content, message, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         read(tmp_path / name)
 
 
-def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path):
+def test_an_error_about_text_that_is_not_utf8_names_the_line(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'{"a": 1}\n{"a": "\xff"}\n')
     with pytest.raises(DataError, match="line 2: not UTF-8"):
         read(tmp_path / "x.jsonl")
 
 
-def test_a_reader_s_own_error_is_seen():
+def test_an_exception_in_a_reader_is_not_hidden():
     with pytest.raises(TypeError, match=r"has no len\(\)"):
         read_rows("tests.data.tiny:broken", phase="sft", split="train", hub_split="")
 
 
-def test_a_reader_is_told_phase_and_split():
+def test_a_reader_gets_the_phase_and_the_split():
     rows = read_rows("tests.data.tiny:reader", phase="reward", split="eval", hub_split="")
     assert rows[0].content == {"text": "a a a r e"}
     with pytest.raises(DataError, match="it must return an iterable of dicts"):
         read("tests.data.tiny:no_rows")
 
 
-def test_what_is_not_there_is_said(tmp_path, monkeypatch):
+def test_a_path_that_does_not_exist_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="is neither an existing file or folder"):
         read(tmp_path / "missing.jsonl")
     with pytest.raises(ValueError, match="cannot be imported"):
@@ -158,7 +158,7 @@ def test_what_is_not_there_is_said(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_folder_of_save_to_disk_is_read(tmp_path, whole):
+def test_a_folder_written_by_save_to_disk_is_read(tmp_path, whole):
     train = datasets.Dataset.from_list(ROWS)
     saved = datasets.DatasetDict(train=train, test=train.select([1])) if whole else train
     saved.save_to_disk(str(tmp_path / "saved"))
@@ -181,7 +181,7 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path, whole):
         ),  # a folder, not a configuration
     ],
 )
-def test_a_configuration_or_a_folder_of_a_data_set_is_part_of_its_path(monkeypatch, path, expected):
+def test_a_path_may_name_a_configuration_or_folder_of_a_data_set(monkeypatch, path, expected):
     asked = []
 
     def load_dataset(where, name=None, *, data_dir=None, split, revision):
@@ -203,8 +203,8 @@ def test_a_configuration_or_a_folder_of_a_data_set_is_part_of_its_path(monkeypat
     assert asked == [{"path": path.partition(":")[0], "split": "dev", "revision": "v1"} | expected]
 
 
-def test_a_column_that_cannot_be_decoded_is_said(monkeypatch):
-    """Sounds and images need packages of their own, which datasets asks for when a row is read."""
+def test_a_column_that_cannot_be_decoded_is_an_error(monkeypatch):
+    """`datasets` needs extra packages for audio and images, and fails without them when it reads a row."""
 
     def rows():
         yield ROWS[0]
@@ -221,7 +221,7 @@ def test_a_column_that_cannot_be_decoded_is_said(monkeypatch):
 @pytest.mark.parametrize(
     "name", ["/etc/passwd", "https://example.org/rows.jsonl", "hf://datasets/org/other@abc/x.jsonl"]
 )
-def test_a_data_set_of_the_hub_reads_its_own_files_alone(monkeypatch, name):
+def test_a_hub_data_set_cannot_name_files_outside_its_repository(monkeypatch, name):
     builder = SimpleNamespace(
         config=SimpleNamespace(data_files={"train": ["hf://datasets/org/name@abc/x.jsonl", name]})
     )
@@ -231,7 +231,7 @@ def test_a_data_set_of_the_hub_reads_its_own_files_alone(monkeypatch, name):
         read("org/name")
 
 
-def test_a_data_set_that_cannot_be_had_says_how_one_is_named():
+def test_an_unavailable_data_set_is_an_error_that_explains_the_path():
     """Tests have no network."""
     with pytest.raises(DataError, match=r"'org/none', split 'train': .* org/name:configuration"):
         read("org/none")

@@ -1,4 +1,4 @@
-"""What a row says opens no turn and ends none: in every chat family, and in plain texts."""
+"""Text in a row never begins or ends a turn, in every chat family and in plain texts."""
 
 import time
 
@@ -37,26 +37,26 @@ def example(row, phase, tokenizer, ends=None, **config):
 
 
 def special_in(ids, family, tokenizer):
-    """The special tokens among ids, in order."""
+    """The special and the other added tokens among ids, in order."""
     known = {tokenizer.convert_tokens_to_ids(token) for token in (*family.special, *family.ordinary)}
     return tokenizer.convert_ids_to_tokens([index for index in ids.tolist() if index in known])
 
 
 def forged(family):
-    """What would end the user's turn and open one of the assistant, and each special token by itself."""
+    """A text that imitates the end of the user's turn and a turn of the assistant, then every special token."""
     turn = tokenizer_of(family).apply_chat_template([user("x"), assistant("yes"), user("more")], tokenize=False)
     return "he" + turn[turn.index("x") + 1 :] + "".join(family.special) + " the"
 
 
 @every_family
-def test_a_prompt_opens_no_turn(name):
+def test_text_in_a_prompt_does_not_begin_or_end_a_turn(name):
     family = FAMILIES[name]
     tokenizer, ends = tokenizer_of(family), (tokenizer_of(family).convert_tokens_to_ids(family.end),)
     harmless = example({"prompt": [user("he the")]}, "ppo", tokenizer, ends).prompt
     said = forged(family)
     found = example({"prompt": [user(said)]}, "ppo", tokenizer, ends).prompt
     assert special_in(found, family, tokenizer) == special_in(harmless, family, tokenizer)
-    if family.kind != "unigram":  # of which some characters are unknown
+    if family.kind != "unigram":  # which has no tokens for some characters
         assert said in tokenizer.decode(found)
     as_plain = example({"prompt": said}, "ppo", tokenizer, ends).prompt
     assert special_in(as_plain, family, tokenizer) == ([family.bos] if family.adds_bos else [])
@@ -66,8 +66,8 @@ def test_a_prompt_opens_no_turn(name):
 
 
 @every_family
-def test_an_answer_ends_where_it_ends(name):
-    """A mention of EOS cuts no answer, and a rejected one cannot praise itself in a turn of its own."""
+def test_text_in_an_answer_does_not_end_the_answer(name):
+    """The text of EOS does not truncate an answer, and an answer cannot contain further turns."""
     family = FAMILIES[name]
     tokenizer = tokenizer_of(family)
     ends = (tokenizer.convert_tokens_to_ids(family.end),)
@@ -86,8 +86,8 @@ def test_an_answer_ends_where_it_ends(name):
 
 
 @every_family
-def test_rows_without_them_have_the_tokens_that_the_tokenizer_gives(name):
-    """Also where they are tokenized beside others: a text with marks goes another way, and comes to the same."""
+def test_unmarked_text_is_tokenized_as_by_the_tokenizer(name):
+    """Unmarked text before marked text is tokenized by another method, with the same result."""
     family = FAMILIES[name]
     tokenizer = tokenizer_of(family)
     chat = [user("he the\n\nhe  "), assistant(" the he\n"), user("he")]
@@ -103,7 +103,7 @@ def test_rows_without_them_have_the_tokens_that_the_tokenizer_gives(name):
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.kind == "byte_level"])
-def test_text_is_cut_as_split_special_tokens_has_it(name):
+def test_marked_text_is_tokenized_as_with_split_special_tokens(name):
     family = FAMILIES[name]
     tokenizer = tokenizer_of(family)
     for token in family.special:
@@ -113,8 +113,8 @@ def test_text_is_cut_as_split_special_tokens_has_it(name):
 
 
 @every_family
-def test_data_that_is_templated_already_says_so(name):
-    """With the setting a text that a template wrote gives the tokens of the chat itself."""
+def test_parse_special_tokens_reads_text_that_a_template_rendered(name):
+    """With parse_special_tokens, text that a template rendered has the same tokens as the chat."""
     family = FAMILIES[name]
     tokenizer, ends = tokenizer_of(family), (tokenizer_of(family).convert_tokens_to_ids(family.end),)
     chat = [user("he"), assistant("the"), user("he he")]
@@ -122,7 +122,7 @@ def test_data_that_is_templated_already_says_so(name):
     by_template = example({"prompt": chat}, "ppo", tokenizer, ends).prompt
     found = example({"prompt": written}, "ppo", tokenizer, ends, parse_special_tokens=True).prompt
     before = [] if written.startswith(family.bos or " ") or not family.adds_bos else [tokenizer.bos_token_id]
-    assert found.tolist() == before + by_template.tolist()  # a text begins as the tokenizer begins texts
+    assert found.tolist() == before + by_template.tolist()  # a plain text gets the tokenizer's BOS
     as_text = example({"prompt": written}, "ppo", tokenizer, ends).prompt
     assert special_in(as_text, family, tokenizer) == ([family.bos] if family.adds_bos else [])
     row = {"prompt": "he", "completion": f"he{family.end}e"}
@@ -131,23 +131,23 @@ def test_data_that_is_templated_already_says_so(name):
     assert tokenizer.decode(cut[:-1]).strip() == "he"
 
 
-def test_thoughts_and_calls_in_an_answer_are_the_tokens(tmp_path):
-    """Data sets write them out, and their tokenizers do not call them special."""
+def test_think_tags_in_an_answer_become_their_tokens(tmp_path):
+    """Data sets write these tags in the text of answers, and Qwen's tokenizer adds them as ordinary tokens."""
     family = FAMILIES["qwen"]
     tokenizer = tokenizer_of(family)
     found = example({"prompt": [user("he")], "completion": [assistant("<think>he</think>the")]}, "sft", tokenizer)
     assert special_in(found.completions[0], family, tokenizer) == ["<think>", "</think>", "<|im_end|>"]
 
 
-def test_thoughts_are_the_tokens_even_where_they_are_special():
+def test_think_tags_become_their_tokens_even_if_they_are_special():
     tokenizer = with_normalizer(None, normalized=False, tokens=("<think>", "</think>", "<|im_end|>", "<|im_start|>"))
     found = example({"prompt": [user("he")], "completion": [assistant("<think>x</think>")]}, "sft", tokenizer)
     ids = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
     assert [index for index in found.completions[0].tolist() if index in ids] == ids
 
 
-def test_a_plain_text_may_begin_with_its_own_bos():
-    """And has it once, as a special token; an answer to a prompt has none."""
+def test_a_plain_text_may_begin_with_the_text_of_bos():
+    """BOS at the beginning of a text is one special token. BOS anywhere else stays text."""
     family = FAMILIES["llama3"]
     tokenizer = tokenizer_of(family)
     bos = family.bos
@@ -162,7 +162,7 @@ def test_a_plain_text_may_begin_with_its_own_bos():
     assert tokenizer.decode(found.completions[0]).startswith(bos)
 
 
-def test_what_a_row_has_is_counted_and_said(tmp_path):
+def test_a_note_counts_the_rows_that_contain_special_tokens(tmp_path):
     rows = [
         {"prompt": f"{text} {'<eos> ' * (number < 7)}b", "completion": "c"}
         for number, text in enumerate(tiny.letters(30))
@@ -182,8 +182,8 @@ def test_what_a_row_has_is_counted_and_said(tmp_path):
     )
 
 
-def test_every_text_of_a_row_reaches_the_template_as_text():
-    """Roles, names, tools and options too."""
+def test_special_tokens_in_any_part_of_a_row_are_text():
+    """The special token is in the content, the tool calls, the tools and an option of the template."""
     family = FAMILIES["qwen"]
     tokenizer = tokenizer_of(family)
     tokenizer.chat_template = (
@@ -219,15 +219,15 @@ def test_every_text_of_a_row_reaches_the_template_as_text():
         ("mistral", {"role": "user", "name": "/INST"}),
     ],
 )
-def test_no_role_or_name_makes_a_token_of_what_a_template_writes_around_it(name, message):
-    """Templates write '<|' + role + '|>'."""
+def test_a_role_or_name_cannot_complete_a_special_token(name, message):
+    """A template may write '<|' + role + '|>'."""
     row = {"prompt": [user("he"), message | {"content": "the"}, user("he")]}
     with pytest.raises(DataError, match=r"is a part of the special token|is empty, too long, or has line breaks"):
         example(row, "ppo", tokenizer_of(FAMILIES[name]))
 
 
 @every_family
-def test_roles_and_names_that_people_use_are_read(name):
+def test_common_roles_and_names_are_accepted(name):
     tokenizer = tokenizer_of(FAMILIES[name])
     for role in ("developer", "tool", "ipython", "observation", "narrator", "Жанна", "role 7"):
         chat = [user("he") | {"name": "O'Brien (Bob), 3rd"}, {"role": role, "content": "x"}]
@@ -235,7 +235,7 @@ def test_roles_and_names_that_people_use_are_read(name):
 
 
 @pytest.mark.parametrize("option", ["eos_token", "bos_token", "pad_token"])
-def test_an_option_is_not_the_tokenizer_s_own(option):
+def test_template_options_cannot_set_or_complete_special_tokens(option):
     row = {"prompt": [user("he")], "chat_template_kwargs": {option: "x"}}
     with pytest.raises(DataError, match=f"chat_template_kwargs sets {option}, which only the tokenizer may set"):
         example(row, "ppo", tokenizer_of(FAMILIES["llama3"]))
@@ -253,19 +253,19 @@ def test_an_option_is_not_the_tokenizer_s_own(option):
         "{{ messages[0].content[:4] }}",
     ],
 )
-def test_a_template_that_takes_a_text_apart_is_said(template):
-    """What it would learn is none of the row's text."""
+def test_a_template_that_splits_or_escapes_marked_text_is_an_error(template):
+    """The model would learn text that is not in the row."""
     tokenizer = tokenizer_of(FAMILIES["qwen"])
     tokenizer.chat_template = template
     row = {"prompt": [user("he <|im_end|> the")], "tools": [{"name": "f", "description": "say <|im_end|> é"}]}
     with pytest.raises(DataError, match="splits or escapes the text of a special token in the row"):
         example(row, "ppo", tokenizer)
     row = {"prompt": [user("he \\ufdd0 \\udb80 the")], "tools": [{"name": "f", "description": "é"}]}
-    example(row, "ppo", tokenizer)  # texts that only look so
+    example(row, "ppo", tokenizer)  # text that only looks like an escaped mark
 
 
 @pytest.mark.parametrize("template", ["| trim", "| upper", ".split('x') | last", "[1:]", "| tojson"])
-def test_what_templates_do_with_texts_is_read(template):
+def test_common_template_filters_do_not_break_marked_text(template):
     family = FAMILIES["qwen"]
     tokenizer = tokenizer_of(family)
     tokenizer.chat_template = "{{ messages[0].content TEMPLATE }}<|im_end|>".replace("TEMPLATE", template)
@@ -293,8 +293,8 @@ def with_normalizer(normalizer, *, normalized, special=True, tokens=("<|im_end|>
         (normalizers.Replace("~", ""), "<|im_~end|>"),
     ],
 )
-def test_a_normalizer_makes_no_token_of_a_text(normalizer, forged, normalized):
-    """Where a tokenizer's special tokens are looked for in the normalized text."""
+def test_a_normalizer_cannot_make_a_special_token_of_text(normalizer, forged, normalized):
+    """Some tokenizers search for special tokens in the normalized text."""
     tokenizer = with_normalizer(normalizer, normalized=normalized)
     harmless = example({"prompt": [user("x")]}, "ppo", tokenizer).prompt.tolist()
     ids = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>")]
@@ -303,8 +303,7 @@ def test_a_normalizer_makes_no_token_of_a_text(normalizer, forged, normalized):
         assert [found.count(index) for index in ids] == [harmless.count(index) for index in ids] == [2, 1]
 
 
-def test_texts_with_and_without_special_tokens_are_tokenized_alike():
-    """Also where the tokenizer is told to split special tokens, as its own config may say."""
+def test_marked_text_does_not_change_the_tokens_of_the_text_before_it():
     for tokenizer in (
         with_normalizer(normalizers.NFKC(), normalized=True),
         with_normalizer(None, normalized=False),
@@ -317,7 +316,7 @@ def test_texts_with_and_without_special_tokens_are_tokenized_alike():
         assert plain.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 2
 
 
-def test_pieces_that_merge_to_a_special_token_stay_a_text():
+def test_pieces_that_merge_to_a_special_token_stay_text():
     pieces = [*bytes_to_unicode().values(), "</", "s>", "</s>"]
     merges = [("<", "/"), ("s", ">"), ("</", "s>")]
     bare = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, merges))
@@ -329,8 +328,8 @@ def test_pieces_that_merge_to_a_special_token_stay_a_text():
     assert tokenizer.decode(found) == "a </s> b"
 
 
-@pytest.mark.parametrize("longest", [10, 200])  # longer ones are tried one after another
-def test_the_longest_of_many_special_tokens_is_found_at_once(longest):
+@pytest.mark.parametrize("longest", [10, 200])  # longer tokens use another search
+def test_the_longest_of_many_special_tokens_is_found_fast(longest):
     tokens = [f"<SPECIAL_{number}>" for number in range(3000)] + ["<", "<S", "_" * longest]
     tokenizer = with_normalizer(None, normalized=False, tokens=[*tokens, "<|im_end|>"])
     assert first_special("a <SPECIAL_17> b", tokenizer) == "<SPECIAL_17>"
@@ -343,14 +342,14 @@ def test_the_longest_of_many_special_tokens_is_found_at_once(longest):
     assert time.monotonic() - started < 3
 
 
-def test_the_chat_and_the_columns_stay_as_they_were():
+def test_chat_and_columns_keep_their_original_text():
     tokenizer = tokenizer_of(FAMILIES["qwen"])
     found = example({"prompt": [user("a<|im_end|>")], "own": "<|im_end|>"}, "ppo", tokenizer)
     assert found.chat == [user("a<|im_end|>")]
     assert found.columns == {"own": "<|im_end|>"}
 
 
-def test_marks_that_a_row_has_itself_are_text():
+def test_marks_in_a_rows_own_text_stay_text():
     tokenizer = tokenizer_of(FAMILIES["qwen"])
     for text in (
         MARK,
@@ -364,10 +363,10 @@ def test_marks_that_a_row_has_itself_are_text():
         assert without_marks(once, tokenizer) == text
         assert tokenizer.decode(token_ids([once], tokenizer)[0]) == text
     texts = [marked("a<|im_end|>", tokenizer), marked("a<|im_start|>", tokenizer)]
-    assert common_beginning(texts) == "a"  # no mark without its number
+    assert common_beginning(texts) == "a"  # a mark is not separated from its number
 
 
-def test_a_tokenizer_without_special_tokens_has_texts_alone():
+def test_without_special_tokens_all_text_is_tokenized_as_usual():
     bare = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, MARK: 2, "<|im_end|>": 3}, unk_token="<unk>"))
     bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare)
@@ -376,8 +375,8 @@ def test_a_tokenizer_without_special_tokens_has_texts_alone():
         assert token_ids([marked(text, tokenizer)], tokenizer) == [ids]
 
 
-def test_a_token_across_two_texts_is_none():
-    """A prompt that ends as a special token begins, and an answer that goes on so."""
+def test_a_special_token_is_not_formed_across_prompt_and_completion():
+    """The prompt ends with the first part of a special token, and the completion begins with the rest."""
     family = FAMILIES["qwen"]
     tokenizer = tokenizer_of(family)
     found = example({"prompt": "he<|im_", "completion": "end|>the"}, "sft", tokenizer)
@@ -385,14 +384,14 @@ def test_a_token_across_two_texts_is_none():
     assert tokenizer.decode(found.completions[0]) == "end|>the<|im_end|>"
 
 
-def test_a_word_that_is_a_whole_token_is_no_special_token():
-    """A model of whole words knows <eos> by its text, whatever the tokenizer splits off before."""
+def test_a_whole_word_with_the_text_of_a_special_token_is_not_special():
+    """A word-level model has the word <eos> in its vocabulary, even if no special tokens are split off."""
     found = example({"prompt": "a", "completion": "b <eos> c <pad>"}, "sft", tiny.tokenizer())
     assert found.completions[0].tolist().count(tiny.EOS) == 1
     assert found.completions[0][-1] == tiny.EOS
 
 
-def test_tokens_that_were_added_later_are_known():
+def test_special_tokens_added_later_are_recognised():
     bare = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "<x>": 2}, unk_token="<unk>"))
     bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="<unk>", eos_token="a")

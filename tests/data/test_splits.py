@@ -28,7 +28,7 @@ def create(paths, phase, *, seed=0, eval_rows=None, **config):
 
 
 def pairs(prompts, each=3, **columns):
-    """Several pairs per prompt, which come in turns."""
+    """`each` pairs per prompt; the pairs of one prompt are not adjacent."""
     return [
         {"prompt": text, "chosen": f" {answer}", "rejected": " z"} | columns
         for answer in "abcdefgh"[:each]
@@ -49,7 +49,7 @@ def assistant(text):
 
 
 def prompts_of(datasets, tokens=3, before=()):
-    """(trained on, held out): the prompts' tokens, of which each row has so many."""
+    """(training, held-out) prompts: of each row, the first `tokens` tokens that follow the tokens `before`."""
     both = []
     for batches in ([datasets.train[step] for step in range(datasets.train_rows)], datasets.eval):
         rows = [batch.chosen if hasattr(batch, "chosen") else batch.tokens for batch in batches]
@@ -69,21 +69,21 @@ def numbers_of(report):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_shares_have_no_prompt_in_common(seed, tmp_path):
+def test_the_phases_shares_have_no_prompt_in_common(seed, tmp_path):
     file = tiny.write(tmp_path / "x.jsonl", pairs(40))
     found = {}
     for phase in PHASES:
         datasets = create(file, phase, seed=seed, data_split="2,4,4")
         train, held_out = prompts_of(datasets)
         assert not train & held_out
-        assert held_out or phase == "sft"  # 8 prompts: a tenth is less than one
+        assert held_out or phase == "sft"  # a tenth of SFT's 8 prompts is less than one
         found[phase] = train | held_out
     assert sorted(map(len, found.values())) == [8, 16, 16]
     assert len(set().union(*found.values())) == 40
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_what_a_phase_holds_out_no_phase_trains_on(seed, tmp_path):
+def test_no_phase_trains_on_a_prompt_that_another_phase_holds_out(seed, tmp_path):
     file = tiny.write(tmp_path / "x.jsonl", pairs(40))
     both = [prompts_of(create(file, phase, seed=seed, eval_rows=2 if phase == "ppo" else None)) for phase in PHASES]
     assert not set().union(*(train for train, _ in both)) & set().union(*(held_out for _, held_out in both))
@@ -92,8 +92,8 @@ def test_what_a_phase_holds_out_no_phase_trains_on(seed, tmp_path):
 
 
 @pytest.mark.parametrize("each", [1, 3])
-def test_no_more_is_held_out_than_is_asked_for(each, tmp_path):
-    """What is not held out is trained on, though a tenth of the rows would be more."""
+def test_no_more_than_eval_rows_are_held_out(each, tmp_path):
+    """All other rows are trained on, although a tenth of the rows is more than eval_rows."""
     file = tiny.write(tmp_path / "x.jsonl", pairs(90 // each, each))
     config = {"paths": (file,), "eval_rows": 6, **SIZES}
     datasets = create_datasets(config, tiny.tokenizer(), "sft", seed=0)
@@ -101,7 +101,7 @@ def test_no_more_is_held_out_than_is_asked_for(each, tmp_path):
     assert "more to hold out" not in datasets.report
 
 
-def test_another_seed_draws_others(tmp_path):
+def test_another_seed_draws_other_held_out_rows_and_shares(tmp_path):
     file = tiny.write(tmp_path / "x.jsonl", pairs(60, 1))
     for config in ({}, {"data_split": "1,1,1"}):
         (train, held_out), (others, other_held_out) = (
@@ -109,18 +109,18 @@ def test_another_seed_draws_others(tmp_path):
         )
         assert len(held_out) == len(other_held_out) > 1
         assert held_out != other_held_out
-        if config:  # which share is whose
+        if config:  # the shares differ, not only the held-out prompts
             assert (train | held_out) != (others | other_held_out)
 
 
 class Salted(str):
-    """A text that Python's sets put into another order, as another process would."""
+    """A string with another hash, so that sets iterate in another order, as in another process."""
 
     def __hash__(self):
         return hash(f"salt {self}")
 
 
-def test_every_process_draws_the_same():
+def test_every_process_draws_the_same_rows():
     rows = [Row(row, "x", 1) for row in pairs(40)]
     source = grouped("x.jsonl", rows, DataConfig(), tiny.tokenizer())
     other = dataclasses.replace(source, groups=[Salted(group) for group in source.groups])
@@ -130,7 +130,7 @@ def test_every_process_draws_the_same():
         assert mine.rows == others.rows
 
 
-def test_a_prompt_in_two_files_is_one(tmp_path):
+def test_a_prompt_in_two_files_belongs_to_one_set(tmp_path):
     one = tiny.write(tmp_path / "one.jsonl", pairs(40, 1))
     other = tiny.write(tmp_path / "other.jsonl", [row | {"chosen": " y"} for row in pairs(60, 2)[10:]])
     for config in ({}, {"data_split": "1,1,1"}):
@@ -142,8 +142,8 @@ def test_a_prompt_in_two_files_is_one(tmp_path):
     assert sum(map(len, shares)) == len(set().union(*shares)) == 60
 
 
-def test_what_another_file_gave_to_a_phase_counts_for_its_share():
-    """The second file has ten prompts that are SFT's already, and twenty new ones: ten for each other phase."""
+def test_prompts_assigned_in_another_file_count_towards_the_share():
+    """The second file has ten prompts of SFT's share and twenty new ones, of which each other phase gets ten."""
 
     def source(name, texts):
         return grouped(name, [Row({"prompt": text}, name, 1) for text in texts], DataConfig(), tiny.tokenizer())
@@ -156,8 +156,8 @@ def test_what_another_file_gave_to_a_phase_counts_for_its_share():
     assert set(found[0].prompts) == set(given.prompts)
 
 
-def test_one_prompt_in_all_its_forms():
-    """A text, the same with white space around it, a chat of it, and pairs that begin with it."""
+def test_all_forms_of_one_prompt_are_one_group():
+    """The forms are a text, the text with white space around it, a chat, and pairs that begin with it."""
     whole = [user("a"), assistant("b")]
     rows = [
         {"prompt": "a"},
@@ -178,7 +178,7 @@ def test_one_prompt_in_all_its_forms():
     assert len({*source.groups, "a"}) == 3
 
 
-def test_pairs_of_a_conversation_written_as_text_have_one_prompt():
+def test_pairs_with_the_same_conversation_as_text_have_one_prompt():
     start = "\n\nHuman: a\n\nAssistant:"
     rows = [{"chosen": f"{start} {one}", "rejected": f"{start} {two}"} for one, two in ("bc", "de", ("b c", "b d"))]
     source = grouped("x", [Row(row, "x", 1) for row in rows], DataConfig(), tiny.tokenizer())
@@ -194,7 +194,7 @@ def test_chats_are_held_out_by_prompt(tmp_path):
     assert not both[0][0] & both[0][1]
 
 
-def test_named_rows_are_held_out_by_prompt(tmp_path):
+def test_rows_of_eval_paths_are_held_out_by_prompt(tmp_path):
     file = tiny.write(tmp_path / "x.jsonl", pairs(20))
     held_out = tiny.write(tmp_path / "y.jsonl", [row | {"chosen": " y"} for row in pairs(5, 1)])
     for phase in PHASES:
@@ -207,7 +207,7 @@ def test_named_rows_are_held_out_by_prompt(tmp_path):
 
 
 def divided(*, phase, split):
-    """A reader whose sets have prompts in common."""
+    """A reader whose training and held-out rows have prompts in common."""
     del phase
     return pairs(20) if split == "train" else [row | {"chosen": " y"} for row in pairs(5, 1)]
 
@@ -219,7 +219,7 @@ def test_a_readers_rows_are_held_out_by_prompt(phase):
     assert not train & held_out
 
 
-def test_what_is_drawn_from_a_file_no_reader_gives(tmp_path):
+def test_prompts_held_out_of_a_file_are_not_trained_on_from_a_reader(tmp_path):
     file = tiny.write(tmp_path / "x.jsonl", pairs(60))
     paths = "tests.data.test_splits:divided", file
     both = [prompts_of(create(paths, phase)) for phase in PHASES]
@@ -230,7 +230,7 @@ def test_what_is_drawn_from_a_file_no_reader_gives(tmp_path):
 
 
 def given_to(*, phase, split):
-    """A reader that gives other rows to each phase."""
+    """A reader that returns different rows to each phase."""
     return (
         [{"prompt": text, "chosen": "a", "rejected": "b"} for text in tiny.letters(40 + PHASES.index(phase) * 20)]
         if split == "train"
@@ -238,7 +238,7 @@ def given_to(*, phase, split):
     )
 
 
-def test_a_reader_that_looks_at_the_phase_is_divided_all_the_same():
+def test_a_reader_with_rows_per_phase_is_split_into_disjoint_shares():
     found = [
         set().union(
             *prompts_of(create("tests.data.test_splits:given_to", phase, data_split="1,1,1", deduplicate=False))
@@ -249,7 +249,7 @@ def test_a_reader_that_looks_at_the_phase_is_divided_all_the_same():
     assert sum(map(len, found)) == len(set().union(*found))
 
 
-def test_an_opening_is_of_tokens_and_bos_is_one_of_them():
+def test_the_first_tokens_of_a_text_include_bos():
     texts = [
         Texts(text, (), templated, 0.0, {}) for text, templated in (("a b c d", False), ("a c", False), ("b", True))
     ]
@@ -258,8 +258,8 @@ def test_an_opening_is_of_tokens_and_bos_is_one_of_them():
         assert [opening.tolist() for opening in found] == [tiny.ids(text) for text in wanted]
 
 
-def test_texts_go_by_themselves_and_by_their_openings(tmp_path):
-    """PPO's prompts are openings that several texts have: SFT neither trains on one that PPO holds out."""
+def test_with_prompt_tokens_texts_are_grouped_by_their_first_tokens(tmp_path):
+    """Several texts begin with the same prompt of PPO. SFT does not train on texts whose prompt PPO holds out."""
     rows = [{"text": f"{text} {end}"} for end in ("a b", "c d", "e") for text in tiny.letters(40)]
     file = tiny.write(tmp_path / "x.jsonl", rows)
     texts = create(file, "sft")
@@ -280,22 +280,22 @@ def test_texts_go_by_themselves_and_by_their_openings(tmp_path):
         assert len(sft) == len(ppo) == 20
 
 
-def test_prompts_that_cutting_makes_one_are_not_both_trained_on_and_held_out(tmp_path):
+def test_prompts_equal_after_truncation_are_not_trained_on_and_held_out(tmp_path):
     rows = [{"prompt": f"{text} x y", "completion": "b"} for text in tiny.letters(40)]
     file = tiny.write(tmp_path / "x.jsonl", rows)
     datasets = create(file, "ppo", too_long="truncate", max_prompt_tokens=2)
     assert (datasets.train_rows, datasets.eval_rows) == (1, 0)
     assert "left out: 1 (held out, but in tokens equal to a prompt that is trained on)" in datasets.report
 
-    # Where the completions differ as well: a prompt is one all the same.
+    # Held-out rows are left out even if their completions differ from those of the training rows.
     rows = [{"prompt": f"{text} x y", "completion": text} for text in tiny.letters(40)]
     file = tiny.write(tmp_path / "y.jsonl", rows)
     datasets = create(file, "sft", too_long="truncate", max_prompt_tokens=2, max_tokens=6)
     assert (datasets.train_rows, datasets.eval_rows) == (36, 0)
 
 
-def test_a_readers_prompts_are_held_out_of_files_that_go_by_openings(tmp_path):
-    """Those too that are more than eval_rows: another phase may evaluate on them."""
+def test_a_readers_held_out_prompts_are_not_trained_on_with_prompt_tokens(tmp_path):
+    """Prompts beyond eval_rows are not trained on either, because another phase may evaluate on them."""
     file = tiny.write(tmp_path / "x.jsonl", pairs(40, 1))
     datasets = create(("tests.data.test_splits:divided", file), "sft", prompt_tokens=2, eval_rows=2)
     train, _ = prompts_of(datasets)
@@ -305,7 +305,7 @@ def test_a_readers_prompts_are_held_out_of_files_that_go_by_openings(tmp_path):
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("form", ["a prompt", "none"])
-def test_rows_that_share_one_prompt_or_have_none(phase, form, tmp_path):
+def test_rows_with_one_prompt_are_not_split_and_rows_without_one_are(phase, form, tmp_path):
     rows = [{"prompt": "a" if form == "a prompt" else "", "chosen": text, "rejected": "z"} for text in tiny.letters(40)]
     file = tiny.write(tmp_path / "x.jsonl", rows)
     if form == "none":
@@ -322,7 +322,7 @@ def test_rows_that_share_one_prompt_or_have_none(phase, form, tmp_path):
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_the_report_adds_up(phase, tmp_path):
+def test_the_counts_in_the_report_add_up(phase, tmp_path):
     rows = [*pairs(60), *pairs(5), {"prompt": " ".join("a" * 30), "chosen": "a", "rejected": "b"}]
     one, other = tiny.write(tmp_path / "x.jsonl", rows), tiny.write(tmp_path / "y.jsonl", pairs(90, 1)[50:])
     named = tiny.write(tmp_path / "z.jsonl", pairs(58, 1)[52:])
@@ -333,7 +333,7 @@ def test_the_report_adds_up(phase, tmp_path):
             assert read == sum(parts), report
 
 
-def test_the_phases_of_a_run_hold_out_the_same():
+def test_all_phases_of_a_run_draw_the_same_number_of_held_out_rows():
     config = run_config({"data": {"eval_rows": 64}, "ppo": {"eval_rows": 8}})
     assert {config.data_of(phase).eval_rows for phase in PHASES} == {64}
     assert [config.eval_rows_of(phase) for phase in PHASES] == [64, 64, 8]
@@ -345,8 +345,8 @@ def test_the_phases_of_a_run_hold_out_the_same():
     split=some.sampled_from(sorted(SPLITS)),
     seed=some.integers(0, 3),
 )
-def test_any_rows_are_divided_by_prompt(files, split, seed):
-    """Shares cover all rows, come as close to what is wanted as the largest prompt allows, and hold out few."""
+def test_any_rows_are_split_by_prompt(files, split, seed):
+    """The shares cover all rows and are as close to the split as the largest group allows; few rows are held out."""
     tokenizer, config = tiny.tokenizer(), DataConfig()
     rows = [[Row({"prompt": str(prompt)}, "x", n) for n, prompt in enumerate(file)] for file in files]
     sources = [grouped(f"{n}.jsonl", part, config, tokenizer) for n, part in enumerate(rows)]

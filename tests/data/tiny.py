@@ -1,4 +1,4 @@
-"""A tokenizer whose ids can be read, and files of rows."""
+"""A tokenizer with one token per word, readers, and files of rows."""
 
 import json
 
@@ -14,7 +14,7 @@ TEMPLATE = (
 
 
 def tokenizer(*, pad="<pad>", bos=False, template=TEMPLATE):
-    """One token a letter that stands alone."""
+    """A word-level tokenizer of single letters and special tokens."""
     bare = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<pad>"))
     bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if bos:
@@ -34,7 +34,7 @@ def write(file, rows):
 
 
 def letters(count, start=0):
-    """Texts of 3 letters, all different."""
+    """`count` different texts of three letters each."""
     return [" ".join(WORDS[5 + (n // 26**place) % 26] for place in range(3)) for n in range(start, start + count)]
 
 

@@ -1,4 +1,4 @@
-"""Writes tests/fixtures/torch_models.json and torch_logits.npz: `python -m tests.hub.make_fixtures`, with torch."""
+"""Writes torch_models.json and torch_logits.npz to tests/fixtures. `python -m tests.hub.make_fixtures` needs torch."""
 
 import json
 import tempfile
@@ -20,7 +20,7 @@ def stored_names(model) -> dict[str, list[int]]:
 
 
 def main() -> None:
-    """Lists the tensors first, then loads the checkpoints made of them and keeps torch's outputs."""
+    """Stores the tensors' names and shapes, then torch's outputs of the checkpoints made from them."""
     models = {
         case: {head: stored_names(torch_oracle.empty(case, head)) for head in ("lm", "scalar")} for case in tiny.CASES
     }

@@ -1,4 +1,4 @@
-"""Run by an interpreter that has transformers 4: prints what it reads of each folder on the command line, as JSON."""
+"""Runs in an interpreter with transformers 4, and prints as JSON what it reads from each folder in its arguments."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"
 
 
 def tokens_of(tokenizer):
-    """What a tokenizer makes of the texts, by any version of transformers."""
+    """A tokenizer's ids, decoded texts and settings, in any version of transformers."""
     chat = None
     if tokenizer.chat_template is not None:
         chat = tokenizer.apply_chat_template(CHAT, tokenize=False)

@@ -1,4 +1,4 @@
-"""What is saved means the same to transformers 4, to transformers 5, and to a program that reads fields itself."""
+"""transformers 4, transformers 5 and other programs read the same model and tokenizer from a saved folder."""
 
 import json
 import os
@@ -23,7 +23,7 @@ EVERY_CASE = [(case, head) for case in tiny.CASES for head in ("lm", "scalar")]
 
 
 def byte_level_bos():
-    """Like Llama 3's: byte-level, BOS in front, added special tokens that have no name."""
+    """A tokenizer like Llama 3's: byte-level, adds BOS, and has additional special tokens."""
     special = ["<bos>", "<eos>", "<pad>", "<|im_start|>", "<|im_end|>"]
     words = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), "He", "Hel"]
     bare = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [("H", "e"), ("He", "l")]))
@@ -38,7 +38,7 @@ def byte_level_bos():
 
 
 def sentencepiece_like():
-    """Like Llama 2's and Gemma's: ▁ for spaces, bytes for what has no piece."""
+    """A tokenizer like Llama 2's and Gemma's: ▁ for spaces, and bytes for characters without a piece."""
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghHeiloTr,!", "▁H", "▁He"]
     merges = [("▁", "H"), ("▁H", "e")]
     vocabulary = {word: i for i, word in enumerate(words)}
@@ -51,7 +51,7 @@ def sentencepiece_like():
 
 
 def several_templates():
-    """As Hermes and Command-R have: one for chats, one for chats with tools."""
+    """A tokenizer like Hermes's and Command-R's: one template for chats, and one for chats with tools."""
     made = byte_level_bos()
     made.chat_template = {"default": CHATML, "tool_use": "{{ 'tools' }}" + CHATML}
     return made
@@ -62,7 +62,7 @@ TOKENIZERS = {"byte_level": byte_level_bos, "sentencepiece": sentencepiece_like,
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Every case with either head, and both kinds of tokenizers, saved, loaded and saved again; (folder, config)."""
+    """(folder, config) per case and head, and per tokenizer. Each was saved, loaded and saved again."""
     folder, found = tmp_path_factory.mktemp("export"), {}
     for case, head in EVERY_CASE:
         model = load_pretrained(tiny.write_checkpoint(folder / "given" / f"{case}-{head}", case, head), head=head)
@@ -80,7 +80,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def read(saved):
-    """What transformers 4 reads."""
+    """What transformers 4 reads from each saved folder."""
     python = os.environ.get("TRANSFORMERS4_PYTHON")
     if python is None:
         pytest.skip("TRANSFORMERS4_PYTHON names no interpreter with transformers 4; launch/test.sh makes one")
@@ -93,7 +93,7 @@ def read(saved):
 
 @pytest.mark.parametrize(("case", "head"), EVERY_CASE)
 def test_transformers_4_reads_the_same_model(saved, read, case, head):
-    """Its config, defaults and all, and without the fields that only version 5 knows, describes the same decoder."""
+    """Without the fields that only version 5 knows, the config that version 4 reads describes the same decoder."""
     folder, config = saved[case, head]
     seen = read[str(folder)]
     assert seen["version"].startswith("4.")
@@ -160,14 +160,14 @@ def test_transformers_5_reads_the_same_model(saved, case, head):
         ("gpt2", {"torch_dtype": "float32", "dtype": "float32", "n_inner": None}),
     ],
 )
-def test_fields_that_other_programs_read(saved, case, expected):
+def test_the_config_has_the_fields_that_other_programs_read(saved, case, expected):
     content = json.loads((saved[case, "lm"][0] / "config.json").read_text())
     assert {name: content[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_the_tokenizer_is_the_same_everywhere(saved, kind):
-    """Saved, loaded and saved again, it makes the same ids of the same texts."""
+def test_a_tokenizer_is_unchanged_after_it_is_saved_twice(saved, kind):
+    """A tokenizer that was saved, loaded and saved again gives the same ids for the same texts."""
     folder, expected = saved[kind][0], read_by_transformers4.tokens_of(TOKENIZERS[kind]())
     assert read_by_transformers4.tokens_of(load_tokenizer(folder)) == expected
     assert read_by_transformers4.tokens_of(AutoTokenizer.from_pretrained(folder)) == expected
@@ -192,7 +192,7 @@ def test_a_model_with_several_templates_can_be_saved_again(saved, tmp_path):
     assert with_tools == "tools" + again.apply_chat_template(read_by_transformers4.CHAT, tokenize=False)
 
 
-def test_the_side_of_pads_is_written(tmp_path):
+def test_the_padding_side_is_saved(tmp_path):
     made = byte_level_bos()
     made.padding_side = "left"
     write_tokenizer(tmp_path, made)
@@ -200,8 +200,8 @@ def test_the_side_of_pads_is_written(tmp_path):
     assert load_tokenizer(tmp_path).padding_side == "left"
 
 
-def test_a_factor_that_transformers_4_works_out_itself_is_left_out():
-    """Version 4 takes three fields of Phi-3's scaling, and no others."""
+def test_a_factor_that_transformers_4_computes_itself_is_not_written():
+    """Version 4 accepts only three fields in Phi-3's rope_scaling."""
     case = tiny.CASES["phi3_longrope"]
     factor = case["max_position_embeddings"] / case["original_max_position_embeddings"]
     given = case | {"rope_scaling": case["rope_scaling"] | {"factor": factor}}
@@ -209,8 +209,8 @@ def test_a_factor_that_transformers_4_works_out_itself_is_left_out():
     assert written["rope_scaling"].keys() == {"type", "short_factor", "long_factor"}
 
 
-def test_a_setting_that_transformers_4_cannot_express_is_an_error_there_and_not_another_model(tmp_path):
-    """Phi-3 with an attention factor of its own: version 4 takes three fields and works the factor out."""
+def test_a_setting_that_transformers_4_cannot_express_is_still_written(tmp_path):
+    """Version 4 must fail on Phi-3's attention factor, not ignore it and compute another one."""
     scaling = tiny.CASES["phi3_longrope"]["rope_scaling"] | {"attention_factor": 1.5}
     config = config_from_hub(tiny.CASES["phi3_longrope"] | {"rope_scaling": scaling})
     model = Decoder(config)

@@ -1,4 +1,4 @@
-"""Every family computes what torch transformers computes, from the same files, and gives the same files back."""
+"""Every family computes the same as torch transformers from the same files, and its saved files load in torch."""
 
 import functools
 
@@ -24,7 +24,7 @@ def apply(model, params, tokens, positions, mask):
 
 
 def outputs(pretrained):
-    """On `tiny.batch()`, with positions left to the default."""
+    """The outputs on `tiny.batch()`, with default positions."""
     tokens, mask, _ = tiny.batch()
     return np.asarray(apply(pretrained.model, pretrained.params, tokens, None, mask))
 
@@ -37,19 +37,19 @@ def real_difference(ours, theirs):
 
 @each_head
 @each_case
-def test_outputs_equal_torchs_stored_ones(case, head, tmp_path):
+def test_outputs_equal_the_stored_outputs_of_torch(case, head, tmp_path):
     ours = outputs(load_pretrained(tiny.write_checkpoint(tmp_path / case, case, head), head=head))
     theirs = tiny.stored_logits(case, head)
     assert ours.dtype == np.float32
     assert ours.shape == theirs.shape
     assert np.isfinite(ours).all()
-    assert theirs[tiny.batch()[1]].std() > 0.1  # the comparison has something to compare
+    assert theirs[tiny.batch()[1]].std() > 0.1  # the outputs are not nearly constant
     assert real_difference(ours, theirs) < TOLERANCE
 
 
 @each_head
 @each_case
-def test_torch_loads_what_is_saved_and_computes_the_same(case, head, tmp_path):
+def test_torch_loads_a_saved_model_and_computes_the_same(case, head, tmp_path):
     pytest.importorskip("torch")
     from tests.hub import torch_oracle
 
@@ -62,7 +62,7 @@ def test_torch_loads_what_is_saved_and_computes_the_same(case, head, tmp_path):
 
 
 @each_case
-def test_stored_fixtures_are_still_torchs(case):
+def test_stored_names_and_shapes_still_equal_torchs(case):
     pytest.importorskip("torch")
     from tests.hub import make_fixtures, torch_oracle
 
@@ -81,7 +81,7 @@ def test_round_trip_is_bit_identical(case, tmp_path):
 
 
 def decode(model, params, tokens, mask, prompt):
-    """A prompt at once, then a token at a time, through the cache; logits [B, T, V]."""
+    """Logits [B, T, V], with the KV cache: first the whole prompt, then one token per step."""
     variables = {"params": params}
     length = tokens.shape[1]
     cache = create_cache(model.config, len(tokens), length + 2, scan_layers=model.scan_layers)
@@ -101,7 +101,7 @@ def decode(model, params, tokens, mask, prompt):
 
 @pytest.mark.parametrize("scan_layers", [True, False], ids=["scanned", "unrolled"])
 @each_case
-def test_decoding_through_the_cache_equals_the_whole_forward(case, scan_layers, tmp_path):
+def test_decoding_with_the_cache_equals_one_forward_pass_of_whole_rows(case, scan_layers, tmp_path):
     pretrained = load_pretrained(tiny.write_checkpoint(tmp_path / case, case))
     model, params = pretrained.model.clone(scan_layers=scan_layers), pretrained.params
     if not scan_layers:
@@ -116,16 +116,16 @@ def test_decoding_through_the_cache_equals_the_whole_forward(case, scan_layers, 
 
 
 @each_case
-def test_a_pads_id_and_place_change_nothing(case, tmp_path):
+def test_ids_and_slots_of_pads_do_not_change_the_outputs(case, tmp_path):
     pretrained = load_pretrained(tiny.write_checkpoint(tmp_path / case, case))
     tokens, mask, positions = tiny.batch()
     plain = outputs(pretrained)
-    for pad in (-100, 2, 10**6):  # ignored label, EOS, past the table
+    for pad in (-100, 2, 10**6):  # the ignored label, EOS, an id beyond the table
         changed = np.where(mask, tokens, pad)
         other = np.asarray(apply(pretrained.model, pretrained.params, changed, np.where(mask, positions, -7), mask))
         assert (other[mask] == plain[mask]).all(), pad
 
-    row, short = tokens[2], 7  # seven tokens whole, then the same with pads in front, inside and behind
+    row, short = tokens[2], 7  # seven tokens alone, and with pads before, between and after them
     places = np.array([1, 2, 4, 5, 6, 8, 9])
     scattered, real = np.full((1, tiny.LENGTH), 5), np.zeros((1, tiny.LENGTH), bool)
     scattered[0, places], real[0, places] = row[:short], True

@@ -1,4 +1,4 @@
-"""A crash leaves the old folder or the new one."""
+"""A model folder is replaced atomically: after a crash it is the old one or the new one."""
 
 import errno
 import random
@@ -28,8 +28,8 @@ while True:
 """
 
 
-def test_killed_at_any_moment_the_target_is_one_of_the_two(tmp_path):
-    """Two models of different shapes take turns in one folder; a kill never mixes or loses them."""
+def test_after_a_kill_the_target_is_one_of_two_complete_models(tmp_path):
+    """A process saves two models of different shapes to one folder in turns. A kill never mixes or loses them."""
     sources = [tiny.write_checkpoint(tmp_path / case, case) for case in ("llama", "opt")]
     target = tmp_path / "model"
     models = [load_pretrained(source) for source in sources]
@@ -46,10 +46,10 @@ def test_killed_at_any_moment_the_target_is_one_of_the_two(tmp_path):
         assert same_params(found.params, models[which].params)
         seen.add(which)
     save_pretrained(target, models[0])
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]  # what was partial is gone
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]  # partial folders were removed
 
 
-def test_an_error_while_writing_leaves_the_old_folder(tmp_path, monkeypatch):
+def test_an_error_while_writing_leaves_the_old_folder_unchanged(tmp_path, monkeypatch):
     pretrained = load_pretrained(tiny.write_checkpoint(tmp_path / "llama", "llama"))
     save_pretrained(tmp_path / "model", pretrained)
     before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
@@ -65,15 +65,15 @@ def test_an_error_while_writing_leaves_the_old_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["weights", "tokenizer", "text"])
-def test_a_file_that_cannot_be_written_is_an_os_error_with_its_number_and_a_path(tmp_path, content):
-    """safetensors and tokenizers raise types of their own, and Python's error of a write does not say of which file."""
+def test_a_file_that_cannot_be_written_is_an_oserror_with_errno_and_path(tmp_path, content):
+    """safetensors and tokenizers raise other exceptions, and Python's OSError of a write does not name the file."""
     write = {
         "weights": lambda folder: save_file({"weight": np.zeros(100)}, folder / "model.safetensors"),
         "tokenizer": lambda folder: tokenizer().backend_tokenizer.save(str(folder / "tokenizer.json")),
         "text": lambda folder: (folder / "config.json").write_text("{}" * 100),
     }[content]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))  # bytes of a file
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))  # bytes per file
     try:
         with pytest.raises(OSError, match="File too large") as caught, replaced_folder(tmp_path / "model") as folder:
             write(folder)
@@ -83,7 +83,7 @@ def test_a_file_that_cannot_be_written_is_an_os_error_with_its_number_and_a_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_file_systems_without_an_exchange_use_two_renames(tmp_path, monkeypatch):
+def test_two_renames_are_used_where_folders_cannot_be_exchanged(tmp_path, monkeypatch):
     monkeypatch.setattr(folders.sys, "platform", "other")
     for content in ("old", "new"):
         with replaced_folder(tmp_path / "model") as fresh:
@@ -92,7 +92,7 @@ def test_file_systems_without_an_exchange_use_two_renames(tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_folder_with_other_things_is_not_replaced(tmp_path):
+def test_a_folder_with_other_files_is_not_replaced(tmp_path):
     pretrained = load_pretrained(tiny.write_checkpoint(tmp_path / "llama", "llama"))
     for name in ("thesis.docx", "checkpoints"):
         target = tmp_path / name.split(".")[0]
@@ -106,15 +106,15 @@ def test_a_folder_with_other_things_is_not_replaced(tmp_path):
         save_pretrained(tmp_path / "file", pretrained)
 
 
-def test_files_are_as_readable_as_any_other(tmp_path):
-    """safetensors writes for the owner alone; another user may serve the model."""
+def test_saved_files_have_the_default_permissions(tmp_path):
+    """safetensors makes files that only their owner can read, but another user may serve the model."""
     save_pretrained(tmp_path / "model", load_pretrained(tiny.write_checkpoint(tmp_path / "llama", "llama")))
     (tmp_path / "plain").write_text("x")
     expected = (tmp_path / "plain").stat().st_mode
     assert {path.stat().st_mode for path in (tmp_path / "model").iterdir()} == {expected}
 
 
-def test_missing_parents_are_made_and_stale_parts_removed(tmp_path):
+def test_missing_parents_are_made_and_stale_partial_folders_are_removed(tmp_path):
     pretrained = load_pretrained(tiny.write_checkpoint(tmp_path / "llama", "llama"))
     stale = tmp_path / "runs" / ".model.partial-1"
     stale.mkdir(parents=True)

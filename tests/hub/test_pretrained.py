@@ -1,4 +1,4 @@
-"""Loading and saving: heads, dtypes, meshes, file forms, and every kind of broken checkpoint."""
+"""Loading and saving checkpoints: heads, file formats, dtypes, meshes, and broken checkpoints."""
 
 import dataclasses
 import json
@@ -55,13 +55,13 @@ def test_new_scalar_head_is_normal_with_a_key_and_zero_without(tmp_path):
     assert abs(numbers.mean()) < 4 / math.sqrt(21 * 800)
 
 
-def test_scalar_head_of_a_causal_model_keeps_its_trunk(llama):
+def test_a_scalar_head_on_a_language_model_keeps_its_layers(llama):
     lm, scalar = load_pretrained(llama), load_pretrained(llama, head="scalar")
     assert same_params(lm.params["layers"], scalar.params["layers"])
     assert "lm_head" not in scalar.params
 
 
-def test_a_reward_models_biases_come_back(llama, tmp_path):
+def test_a_reward_models_biases_are_saved_and_loaded(llama, tmp_path):
     scalar = dataclasses.replace(load_pretrained(llama, head="scalar"), reward_bias=0.5, missing_eos_bias=0.25)
     save_pretrained(tmp_path / "reward", scalar)
     again = load_pretrained(tmp_path / "reward", head="scalar")
@@ -87,18 +87,18 @@ def test_unknown_head_and_dtype_are_refused(llama):
         load_pretrained(llama, dtype=jnp.int8)
 
 
-def test_tied_head_stored_apart_is_used_as_transformers_does(tmp_path):
+def test_a_stored_lm_head_that_differs_from_the_embedding_is_untied(tmp_path):
     folder = tiny.write_checkpoint(tmp_path / "tied", "smollm2")
     tied = outputs(load_pretrained(folder))
     rewrite(folder, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})
-    assert (outputs(load_pretrained(folder)) == tied).all()  # the same numbers twice: tied
+    assert (outputs(load_pretrained(folder)) == tied).all()  # equal numbers: tied
     rewrite(folder, lambda tensors: tensors | {"lm_head.weight": 2 * tensors["lm_head.weight"]})
     apart = load_pretrained(folder)
     assert not apart.model.config.tie_embeddings
     np.testing.assert_allclose(outputs(apart), 2 * tied, atol=1e-4)
 
 
-def test_tied_pair_under_the_heads_name(tmp_path):
+def test_tied_embeddings_may_be_stored_under_the_heads_name(tmp_path):
     folder = tiny.write_checkpoint(tmp_path / "tied", "smollm2")
     tied = outputs(load_pretrained(folder))
     rewrite(folder, lambda tensors: {"lm_head.weight": tensors.pop("model.embed_tokens.weight"), **tensors})
@@ -109,7 +109,7 @@ def test_tied_pair_under_the_heads_name(tmp_path):
 
 
 @pytest.mark.parametrize("case", ["gpt2", "smollm2", "opt", "pythia"])
-def test_base_models_file_without_prefix(case, tmp_path):
+def test_a_base_models_file_without_prefix_is_read(case, tmp_path):
     folder = tiny.write_checkpoint(tmp_path / case, case)
     whole = load_pretrained(folder, head="scalar").params
     bases = ("transformer.", "model.", "gpt_neox.")
@@ -120,7 +120,7 @@ def test_base_models_file_without_prefix(case, tmp_path):
     assert same_params(load_pretrained(rewrite(folder, strip), head="scalar").params, whole)
 
 
-def test_known_buffers_are_passed_over(tmp_path):
+def test_known_buffers_are_ignored(tmp_path):
     folder = tiny.write_checkpoint(tmp_path / "gpt2", "gpt2")
     buffers = {
         "transformer.h.0.attn.bias": np.ones((1, 1, 8, 8), np.uint8),
@@ -139,7 +139,7 @@ def test_known_buffers_are_passed_over(tmp_path):
     assert real_difference(outputs(load_pretrained(folder)), tiny.stored_logits("pythia")) < 2e-4
 
 
-def test_sharded_files_and_index(llama, tmp_path):
+def test_sharded_files_and_their_index_are_saved_and_loaded(llama, tmp_path):
     whole = load_pretrained(llama)
     save_pretrained(tmp_path / "shards", whole, max_shard_bytes=20_000)
     files = sorted(file.name for file in (tmp_path / "shards").glob("*.safetensors"))
@@ -173,7 +173,7 @@ def test_stored_dtype_is_kept_or_cast(dtype, llama, tmp_path):
     assert same_params(load_pretrained(tmp_path / "saved").params, stored.params)
 
 
-def test_mixed_dtypes_stay_as_they_are(llama):
+def test_mixed_dtypes_are_kept(llama):
     def narrow(tensors):
         return {name: x if "norm" in name else x.astype(ml_dtypes.bfloat16) for name, x in tensors.items()}
 
@@ -182,7 +182,7 @@ def test_mixed_dtypes_stay_as_they_are(llama):
     assert params["layers"]["mlp"]["up"]["kernel"].dtype == jnp.bfloat16
 
 
-def test_hub_id_from_the_local_cache(llama, tmp_path, monkeypatch):
+def test_a_hub_id_is_loaded_from_the_local_cache(llama, tmp_path, monkeypatch):
     repository = tmp_path / "cache" / "models--someone--tiny"
     shutil.copytree(llama, repository / "snapshots" / "abc123")
     (repository / "refs").mkdir()
@@ -192,15 +192,15 @@ def test_hub_id_from_the_local_cache(llama, tmp_path, monkeypatch):
     whole = load_pretrained(llama)
     for revision in (None, "v2"):
         assert same_params(load_pretrained("someone/tiny", revision=revision).params, whole.params)
-    (repository / "snapshots" / "abc123" / "model.safetensors").unlink()  # only pickles there: nothing was fetched
+    (repository / "snapshots" / "abc123" / "model.safetensors").unlink()  # as for a repository with pickles only
     with pytest.raises(CheckpointError, match=r"someone/tiny has no[\s\S]*from_pretrained\('someone/tiny'\)"):
         load_pretrained("someone/tiny")
     with pytest.raises(FileNotFoundError, match="someone/other"):
         load_pretrained("someone/other")
 
 
-def test_fewer_layers_are_saved_as_fewer(tmp_path):
-    """A reward model cut from the bottom of a checkpoint, with its windows."""
+def test_a_model_with_fewer_layers_is_saved_with_fewer_layers(tmp_path):
+    """The model has the bottom two layers of a checkpoint, with their sliding windows."""
     whole = load_pretrained(tiny.write_checkpoint(tmp_path / "gemma", "gemma2"))
     config = whole.model.config
     config = config.replace(num_layers=2, sliding_layers=config.sliding_layers[:2])
@@ -221,12 +221,12 @@ def test_fewer_layers_are_saved_as_fewer(tmp_path):
     ids=str,
 )
 @pytest.mark.parametrize("case", ["llama", "phi3", "gpt2", "opt_350m"])
-def test_sharded_load_computes_and_saves_the_same(case, sizes, explicit, tmp_path):
+def test_a_model_loaded_onto_a_mesh_computes_and_saves_the_same(case, sizes, explicit, tmp_path):
     folder = tiny.write_checkpoint(tmp_path / case, case)
     set_config(folder, **({"intermediate_size": 50} if case in ("llama", "phi3") else {}))
     set_config(folder, **({"ffn_dim": 50} if case == "opt_350m" else {}))
 
-    def widen(tensors):  # an MLP width that two devices divide
+    def widen(tensors):  # to an MLP width that two devices divide
         def pad(name, x):
             halves = np.split(x, 2) if "gate_up" in name else [x]
             axes = [(0, 1 if size == 49 else 0) for size in halves[0].shape]
@@ -248,13 +248,13 @@ def test_sharded_load_computes_and_saves_the_same(case, sizes, explicit, tmp_pat
     table = spread.params["embedding"]["table"]
     assert table.shape[0] == (62 if "tensor" in sizes else 61)  # padded so that two devices divide it
     theirs = outputs(spread)
-    assert theirs.shape[-1] == tiny.VOCAB  # and the padding never shows
+    assert theirs.shape[-1] == tiny.VOCAB  # the padding is not in the logits
     assert real_difference(theirs, outputs(alone)) < 2e-5
     save_pretrained(tmp_path / "saved", spread)
     assert same_params(load_pretrained(tmp_path / "saved").params, alone.params)
 
 
-def test_mesh_that_does_not_divide_names_parameter_and_sizes(llama):
+def test_an_error_about_a_mesh_names_the_parameter_and_the_sizes(llama):
     mesh = Mesh(np.array(jax.devices()[:8]), ("tensor",))
     with pytest.raises(
         ValueError, match=r"'tensor' of size 8 does not divide axis .* of size \d+ of parameter .*do: 1"
@@ -270,7 +270,7 @@ def test_mesh_that_does_not_divide_names_parameter_and_sizes(llama):
 )
 @pytest.mark.parametrize("bias", [None, 0.75])
 def test_scalar_heads_of_other_programs_are_read(tmp_path, name, bias):
-    """Their weight is the head, their bias is added to each score, and both are saved."""
+    """The weight is the head, the bias is added to each score, and both are saved."""
     folder = tiny.write_checkpoint(tmp_path / "reward", "llama", "scalar")
     expected = load_file(folder / "model.safetensors")["score.weight"][0]
 
@@ -289,7 +289,7 @@ def test_scalar_heads_of_other_programs_are_read(tmp_path, name, bias):
     assert same_params(again.params, reward.params)
 
 
-def test_a_language_model_with_a_value_head_is_a_policy_too(llama):
+def test_a_language_model_with_a_value_head_loads_with_either_head(llama):
     rewrite(llama, lambda tensors: tensors | {"v_head.summary.weight": np.ones((1, 36), np.float32)})
     assert "lm_head" in load_pretrained(llama).params
     assert load_pretrained(llama, head="scalar").params["scalar_head"]["kernel"].sum() == 36
@@ -311,7 +311,7 @@ def test_a_language_model_with_a_value_head_is_a_policy_too(llama):
         ),
     ],
 )
-def test_scalar_heads_that_cannot_be_read_are_named(llama, tensors, message):
+def test_an_error_names_the_tensors_of_an_unusable_scalar_head(llama, tensors, message):
     rewrite(llama, lambda trunk: trunk | {name: np.ones(shape, np.float32) for name, shape in tensors.items()})
     with pytest.raises(CheckpointError, match=message):
         load_pretrained(llama, head="scalar")
@@ -319,7 +319,7 @@ def test_scalar_heads_that_cannot_be_read_are_named(llama, tensors, message):
 
 @pytest.mark.parametrize("key", [None, jax.random.key(0)])
 @pytest.mark.parametrize("name", ["scorer.out.weight", "score.modules_to_save.default.weight"])
-def test_a_head_of_an_unknown_name_is_named_and_never_called_lost(tmp_path, name, key):
+def test_an_error_names_the_tensor_that_looks_like_the_scalar_head(tmp_path, name, key):
     folder = tiny.write_checkpoint(tmp_path / "reward", "llama", "scalar")
     set_config(folder, architectures=["LlamaForSequenceClassification"])
     rewrite(folder, lambda tensors: tensors | {name: tensors.pop("score.weight")})
@@ -329,14 +329,14 @@ def test_a_head_of_an_unknown_name_is_named_and_never_called_lost(tmp_path, name
         load_pretrained(folder, head="scalar", key=key)
 
 
-def test_a_head_of_an_unknown_name_may_stand_on_its_side(llama):
+def test_a_transposed_tensor_is_also_recognised_as_a_scalar_head(llama):
     rewrite(llama, lambda tensors: tensors | {"out.weight": np.ones((36, 1), np.float32)})
     with pytest.raises(CheckpointError, match=r"out.weight looks like its scalar head"):
         load_pretrained(llama, head="scalar")
 
 
-def test_a_head_in_a_file_of_its_own_is_named(llama):
-    """As LLaMA-Factory writes it."""
+def test_an_error_names_the_separate_file_of_a_value_head(llama):
+    """LLaMA-Factory writes the value head to a separate file."""
     save_file({"v_head.summary.weight": np.ones((1, 36), np.float32)}, llama / "value_head.safetensors")
     with pytest.raises(
         CheckpointError, match=r"a separate file, value_head.safetensors, which is not supported. Put its"
@@ -344,7 +344,7 @@ def test_a_head_in_a_file_of_its_own_is_named(llama):
         load_pretrained(llama, head="scalar")
 
 
-def test_a_classifier_that_lost_its_head_is_an_error_unless_a_new_one_is_wanted(tmp_path):
+def test_a_classifier_without_its_head_is_an_error_unless_a_key_is_given(tmp_path):
     folder = tiny.write_checkpoint(tmp_path / "reward", "llama", "scalar")
     set_config(folder, architectures=["LlamaForSequenceClassification"])
     rewrite(folder, lambda tensors: {name: array for name, array in tensors.items() if name != "score.weight"})
@@ -355,7 +355,7 @@ def test_a_classifier_that_lost_its_head_is_an_error_unless_a_new_one_is_wanted(
     assert describe_pretrained(folder, head="scalar", new_head=True).scalar_head is None
 
 
-def test_a_reward_model_is_no_policy(tmp_path, caplog):
+def test_a_reward_model_loaded_as_a_policy_is_an_error_or_a_warning(tmp_path, caplog):
     untied = tiny.write_checkpoint(tmp_path / "untied", "llama", "scalar")
     for read in (load_pretrained, describe_pretrained):
         with pytest.raises(CheckpointError, match=r"is a reward model or a critic .* no LM head"):
@@ -366,8 +366,8 @@ def test_a_reward_model_is_no_policy(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("base", ["org/base", "x'); import os; os.system('rm -rf ~", None])
-def test_an_adapter_says_what_it_is_and_of_which_model(tmp_path, base):
-    """No part of a file that could be code gets into the command that is recommended."""
+def test_a_peft_adapter_is_an_error_that_recommends_merging_it(tmp_path, base):
+    """If the base model's name could be code, it does not appear in the recommended command."""
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base}))
     save_file({"base_model.model.q_proj.lora_A.weight": np.zeros((8, 4), np.float32)}, tmp_path / "adapter.safetensors")
     for read in (load_pretrained, describe_pretrained):
@@ -384,7 +384,7 @@ def test_missing_tensor_is_named(llama):
         load_pretrained(llama)
 
 
-def test_missing_lm_head_is_an_error_but_no_scalar_head_is_not(llama):
+def test_a_missing_lm_head_is_an_error_but_a_missing_scalar_head_is_not(llama):
     rewrite(llama, lambda tensors: {k: v for k, v in tensors.items() if k != "lm_head.weight"})
     with pytest.raises(CheckpointError, match=r"missing: lm_head\.weight"):
         load_pretrained(llama)
@@ -403,7 +403,7 @@ def test_extra_tensor_is_named(llama):
         load_pretrained(llama)
 
 
-def test_bias_that_the_config_denies_is_extra(llama):
+def test_a_bias_that_the_config_disables_is_an_error(llama):
     rewrite(llama, lambda tensors: tensors | {"model.layers.0.self_attn.q_proj.bias": np.ones(60, np.float32)})
     with pytest.raises(CheckpointError, match=r"model\.layers\.0\.self_attn\.q_proj\.bias"):
         load_pretrained(llama)
@@ -438,7 +438,7 @@ def test_pickled_weights_are_refused_with_the_conversion_command(llama):
         load_pretrained(llama)
 
 
-def test_what_is_missing_is_named(llama, tmp_path):
+def test_an_error_names_the_missing_folder_or_file(llama, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_pretrained(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -450,7 +450,7 @@ def test_what_is_missing_is_named(llama, tmp_path):
         load_pretrained(llama)
 
 
-def test_index_that_names_a_missing_or_foreign_file(llama, tmp_path):
+def test_an_index_that_names_a_missing_or_outside_file_is_an_error(llama, tmp_path):
     save_pretrained(tmp_path / "shards", load_pretrained(llama), max_shard_bytes=20_000)
     (tmp_path / "shards" / "model-00002-of-00006.safetensors").unlink(missing_ok=True)
     missing = sorted((tmp_path / "shards").glob("*.safetensors"))[0]
@@ -480,7 +480,7 @@ def test_index_that_names_a_missing_or_foreign_file(llama, tmp_path):
     ],
     ids=str,
 )
-def test_config_that_cannot_be_used(changes, message, llama):
+def test_an_unusable_config_is_an_error_that_says_why(changes, message, llama):
     set_config(llama, **changes)
     with pytest.raises(CheckpointError, match=message) as error:
         load_pretrained(llama)
@@ -488,7 +488,7 @@ def test_config_that_cannot_be_used(changes, message, llama):
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", ""])
-def test_config_that_is_not_an_object(content, llama):
+def test_a_config_that_is_not_an_object_is_an_error(content, llama):
     (llama / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         load_pretrained(llama)
@@ -516,8 +516,8 @@ def test_unrolled_params_and_hand_made_configs_cannot_be_saved(llama, tmp_path):
 
 
 @pytest.mark.parametrize("field", [{"dtype": False}, {"dtype": 3}, {"dtype": ["a"]}, {"inner": {"dtype": 7}}])
-def test_a_generation_config_that_cannot_be_saved_again_is_refused_at_the_start(tmp_path, field):
-    """transformers reads it, and stumbles when it writes it: the trained model could not be saved."""
+def test_a_generation_config_that_cannot_be_saved_is_refused_when_loaded(tmp_path, field):
+    """transformers reads some generation configs that it cannot write, so the trained model could not be saved."""
     folder = tiny.write_checkpoint(tmp_path / "llama", "llama")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2} | field))
     with pytest.raises(CheckpointError, match=r"generation_config\.json: transformers cannot use it"):

@@ -1,4 +1,4 @@
-"""How much memory loading takes."""
+"""The memory that loading a checkpoint needs."""
 
 import json
 
@@ -12,7 +12,7 @@ from jax_rlhf.hub.families import hub_tensors
 from jax_rlhf.models import Decoder, abstract_params
 from tests.processes import finish, start
 
-# Peak resident memory is VmHWM: `ru_maxrss` of a child starts at its parent's.
+# Peak resident memory is read from VmHWM, because `ru_maxrss` of a child process starts at its parent's value.
 PROGRAM = """
 import json, sys, jax, numpy as np, jax_rlhf
 from jax.sharding import Mesh
@@ -70,7 +70,7 @@ CASES = [  # each shape, device count and dtype once; the others are run with th
 
 
 @pytest.mark.parametrize(("shape", "devices", "dtype"), CASES, ids=str)
-def test_loading_peaks_under_one_and_a_half_times_the_parameters(shape, devices, dtype, tmp_path):
+def test_peak_memory_of_loading_is_under_1_5_times_the_parameters(shape, devices, dtype, tmp_path):
     large = checkpoint(tmp_path / "large", dtype, **SHAPES[shape])
     small = checkpoint(tmp_path / "small", dtype, **SMALL)
     measured = json.loads(finish(start(PROGRAM, large, devices, small, devices=devices)).splitlines()[-1])
@@ -79,6 +79,6 @@ def test_loading_peaks_under_one_and_a_half_times_the_parameters(shape, devices,
     assert 0.9 < measured["ratio"] < 1.5
 
 
-def test_shapes_of_a_model_cost_nothing():
+def test_abstract_params_allocates_no_arrays():
     config = config_from_hub({"model_type": "llama", **SHAPES["mostly_embedding"], "num_attention_heads": 8})
     assert isinstance(jax.tree.leaves(abstract_params(Decoder(config)))[0], jax.ShapeDtypeStruct)

@@ -1,4 +1,4 @@
-"""Tokenizers built from GGUF fields, against sentencepiece itself and against what their patterns promise."""
+"""Tokenizers built from GGUF fields, compared with sentencepiece and with expected tokens, and those of folders."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ FILE = Path("model.gguf")
 
 
 def byte_level(split, merges=(), tokens=(), **fields):
-    """A vocabulary of all single bytes' letters, the merges' results and control tokens."""
+    """GGUF fields of a byte-level tokenizer: control tokens, all bytes, the results of the merges, and `tokens`."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     pieces = ["<s>", "</s>", *bytes_to_unicode().values(), *("".join(merge) for merge in merges), *tokens]
@@ -42,36 +42,36 @@ def pieces(fields, text):
 @pytest.mark.parametrize(
     ("split", "expected"),
     [
-        ("smollm", ["a", "ĠĠ", "1", "2", "3", "4"]),  # digits apart first, which leaves both spaces to each other
-        ("gpt-2", ["a", "Ġ", "Ġ", "12", "34"]),  # the second space goes with the number, which stays whole
+        ("smollm", ["a", "ĠĠ", "1", "2", "3", "4"]),  # digits are split first, so both spaces merge
+        ("gpt-2", ["a", "Ġ", "Ġ", "12", "34"]),  # the second space belongs to the number, which is not split
         ("qwen2", ["a", "Ġ", "Ġ", "1", "2", "3", "4"]),
-        ("llama-bpe", ["<s>", "a", "Ġ", "Ġ", "12", "3", "4"]),  # three digits at most, and BOS in front
+        ("llama-bpe", ["<s>", "a", "Ġ", "Ġ", "12", "3", "4"]),  # at most three digits per part, and BOS is added
     ],
 )
-def test_text_is_cut_as_the_file_says(split, expected):
+def test_text_is_split_by_the_pattern_that_the_file_names(split, expected):
     assert pieces(byte_level(split, [("Ġ", "Ġ"), ("1", "2"), ("3", "4")]), "a  1234") == expected
 
 
-def test_llama3_takes_a_known_piece_whole():
+def test_llama3_uses_a_piece_of_the_vocabulary_without_merges():
     merges = [("h", "i")]
     assert pieces(byte_level("llama-bpe", merges, tokens=["hip"]), "hip") == ["<s>", "hip"]
     assert pieces(byte_level("gpt-2", merges, tokens=["hip"]), "hip") == ["hi", "p"]
 
 
-def test_bos_and_eos_as_the_file_asks():
+def test_bos_and_eos_are_added_as_the_file_says():
     both = byte_level("gpt-2", **{"ggml.add_bos_token": True, "ggml.add_eos_token": True})
     assert pieces(both, "x") == ["<s>", "x", "</s>"]
     assert pieces(byte_level("llama-bpe", **{"ggml.add_bos_token": False}), "x") == ["x"]
 
 
-def test_control_tokens_are_never_cut():
+def test_control_tokens_are_never_split():
     assert pieces(byte_level("gpt-2"), "a b") == ["a", "Ġ", "b"]
     tokenizer = gguf_tokenizer(byte_level("gpt-2"), FILE)
     assert tokenizer.convert_ids_to_tokens(tokenizer("a</s>b").input_ids) == ["a", "</s>", "b"]
 
 
-def test_sentencepiece_vocabulary_gives_sentencepieces_ids(tmp_path):
-    """A tokenizer trained on this project's README and docs, on every line of them and on odd ones."""
+def test_a_sentencepiece_vocabulary_gives_the_ids_of_sentencepiece(tmp_path):
+    """The tokenizer is trained on this project's README and docs, and compared on each of their lines and on others."""
     lines = [
         line for file in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")] for line in file.read_text().split("\n")
     ]
@@ -104,13 +104,13 @@ def test_sentencepiece_vocabulary_gives_sentencepieces_ids(tmp_path):
     again = load_tokenizer(tmp_path / "saved")
     for line in [*lines, "  two", "é 漢字 \t tab", "a", " ", "1234 5"]:
         expected = [1, *theirs.encode(line)]
-        if line:  # sentencepiece gives nothing for nothing
+        if line:  # sentencepiece returns no ids for an empty line
             assert ours(line).input_ids == expected, line
             assert again(line).input_ids == expected, line
             assert ours.decode(expected, skip_special_tokens=True) == line
 
 
-def test_what_cannot_be_read_is_named(tmp_path, caplog):
+def test_a_tokenizer_that_cannot_be_read_is_an_error_or_a_warning(tmp_path, caplog):
     assert gguf_tokenizer({}, FILE) is None
     with pytest.raises(CheckpointError, match=r"model\.gguf.*'bert' is not supported; gpt2, llama"):
         gguf_tokenizer({"ggml.model": "bert"}, FILE)
@@ -125,7 +125,7 @@ def test_what_cannot_be_read_is_named(tmp_path, caplog):
     assert load_tokenizer(tmp_path) is None
 
 
-def test_a_folders_tokenizer_and_template_come_through(tmp_path):
+def test_a_folders_tokenizer_and_chat_template_are_loaded(tmp_path):
     tokenizer = gguf_tokenizer(byte_level("smollm", chat_template="{{ messages[0]['content'] }}!"), FILE)
     tokenizer.save_pretrained(tmp_path)
     assert (tmp_path / "tokenizer.json").is_file()
@@ -136,7 +136,7 @@ def test_a_folders_tokenizer_and_template_come_through(tmp_path):
 
 
 def saved(folder, *, keep=True, **settings):
-    """A tokenizer's folder with these in its tokenizer_config.json."""
+    """A tokenizer's folder with these settings in tokenizer_config.json; `keep` keeps its tokenizer.json."""
     tokenizer_of(FAMILIES["unigram"]).save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
@@ -161,7 +161,7 @@ def saved(folder, *, keep=True, **settings):
     ],
 )
 @pytest.mark.parametrize("keep", [True, False])
-def test_settings_that_name_other_files_or_take_for_ever(tmp_path, settings, said, keep):
+def test_settings_that_name_other_files_or_are_implausible_are_errors(tmp_path, settings, said, keep):
     outside = tmp_path / "vocab.json"
     outside.write_text('{"SECRET": 0}')
     filled = {k: v.format(outside=outside) if isinstance(v, str) else v for k, v in settings.items()}
@@ -171,14 +171,14 @@ def test_settings_that_name_other_files_or_take_for_ever(tmp_path, settings, sai
         load_tokenizer(folder)
 
 
-def test_settings_that_checkpoints_have_are_read(tmp_path):
+def test_settings_of_published_checkpoints_are_accepted(tmp_path):
     more = {"model_max_length": 10**30, "tokenizer_file": "/somebody/else/tokenizer.json", "pad_token_id": 150_000}
     more |= {"vocab_file": "a" * 3000, "video_token_index": 151_656, "max_length": 512, "stride": 0}
     assert load_tokenizer(saved(tmp_path / "model", **more)) is not None
 
 
-def test_a_chat_template_is_no_link_to_another_file(tmp_path):
-    """It is copied with the model."""
+def test_a_chat_template_may_not_be_a_link_to_another_file(tmp_path):
+    """The content of the linked file would be copied with the model."""
     folder = saved(tmp_path / "model")
     (tmp_path / "secret").write_text("PRIVATE KEY")
     (folder / "chat_template.jinja").unlink(missing_ok=True)
@@ -186,4 +186,4 @@ def test_a_chat_template_is_no_link_to_another_file(tmp_path):
     with pytest.raises(CheckpointError, match=r"chat_template.jinja is in .*; copy it into the folder"):
         load_tokenizer(folder)
     (tmp_path / "link").symlink_to(saved(tmp_path / "other"))
-    assert load_tokenizer(tmp_path / "link") is not None  # a folder may be one
+    assert load_tokenizer(tmp_path / "link") is not None  # the folder itself may be a link

@@ -1,8 +1,8 @@
 """Small random checkpoints of every family, made without torch.
 
-Each case is a config as it would stand in a config.json. The tensors' names and shapes were listed by torch
-transformers (`tests/fixtures/torch_models.json`), their numbers come from NumPy's frozen legacy generator, and torch's
-logits on `batch()` are stored too (`tests/fixtures/torch_logits.npz`); `python -m tests.hub.make_fixtures` writes both.
+Each case is the content of a config.json. The tensors' names and shapes are those of torch transformers
+(`tests/fixtures/torch_models.json`). Their numbers come from NumPy's frozen legacy generator. Torch's logits on
+`batch()` are in `tests/fixtures/torch_logits.npz`. `python -m tests.hub.make_fixtures` writes both files.
 """
 
 import json
@@ -141,7 +141,7 @@ CASES: dict[str, dict] = {
 
 
 def batch() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Three rows of LENGTH: left-padded, right-padded, whole.
+    """Three rows of LENGTH slots: left-padded, right-padded, and without pads.
 
     Returns:
       (tokens int64, mask bool, positions int64), each [3, LENGTH]; positions count the real tokens before each.
@@ -155,20 +155,20 @@ def batch() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def weight(name: str, shape: tuple[int, ...], *, around_one: bool) -> np.ndarray:
-    """The numbers of one tensor: standard deviation 0.2, norms around 1 where the model multiplies by them."""
+    """The numbers of one tensor, with standard deviation 0.2; their mean is 1 if `around_one`, otherwise 0."""
     generator = np.random.RandomState(zlib.crc32(name.encode()) % 2**31)
     numbers = 0.2 * generator.standard_normal(shape)
     return (numbers + around_one).astype(np.float32)
 
 
 def is_norm_scale(case: str, name: str) -> bool:
-    """Whether a tensor multiplies what a norm made, and counts from 0 (not, as Gemma's, from 1)."""
+    """Whether a tensor is a norm's scale that is 1 by default. Gemma's scales are 0 by default: the model adds 1."""
     norm = "norm" in name or ".ln_" in name or "layernorm" in name
     return norm and name.endswith("weight") and not case.startswith("gemma")
 
 
 def tensors(case: str, head: str = "lm") -> dict[str, np.ndarray]:
-    """What torch transformers' checkpoint of a case holds."""
+    """The tensors of torch transformers' checkpoint of a case."""
     shapes = json.loads((FIXTURES / "torch_models.json").read_text())[case][head]
     return {name: weight(name, tuple(shape), around_one=is_norm_scale(case, name)) for name, shape in shapes.items()}
 

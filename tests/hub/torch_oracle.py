@@ -1,4 +1,4 @@
-"""Torch transformers, the oracle: imported only where torch is installed."""
+"""The oracle, torch transformers. This module is imported only if torch is installed."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def empty(case: str, head: str) -> torch.nn.Module:
 
 
 def load(folder: Path, head: str) -> torch.nn.Module:
-    """A checkpoint; fails where a tensor is missing or not used."""
+    """Loads a checkpoint, and fails if a tensor is missing or unused."""
     model, info = model_class(head).from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     problems = {name: found for name, found in info.items() if found}
     assert not problems, problems
@@ -32,7 +32,7 @@ def load(folder: Path, head: str) -> torch.nn.Module:
 def outputs(model: torch.nn.Module, head: str) -> np.ndarray:
     """Logits on `batch()` [3, LENGTH, VOCAB], or the scalar head's value at every token [3, LENGTH].
 
-    Row by row: with longrope, transformers lets the longest row of a batch choose the factors of all rows.
+    Each row is computed separately, because with longrope the longest row decides which factors all rows use.
     """
     return np.concatenate([_row(model, head, *(array[i : i + 1] for array in batch())) for i in range(3)])
 
