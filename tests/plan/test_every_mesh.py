@@ -1,4 +1,4 @@
-"""On no mesh does a device gather the embeddings of the whole batch, or does XLA report a full rematerialization.
+"""No device gathers the embeddings of the whole batch, and XLA reports no full rematerialization, on any mesh.
 
 XLA has no such report for TPU, so the tests read the compiled text too.
 """
