@@ -1,4 +1,4 @@
-"""Annotations that are checked while tests run: shapes and dtypes of what functions take and return."""
+"""Checks annotations while tests run: the shapes and dtypes of arguments and results."""
 
 from collections.abc import Callable
 from typing import Any, get_args
@@ -8,13 +8,13 @@ from jaxtyping import AbstractArray, PyTree, install_import_hook
 
 CHECKED = [f"jax_rlhf.{package}" for package in ("models", "optim", "ppo", "rl", "sampling")]
 
-_checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as for pyright
+_checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int counts as a float, as in pyright
 
 
 def check(function: Callable) -> Callable:
-    """The function with its arrays checked; of all else pyright knows the types.
+    """Wraps a function so that its array annotations are checked. pyright checks the other types.
 
-    `__init__` is left alone: JAX makes the dataclasses anew with shardings, shapes or None where arrays were.
+    `__init__` is not checked, because JAX rebuilds dataclasses with shardings, shapes or None instead of arrays.
     """
     arrays = {name: hint for name, hint in function.__annotations__.items() if _has_arrays(hint)}
     if not arrays or function.__name__ == "__init__":
@@ -30,5 +30,5 @@ def _has_arrays(hint: Any) -> bool:
 
 
 def install() -> None:
-    """Has the packages' functions checked. Call it before they are imported."""
+    """Switches the checks on for the packages in `CHECKED`. Call it before they are imported."""
     install_import_hook(CHECKED, f"{__name__}.{check.__name__}")

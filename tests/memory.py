@@ -1,4 +1,4 @@
-"""How much memory a call takes at its most."""
+"""Measures the peak memory of a call."""
 
 import re
 from collections.abc import Callable
@@ -9,7 +9,7 @@ _RESET_PEAK = "5"  # man 5 proc_pid_clear_refs
 
 
 def growth(call: Callable[[], Any]) -> int:
-    """Bytes by which the process was larger than before, while the call ran."""
+    """Peak memory during the call, minus the memory before it, in bytes."""
     Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
     before = _status("VmRSS")
     call()

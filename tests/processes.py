@@ -1,4 +1,4 @@
-"""Running a test's program in fresh processes: for peak memory, for kills, for several hosts."""
+"""Runs programs in new processes, for tests of peak memory, of killed processes, and of several hosts."""
 
 import os
 import socket
@@ -10,19 +10,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PYTHONPATH = os.pathsep.join((str(ROOT / "tests" / "without_torch"), str(ROOT)))
-"""Of processes that tests start: this repository, and no torch."""
+"""For processes that tests start: they can import this repository, but not torch."""
 COMPILED = Path(tempfile.gettempdir()) / f"jax_rlhf-tests-{os.getuid()}"
-"""Where compiled programs are kept for all tests."""
+"""The compilation cache of all tests."""
 
 
 _OLD = version("jaxlib").startswith("0.10.")  # 0.11 has no such flags
 XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1" if _OLD else ""
-"""With which tiny programs compile in a third of the time on CPU; no program is cut into 32 parts, of which LLVM
-compiles each by itself. They run slower, which for them is nothing."""
+"""With these flags tiny programs compile in a third of the time on CPU, since LLVM does not split them into 32 parts.
+They run slower, which does not matter for tiny programs."""
 
 
 def flags_for(devices: int) -> str:
-    """XLA's flags for a process with so many simulated devices."""
+    """XLA's flags for a process with a number of simulated devices."""
     return f"--xla_force_host_platform_device_count={devices} {XLA_FLAGS}".strip()
 
 
@@ -44,14 +44,14 @@ def start(program: str, *arguments: object, devices: int = 1) -> subprocess.Pope
 
 
 def finish(process: subprocess.Popen, timeout: float = 300) -> str:
-    """Waits for a program that must end well; returns what it printed."""
+    """Waits for a program, asserts that it succeeds, and returns its output."""
     output, errors = process.communicate(timeout=timeout)
     assert process.returncode == 0, errors[-4000:]
     return output
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A free port of this machine."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]

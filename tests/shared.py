@@ -1,4 +1,4 @@
-"""What is made once for all tests, also where several processes of pytest share them out (pytest -n 2)."""
+"""Folders that are made once for all tests, also if several processes of pytest run them (pytest -n 2)."""
 
 import os
 import shutil
@@ -10,17 +10,17 @@ import pytest
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """A folder that the first who asks fills; the others wait meanwhile. No test may change what is in it.
+    """A folder that the first call fills while other processes wait. No test may change its contents.
 
     Args:
       factory: pytest's fixture `tmp_path_factory`.
-      name: of the folder.
-      make: fills it. Where it raises, the next who asks tries again.
+      name: the folder's name.
+      make: fills the folder. If it raises, the next call tries again.
 
     Returns:
       The folder.
     """
-    # The folder above the own one is of all processes of this run; of a single one it is that of former runs too.
+    # With xdist, only this run uses the parent folder. Without xdist, earlier runs use the parent folder too.
     root = factory.getbasetemp() if "PYTEST_XDIST_WORKER" not in os.environ else factory.getbasetemp().parent
     folder, made = root / name, root / f"{name}.made"
     with filelock.FileLock(root / f"{name}.lock"):

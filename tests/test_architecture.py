@@ -33,7 +33,7 @@ MODULES = modules()
 
 
 def package_of(module: str) -> str:
-    """The row of the table that a module belongs to."""
+    """The row of the table for a module."""
     return module.removesuffix(".py").partition("/")[0]
 
 
@@ -41,7 +41,7 @@ PACKAGES = {package_of(module) for module in MODULES}
 
 
 def imported_packages(source: str, module: str) -> set[str]:
-    """The rows of the table that a module imports, anywhere in it; "__init__" = the package's own names."""
+    """The rows of the table that a module imports, at any place in it; "__init__" = the package's own names."""
     parents = [PACKAGE, *module.split("/")[:-1]]
     found = set()
     for node in ast.walk(ast.parse(source)):
@@ -77,11 +77,11 @@ def test_every_import_is_one_that_the_table_allows():
     assert sorted(NOT_ALLOWED) == []
 
 
-def test_the_packages_import_each_other_in_no_circle():
+def test_the_packages_have_no_circular_imports():
     graph = collections.defaultdict(set)
     for module, packages in IMPORTED.items():
         graph[package_of(module)] |= packages
-    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the cycle
     assert set(order) >= PACKAGES - {"__main__"}
 
 

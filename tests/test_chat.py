@@ -1,4 +1,4 @@
-"""Talking to a model: a line in, an answer out."""
+"""The chat with a model: a message gives a response."""
 
 import pytest
 from jax import random
@@ -15,7 +15,7 @@ def user(text):
 
 
 def says(monkeypatch, pretrained, messages, **how):
-    """The answer, and what the sampler was asked with: (ids, settings)."""
+    """The response, and the sampler's arguments per call: (ids, settings)."""
     asked = []
 
     def sample(model, params, prompts, mask, key, **more):
@@ -28,7 +28,7 @@ def says(monkeypatch, pretrained, messages, **how):
         return chat.answer(pretrained, messages, random.key(0), **{"max_new_tokens": 4} | how), asked
 
 
-def test_a_chat_is_asked_with_its_template_and_a_line_as_it_stands(monkeypatch, tmp_path):
+def test_a_chat_uses_the_template_or_without_one_the_last_message(monkeypatch, tmp_path):
     pretrained = load_pretrained(tiny.checkpoint(tmp_path / "model"))
     answer, ((ids, _),) = says(monkeypatch, pretrained, [user("a b"), {"role": "assistant", "content": "c"}, user("d")])
     assert ids == data.ids("<user> a b <eos> <assistant> c <eos> <user> d <eos> <assistant>")
@@ -36,11 +36,13 @@ def test_a_chat_is_asked_with_its_template_and_a_line_as_it_stands(monkeypatch, 
     plain = tiny.checkpoint(tmp_path / "plain", tokenizer=data.tokenizer(bos=True, template=None))
     _, ((ids, _),) = says(monkeypatch, load_pretrained(plain), [user("x"), user("a b")])
     assert ids == data.ids("<bos> a b")
-    _, ((ids, _),) = says(monkeypatch, pretrained, [user("a <eos> <bos> b")])  # no token that is typed is one
+    _, ((ids, _),) = says(
+        monkeypatch, pretrained, [user("a <eos> <bos> b")]
+    )  # special tokens that a user types are not special
     assert ids == data.ids("<user> a <pad> <pad> b <eos> <assistant>")
 
 
-def test_a_table_of_positions_bounds_an_answer_and_a_chat(monkeypatch):
+def test_the_number_of_positions_bounds_the_response_and_the_chat(monkeypatch):
     shape = {"model_type": "gpt2", "vocab_size": len(data.WORDS), "n_embd": 16, "n_layer": 1, "n_head": 2}
     model = Decoder(config_from_hub(shape | {"n_positions": 12, "eos_token_id": data.EOS}))
     pretrained = Pretrained(model, init_params(model, random.key(0)), data.tokenizer())

@@ -1,4 +1,4 @@
-"""Every config can be loaded and run."""
+"""Every config can be loaded, and has valid settings."""
 
 import importlib
 
@@ -11,14 +11,14 @@ NAMES = sorted(file.stem for file in (ROOT / "configs").glob("*.py"))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_config_loads_with_every_field_of_a_known_type(name):
+def test_a_config_loads_and_its_docstring_has_the_command(name):
     module = importlib.import_module(f"configs.{name}")
     settings = run_config(module.get_config())
     assert settings.model.path is not None
     assert f"--config=configs/{name}.py" in module.__doc__
 
 
-def test_defaults_are_ones_that_work():
+def test_the_defaults_of_ppo_have_the_expected_values():
     ppo = run_config(default_config()).ppo
     assert (ppo.sampling.temperature, ppo.loss.clip_range, ppo.lam, ppo.gamma, ppo.whiten_advantages) == (
         1.0,
@@ -29,7 +29,7 @@ def test_defaults_are_ones_that_work():
     )
 
 
-def test_seeds_follow_the_run_s():
+def test_the_seed_of_ppo_defaults_to_the_seed_of_the_run():
     config = default_config()
     config.seed = 7
     assert run_config(config).ppo.seed == 7
@@ -37,7 +37,7 @@ def test_seeds_follow_the_run_s():
     assert run_config(config).seed == 7
 
 
-def test_the_quickstart_takes_another_model_and_another_start_of_the_reward_model():
+def test_the_quickstarts_reward_start_follows_the_model_unless_set():
     config = importlib.import_module("configs.quickstart").get_config()
     config.model.path = "x"
     assert run_config(config).reward.start_from == "x"

@@ -1,4 +1,4 @@
-"""The examples run, and what they train becomes better.
+"""The examples run, and the models that they train improve.
 
 `python -m tests.test_examples` runs the notebook, and stores it with its output.
 """
@@ -16,7 +16,7 @@ from tests.processes import COMPILED, PYTHONPATH, ROOT
 
 EXAMPLES = ROOT / "examples"
 NOTEBOOK = EXAMPLES / "eight_tokens.ipynb"
-GAIN = 0.8  # of the possible gain in the objective; an unlearned policy has 0, and the stored run 0.96
+GAIN = 0.8  # of the possible gain in the objective; an untrained policy has 0, and the stored run 0.96
 LARGEST = 150_000  # bytes of a stored notebook
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": PYTHONPATH, "JAX_COMPILATION_CACHE_DIR": str(COMPILED)}
@@ -24,7 +24,7 @@ ENVIRONMENT["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 def run(example, *arguments):
-    """What an example prints, line by line."""
+    """The lines that an example prints."""
     command = [sys.executable, str(EXAMPLES / example), *map(str, arguments)]
     ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
@@ -32,7 +32,7 @@ def run(example, *arguments):
 
 
 def executed(notebook):
-    """A notebook with the output of a run; what libraries write to stderr is left out, since it names folders."""
+    """Runs a notebook, and returns it with its output. stderr is left out, because libraries write paths to it."""
     client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(EXAMPLES)}})
     client.execute(env=ENVIRONMENT)
     for cell in code_cells(notebook):
@@ -46,29 +46,29 @@ def code_cells(notebook):
 
 
 def gain_of(notebook):
-    """The share of the possible gain that the notebook's output says."""
+    """The share of the possible gain that the notebook reports."""
     text = "".join(output.get("text", "") for cell in code_cells(notebook) for output in cell.outputs)
     (percent,) = re.findall(r"([\d.-]+)% of the possible gain", text)
     return float(percent) / 100
 
 
-def test_the_loop_in_python_learns_within_its_iterations():
+def test_the_training_loop_in_python_learns():
     lines = run("ppo_loop.py")
     rewards, kls = zip(*(map(float, re.findall(r"reward (\S+), KL (\S+)", line)[0]) for line in lines), strict=True)
     assert len(lines) == 20
     assert kls[0] == 0  # no KL before the first update
     assert kls[-1] > 1
-    assert rewards[-1] > rewards[0] + 1  # cups of tea
+    assert rewards[-1] > rewards[0] + 1  # reward units
 
 
-def test_the_reward_function_is_called_by_a_run_and_learned(tmp_path):
+def test_a_run_learns_the_custom_reward_function(tmp_path):
     run("custom_reward.py", tmp_path)
     summary = json.loads((tmp_path / "run" / "ppo" / "summary.json").read_text())
     assert summary["eval/score"] > summary["eval/score_before"] + 0.3  # of 1, on held-out prompts
     assert (tmp_path / "run" / "ppo" / "model" / "model.safetensors").is_file()
 
 
-def test_the_notebook_comes_near_the_known_optimum():
+def test_the_notebook_reaches_most_of_the_possible_gain():
     assert GAIN <= gain_of(executed(nbformat.read(NOTEBOOK, as_version=4))) <= 1
 
 

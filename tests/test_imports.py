@@ -1,4 +1,4 @@
-"""What an import loads: nothing that was not asked for."""
+"""Imports load only the libraries that they need."""
 
 import subprocess
 import sys
@@ -29,23 +29,23 @@ def loaded_by(statement):
     return set(made.stdout.split())
 
 
-def test_the_package_alone_loads_no_library():
+def test_importing_the_package_loads_no_large_library():
     assert not loaded_by("import jax_rlhf") & (HEAVY | {"jax", "flax", "chex"})
 
 
-def test_the_settings_and_the_help_load_neither_jax_nor_other_large_libraries():
+def test_the_settings_and_the_help_load_no_large_library():
     heavy = (HEAVY | {"jax", "flax", "chex", "numpy"}) - {"ml_collections"}
     assert not loaded_by("import jax_rlhf.config, jax_rlhf.cli.main") & heavy
     assert not loaded_by("from jax_rlhf.cli.main import help_text; help_text()") & heavy
 
 
-def test_the_mathematics_loads_jax_chex_flax_and_jaxtyping():
+def test_the_rl_package_loads_only_jax_chex_flax_and_jaxtyping():
     before = loaded_by("import jax, chex, flax, flax.struct, lazy_loader")
     assert not (loaded_by("import jax_rlhf.rl") - before - {"jax_rlhf"}) & HEAVY
     assert loaded_by("import jax_rlhf.rl") - before <= {"jax_rlhf", "jaxtyping", "wadler_lindig"}
 
 
-def test_public_names_come_from_their_modules_when_they_are_used():
+def test_public_names_are_imported_when_they_are_used():
     for name in jax_rlhf.__all__:
         assert getattr(jax_rlhf, name) is not None
     assert set(jax_rlhf.__all__) <= {*dir(jax_rlhf), "__version__"}

@@ -1,4 +1,4 @@
-"""benchmarks/on_device.py on a CPU: every part runs, and what fails is told and costs itself alone."""
+"""benchmarks/on_device.py on a CPU: every part runs, and a failed part is reported without stopping the others."""
 
 import json
 import subprocess
@@ -23,9 +23,9 @@ from tests.processes import ROOT
 
 
 def run(*flags, **variables):
-    """Exit code, rows."""
+    """The exit code, and the rows of the output."""
     command = [sys.executable, "-m", "benchmarks.on_device", "--tiny", *flags]
-    # The whole package as it is on a card: torch too, which scikit-learn asks for.
+    # As on a GPU, torch can be imported, which scikit-learn needs.
     env = environment() | {"PYTHONPATH": str(ROOT)} | variables
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False)
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
@@ -50,7 +50,7 @@ def test_every_part_runs():
     assert iteration["tokens_per_second"] == pytest.approx(tokens / iteration["seconds"]["iteration"], rel=1e-3)
 
 
-def test_a_part_that_breaks_is_told_and_the_next_one_runs():
+def test_a_part_that_crashes_is_reported_and_the_next_part_runs():
     code, rows = run("--parts=numbers,env", JAX_PLATFORMS="cpu", JAX_RAISE_PERSISTENT_CACHE_ERRORS="not a bool")
     ended = {row["part"]: row["ended"] for row in rows if "ended" in row}
     assert ended == {"numbers": 1, "env": 1}
@@ -58,29 +58,29 @@ def test_a_part_that_breaks_is_told_and_the_next_one_runs():
     assert code == 1
 
 
-def test_a_part_that_hangs_ends_at_its_limit(capsys):
+def test_a_part_that_hangs_ends_at_its_time_limit(capsys):
     assert on_device.run_part("env", 0.1, tiny=True) == ["env: time limit"]
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["ended"] == "time limit"
     assert row["seconds"] < 5
 
 
-def test_a_part_without_time_is_not_run():
+def test_a_part_is_not_run_if_no_time_is_left():
     code, rows = run("--parts=numbers", "--budget=1")
     assert rows[0]["ended"] == "not run: no time was left"
     assert rows[-1]["failed"] == ["numbers: not run"]
     assert code == 1
 
 
-def test_a_check_that_fails_is_named():
+def test_a_failed_check_is_named_with_its_case():
     line = json.dumps({"part": "flash", "ok": False, "case": [128, 4]})
     assert on_device._failures("flash", line) == ["flash [128, 4]"]
     assert on_device._failures("flash", json.dumps({"part": "flash", "ok": True})) == []
     assert on_device._failures("flash", "a warning of some library") == []
 
 
-def test_an_error_in_a_case_is_a_failed_check_and_the_next_case_runs(monkeypatch, capsys):
-    monkeypatch.setattr(flash, "flash_attend", None)  # not called on a CPU
+def test_an_error_in_a_case_fails_its_check_and_the_next_case_runs(monkeypatch, capsys):
+    monkeypatch.setattr(flash, "flash_attend", None)  # it is not called on a CPU
     monkeypatch.setattr(flash, "TINY_CASES", ((128, 4, 3, 64, None, False), (128, 2, 2, 64, None, False)))
     monkeypatch.setattr(flash, "_time", lambda *arguments: None)
     flash.flash(True)
@@ -89,12 +89,12 @@ def test_an_error_in_a_case_is_a_failed_check_and_the_next_case_runs(monkeypatch
     assert "num_kv_heads=3" in broken["error"]
 
 
-def test_attention_that_is_wrong_is_found(monkeypatch, capsys):
+def test_wrong_attention_fails_its_check(monkeypatch, capsys):
     monkeypatch.setattr(flash, "TINY_CASES", ((128, 2, 2, 64, None, False),))
     monkeypatch.setattr(flash, "_time", lambda *arguments: None)
     plain = flash.attend
 
-    def wrong(query, key, value, allowed, **how):  # 16 bits lose a sixteenth of each key
+    def wrong(query, key, value, allowed, **how):  # in 16 bits each key is a sixteenth too small
         key = key if key.dtype == jnp.float32 else key * 15 / 16
         return plain(query, key.astype(query.dtype), value, allowed, **how)
 
@@ -103,8 +103,8 @@ def test_attention_that_is_wrong_is_found(monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["ok"] is False
 
 
-def test_a_device_that_computes_something_else_is_found(monkeypatch, capsys):
-    """The scanned model stands for the device: what is changed in it alone must show."""
+def test_a_device_that_computes_wrong_logprobs_fails_its_check(monkeypatch, capsys):
+    """Only the scanned model, which stands for the device, is changed."""
     exact = numbers._scored
 
     def scored(device, dtype, params, rows, *, unrolled):
@@ -117,10 +117,10 @@ def test_a_device_that_computes_something_else_is_found(monkeypatch, capsys):
     rows = {row["dtype"]: row for row in map(json.loads, capsys.readouterr().out.splitlines()) if "ok" in row}
     assert rows["float32"]["ok"] is False
     assert rows["float32"]["gradient"] < 1e-4
-    assert rows["bfloat16"]["ok"] is True  # within its own rounding
+    assert rows["bfloat16"]["ok"] is True  # the change is within the rounding of bfloat16
 
 
-def test_requirements_that_are_not_met_are_named():
+def test_unmet_requirements_are_named():
     lines = [
         "# a comment",
         "",
@@ -134,7 +134,7 @@ def test_requirements_that_are_not_met_are_named():
     assert unmet["no-such-package-of-ours>=1"] is None
 
 
-def test_peaks_are_compared_with_the_highest_plan_so_far():
+def test_measured_peaks_are_compared_with_the_highest_planned_peak_so_far():
     gib = 2**30
     programs = {"a": (4.0, 4.1), "b": (3.0, 3.2), "c": (8.0, 9.0), "d": (9.0, None)}
     measured = {
@@ -150,7 +150,7 @@ def test_peaks_are_compared_with_the_highest_plan_so_far():
     assert all(row["ok"] for row in runs.compared_peaks({"a": measured["a"]}, {}))
 
 
-def test_the_settings_whose_memory_is_measured_are_settings_of_a_run():
+def test_the_settings_of_the_memory_benchmark_are_valid():
     config = packaged_config("llama3_8b")
     with config.unlocked():
         config.update_from_flattened_dict(runs.MEMORY_RUN | {"model.path": "smollm2-135m"})
@@ -160,7 +160,7 @@ def test_the_settings_whose_memory_is_measured_are_settings_of_a_run():
     assert {"sft step", "reward step", "ppo rollout", "ppo scoring", "ppo update"} <= names
 
 
-def test_the_quickstart_is_held_to_the_bars_of_its_own_test():
+def test_missed_bars_of_the_quickstart_are_named():
     ppo = {"eval/positive_before": 0.5, "eval/positive": 0.8, "eval/kl": 5.0, "eval/length": 15.0}
     ppo |= {"eval/distinct_1_before": 0.3, "eval/distinct_1": 0.24, "eval/distinct_responses": 1.0}
     summaries = {"sft": {"eval/loss": 4.37}, "reward": {"eval/auc": 0.845}, "ppo": ppo}
@@ -194,16 +194,16 @@ def test_an_unknown_part_is_an_error():
     assert "--parts: speed; there are env, numbers" in done.stderr
 
 
-def test_what_a_step_of_decoding_must_read():
+def test_a_decoding_step_reads_the_kernels_and_the_filled_cache():
     config = model_shape("smollm2-135m")[0].replace(dtype=jnp.dtype("bfloat16"))
     kernels = 1000
-    slot = 2 * 30 * 4 * 3 * 64 * 2  # keys and values, layers, rows, heads, width, bytes
+    slot = 2 * 30 * 4 * 3 * 64 * 2  # (keys and values) × layers × rows × heads × width × bytes
     filled = sum(128 + index for index in range(1, 256)) / 255  # of steps 1 to R − 1
     assert step_bytes(config, kernels, 4, 128, 256) == pytest.approx(kernels + slot * filled)
 
 
-def test_flops_of_an_iteration_are_those_of_its_products():
-    """2 FLOPs per parameter and token forward, 6 with the backward pass; attention is within the margin."""
+def test_the_flops_of_an_iteration_match_its_matrix_products():
+    """2 FLOPs per parameter and token forward, 6 with the backward pass. The tolerance covers attention."""
     rows, prompt, new = 4, 64, 64
     found = phase_flops("opt-125m", "opt-125m", rows, prompt, new)
     layers, tokens = 12 * (4 * 768**2 + 2 * 768 * 3072), rows * (prompt + new)

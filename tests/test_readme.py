@@ -1,4 +1,4 @@
-"""The Python of README and docs runs as it stands."""
+"""The examples in README and docs run unchanged, except for paths and sizes in a command."""
 
 import importlib.metadata
 import os
@@ -40,7 +40,7 @@ def run_example(file, beginning, folder):
     return run.stdout.splitlines()
 
 
-def test_the_model_example_prints_what_it_says(tmp_path):
+def test_the_model_example_prints_the_documented_output(tmp_path):
     needs_smollm2()
     assert run_example("README.md", "The capital of France", tmp_path)[-1] == " Paris"
     assert (tmp_path / "runs" / "smollm2" / "model.safetensors").is_file()
@@ -58,7 +58,7 @@ def test_the_training_loop_trains_and_saves(tmp_path):
     assert (tmp_path / "runs" / "loop" / "model" / "model.safetensors").is_file()
 
 
-def test_the_command_for_own_data_runs_all_phases(tmp_path):
+def test_the_command_for_the_users_own_data_runs_all_phases(tmp_path):
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     (block,) = (block for block in blocks if "preferences.jsonl" in block)
     command = shlex.split(block[block.index("python -m jax_rlhf") :].replace("\\\n", " "))

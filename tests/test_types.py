@@ -1,4 +1,4 @@
-"""What tests check of annotations: shapes and dtypes of arrays, in each of the packages that `checked_types` names."""
+"""Tests check the shapes and dtypes in annotations, in each package that `checked_types` names."""
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def test_a_wrong_shape_and_a_wrong_dtype_are_refused(function, name, shape, dtyp
             jax.eval_shape(lambda wrong: function(**RIGHT[function] | {name: wrong}), wrong)
 
 
-def test_every_package_has_a_function_above():
+def test_every_checked_package_has_a_function_in_this_test():
     assert sorted(function.__module__.rpartition(".")[0] for function in RIGHT) == CHECKED
     for function in (rl.masked_sum, keep_top_k, token_order):
         function(**RIGHT[function])
@@ -72,13 +72,13 @@ def test_a_wrong_result_is_refused():
         turned(ONES)
 
 
-def test_what_jax_puts_in_the_place_of_arrays_is_taken():
+def test_dataclasses_accept_what_jax_puts_in_the_place_of_arrays():
     batch = rl.Batch(TRUE.astype(int), TRUE)
     for put in (lambda leaf: leaf.sharding, lambda _: None, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)):
         assert isinstance(jax.tree.map(put, batch), rl.Batch)
 
 
-def test_without_tests_nothing_is_checked():
+def test_without_tests_no_type_checker_is_loaded():
     loaded = loaded_by("import jax_rlhf.rl, jax_rlhf.sampling")
     assert "jaxtyping" in loaded
     assert not {"beartype", "typeguard"} & loaded

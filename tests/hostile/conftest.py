@@ -1,4 +1,4 @@
-"""The seed of long fuzz runs is shown before they begin."""
+"""Shows the seed of long fuzz runs in pytest's header."""
 
 from tests.hostile.fuzzing import SEED
 

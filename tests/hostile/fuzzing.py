@@ -1,7 +1,7 @@
-"""What fuzz tests share: how many inputs, from which seed, and how inputs are made of whole files.
+"""Helpers of the fuzz tests: the number of inputs, their seed, and strategies that damage valid files.
 
-A short run has the same inputs each time. A long one (`pytest -m slow tests/hostile -k fuzz`) has new ones each time;
-the header of pytest says its seed, and the same command with FUZZ_SEED=… in the environment repeats it.
+A short run uses the same inputs each time. A long run (`pytest -m slow tests/hostile -k fuzz`) uses new inputs each
+time. pytest's header shows its seed. The same command with FUZZ_SEED=… in the environment repeats it.
 """
 
 import copy
@@ -18,19 +18,19 @@ from tests.memory import growth
 
 SEED = int(os.environ.get("FUZZ_SEED") or secrets.randbits(32))
 SECONDS = 20
-"""Far above what an input takes."""
+"""Time limit per input, far above what an input needs."""
 GROWTH = 400_000_000
-"""Bytes that one input may take; a whole model's first load takes 200 MB."""
+"""Bytes by which the process may grow per input. Loading a model for the first time takes 200 MB."""
 NUMBERS = [struct.pack("<Q", n) for n in (0, 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1)]
 
 
 def inputs(few, many):
-    """How many: a few in each run of the tests, many in a long one."""
+    """Parametrizes a test by its number of inputs: `few` by default, `many` in a slow run."""
     return pytest.mark.parametrize("examples", [few, pytest.param(many, marks=pytest.mark.slow)])
 
 
 def fuzzed(examples, check, *, few=500, timed=True, **strategies):
-    """Runs the check on so many inputs: documented errors, no hang, no blow-up of memory."""
+    """Runs the check on random inputs. Fails if an input raises, takes too long, or takes too much memory."""
 
     def measured(**given):
         assert growth(lambda: check(**given)) < GROWTH
@@ -64,10 +64,12 @@ values = some.recursive(
 
 @some.composite
 def damaged(draw, whole):
-    """Bytes with some changed, taken out, put in, doubled or cut off."""
+    """Bytes with some of them changed, removed, inserted, doubled or cut off."""
     content = bytearray(whole)
     for _ in range(draw(some.integers(1, 4))):
-        place = draw(some.integers(0, min(len(content), 4096)) | some.integers(0, len(content)))  # headers come first
+        place = draw(
+            some.integers(0, min(len(content), 4096)) | some.integers(0, len(content))
+        )  # headers are at the start
         piece = draw(some.binary(min_size=1, max_size=9) | some.sampled_from(NUMBERS))
         match draw(some.sampled_from(["change", "remove", "insert", "double", "cut"])):
             case "change":
@@ -85,7 +87,7 @@ def damaged(draw, whole):
 
 @some.composite
 def changed(draw, whole):
-    """What JSON can hold, with a value somewhere in it replaced, removed, added or wrapped."""
+    """A JSON value in which one to three inner values are replaced, removed, added, wrapped or nested deeply."""
     content = copy.deepcopy(whole)
     for _ in range(draw(some.integers(1, 3))):
         holder = content
@@ -114,7 +116,7 @@ def changed(draw, whole):
 
 
 def as_json(content):
-    """Its bytes, also where it is nested too deeply for Python's own."""
+    """The value as JSON. If it is nested too deeply for Python's encoder, a deeply nested list instead."""
     try:
         return json.dumps(content).encode()
     except RecursionError:
@@ -122,7 +124,7 @@ def as_json(content):
 
 
 def json_files(whole):
-    """The bytes of a JSON file: damaged, changed, of another kind, or nested."""
+    """The bytes of a JSON file that is damaged, changed, of another type, or deeply nested."""
     others = [
         b"",
         b"null",

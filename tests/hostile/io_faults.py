@@ -1,9 +1,9 @@
-"""`python -m tests.hostile.io_faults FOLDER FIRST STEP`, under the shim `faulty.c`: runs whose n-th I/O call fails.
+"""Runs whose n-th I/O call fails: `python -m tests.hostile.io_faults FOLDER FIRST STEP`, under the shim `faulty.c`.
 
-For n = FIRST, FIRST + STEP … up to the number of calls that a run of three phases makes, for a fault that comes once
-and for one that stays: the run, in a new workdir, ends as documented; then, without faults, the same command goes on,
-and ends with the very bits of a run that nothing happened to. A line of JSON for each says how it went. All runs are in
-one process, so that each program is compiled once.
+A run of three phases without faults counts the calls. Then n is FIRST, FIRST + STEP, … up to that count. For each n,
+two runs in new workdirs are tested: in one only call n fails, in the other all calls from n on fail. Each run must end
+as documented. The same command then continues it without faults, and its results must equal those of the first run bit
+for bit. A line of JSON reports each trial. All runs share one process, so that each program is compiled once.
 """
 
 import contextlib
@@ -44,12 +44,12 @@ def main(folder, first, step):
                 for name in ("config", "workdir"):
                     flags.FLAGS[name].unparse()
                 code = program.main(program.parse_flags(arguments))
-            except BaseException as error:  # it must not
+            except BaseException as error:  # the program must not raise
                 traceback.print_exc(file=said)
                 code = f"{type(error).__name__}: {error}"
         return code, said.getvalue()
 
-    shim.faulty_set(str(folder / "counted").encode(), 0, 0, 0)  # counts, and lets all through
+    shim.faulty_set(str(folder / "counted").encode(), 0, 0, 0)  # counts the calls; none fails
     code, said = run(folder / "counted")
     assert code == 0, said
     count, wanted = shim.faulty_count(), results(folder / "counted")

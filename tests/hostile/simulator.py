@@ -1,8 +1,9 @@
-"""Runs of three phases without models: what decides about a run's files is real, its steps and arrays are numbers.
+"""Simulated runs of three phases: the code that manages a run's files is real, but models and steps are numbers.
 
-`Progress`, `Record`, the workdir's functions and the manifest are the program's own. In between, a run is killed at any
-file operation, the power is cut (what was not synced is lost, or torn), files are damaged, clocks jump, and SIGTERM
-comes. After each the same command is given again. It ends with the right numbers, or stops with a word.
+`Phase`, `RunLogger`, the functions of the workdir and the manifest are the program's own. The simulator kills a run at
+any file operation, cuts the power (data that was not synced is lost or torn), damages files, lets clocks jump, and
+sends SIGTERM. After each fault it starts the same command again. The run must end with the right numbers, or stop with
+an error message.
 """
 
 import contextlib
@@ -34,17 +35,17 @@ from jax_rlhf.runtime.workdir import WorkdirError, status
 PHASES = ("sft", "reward", "ppo")
 STEPS = 4
 WORDS = (WorkdirError, CheckpointError, manifest.ManifestError, OSError)
-"""Errors by which a run may end: `python -m jax_rlhf` shows them, exit code 1."""
+"""Errors that may end a run: `python -m jax_rlhf` prints them and exits with code 1."""
 
 
 class Killed(BaseException):
-    """The process is no more; what handlers do afterwards is undone."""
+    """The process was killed. Whatever its exception handlers do afterwards is undone."""
 
 
 class Disk:
-    """A folder, what of it is safe from a power cut, and the moment at which the process is killed.
+    """A folder, a copy of what would survive a power cut, and the moment at which the process is killed.
 
-    Files are safe as they were when they were synced, names as they were when their folder was.
+    A file survives with the content of its last fsync, and the names in a folder as of the folder's last fsync.
     """
 
     def __init__(self, folder: Path, random_numbers: random.Random) -> None:
@@ -52,8 +53,8 @@ class Disk:
         self.live.mkdir(parents=True)
         self.safe.mkdir()
         self._random, self._left, self._cut, self._frozen = random_numbers, None, False, folder / "frozen"
-        self._contents: dict[int, bytes] = {}  # of synced files, by inode
-        self._folders: dict[Path, int] = {}  # whose inode a safe folder is of
+        self._contents: dict[int, bytes] = {}  # inode → content of a synced file
+        self._folders: dict[Path, int] = {}  # safe folder → inode of the live folder that it copies
 
     def plan(self, left: int | None, *, power_cut: bool = False) -> None:
         self._left, self._cut = left, power_cut
@@ -70,7 +71,7 @@ class Disk:
             raise Killed
 
     def synced(self, path: Path) -> None:
-        """What an fsync makes safe: a file's content, wherever it is renamed to, or a folder's names."""
+        """Records an fsync. It makes a file's content safe, also after a rename, or the names in a folder."""
         if not path.is_relative_to(self.live):
             return
         target = self.safe / path.relative_to(self.live)
@@ -91,13 +92,13 @@ class Disk:
             if entry.is_file():
                 (target / name).write_bytes(self._contents.get(entry.stat().st_ino, b""))
             elif self._folders.get(target / name) != entry.stat().st_ino or not (target / name).exists():
-                # It is new there, or was exchanged.
+                # The folder is new, or was replaced.
                 shutil.rmtree(target / name, ignore_errors=True)
                 self._folders[target / name] = entry.stat().st_ino
                 self._take_names(entry, target / name)
 
     def restart(self) -> None:
-        """The files as the next process finds them."""
+        """Sets the files to what the next process finds."""
         self.plan(None, power_cut=self._cut)
         if self._frozen.exists():
             shutil.rmtree(self.live)
@@ -108,7 +109,7 @@ class Disk:
         self.settle()
 
     def settle(self) -> None:
-        """All that there is now is safe."""
+        """Makes all current files and folders safe from a power cut."""
         shutil.rmtree(self.safe)
         shutil.copytree(self.live, self.safe)
         files = (path for path in self.live.rglob("*") if path.is_file())
@@ -123,17 +124,17 @@ class Disk:
             one, other = live / name, safe / name
             if one.is_dir() and other.is_dir():
                 self._lose(inside / name)
-            elif not other.exists():  # a new name that nobody synced
+            elif not other.exists():  # a new name that was not synced
                 if self._random.random() < 0.5:
                     shutil.rmtree(one) if one.is_dir() else one.unlink()
                 elif one.is_file():
                     self._tear(one, 0)
-            elif not one.exists():  # a deletion that nobody synced
+            elif not one.exists():  # a deletion that was not synced
                 if self._random.random() < 0.5:
                     shutil.copytree(other, one) if other.is_dir() else shutil.copyfile(other, one)
             elif one.is_file() and other.is_file() and one.read_bytes() != other.read_bytes():
                 if one.read_bytes().startswith(other.read_bytes()):
-                    self._tear(one, other.stat().st_size)  # lines at its end
+                    self._tear(one, other.stat().st_size)  # lines were appended
                 elif self._random.random() < 0.5:
                     shutil.copyfile(other, one)
 
@@ -157,7 +158,7 @@ class Leaf(str):
 
 
 class FakeCheckpoints:
-    """Checkpoints of one number, written as orbax does: beside, renamed, synced, and then older ones deleted."""
+    """Checkpoints of one number, written like orbax's: to a temporary folder, renamed, synced, old ones deleted."""
 
     disk: Disk
     word = "none of the checkpoints can be read"
@@ -223,7 +224,7 @@ class FakeCheckpoints:
         return None
 
     def _content(self, step):
-        """None where it is damaged."""
+        """The content of a checkpoint, or None if it is damaged."""
         try:
             content = json.loads((self.folder / str(step) / "notes" / "metadata").read_text())
             whole = with_digest({k: v for k, v in content.items() if k != "digest"})["digest"] == content["digest"]
@@ -245,7 +246,7 @@ class FakeRestored:
 
 
 class StopAt(StopSignals):
-    """Is asked to stop at the n-th point where the run could; None = never."""
+    """Asks the run to stop at the n-th point where it can stop; None = never."""
 
     def __init__(self, point):
         super().__init__()
@@ -263,7 +264,7 @@ def model_of(folder: Path) -> str:
 
 
 def run_phase(phase: str, config, workdir: Path, stop: StopSignals) -> None:
-    """A phase's recipe, with a number for the parameters: a chain of hashes from the former phase's model."""
+    """Runs a phase whose parameters are a hash, updated once per step, starting from the previous phase's model."""
     former = {"sft": None, "reward": "sft", "ppo": "reward"}[phase]
     began = "base" if former is None else model_of(workdir / former / "model")
     with phases.Phase(workdir / phase, config.phase, stop) as running:
@@ -301,7 +302,7 @@ def fake_save(folder: Path, number: str, *, dtype: str) -> None:
 
 
 def run(config, workdir: Path, stop: StopSignals) -> None:
-    """What `python -m jax_rlhf` does with the workdir."""
+    """Does what `python -m jax_rlhf` does with the workdir."""
     settings = run_config(config)
     try:
         open_workdir(workdir, config, settings.phases, overwrite=False)
@@ -324,7 +325,7 @@ def run(config, workdir: Path, stop: StopSignals) -> None:
 
 @contextlib.contextmanager
 def simulated(disk: Disk, clock: random.Random):
-    """The program's modules, with this disk beneath them, and clocks that jump."""
+    """Replaces the program's file operations by those of this disk, and its clocks by clocks that jump."""
     fsync, replace, opened, rename = os.fsync, os.replace, Path.open, Path.rename
 
     def on_fsync(handle):
@@ -342,7 +343,7 @@ def simulated(disk: Disk, clock: random.Random):
     seconds = [1e6]
 
     def monotonic():
-        seconds[0] += 0.001  # no real clock: a seed gives the same files, byte for byte
+        seconds[0] += 0.001  # not a real clock, so that a seed gives the same files byte for byte
         return seconds[0]
 
     def jumping():
@@ -369,15 +370,18 @@ def simulated(disk: Disk, clock: random.Random):
 
 
 def scenario(folder: Path, seed: int, config) -> dict[str, int]:
-    """Runs until all phases are finished, with faults in between; AssertionError where something is lost or mixed.
+    """Starts a run again and again, with faults in between, until all phases are finished.
 
     Args:
-      folder: empty.
-      seed: of all that happens.
-      config: of the run.
+      folder: an empty folder.
+      seed: the seed of all faults.
+      config: the run's config.
 
     Returns:
-      What happened: name → count.
+      name → count, of the starts and of each kind of fault.
+
+    Raises:
+      AssertionError: the run's results are wrong, or it stopped although no file was damaged.
     """
     numbers = random.Random(seed)
     disk, counts = Disk(folder, numbers), dict.fromkeys(("runs", "kills", "power cuts", "terms", "damage", "words"), 0)
@@ -419,11 +423,11 @@ def scenario(folder: Path, seed: int, config) -> dict[str, int]:
 
 
 def put_back(folder: Path, copies: dict, word: str) -> None:
-    """Mends from a copy what is still damaged of the files that an error names, or of all where it names none."""
+    """Restores, from copies, the damaged files that an error names, or all of them if it names none."""
     named = [name for name in copies if name in word or f"{name.partition('/checkpoints/')[0]}/checkpoints:" in word]
     for name in named or list(copies):
         content, harmed = copies.pop(name)
-        # Not into a checkpoint that the run has given up since: its lines of metrics are gone.
+        # A checkpoint that the run has discarded since is not restored, because its lines of metrics are gone.
         if bytes_of(folder / name) == harmed and (folder / name).parent.is_dir():
             (folder / name).write_bytes(content)
 
@@ -433,8 +437,8 @@ def bytes_of(file: Path) -> bytes | None:
 
 
 def damage(folder: Path, numbers: random.Random, copies: dict) -> bool:
-    """Harms one file; whether that may have cost lines of metrics or samples."""
-    # Nobody reads the lines of a finished phase again, but for `python -m jax_rlhf.verify`.
+    """Damages one file. Returns whether lines of metrics or samples may be lost."""
+    # The lines of a finished phase are left alone: only `python -m jax_rlhf.verify` reads them again.
     done = [path.parent for path in folder.rglob("summary.json")]
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
     files = sorted(path for path in files if path.suffix != ".jsonl" or path.parent not in done)
@@ -459,13 +463,13 @@ def damage(folder: Path, numbers: random.Random, copies: dict) -> bool:
         case "list":
             file.write_bytes(b"[1]")
     former = copies.get(name)
-    whole = former[0] if former is not None and former[1] == content else content  # it may be harmed twice
+    whole = former[0] if former is not None and former[1] == content else content  # a file may be damaged twice
     copies[name] = (whole, bytes_of(file))
     return lines
 
 
 def check(workdir: Path, lost_lines: bool) -> None:
-    """What a run left is what it would be without faults."""
+    """Checks that the run's results are those of a run without faults."""
     assert model_of(workdir / "ppo" / "model") == expected()
     for phase in PHASES:
         assert status(workdir, phase) == "finished"

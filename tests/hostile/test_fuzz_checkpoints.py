@@ -1,4 +1,4 @@
-"""Malformed checkpoints of models end in a documented error, whichever file is wrong, and what is read can be saved."""
+"""A malformed file of a model's checkpoint ends in a documented error, or the model loads and can be saved."""
 
 import json
 import resource
@@ -20,7 +20,7 @@ CASES += ("gpt2_options", "pythia", "opt_350m")
 
 
 def loads(path, seen, *, save=None, use=None):
-    """Loads a checkpoint, and where that goes well uses and saves it."""
+    """Loads a checkpoint, and if that succeeds, uses and saves it."""
     try:
         pretrained = load_pretrained(path)
     except (CheckpointError, FileNotFoundError) as error:
@@ -34,7 +34,7 @@ def loads(path, seen, *, save=None, use=None):
 
 
 @inputs(500, 10_000)
-def test_safetensors(examples, tmp_path):
+def test_a_malformed_safetensors_file_is_read_or_refused(examples, tmp_path):
     folder = tiny.write_checkpoint(tmp_path / "model", "llama")
     file = folder / "model.safetensors"
     whole = file.read_bytes()
@@ -67,7 +67,7 @@ def test_safetensors(examples, tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 @inputs(60, 2_000)
-def test_the_config_of_each_family(examples, case, tmp_path):
+def test_a_malformed_model_config_is_read_or_refused(examples, case, tmp_path):
     folder = tiny.write_checkpoint(tmp_path / "model", case)
     file, seen = folder / "config.json", set()
     whole = json.loads(file.read_text())
@@ -84,7 +84,7 @@ def test_the_config_of_each_family(examples, case, tmp_path):
 
 
 @inputs(80, 10_000)
-def test_generation_config_and_index(examples, tmp_path):
+def test_a_malformed_generation_config_or_index_is_read_or_refused(examples, tmp_path):
     folder = tiny.write_checkpoint(tmp_path / "model", "llama")
     generation, index = folder / "generation_config.json", folder / "model.safetensors.index.json"
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
@@ -117,8 +117,8 @@ def test_generation_config_and_index(examples, tmp_path):
 
 @pytest.mark.parametrize("name", ["qwen", "llama2", "unigram"])
 @inputs(20, 4_000)
-def test_tokenizers(examples, name, tmp_path):
-    """tokenizer.json and tokenizer_config.json: what can be read can be used, and saved."""
+def test_a_malformed_tokenizer_is_refused_or_can_be_used(examples, name, tmp_path):
+    """Damages tokenizer.json and tokenizer_config.json. A tokenizer that loads can be used and saved."""
     folder = tiny.write_checkpoint(tmp_path / "model", "llama")
     tokenizer_of(FAMILIES[name]).save_pretrained(folder)
     files = [folder / "tokenizer.json", folder / "tokenizer_config.json"]
@@ -141,7 +141,7 @@ def test_tokenizers(examples, name, tmp_path):
         which.write_bytes(content)
         loads(folder, seen, save=tmp_path / "saved", use=use)
 
-    parts = {key: part for key, part in whole[files[0]].items() if key != "model"}  # of which most is the vocabulary
+    parts = {key: part for key, part in whole[files[0]].items() if key != "model"}  # most of the file is the vocabulary
     near = changed(parts).map(lambda part: json.dumps(whole[files[0]] | part).encode())
     fuzzed(examples, check, few=20, which=some.just(files[0]), content=json_files(whole[files[0]]) | near)
     fuzzed(examples, check, few=20, which=some.just(files[1]), content=json_files(whole[files[1]]))
@@ -149,7 +149,7 @@ def test_tokenizers(examples, name, tmp_path):
 
 
 @inputs(500, 10_000)
-def test_gguf(examples, tmp_path):
+def test_a_malformed_gguf_file_is_read_or_refused(examples, tmp_path):
     file = tmp_path / "model.gguf"
     write_gguf(file)
     whole, seen = file.read_bytes(), set()
@@ -193,7 +193,7 @@ def test_headers_that_claim_terabytes_are_refused(tmp_path):
         gguf.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field + b"\0" * 100)
         with pytest.raises(CheckpointError, match=r"not a whole GGUF file .*claims"):
             load_pretrained(gguf)
-    # What is there, but more of it than a tokenizer needs: the gguf package takes 200 times its size.
+    # The file has all 2,000,000 entries. The gguf package would take 200 times their size.
     field = key + struct.pack("<IIQ", 9, 8, 2_000_000)
     gguf.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field + b"\0" * 16_000_000)
     with pytest.raises(CheckpointError, match="claims 2,000,000 entries; all arrays together may have 1,500,000"):

@@ -1,4 +1,4 @@
-"""Overrides of the config that cannot be used end in a documented error."""
+"""Invalid overrides of the config end in a documented error."""
 
 from absl import flags as absl_flags
 from hypothesis import strategies as some
@@ -14,12 +14,12 @@ def paths(config, prefix=""):
 
 
 @inputs(500, 10_000)
-def test_config_overrides(examples):
+def test_config_overrides_are_read_or_refused(examples):
     known = sorted(paths(default_config()))
     seen = set()
 
     def flags_of(overrides):
-        """As `--config.name=value` has it."""
+        """The config with flags `--config.name=value`."""
         flag_values = absl_flags.FlagValues()
         config_flags.DEFINE_config_dict("config", default_config(), flag_values=flag_values)
         flag_values(["program", *(f"--config.{name}={value}" for name, value in overrides)])

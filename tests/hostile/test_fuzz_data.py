@@ -1,4 +1,4 @@
-"""Malformed rows, files and folders of data end in a documented error that names where they stood."""
+"""Malformed rows, files and folders of data end in a documented error that names their path."""
 
 import gzip
 import json
@@ -31,7 +31,7 @@ def reads(path, phase, tokenizer, seen):
 
 
 @inputs(300, 10_000)
-def test_jsonl(examples, tmp_path):
+def test_a_malformed_jsonl_file_is_read_or_refused(examples, tmp_path):
     file, tokenizer = tmp_path / "rows.jsonl", data.tokenizer()
     names = some.sampled_from(["prompt", "completion", "chosen", "rejected", "messages", "text", "label", "margin"])
     rows = some.dictionaries(names | some.text(max_size=4), values, max_size=5)
@@ -45,7 +45,7 @@ def test_jsonl(examples, tmp_path):
     contents = damaged(ROW * 3) | lines | some.binary(max_size=200) | some.just(b"[" * 100_000)
     for phase in PHASES:
         check(ROW * 3, phase)
-    assert seen == {"read"}  # what the damaged files are made of is right in each phase
+    assert seen == {"read"}  # the undamaged rows are valid in each phase
     fuzzed(examples, check, few=300, content=contents, phase=some.sampled_from(PHASES))
     assert seen == {"read", "refused"}
 
@@ -67,8 +67,8 @@ SHARE_GPT = {"conversations": [{"from": "human", "value": "he"}, {"from": "gpt",
 
 
 @inputs(300, 10_000)
-def test_chats(examples, tmp_path):
-    """Rows of chats with a value somewhere in them replaced, removed, added, wrapped or nested."""
+def test_malformed_chats_are_read_or_refused(examples, tmp_path):
+    """In rows of chats, up to three values are replaced, removed, added, wrapped or nested."""
     file, tokenizer, seen = tmp_path / "rows.jsonl", tokenizer_of(FAMILIES["qwen"]), set()
 
     def check(row, phase):
@@ -82,7 +82,7 @@ def test_chats(examples, tmp_path):
 
 
 @inputs(150, 5_000)
-def test_json_and_csv(examples, tmp_path):
+def test_malformed_json_and_csv_files_are_read_or_refused(examples, tmp_path):
     tokenizer, seen = data.tokenizer(), set()
     row = json.loads(ROW) | {"margin": 1}
 
@@ -103,8 +103,8 @@ def test_json_and_csv(examples, tmp_path):
 
 
 @inputs(12, 1_500)
-def test_parquet_and_arrow(examples, tmp_path):
-    """Each is decoded by a process of its own, whatever becomes of that."""
+def test_malformed_parquet_and_arrow_files_are_read_or_refused(examples, tmp_path):
+    """A separate process decodes each file, and may crash."""
     tokenizer, seen = data.tokenizer(), set()
     rows = [json.loads(ROW) | {"more": {"a": [1, None], "b": b"\xff"}}] * 3
     table = pyarrow.Table.from_pylist(rows)
@@ -122,15 +122,15 @@ def test_parquet_and_arrow(examples, tmp_path):
         assert seen == {"read"}
         from_the_end = damaged(content[::-1]).map(
             lambda backwards: backwards[::-1]
-        )  # where parquet has its description
+        )  # parquet has its metadata at the end
         fuzzed(examples, check, few=12, name=some.just(name), content=damaged(content) | from_the_end)
         assert seen <= {"read", "refused"}
         seen.clear()
 
 
 @inputs(100, 5_000)
-def test_data_set_folders(examples, tmp_path):
-    """Cards, names and what save_to_disk wrote; no file outside the folder is read."""
+def test_a_malformed_data_set_folder_reads_no_file_outside_it(examples, tmp_path):
+    """Changes the data set's card, the names of its files, and the files that save_to_disk wrote."""
     tokenizer, seen = data.tokenizer(template=None), set()
     secret = data.write(tmp_path / "secret.jsonl", [{"text": "z z z z"}] * 3)
     folder, saved = tmp_path / "set", tmp_path / "saved"

@@ -1,4 +1,4 @@
-"""Malformed files of a workdir and of checkpoints are mended, or end in a documented error; nothing wrong is taken."""
+"""Malformed files of a workdir or checkpoint are repaired or end in a documented error, never in wrong results."""
 
 import json
 import random
@@ -22,7 +22,7 @@ NAMES += ["ppo/manifest.json", "sft/model/config.json", "ppo/checkpoints", "sft"
 
 @pytest.fixture
 def interrupted(tmp_path):
-    """A run that was stopped in its last phase."""
+    """The workdir of a run that was stopped in its last phase."""
     disk = simulator.Disk(tmp_path / "disk", random.Random(0))
     with simulator.simulated(disk, random.Random(0)):
         simulator.run(settings(), disk.live / "run", simulator.StopAt(None))
@@ -33,7 +33,7 @@ def interrupted(tmp_path):
 
 
 @inputs(150, 10_000)
-def test_files_of_a_workdir(examples, interrupted, tmp_path):
+def test_malformed_workdir_files_are_repaired_or_refused(examples, interrupted, tmp_path):
     workdir, seen = tmp_path / "run", set()
     config = json.loads((interrupted / "config.json").read_text())
 
@@ -75,8 +75,8 @@ def harm(file, content):
 
 
 @inputs(25, 2_000)
-def test_notes_of_checkpoints(examples, tmp_path):
-    """Whatever file of the last checkpoint is damaged: it is read as it was written, or the one before is."""
+def test_a_damaged_checkpoint_is_never_restored_wrongly(examples, tmp_path):
+    """Restores the last checkpoint exactly or the one before it, or raises RestoreError."""
     saved(tmp_path, 1, 2)
     folder, seen = tmp_path / "checkpoints", set()
     shutil.move(folder, tmp_path / "whole")

@@ -1,6 +1,6 @@
-"""Whatever lengths and masks a batch has: no NaN, and what PPO promises holds.
+"""The invariants of PPO hold, without NaN, for all lengths and masks of a batch.
 
-Rows of 1 to 5 prompt tokens and 0 to 6 response tokens, where the pad is the EOS, and EOS may stand in a prompt.
+Rows have 1 to 5 prompt tokens and 0 to 6 response tokens. The pad id is the EOS id, and a prompt may contain EOS.
 """
 
 import dataclasses
@@ -42,11 +42,11 @@ def prompts(draw):
 
 @some.composite
 def experiences(draw):
-    """Made up, with what a long run may bring: tiny probabilities, large values, rows without a response."""
+    """Random experience with the extremes of a long run: tiny probabilities, large values, empty responses."""
     asked = draw(prompts())
     lengths = np.array(draw(some.lists(some.integers(0, R), min_size=B, max_size=B)))
     ended = np.array(draw(some.lists(some.booleans(), min_size=B, max_size=B))) & (lengths > 0)
-    ended |= (lengths < R) & (lengths > 0)  # what did not end fills all slots
+    ended |= (lengths < R) & (lengths > 0)  # a response without EOS fills all slots
     mask = np.arange(R) < lengths[:, None]
     tokens = np.full((B, R), EOS, np.int32)
     tokens[mask] = 3  # any token but EOS
@@ -88,7 +88,7 @@ advantages_of = jax.jit(with_advantages, static_argnums=0)
 
 
 def padded(experience, columns):
-    """With more pads at the end."""
+    """The experience with more pad tokens at the end of each row."""
     longer = {
         field.name: np.pad(value, ((0, 0), (0, columns)))
         for field in dataclasses.fields(experience)
@@ -99,7 +99,7 @@ def padded(experience, columns):
 
 
 @few
-def test_rewards_and_advantages(examples):
+def test_rewards_and_advantages_satisfy_their_invariants(examples):
     beta = np.float32(0.1)
 
     def check(made, config, last):
@@ -117,7 +117,7 @@ def test_rewards_and_advantages(examples):
             assert abs(float(masked_mean(jnp.asarray(done.advantages), jnp.asarray(mask)))) < 1e-2
         elif not config.whiten_advantages:
             returns = np.where(mask, done.advantages + made.values, 0)
-            tiny_number = np.finfo(np.float32).tiny  # XLA takes what is smaller for 0
+            tiny_number = np.finfo(np.float32).tiny  # XLA flushes smaller numbers to 0
             np.testing.assert_allclose(done.returns, returns, rtol=0, atol=tiny_number)
         longer = jax.tree.map(np.asarray, advantages_of(config, padded(made, 3), last, beta))
         for name in ("rewards", "advantages", "returns"):
@@ -147,7 +147,7 @@ def trainer(loss):
 
 @few
 @pytest.mark.parametrize("loss", ["clip", "penalty"])
-def test_an_iteration(examples, loss):
+def test_an_iteration_satisfies_its_invariants(examples, loss):
     ppo = trainer(loss)
     start = jax.tree.map(np.array, (ppo.engine.params.trainable, ppo.state))
 
@@ -157,7 +157,7 @@ def test_an_iteration(examples, loss):
         made = ppo.generate_experience(asked)
         check_experience(jax.tree.map(np.asarray, made))
         tokens, mask = np.asarray(made.tokens[:, P:]), np.asarray(made.response_mask)
-        for row, real in zip(tokens, mask, strict=True):  # through the first EOS, and pads after it
+        for row, real in zip(tokens, mask, strict=True):  # real tokens up to and including the first EOS, then pads
             ends = np.flatnonzero(row == EOS)
             length = ends[0] + 1 if len(ends) else R
             assert real.tolist() == [True] * length + [False] * (R - length)
@@ -170,7 +170,7 @@ def test_an_iteration(examples, loss):
             made = made.replace(response_mask=made.response_mask & ~none, **emptied)
         metrics = ppo.train_rlhf(made)
         assert all(np.isfinite(value) for name, value in metrics.items()), metrics
-        assert metrics["objective/kl"] == 0  # the actor is the reference yet
+        assert metrics["objective/kl"] == 0  # the actor still equals the reference
         assert metrics["val/first_ratio_gap"] < 1e-5
         assert metrics["val/sampler_logprob_gap"] < 1e-4
         assert metrics["val/skipped_updates"] == metrics["val/bad_steps"] == 0

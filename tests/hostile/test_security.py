@@ -1,4 +1,4 @@
-"""What docs/security.md promises: nothing that comes with a checkpoint is run, no name leads out of its folder."""
+"""The promises of docs/security.md: no code from a checkpoint is run, and no file name leads out of its folder."""
 
 import ast
 import json
@@ -22,7 +22,7 @@ RUN_CODE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "sh
 NODES = [node for file in (ROOT / "jax_rlhf").rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
 
 
-def test_nothing_is_unpickled_or_evaluated():
+def test_the_package_does_not_unpickle_or_evaluate_code():
     assert len(NODES) > 10_000
     for node in NODES:
         if isinstance(node, ast.Import):
@@ -38,7 +38,7 @@ def test_nothing_is_unpickled_or_evaluated():
                     assert argument.value.value is False
 
 
-def test_code_that_lies_beside_a_checkpoint_is_not_run(tmp_path):
+def test_code_in_the_folder_of_a_checkpoint_is_not_run(tmp_path):
     folder = tmp_path / "model"
     tiny.checkpoint(folder)
     code = f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\nclass Own: pass\n"
@@ -68,7 +68,7 @@ def test_a_chat_template_cannot_reach_python(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/inside.safetensors", "..", 7])
-def test_an_index_cannot_name_a_file_elsewhere(tmp_path, name):
+def test_an_index_cannot_name_a_file_outside_its_folder(tmp_path, name):
     folder = hub.write_checkpoint(tmp_path / "model", "llama")
     (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
     names = dict.fromkeys(hub.tensors("llama"), name)
@@ -77,7 +77,7 @@ def test_an_index_cannot_name_a_file_elsewhere(tmp_path, name):
         load_pretrained(folder)
 
 
-def test_a_tensor_s_name_is_no_path(tmp_path):
+def test_a_tensor_name_is_not_used_as_a_path(tmp_path):
     folder = hub.write_checkpoint(tmp_path / "model", "llama")
     save_file(
         hub.tensors("llama") | {"../../escaped": hub.weight("x", (2,), around_one=False)}, folder / "model.safetensors"
@@ -87,19 +87,19 @@ def test_a_tensor_s_name_is_no_path(tmp_path):
     assert not list(tmp_path.parent.glob("escaped*"))
 
 
-def test_what_is_saved_has_no_code(tmp_path):
+def test_a_saved_model_contains_no_code(tmp_path):
     pretrained = load_pretrained(tiny.checkpoint(tmp_path / "base"))
     save_pretrained(tmp_path / "saved", pretrained)
     assert {file.suffix for file in (tmp_path / "saved").iterdir()} <= {".json", ".safetensors", ".jinja"}
 
 
-def test_texts_do_not_steer_the_terminal(tmp_path, capsys):
+def test_logged_texts_cannot_control_the_terminal(tmp_path, capsys):
     with RunLogger(tmp_path / "ppo", LogConfig(tensorboard=False)) as logger:
         logger.info("harmless \x1b]0;title\x07\x1b[2J\u202e\r text")
         logger.log_samples([{"response": "\x1b[31m</script>\ud800\x9b\u202eö€😀"}])
     assert "\x1b" not in capsys.readouterr().out
     (line,) = (tmp_path / "ppo" / "samples.jsonl").read_bytes().splitlines()
-    assert line.decode().isprintable()  # JSON has escapes for what is not
+    assert line.decode().isprintable()  # JSON escapes the other characters
     assert "ö€😀" in line.decode()
     assert json.loads(line)["response"] == "\x1b[31m</script>\ud800\x9b\u202eö€😀"
 
@@ -140,8 +140,8 @@ raise ValueError(text)
 """
 
 
-def test_other_packages_do_not_steer_the_terminal():
-    """Their loggers and warnings, tracebacks of threads, finalizers and of the program itself."""
+def test_output_of_other_packages_cannot_control_the_terminal():
+    """Tests loggers, warnings, and tracebacks of threads, of finalizers and of the program itself."""
     done = subprocess.run([sys.executable, "-c", LOGS], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     said = done.stderr + done.stdout
@@ -151,7 +151,7 @@ def test_other_packages_do_not_steer_the_terminal():
     assert "\\udc80" in done.stdout
 
 
-def test_names_that_no_file_can_have_are_said(tmp_path):
+def test_impossible_file_names_end_in_a_documented_error(tmp_path):
     for name in (
         "x" * 5000,
         "a\x00b",
@@ -165,7 +165,7 @@ def test_names_that_no_file_can_have_are_said(tmp_path):
             read_rows(name, phase="sft", split="train", hub_split="train")
 
 
-def test_tokens_of_the_environment_stay_there(tmp_path, monkeypatch):
+def test_access_tokens_of_the_environment_are_not_written_or_printed(tmp_path, monkeypatch):
     from tests.cli import test_end_to_end as alone
 
     secrets = {name: f"hf_secret_{name}" for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")}

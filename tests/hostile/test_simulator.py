@@ -1,4 +1,4 @@
-"""Thousands of simulated runs with kills, power cuts, damaged files and clocks that jump, all in one."""
+"""Simulated runs with kills, power cuts, damaged files and jumping clocks; thousands of them in a slow run."""
 
 import collections
 import errno
@@ -25,15 +25,15 @@ def settings():
 
 @pytest.fixture
 def folder():
-    """In memory: it is fast, and the number of a file (inode), by which the simulator knows it, is never another's."""
+    """A folder in memory. It is fast, and does not reuse inodes, by which the simulator identifies files."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as made:
         yield Path(made)
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(5_000, marks=pytest.mark.slow)])
-def test_a_run_ends_right_or_stops_with_a_word(folder, count):
-    """A short run has the same seeds each time; a long one begins with FUZZ_SEED."""
+def test_a_run_ends_with_the_right_result_or_an_error(folder, count):
+    """A short run uses the same seeds each time. A long run starts at FUZZ_SEED."""
     total, started = collections.Counter(), time.monotonic()
     first = 0 if count < 100 else SEED
     for seed in range(first, first + count):
@@ -46,8 +46,8 @@ def test_a_run_ends_right_or_stops_with_a_word(folder, count):
     assert min(total[name] for name in ("kills", "power cuts", "terms", "damage", "words")) >= count / 30
 
 
-def test_a_disk_that_fails_while_a_step_is_marked_costs_no_line(folder, monkeypatch):
-    """How far metrics and samples are is asked after each step; a checkpoint that saves what was trained asks anew."""
+def test_a_disk_error_at_the_end_of_a_step_loses_no_line(folder, monkeypatch):
+    """If reading the logger's position fails after a step, the checkpoint that saves the trained state rereads it."""
     asked, position = 0, RunLogger.position
 
     def failing(record):

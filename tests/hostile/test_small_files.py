@@ -1,4 +1,4 @@
-"""Small files that stand for gigabytes: refused before the memory is taken."""
+"""Small files that expand to gigabytes are refused before they take the memory."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ from tests.hub import tiny
 from tests.memory import growth
 
 MOST = 300_000_000
-"""Bytes: of an import that comes late, of 64 MiB of rows and of what is made of them."""
+"""Bytes that a call may take: for a late import, for 64 MiB of rows, and for what is made of them."""
 SECONDS = 20
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "pythia", "opt")
 
@@ -56,7 +56,7 @@ HUGE = {
 
 
 @pytest.mark.parametrize("case", FAMILIES)
-def test_a_config_that_claims_what_no_model_has(tmp_path, case):
+def test_a_config_with_impossible_sizes_is_refused(tmp_path, case):
     folder = tiny.write_checkpoint(tmp_path / "model", case)
     whole = json.loads((folder / "config.json").read_text())
     for name, value in HUGE.items():
@@ -65,7 +65,7 @@ def test_a_config_that_claims_what_no_model_has(tmp_path, case):
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
-def test_files_of_a_checkpoint_that_are_far_too_large(tmp_path, name):
+def test_oversized_json_files_of_a_checkpoint_are_refused(tmp_path, name):
     folder = tiny.write_checkpoint(tmp_path / "model", "llama")
     if name.startswith("model"):
         (folder / "model.safetensors").unlink()
@@ -77,7 +77,7 @@ def test_files_of_a_checkpoint_that_are_far_too_large(tmp_path, name):
     assert_refused(lambda: load_pretrained(folder), CheckpointError, f"{name}: .*not JSON")
 
 
-def test_a_vocabulary_with_a_hole_of_billions(tmp_path):
+def test_a_vocabulary_with_a_gap_of_billions_of_ids_is_refused(tmp_path):
     folder = tiny.write_checkpoint(tmp_path / "model", "llama")
     model = {"type": "WordLevel", "vocab": {"a": 0, "b": 2**32 - 1}, "unk_token": "a"}
     content = dict.fromkeys(["truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"])
@@ -86,8 +86,8 @@ def test_a_vocabulary_with_a_hole_of_billions(tmp_path):
     assert_refused(lambda: load_tokenizer(folder), CheckpointError, "its largest id is 4294967295")
 
 
-def test_a_token_of_a_million_characters(tmp_path):
-    """Of which transformers would look at a million ways to cut it in two."""
+def test_a_token_of_a_million_characters_is_refused(tmp_path):
+    """transformers would try a million ways to split such a token in two."""
     fields = {"ggml.model": "llama", "ggml.tokens": ["<unk>", "a", "a" * 1_000_000], "ggml.scores": [0.0, -1.0, -2.0]}
     assert_refused(lambda: gguf_tokenizer(fields, tmp_path / "x.gguf"), CheckpointError, "has 1,000,000 characters")
     many = [f"{'a' * 1000}{number}" for number in range(21_000)]
@@ -107,7 +107,7 @@ def test_a_token_of_a_million_characters(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["fields", "tensors"])
-def test_a_gguf_file_of_very_many_fields_or_tensors(tmp_path, what):
+def test_a_gguf_file_with_too_many_fields_or_tensors_is_refused(tmp_path, what):
     def text(value):
         return struct.pack("<Q", len(value)) + value
 
@@ -123,7 +123,7 @@ LONG = "x" * 1_000_000
 
 
 def repeated():
-    """One text of a million characters in each of a hundred thousand rows."""
+    """The same text of a million characters in each of a hundred thousand rows."""
     return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 100_000, pyarrow.int32()), pyarrow.array([LONG]))
 
 
@@ -148,7 +148,7 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_a_parquet_file_that_stands_for_gigabytes(tmp_path, name):
+def test_a_parquet_file_that_expands_to_gigabytes_is_refused(tmp_path, name):
     column, how = COLUMNS[name]
     file = tmp_path / "x.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": column()}), file, compression="zstd", **how)
@@ -156,7 +156,7 @@ def test_a_parquet_file_that_stands_for_gigabytes(tmp_path, name):
     assert_refused(lambda: read(file), DataError, r"x.parquet: its [\d,]+ bytes expand to more than")
     program = [sys.executable, "-P", decode_arrow.__file__, "parquet", str(file), str(2**26), "1000"]
     done = subprocess.run([sys.executable, "-c", PEAK, *program], capture_output=True, check=True)
-    assert int(done.stdout) * 1024 < 1_200_000_000  # of the process that decodes it
+    assert int(done.stdout) * 1024 < 1_200_000_000  # peak memory of the process that decodes the file
     (tmp_path / "set").mkdir()
     file.rename(tmp_path / "set" / "train.parquet")
     assert_refused(lambda: read(tmp_path / "set"), DataError, r"train.parquet: its [\d,]+ bytes expand to more than")
@@ -174,7 +174,7 @@ ARROW = {
 
 @pytest.mark.parametrize("name", ARROW)
 @pytest.mark.parametrize("form", [pyarrow.ipc.new_file, pyarrow.ipc.new_stream])
-def test_an_arrow_file_that_stands_for_gigabytes(tmp_path, name, form):
+def test_an_arrow_file_that_expands_to_gigabytes_is_refused(tmp_path, name, form):
     column = ARROW[name]
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "set"))
     (file,) = (tmp_path / "set").glob("*.arrow")
@@ -186,7 +186,7 @@ def test_an_arrow_file_that_stands_for_gigabytes(tmp_path, name, form):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
-def test_a_gzip_file_that_stands_for_gigabytes(tmp_path, suffix):
+def test_a_gzip_file_that_expands_too_far_is_refused(tmp_path, suffix):
     file = tmp_path / f"x{suffix}.gz"
     line = b'{"text": "a"}\n' if suffix == ".jsonl" else b"text\n"
     file.write_bytes(gzip.compress(line * 10 + b" " * 200_000_000 + line))
@@ -202,8 +202,8 @@ def test_a_gzip_file_that_stands_for_gigabytes(tmp_path, suffix):
         (".csv", b"text\n", b"1\n", b""),
     ],
 )
-def test_few_bytes_that_unpack_to_many_small_values(tmp_path, suffix, begin, piece, end):
-    """Of which Python takes far more than the text that they are."""
+def test_a_small_file_that_expands_to_many_values_is_refused(tmp_path, suffix, begin, piece, end):
+    """As Python objects, many small values take far more memory than their text."""
     file = tmp_path / f"x{suffix}.gz"
     file.write_bytes(gzip.compress(begin + piece * 2_000_000 + end))
     assert file.stat().st_size < 20_000
@@ -211,8 +211,8 @@ def test_few_bytes_that_unpack_to_many_small_values(tmp_path, suffix, begin, pie
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".arrow"])
-def test_a_row_of_two_long_texts(tmp_path, suffix):
-    """Neither is too long, and both together are."""
+def test_a_row_whose_texts_are_too_long_together_is_refused(tmp_path, suffix):
+    """Neither text is too long by itself."""
     long, (folder, row) = "a" * 40_000_000, (tmp_path / "set", 2)
     if suffix == ".csv":
         folder.mkdir()
@@ -224,16 +224,16 @@ def test_a_row_of_two_long_texts(tmp_path, suffix):
         read(folder)
 
 
-def test_a_machine_that_maps_much_reads_columns_too(tmp_path, monkeypatch):
-    """Libraries map memory for each core; it is no part of what a file stands for."""
+def test_a_parquet_file_is_read_in_a_process_with_much_mapped_memory(tmp_path, monkeypatch):
+    """Libraries map memory per core. It does not count against the limit of a file."""
     (tmp_path / "sitecustomize.py").write_text("import mmap\n\nkept = mmap.mmap(-1, 3 * 2**30)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"]}), tmp_path / "x.parquet")
     assert [row.content["text"] for row in read(tmp_path / "x.parquet")] == ["a", "b"]
 
 
-def test_what_is_large_and_honest_is_read(tmp_path):
-    """A thousand rows of ten kilobytes that compress well, and one of ten megabytes."""
+def test_large_files_of_long_texts_are_read(tmp_path):
+    """The files have a thousand rows of ten kilobytes, which compress well, and one row of ten megabytes."""
     rows = [f"{'word ' * 2000}{number}" for number in range(1000)] + ["w" * 10_000_000]
     pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "x.parquet", compression="zstd")
     assert [row.content["text"] for row in read(tmp_path / "x.parquet")] == rows
@@ -247,7 +247,7 @@ def read(path):
 
 @pytest.mark.parametrize("too_long", ["filter", "truncate"])
 @pytest.mark.parametrize("phase", ["sft", "reward", "ppo"])
-def test_a_line_of_fifty_megabytes_takes_a_few_times_its_size(tmp_path, phase, too_long):
+def test_a_row_of_fifty_megabytes_takes_less_than_ten_times_its_size(tmp_path, phase, too_long):
     long = "a b " * 12_500_000
     row = {"prompt": "c d", "chosen": "e", "rejected": "f"} | {"prompt" if phase == "ppo" else "chosen": long}
     file = data.write(tmp_path / "x.jsonl", [row, {"prompt": "g", "chosen": "h", "rejected": "i"}])
@@ -259,7 +259,7 @@ def test_a_line_of_fifty_megabytes_takes_a_few_times_its_size(tmp_path, phase, t
     assert made[0].train_rows == (1 if too_long == "filter" else 2)
 
 
-def test_a_line_that_is_no_row_but_a_file(tmp_path):
+def test_a_row_of_more_than_64_mib_is_refused(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "a"}\n{"text": "' + b"a" * 80_000_000 + b'"}\n')
     assert_refused(lambda: read(tmp_path / "x.jsonl"), DataError, "line 2: it has more than 67,108,864 bytes")
     (tmp_path / "x.json").write_bytes(b'[{"text": "a"}, {"text": "' + b"a" * 80_000_000 + b'"}]')

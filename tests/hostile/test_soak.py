@@ -1,4 +1,4 @@
-"""Many iterations of a whole PPO phase, with checkpoints and evaluations: memory, arrays and open files stay level."""
+"""Memory, arrays and open files do not grow over many iterations of PPO with checkpoints and evaluations."""
 
 import gc
 import os
@@ -23,7 +23,10 @@ def get_config():
 
 
 def watching(prompts, responses, **columns):
-    """Called once an iteration (and a batch of evaluation): bytes of memory, bytes of arrays on devices, open files."""
+    """A reward function that writes bytes of memory, bytes of arrays on devices, and the number of open files.
+
+    It is called once per iteration, and once per batch of an evaluation.
+    """
     del prompts, columns
     gc.collect()
     memory = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -34,19 +37,19 @@ def watching(prompts, responses, **columns):
 
 
 @pytest.mark.parametrize("iterations", [30, pytest.param(500, marks=pytest.mark.slow)])
-def test_nothing_grows(iterations, tmp_path):
+def test_memory_arrays_and_open_files_do_not_grow(iterations, tmp_path):
     (tmp_path / "config.py").write_text(CONFIG.format(folder=str(tmp_path), iterations=iterations))
     code, printed, errors = alone.run(tmp_path, config=tmp_path / "config.py")
     assert code == 0, errors[-3000:]
     assert f"ppo: iterations {iterations}" in printed
     seen = [tuple(map(int, line.split())) for line in (tmp_path / "seen").read_text().splitlines()]
-    memory, arrays, files = zip(*seen[len(seen) // 3 :], strict=True)  # all is compiled by then
+    memory, arrays, files = zip(*seen[len(seen) // 3 :], strict=True)  # all programs are compiled by then
     print(
         f"{iterations} iterations, from a third on: memory {memory[0] / 1e6:.0f} → {memory[-1] / 1e6:.0f} MB, arrays "
         f"{min(arrays) / 1e6:.2f} to {max(arrays) / 1e6:.2f} MB, open files {min(files)} to {max(files)}"
     )
     assert memory[-1] - memory[0] < 30e6
-    half = len(arrays) // 2  # a leak raises the least of each half; the rest is a checkpoint being written
+    half = len(arrays) // 2  # a leak raises the minimum; a checkpoint being written raises other values
     assert min(arrays[half:]) <= min(arrays[:half])
     assert min(files[half:]) <= min(files[:half])
     assert max(arrays) < 4 * min(arrays)

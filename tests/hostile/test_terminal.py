@@ -1,4 +1,4 @@
-"""Nobody reads what a run prints any more: a closed pipe, a terminal that is gone, streams closed from the start."""
+"""Runs whose output cannot be written: to a closed pipe, a closed terminal, or closed streams."""
 
 import json
 import os
@@ -32,22 +32,22 @@ def in_shell(folder, after, *flags):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_a_reader_that_goes_away_ends_nothing(folder):
+def test_a_closed_output_pipe_does_not_end_the_run(folder):
     code, printed, errors = in_shell(folder, " 2>&1 | head -n 1", *STEPS)
     assert (code, errors) == (0, "")
     assert len(printed.splitlines()) == 1
     assert json.loads((folder / "run" / "sft" / "summary.json").read_text())["finished"]
 
 
-def test_streams_that_are_closed_from_the_start_end_nothing(folder):
-    """And what C libraries print does not go into the first file that is opened."""
+def test_streams_closed_from_the_start_do_not_end_the_run(folder):
+    """The output of C libraries does not go into the first file that the run opens."""
     code, printed, errors = in_shell(folder, " <&- >&- 2>&-", *STEPS)
     assert (code, printed, errors) == (0, "", "")
     assert [line["step"] for line in alone.lines(folder / "run" / "sft" / "metrics.jsonl")] == [0, 1, 2, 3, 3]
 
 
 def begun(process, metrics):
-    """Waits until it has done a step; the first lines are of the evaluation before."""
+    """Waits until the run has done a step. The first lines of metrics are from the evaluation before it."""
     until = time.time() + 200
     while time.time() < until and process.poll() is None and '"step": 1,' not in text_of(metrics):
         time.sleep(0.1)
@@ -58,7 +58,7 @@ def text_of(file):
     return file.read_text() if file.exists() else ""
 
 
-# Whoever runs the tests may ignore SIGHUP, as nohup does, and that is inherited.
+# SIGHUP may be ignored where the tests run, for example under nohup, and child processes inherit that.
 ATTACH = """
 import fcntl, os, signal, sys, termios
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -67,8 +67,8 @@ os.execv(sys.argv[1], sys.argv[1:])
 """
 
 
-def test_a_terminal_that_is_closed_saves_and_ends(folder):
-    """The kernel sends SIGHUP, and all that is printed after that fails."""
+def test_a_closed_terminal_makes_the_run_save_and_end(folder):
+    """The kernel sends SIGHUP, and every later print fails."""
     here, there = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", ATTACH, *alone.command(folder, *ENDLESS)],
@@ -91,8 +91,8 @@ def test_a_terminal_that_is_closed_saves_and_ends(folder):
     assert int(checkpoint.name) == alone.lines(metrics)[-1]["step"]
 
 
-def test_under_nohup_a_hang_up_is_nothing(monkeypatch):
-    """What ignores SIGHUP goes on ignoring it."""
+def test_an_ignored_sighup_stays_ignored(monkeypatch):
+    """nohup ignores SIGHUP."""
     installed = {}
     monkeypatch.setattr(signal, "signal", lambda number, handler: installed.setdefault(number, handler))
     for ignored in (True, False):
@@ -103,8 +103,8 @@ def test_under_nohup_a_hang_up_is_nothing(monkeypatch):
         assert {signal.SIGINT, signal.SIGTERM} <= installed.keys()
 
 
-def test_what_closes_a_stream_under_way_ends_nothing(tmp_path):
-    """A reward function may do that, or a library."""
+def test_a_stream_closed_during_the_run_does_not_end_it(tmp_path):
+    """A reward function or a library may close a stream."""
     code = f"""
 import os, sys
 from jax_rlhf.io.terminal import make_output_harmless

@@ -1,8 +1,7 @@
-"""A cloud, a TPU VM and a GPU machine in a folder: programs on PATH that record their calls and play a few answers.
+"""Fakes of gcloud, a TPU VM, a GPU machine and Slurm: programs on PATH that log their calls and give fixed answers.
 
-`World` writes them. What a test sets in the file `state` steers them; their calls are lines of the file `calls`.
-The fake ssh executes the command line with a local bash, in a home folder per worker, so that quoting is tested
-for real.
+`World` writes them to a folder. The file `state` controls what they do, and each call adds a line to the file `calls`.
+The fake ssh executes the command line with a local bash, in a home folder per worker, so that quoting is really tested.
 """
 
 import ast
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from tests.processes import ROOT
 
-# As few imports as can be, and Python's literals for JSON: a test starts some dozens of these.
+# Few imports, and Python literals instead of JSON, because a test starts dozens of these programs.
 COMMON = f"""#!{sys.executable} -IS
 import fcntl, os, sys, time
 world, name, arguments = os.environ["WORLD"] + "/", os.path.basename(sys.argv[0]), sys.argv[1:]
@@ -108,7 +107,7 @@ elif verb in ("ssh", "scp"):
         sys.exit(next((code for code in codes if code), 0))
 """
 
-# Stands for the interpreter of a worker, of its virtual environments, and for the program.
+# Replaces the interpreter of a worker and of its virtual environments, and jax_rlhf itself.
 PYTHON = """
 worker = os.environ.get("WORKER", "0")
 if arguments[0] == "-c":
@@ -176,7 +175,8 @@ for task in range(2):
 sys.exit(max(codes))
 """
 
-# Under nohup, as CI may run, SIGHUP is ignored; that is inherited, and a shell cannot trap what it was born to ignore.
+# CI may run under nohup, which ignores SIGHUP. Child processes inherit that, and a shell cannot trap a signal that was
+# ignored when it started.
 UNIGNORED = """
 import os, signal, sys
 for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
@@ -206,7 +206,7 @@ def wait_until(condition: Callable[[], object]):
 
 
 class World:
-    """The fakes, and a checkout of this repository's scripts whose path has a space."""
+    """A folder with the fakes, and with a checkout of this repository's scripts whose path contains a space."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -223,7 +223,7 @@ class World:
             driver="580.65.06",
             capabilities=["9.0"],
             failures=[],
-            progress=[],  # what runs write, one after another, the last for ever; none = each a step more
+            progress=[],  # reports of successive starts, the last one repeated; empty = one step more per start
             steps=0,
             **{"tpu-vm": [], "queued-resources": [], "exit codes": {}, "pip code": 0, "pip seconds": 0},
             **{
@@ -248,7 +248,7 @@ class World:
         file.write_text(repr((ast.literal_eval(file.read_text()) if file.exists() else {}) | state))
 
     def calls(self, *words: str) -> list[dict]:
-        """The recorded calls in which all these words stand."""
+        """The logged calls that contain all these words."""
         file = self.folder / "calls"
         calls = [ast.literal_eval(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
         return [c for c in calls if all(w in [c["program"], *c["arguments"]] for w in words)]
@@ -277,7 +277,7 @@ class World:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # as a terminal's Ctrl-C reaches the script's whole group, and no other
+            start_new_session=True,  # Ctrl-C in a terminal reaches only the script's process group
         )
 
     def run(self, script: str, *arguments: str, expect: int = 0, **environment: str) -> subprocess.CompletedProcess:

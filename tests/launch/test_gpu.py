@@ -10,7 +10,7 @@ from tests.launch.fakes import wait_until
 JOB = "--config=configs/sft.py", "--workdir=runs/it's $x"
 
 
-def test_it_installs_once_and_runs_with_the_arguments(world):
+def test_gpu_sh_installs_once_and_passes_its_arguments_on(world):
     world.run("gpu.sh", *JOB)
     world.run("gpu.sh", *JOB)
     assert len(world.calls("-m", "venv")) == 1
@@ -19,7 +19,7 @@ def test_it_installs_once_and_runs_with_the_arguments(world):
     assert {call["cwd"] for call in world.calls("-m", "jax_rlhf")} == {str(world.checkout)}
 
 
-def test_without_a_gpu_it_says_so_and_installs_nothing(world):
+def test_gpu_sh_without_a_gpu_fails_and_installs_nothing(world):
     world.set(gpus=0)
     assert "there is no NVIDIA GPU here" in world.run("gpu.sh", *JOB, expect=1).stderr
     (world.folder / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 127\n")
@@ -27,7 +27,7 @@ def test_without_a_gpu_it_says_so_and_installs_nothing(world):
     assert not world.calls("-m")
 
 
-def test_only_the_environment_can_be_made_and_needs_no_gpu(world):
+def test_install_only_makes_the_environment_without_a_gpu(world):
     world.set(gpus=0)
     output = world.run("gpu.sh", "--install-only")
     assert world.calls("-m", "pip", "-e", ".[cuda12]")
@@ -45,20 +45,20 @@ def test_only_the_environment_can_be_made_and_needs_no_gpu(world):
         ("1000.0", ["10.0"], "13"),
         ("579.99.99", ["9.0"], "12"),
         ("525.60.13", ["8.0"], "12"),
-        ("580.65.06", ["7.0"], "12"),  # V100: CUDA 13 has dropped it
+        ("580.65.06", ["7.0"], "12"),  # V100, which CUDA 13 does not support
         ("580.65.06", ["9.0", "7.0"], "12"),
     ],
 )
-def test_the_wheels_are_those_that_driver_and_gpus_run(world, driver, capabilities, cuda):
+def test_the_driver_and_the_gpus_determine_the_cuda_version(world, driver, capabilities, cuda):
     world.set(driver=driver, capabilities=capabilities)
     world.run("gpu.sh", *JOB)
     (call,) = world.calls("-m", "pip", "-e")
     assert call["arguments"][-1] == f".[cuda{cuda}]"
-    assert world.calls("-m", "venv", f".venv/cuda{cuda}-3.11")  # the fake's version
+    assert world.calls("-m", "venv", f".venv/cuda{cuda}-3.11")  # the fake interpreter is Python 3.11
     assert world.runs() == [list(JOB)]
 
 
-def test_a_driver_that_is_too_old_is_an_error_and_another_cuda_can_be_chosen(world):
+def test_an_old_driver_is_an_error_unless_cuda_is_chosen_explicitly(world):
     world.set(driver="470.82.01", capabilities=["8.0"])
     assert "the NVIDIA driver is too old: JAX needs 525" in world.run("gpu.sh", *JOB, expect=1).stderr
     assert not world.calls("-m")
@@ -67,7 +67,7 @@ def test_a_driver_that_is_too_old_is_an_error_and_another_cuda_can_be_chosen(wor
     assert "JAX has wheels for 12 and 13" in world.run("gpu.sh", "--cuda=11", *JOB, expect=2).stderr
 
 
-def test_an_environment_in_which_pip_broke_off_is_cleared(world):
+def test_an_environment_is_cleared_after_a_failed_pip_install(world):
     world.set(**{"pip code": 1})
     world.run("gpu.sh", "--install-only", expect=1)
     world.set(**{"pip code": 0})
@@ -79,7 +79,7 @@ def test_an_environment_in_which_pip_broke_off_is_cleared(world):
     assert world.runs() == [list(JOB)]
 
 
-def test_an_environment_that_another_script_is_filling_is_waited_for_and_not_cleared(world):
+def test_a_script_waits_while_another_one_installs_the_environment(world):
     world.set(**{"pip seconds": 0.5})
     first = world.start("gpu.sh", "--install-only")
     wait_until(lambda: world.calls("-m", "pip"))
@@ -99,7 +99,7 @@ def caches(world):
     [
         (("--workdir=runs/it's $x",), "runs/it's $x/compile_cache", None),
         (("--workdir", "/a b/c/"), "/a b/c/compile_cache", None),
-        (("-workdir=x", "--overwrite", "-workdir", "y"), "y/compile_cache", None),  # the last one counts, as for absl
+        (("-workdir=x", "--overwrite", "-workdir", "y"), "y/compile_cache", None),  # the last flag counts, as in absl
         (("--workdir=~/run",), "HOME/run/compile_cache", None),
         (("--workdir=gs://bucket/run",), "gs://bucket/run/compile_cache", "none"),
         (("--workdir=x", "--compile_cache="), None, None),
@@ -108,19 +108,19 @@ def caches(world):
         (("--workdir",), None, None),
     ],
 )
-def test_compiled_programs_are_kept_under_the_workdir(world, arguments, folder, of_xla):
+def test_compiled_programs_are_cached_in_the_workdir(world, arguments, folder, of_xla):
     world.run("gpu.sh", "--config=configs/sft.py", *arguments)
     expected = folder and folder.replace("HOME", str(world.folder))
     assert caches(world) == [(expected, of_xla)]
 
 
 @pytest.mark.parametrize("chosen", ["/fast/disk", ""])
-def test_a_folder_for_compiled_programs_that_is_set_before_counts(world, chosen):
+def test_an_existing_compilation_cache_setting_is_kept(world, chosen):
     world.run("gpu.sh", "--workdir=x", JAX_COMPILATION_CACHE_DIR=chosen)
     assert caches(world) == [(chosen, None)]
 
 
-def test_exit_code_75_starts_again(world):
+def test_exit_code_75_restarts_the_run(world):
     world.set(**{"exit codes": {"0": [75, 75, 0]}})
     assert "restart 2 of at most 10" in world.run("gpu.sh", *JOB).stderr
     assert world.runs() == [list(JOB)] * 3
@@ -134,29 +134,29 @@ def test_the_number_of_restarts_is_bounded(world):
 
 
 @pytest.mark.parametrize("code", [70, 134, 137, 139])
-def test_a_crash_starts_again(world, code):
+def test_a_crash_restarts_the_run(world, code):
     world.set(**{"exit codes": {"0": [code, 75, code, 0]}})
     world.run("gpu.sh", *JOB)
     assert len(world.runs()) == 4
 
 
 @pytest.mark.parametrize("code", [70, 75, 137])
-def test_a_run_that_gets_no_further_is_not_started_for_ever(world, code):
+def test_a_run_that_does_not_advance_is_not_restarted_forever(world, code):
     world.set(progress=["sft 7"], **{"exit codes": {"0": [code] * 9}})
     errors = world.run("gpu.sh", *JOB, expect=code).stderr
     assert "started 3 times without getting further than sft 7; not again" in errors
-    assert len(world.runs()) == 4  # the first one came as far as that
+    assert len(world.runs()) == 4  # the first start reached step 7
 
 
-def test_a_checkpoint_that_is_made_again_is_no_progress(world):
-    """Where the last one is damaged each time."""
+def test_a_rewritten_checkpoint_does_not_count_as_an_advance(world):
+    """Damaged checkpoints make the last saved step change between 20 and 10."""
     world.set(progress=["sft 20", "sft 10", "sft 20", "sft 10"], **{"exit codes": {"0": [139] * 9}})
     errors = world.run("gpu.sh", *JOB, expect=139).stderr
     assert "started 3 times without getting further than sft 20; not again" in errors
     assert len(world.runs()) == 4
 
 
-def test_a_later_phase_is_progress(world):
+def test_a_later_phase_counts_as_an_advance(world):
     said = ["", "sft 9", "sft 10", "reward 2", "ppo 1", "ppo 2", "sft 99"]
     world.set(progress=said, **{"exit codes": {"0": [75] * 20}})
     assert "further than ppo 2;" in world.run("gpu.sh", *JOB, expect=75).stderr
@@ -164,14 +164,14 @@ def test_a_later_phase_is_progress(world):
 
 
 @pytest.mark.parametrize("code", [1, 2])
-def test_an_error_is_passed_on_and_not_tried_again(world, code):
+def test_a_user_error_is_passed_on_without_a_restart(world, code):
     world.set(**{"exit codes": {"0": [code]}})
     world.run("gpu.sh", *JOB, expect=code)
     assert len(world.runs()) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_lets_the_program_save_and_starts_nothing_again(world, number):
+def test_a_signal_makes_the_run_save_without_a_restart(world, number):
     world.set(**{"exit codes": {"0": ["hang"]}})
     process = world.start("gpu.sh", *JOB)
     wait_until((world.folder / "hanging").exists)

@@ -1,4 +1,4 @@
-"""launch/Dockerfile and .dockerignore, as far as can be seen without Docker."""
+"""Checks of launch/Dockerfile and .dockerignore that do not need Docker."""
 
 import json
 import re
@@ -23,18 +23,18 @@ def copied():
 
 
 def pattern(line):
-    """A line of .dockerignore: * stands for what has no /, ** for any folders, and a folder for all that is in it."""
+    """A line of .dockerignore as a regex: * matches text without /, **/ any folders, a folder all of its contents."""
     parts = re.split(r"(\*\*/|\*)", line.removeprefix("!"))
     return re.compile("".join({"**/": "(?:.*/)?", "*": "[^/]*"}.get(p, re.escape(p)) for p in parts) + "(?:/.*)?")
 
 
 def left_out(path):
     lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
-    matching = [line for line in lines if pattern(line).fullmatch(path)]  # the last one counts
+    matching = [line for line in lines if pattern(line).fullmatch(path)]  # the last match counts
     return bool(matching) and not matching[-1].startswith("!")
 
 
-def test_all_that_is_copied_is_there_and_goes_along():
+def test_copied_files_exist_and_are_in_the_build_context():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     if tracked.returncode:
         pytest.skip("not in a git checkout")
@@ -43,7 +43,7 @@ def test_all_that_is_copied_is_there_and_goes_along():
         found = [file for file in files if file == source or file.startswith(f"{source}/")]
         assert found, source
         assert not [file for file in found if left_out(file)]
-    # And nothing else: what goes along and is not copied costs time, or is a secret.
+    # Other files in the build context would cost time, or could be secrets.
     whole = [file for file in files if not left_out(file)]
     others = {file.split("/")[0] for file in whole} - set(copied())
     assert others <= {"requirements-dev.txt", "requirements-judge.txt", "requirements-quickstart.txt"}
@@ -64,11 +64,11 @@ def test_all_that_is_copied_is_there_and_goes_along():
         "slurm-jax_rlhf-1.out",
     ],
 )
-def test_what_is_not_the_programs_stays_here(path):
+def test_other_files_are_not_in_the_build_context(path):
     assert left_out(path)
 
 
-def test_pip_finds_what_pyproject_names():
+def test_the_image_has_the_files_that_pyproject_names():
     project = PYPROJECT["project"]
     dependencies = PYPROJECT["tool"]["setuptools"]["dynamic"]["dependencies"]["file"]
     wanted = ["pyproject.toml", project["readme"], *project["license-files"], *dependencies]
@@ -81,7 +81,7 @@ def test_pip_finds_what_pyproject_names():
     assert int(version[1]) >= 11
 
 
-def test_it_can_be_made_for_each_accelerator():
+def test_the_image_can_be_built_for_each_accelerator():
     assert after("ARG") == ["ACCELERATOR", 'PACKAGES=""']
     (install,) = [line for line in after("RUN") if "$ACCELERATOR.txt" in line]
     assert '-r requirements.txt -r "requirements-$ACCELERATOR.txt"' in install
@@ -93,12 +93,12 @@ def test_it_can_be_made_for_each_accelerator():
     assert EXTRAS["cuda"] == EXTRAS["cuda12"]
 
 
-def test_python_gets_the_signals():
+def test_python_receives_the_signals():
     (entry,) = after("ENTRYPOINT")
-    assert json.loads(entry) == ["python", "-m", "jax_rlhf"]  # a list: no shell around it
+    assert json.loads(entry) == ["python", "-m", "jax_rlhf"]  # a list starts Python without a shell
 
 
-def test_jax_versions_are_the_same_for_all():
+def test_all_requirements_name_the_same_jax_version():
     texts = [
         (ROOT / name).read_text()
         for name in ("requirements.txt", *(f"requirements-{a}.txt" for a in EXTRAS if a in ("tpu", "cuda12", "cuda13")))

@@ -1,4 +1,4 @@
-"""The JobSets in launch/ against the types of the JobSet and Kubernetes APIs, and what they promise."""
+"""The JobSets in launch/ match the types of the JobSet and Kubernetes APIs, and have the settings that runs need."""
 
 import copy
 import importlib
@@ -21,7 +21,7 @@ def documents(kind):
 
 @pytest.fixture(params=FILES)
 def both(request):
-    """Of each file in turn: what is in it, by kind."""
+    """The documents of each file in turn, by kind."""
     return documents(request.param)
 
 
@@ -45,7 +45,7 @@ def variables(jobset):
 
 
 def missing(wanted, have, path=""):
-    """Paths of `wanted` that `have` lacks or has otherwise."""
+    """The paths in `wanted` whose values are missing or different in `have`."""
     if isinstance(wanted, dict) and isinstance(have, dict):
         return [line for key in wanted for line in missing(wanted[key], have.get(key), f"{path}.{key}")]
     if isinstance(wanted, list) and isinstance(have, list) and len(wanted) == len(have):
@@ -54,14 +54,14 @@ def missing(wanted, have, path=""):
     return [] if wanted == have else [path]
 
 
-def test_it_is_what_the_apis_define(both):
+def test_the_manifests_match_the_types_of_the_apis(both):
     reason = "kubeflow-trainer-api, which has the JobSet API's types, is not installed: requirements-dev.txt"
     models = pytest.importorskip("kubeflow_trainer_api.models", reason=reason)
     types = {"JobSet": models.JobsetV1alpha2JobSet, "ServiceAccount": models.IoK8sApiCoreV1ServiceAccount}
 
     def unknown(document):
         read = types[document["kind"]].from_dict(document)  # checks types and required fields
-        return missing(document, read.to_dict())  # which drops the fields that the API does not have
+        return missing(document, read.to_dict())  # to_dict drops unknown fields
 
     assert both.keys() == types.keys()
     assert [unknown(document) for document in both.values()] == [[], []]
@@ -81,7 +81,7 @@ def test_each_machine_of_a_slice_has_a_pod_with_all_its_chips():
     assert job["completionMode"] == "Indexed"
 
 
-def test_where_the_number_of_slices_is_changed_stands_what_two_need():
+def test_the_comments_contain_the_flags_for_two_slices():
     text = FILES["tpu"].read_text()
     (line,) = re.findall(r"^ *replicas: (.*)$", text, flags=re.MULTILINE)
     assert line.startswith("1 # CHANGE")
@@ -97,7 +97,7 @@ def test_where_the_number_of_slices_is_changed_stands_what_two_need():
 
 
 def rows_that_do_not_fit(jobset):
-    """Sections whose microbatches cannot be cut over all devices, or do not divide their batches."""
+    """Sections whose microbatch size is not a multiple of the devices, or does not divide the batch size."""
     flags = dict(argument.removeprefix("--config.").split("=") for argument in container_of(jobset)["args"])
     config = importlib.import_module("configs.llama3_8b").get_config()
     (per_pod,) = [n for kind, n in container_of(jobset)["resources"]["limits"].items() if kind in ACCELERATORS]
@@ -112,7 +112,7 @@ def rows_that_do_not_fit(jobset):
 
 
 def rendezvous(jobset):
-    """What keeps the Pods of the GPU JobSet from finding each other."""
+    """The errors that keep the Pods of the GPU JobSet from finding each other."""
     name, spec, told = jobset["metadata"]["name"], jobset["spec"], variables(jobset)
     (replicated,) = spec["replicatedJobs"]
     job, wrong = job_of(jobset), []
@@ -131,7 +131,7 @@ def rendezvous(jobset):
     return wrong
 
 
-def test_gpu_machines_find_each_other_without_rights_and_packages():
+def test_gpu_pods_find_each_other_without_a_service_account_token():
     jobset = documents("gpu")["JobSet"]
     assert rendezvous(jobset) == []
     assert rows_that_do_not_fit(jobset) == []
@@ -153,14 +153,14 @@ def test_gpu_machines_find_each_other_without_rights_and_packages():
         (lambda j: container_of(j)["env"].append({"name": "JAX_PROCESS_ID", "value": "0"}), "number"),
     ],
 )
-def test_a_wrong_manifest_is_seen(change, found):
+def test_an_error_in_the_gpu_jobset_is_detected(change, found):
     jobset = documents("gpu")["JobSet"]
     change(jobset)
     (wrong,) = rendezvous(jobset)
     assert found in wrong
 
 
-def test_gpu_processes_get_what_the_gpu_scripts_set_and_shared_memory():
+def test_gpu_pods_have_the_variables_of_gpu_sh_and_shared_memory():
     jobset = documents("gpu")["JobSet"]
     told = variables(jobset)
     for name in ("JAX_PLATFORMS", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
@@ -170,11 +170,11 @@ def test_gpu_processes_get_what_the_gpu_scripts_set_and_shared_memory():
     assert memory["emptyDir"]["medium"] == "Memory"
 
 
-def test_a_saved_or_preempted_run_starts_again_and_an_error_of_the_user_does_not(jobset):
+def test_saved_and_preempted_runs_restart_but_user_errors_do_not(jobset):
     job = job_of(jobset)
     policy = jobset["spec"]["failurePolicy"]
     assert policy["maxRestarts"] > 0
-    # A Pod that fails takes its Job with it, which restarts the JobSet, unless a rule here says otherwise.
+    # A failed Pod fails its Job, and that restarts the JobSet unless a rule says otherwise.
     assert job["backoffLimit"] == 0
     assert job["template"]["spec"]["restartPolicy"] == "Never"
     (rule,) = policy["rules"]
@@ -186,7 +186,7 @@ def test_a_saved_or_preempted_run_starts_again_and_an_error_of_the_user_does_not
     assert wrong["onExitCodes"]["containerName"] == container_of(jobset)["name"]
 
 
-def test_a_pod_has_a_machine_for_itself_and_no_rights(both):
+def test_a_pod_reserves_its_resources_and_has_no_api_token(both):
     jobset = both["JobSet"]
     resources = container_of(jobset)["resources"]
     assert resources["requests"] == resources["limits"]
@@ -197,7 +197,7 @@ def test_a_pod_has_a_machine_for_itself_and_no_rights(both):
     assert pod["terminationGracePeriodSeconds"] >= 300
 
 
-def test_the_program_itself_gets_the_signal_and_writes_to_storage_that_outlives_the_pods(jobset):
+def test_python_is_the_main_process_and_writes_to_a_persistent_volume(jobset):
     pod, container = job_of(jobset)["template"]["spec"], container_of(jobset)
     assert container["command"] == ["python", "-m", "jax_rlhf"]
     (workdir,) = [argument.partition("=")[2] for argument in container["args"] if argument.startswith("--workdir=")]
@@ -209,8 +209,8 @@ def test_the_program_itself_gets_the_signal_and_writes_to_storage_that_outlives_
     assert (ROOT / config).is_file()
 
 
-def test_both_files_differ_only_where_the_hardware_does():
-    """So that what is mended in one is not forgotten in the other."""
+def test_both_jobsets_agree_on_what_does_not_depend_on_hardware():
+    """A fix in one file must not be forgotten in the other."""
     one, other = (documents(kind) for kind in FILES)
     assert one["ServiceAccount"] == other["ServiceAccount"]
     assert one["JobSet"]["spec"]["failurePolicy"] == other["JobSet"]["spec"]["failurePolicy"]

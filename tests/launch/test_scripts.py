@@ -1,4 +1,4 @@
-"""All of launch/: what shellcheck says, that scripts say what they are for, and that their page names what is there."""
+"""Checks of all scripts in launch/ with shellcheck, of their first comments, and of their page docs/launch.md."""
 
 import os
 import re
@@ -14,18 +14,18 @@ from tests.processes import ROOT
 SCRIPTS = sorted(p for p in (ROOT / "launch").iterdir() if p.suffix in (".sh", ".sbatch"))
 
 
-def test_shellcheck_has_nothing_to_say():
+def test_shellcheck_finds_no_problem():
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:/usr/bin:/usr/local/bin")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed: pip install -r requirements-dev.txt")
-    # environment.sh, which is only sourced, has no line that names its shell
+    # environment.sh is only sourced, so no line names its shell
     command = [shellcheck, "--shell=bash", "--external-sources", *map(str, SCRIPTS)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_a_script_is_valid_and_begins_with_what_it_does(script):
+def test_a_script_is_valid_and_starts_with_a_description(script):
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
     lines = script.read_text().splitlines()
     comment = lines[1 if lines[0].startswith("#!") else 0]
@@ -41,7 +41,7 @@ def test_the_page_in_docs_names_every_script_that_starts_runs():
         assert f"launch/{name}" in PAGE
 
 
-def test_each_variable_that_the_page_says_is_set_is_set_somewhere():
+def test_each_variable_that_the_page_lists_is_set_in_launch():
     table = PAGE[PAGE.index("The scripts and JobSets set these") : PAGE.index("None of the following is set")]
     names = re.findall(r"^\| `(\w+)", table, flags=re.MULTILINE)
     assert len(names) == 6

@@ -1,4 +1,4 @@
-"""launch/tpu_vm.sh up and down, in the states that a TPU VM and a queued resource can be in."""
+"""`launch/tpu_vm.sh up` and `down` in the different states of a TPU VM and a queued resource."""
 
 import pytest
 
@@ -15,13 +15,13 @@ VM = *WHERE, "--type=v5p-16"
         ("v4-32", "tpu-ubuntu2204-base"),
     ],
 )
-def test_a_new_vm_gets_the_runtime_version_of_its_type_and_is_waited_for(world, kind, version):
+def test_up_creates_a_vm_with_the_right_runtime_and_waits_for_it(world, kind, version):
     world.run("tpu_vm.sh", "up", *WHERE, f"--type={kind}", "--project=p", "--spot", "--create-flag=--network=n e t")
     (create,) = world.calls("tpu-vm", "create", "rlhf", "--zone=us-east5-a", "--project=p")
     assert {f"--accelerator-type={kind}", f"--version={version}", "--spot", "--network=n e t"} <= set(
         create["arguments"]
     )
-    assert len(world.calls("tpu-vm", "describe")) == 3  # not there, CREATING, READY
+    assert len(world.calls("tpu-vm", "describe")) == 3  # not found, CREATING, READY
 
 
 def test_a_vm_that_is_ready_is_reused(world):
@@ -45,14 +45,14 @@ def test_a_vm_in_an_unknown_state_is_left_alone(world):
     assert not world.calls("delete")
 
 
-def test_a_queued_resource_is_waited_for(world):
+def test_up_waits_for_a_queued_resource(world):
     world.run("tpu_vm.sh", "up", *VM, "--queued", "--spot")
     (create,) = world.calls("queued-resources", "create", "rlhf", "--node-id=rlhf", "--spot")
     assert {"--accelerator-type=v5p-16", "--runtime-version=v2-alpha-tpuv5"} <= set(create["arguments"])
     assert not world.calls("tpu-vm", "create")
 
 
-def test_a_suspended_queued_resource_is_deleted_and_asked_for_again(world):
+def test_a_suspended_queued_resource_is_deleted_and_created_again(world):
     world.set(**{"queued-resources": ["SUSPENDED"]})
     world.run("tpu_vm.sh", "up", *VM, "--queued")
     verbs = [c["arguments"][3] for c in world.calls("gcloud", "queued-resources") if "describe" not in c["arguments"]]
@@ -60,19 +60,19 @@ def test_a_suspended_queued_resource_is_deleted_and_asked_for_again(world):
     assert world.calls("queued-resources", "delete", "--force", "--quiet")
 
 
-def test_without_capacity_the_queue_is_named(world):
+def test_a_failed_creation_suggests_the_option_queued(world):
     world.set(failures=[["tpu-vm create", None, 1]])
     assert "if there is no capacity, --queued waits" in world.run("tpu_vm.sh", "up", *VM, expect=1).stderr
 
 
-def test_a_vm_that_somebody_else_creates_meanwhile_is_used(world):
+def test_a_vm_that_another_command_creates_meanwhile_is_used(world):
     world.set(failures=[["tpu-vm create", "READY", 1]])
     world.run("tpu_vm.sh", "up", *VM)
     assert len(world.calls("tpu-vm", "create")) == 1
     assert not world.calls("delete")
 
 
-def test_a_state_that_cannot_be_asked_for_is_an_error_and_creates_nothing(world):
+def test_a_failed_state_query_is_an_error_and_creates_nothing(world):
     world.set(failures=[["describe", None, 1]])
     assert "ERROR: played" in world.run("tpu_vm.sh", "up", *VM, expect=1).stderr
     assert not world.calls("create")

@@ -26,7 +26,7 @@ def run(world, *options, job=JOB, expect=0, **environment):
     return world.run("tpu_vm.sh", "run", *VM, *options, "--", *job, expect=expect, **environment)
 
 
-def test_all_files_that_git_tracks_are_copied_and_no_others(world):
+def test_exactly_the_files_that_git_tracks_are_copied(world):
     world.set(workers=2, **{"tpu-vm": ["READY"]})
     (world.checkout / "a file with 'quotes'.txt").write_text("as in git")
     (world.checkout / "deleted.txt").write_text("")
@@ -51,10 +51,10 @@ def test_all_files_that_git_tracks_are_copied_and_no_others(world):
     world.run("tpu_vm.sh", "sync", *WHERE)
     code = world.folder / "worker-0" / "jax_rlhf"
     assert not (code / "old.txt").exists()
-    assert (code / "runs").is_dir()  # what the worker made stays
+    assert (code / "runs").is_dir()  # files that the worker made are kept
 
 
-def test_all_workers_run_the_same_command_with_every_character_of_it(world):
+def test_all_workers_run_the_command_with_every_character_intact(world):
     job = (
         *JOB,
         "--config.a=two  spaces",
@@ -73,7 +73,7 @@ def test_all_workers_run_the_same_command_with_every_character_of_it(world):
     assert call["cwd"] == str(world.folder / "worker-0" / "jax_rlhf")
 
 
-def test_every_worker_keeps_compiled_programs_under_the_workdir_unless_its_environment_says_otherwise(world):
+def test_compiled_programs_are_cached_in_the_workdir_by_default(world):
     world.set(workers=2)
     run(world, job=("--config=configs/sft.py", "--workdir", "gs://bucket/it's $x"))
     kept = [(call["JAX_COMPILATION_CACHE_DIR"], call["XLA_CACHES"]) for call in world.calls("-m", "jax_rlhf")]
@@ -92,7 +92,7 @@ def test_run_shows_the_log_of_worker_0_and_installs_once(world):
 
 
 @pytest.mark.parametrize("code", [70, 139])
-def test_a_crash_starts_again_but_not_for_ever(world, code):
+def test_a_crash_restarts_the_run_only_while_it_advances(world, code):
     world.set(**{"exit codes": {"0": [code, code, 0]}})
     run(world)
     assert len(world.runs()) == 3
@@ -103,20 +103,20 @@ def test_a_crash_starts_again_but_not_for_ever(world, code):
 
 
 @pytest.mark.parametrize("code", [1, 2])
-def test_an_error_of_the_job_is_the_exit_code_and_is_not_tried_again(world, code):
+def test_a_user_error_is_the_exit_code_and_is_not_retried(world, code):
     world.set(**{"exit codes": {"0": [code]}})
     assert f"a line of the log, then {code}" in run(world, expect=code).stdout
     assert len(world.runs()) == 1
 
 
 @pytest.mark.parametrize("codes", [[70, 1], [1, 70], [139, 2], [2, 75]])
-def test_an_error_of_the_user_on_any_worker_is_not_tried_again(world, codes):
+def test_a_user_error_on_any_worker_is_not_retried(world, codes):
     world.set(workers=2, **{"exit codes": {str(worker): [code] for worker, code in enumerate(codes)}})
     run(world, expect=min(codes))
     assert len(world.runs(0)) == len(world.runs(1)) == 1
 
 
-def test_exit_code_75_starts_the_same_command_again_on_the_same_vm(world):
+def test_exit_code_75_restarts_the_command_on_the_same_vm(world):
     world.set(workers=2, **{"exit codes": {"0": [75, 0], "1": [75, 0]}})
     output = run(world).stdout
     assert output.splitlines() == [f"a line of the log, then {code}" for code in (75, 0)]
@@ -124,7 +124,7 @@ def test_exit_code_75_starts_the_same_command_again_on_the_same_vm(world):
     assert len(world.calls("tpu-vm", "create")) == 1
 
 
-def test_one_preempted_worker_is_enough_to_start_again(world):
+def test_one_preempted_worker_restarts_the_run(world):
     world.set(workers=2, **{"exit codes": {"0": [134, 0], "1": [75, 0]}})
     run(world)
     assert len(world.runs()) == 2
@@ -138,7 +138,7 @@ def test_the_number_of_restarts_is_bounded(world):
 
 
 @pytest.mark.parametrize("queued", [(), ("--queued",)])
-def test_a_preempted_vm_is_deleted_created_and_the_job_goes_on(world, queued):
+def test_a_preempted_vm_is_created_again_and_the_job_continues(world, queued):
     world.set(failures=[["follow", "PREEMPTED", 255]])
     output = run(world, "--spot", *queued)
     noun = "queued-resources" if queued else "tpu-vm"
@@ -149,19 +149,19 @@ def test_a_preempted_vm_is_deleted_created_and_the_job_goes_on(world, queued):
     assert "restart 1 of at most 10" in output.stderr
 
 
-def test_a_preemption_during_the_installation_starts_again_too(world):
+def test_a_vm_preempted_during_the_installation_is_created_again(world):
     world.set(failures=[["tpu_worker.sh install", "PREEMPTED", 255]])
     run(world)
     assert len(world.calls("create")) == 2
 
 
-def test_a_failed_installation_on_a_living_vm_is_an_error(world):
+def test_a_failed_installation_on_a_ready_vm_is_an_error(world):
     world.set(failures=[["tpu_worker.sh install", None, 3]])
     assert "could not be made ready" in run(world, expect=1).stderr
     assert not world.runs()
 
 
-def test_a_lost_connection_is_made_again_and_no_line_is_lost(world):
+def test_a_lost_connection_is_restored_without_losing_log_lines(world):
     world.set(failures=[["follow", None, 255], ["follow", None, 255]])
     output = run(world)
     assert output.stdout == "a line of the log, then 0\n"
@@ -169,14 +169,14 @@ def test_a_lost_connection_is_made_again_and_no_line_is_lost(world):
     assert len(world.runs()) == 1
 
 
-def test_the_workers_own_error_counts_more_than_the_signal_of_those_that_lost_it(world):
+def test_an_error_takes_precedence_over_a_crash_on_another_worker(world):
     world.set(workers=2, **{"exit codes": {"0": [134], "1": [1]}})
     errors = run(world, expect=1).stderr
     assert "the end of the log of t1v-n-fake-w-1" in errors
     assert "a line of the log, then 1" in errors
 
 
-def test_a_rebooted_worker_starts_again(world):
+def test_a_rebooted_worker_restarts_the_run(world):
     world.set(**{"exit codes": {"0": ["hang", 0]}})
     process = world.start("tpu_vm.sh", "run", *VM, "--", *JOB)
     wait_until((world.folder / "hanging").exists)
@@ -194,7 +194,7 @@ def following(world):
     return [call for call in world.calls("ssh", "--worker=0") if "tpu_worker.sh follow" in call["arguments"][-1]]
 
 
-def test_ctrl_c_leaves_the_job_and_the_same_command_follows_it(world):
+def test_ctrl_c_leaves_the_job_running_and_the_same_command_follows_it(world):
     world.set(workers=2, **{"exit codes": {"0": ["hang"], "1": ["hang"]}})
     first = world.start("tpu_vm.sh", "run", *VM, "--", *JOB)
     wait_until(lambda: following(world))
@@ -212,29 +212,29 @@ def test_ctrl_c_leaves_the_job_and_the_same_command_follows_it(world):
     output, errors = second.communicate(timeout=30)
     assert "it is running already" in errors
     assert output == "a line of the log, then hang\nsaved after SIGTERM\n"
-    assert second.returncode == 75  # it saved, and stop means stop: no restart
+    assert second.returncode == 75  # the job saved, and `stop` prevents a restart
     assert world.runs(0) == world.runs(1) == [list(JOB)]
 
 
-def test_a_job_that_was_started_on_some_workers_only_is_started_again(world):
+def test_a_job_that_runs_on_some_workers_only_is_restarted(world):
     world.set(workers=2, **{"exit codes": {"0": ["hang", 0]}})
     first = world.start("tpu_vm.sh", "run", *VM, "--", *JOB)
     wait_until((world.folder / "hanging").exists)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate(timeout=30)
-    shutil.rmtree(world.folder / "worker-1")  # it never heard of the job
+    shutil.rmtree(world.folder / "worker-1")  # worker 1 has no job
     assert "on some workers only" in run(world).stderr
     assert len(world.runs(0)) == 2
 
 
-def test_a_config_that_would_not_be_copied_is_refused_before_anything_is_created(world):
+def test_an_untracked_config_is_refused_before_a_vm_is_created(world):
     (world.checkout / "configs" / "mine.py").write_text("")
     errors = run(world, job=("--config=configs/mine.py:small", "--workdir=x"), expect=1).stderr
     assert "git add configs/mine.py" in errors
     assert not world.calls("gcloud")
 
 
-def test_the_environment_file_and_the_setup_command_reach_all_workers(world):
+def test_all_workers_get_the_environment_file_and_the_setup_command(world):
     world.set(workers=2)
     private(world.folder / "my env", "HF_TOKEN='a token'\n")
     run(world, "--env-file=my env", "--setup=echo \"it's $WORKER\" > 'set up'", "--connect-flag=--internal-ip")
@@ -248,10 +248,10 @@ def test_the_environment_file_and_the_setup_command_reach_all_workers(world):
     assert not any("a token" in " ".join(c["arguments"]) for c in connections)
 
 
-def test_the_environment_file_can_at_no_time_be_read_by_others(world):
+def test_the_environment_file_is_never_readable_by_others(world):
     world.set(workers=2, **{"tpu-vm": ["READY"]})
     private(world.folder / "my.env", "HF_TOKEN=a\n")
-    for worker in (0, 1):  # what a former version of the scripts, or a user, has left there
+    for worker in (0, 1):  # files left by an older version of the scripts, or by a user
         home = world.folder / f"worker-{worker}"
         home.mkdir(mode=0o755)
         (home / "jax_rlhf.env").write_text("HF_TOKEN=old\n")
@@ -261,7 +261,9 @@ def test_the_environment_file_can_at_no_time_be_read_by_others(world):
     run(world, "--env-file=my.env")
     copied = [call for call in world.calls() if "copied" in call]
     assert {call["open_to"] for call in copied if call["copied"].endswith("env")} == {0}
-    assert {call["open_to"] for call in copied if call["copied"].endswith("tar.gz")} == {0o044}  # so it would be seen
+    assert {call["open_to"] for call in copied if call["copied"].endswith("tar.gz")} == {
+        0o044
+    }  # the fake detects readable files
     assert {call["HF_TOKEN"] for call in world.calls("-m", "jax_rlhf")} == {"a"}
     for worker in (0, 1):
         home = world.folder / f"worker-{worker}"
@@ -289,26 +291,26 @@ def test_an_environment_file_that_git_tracks_is_refused(world):
     assert "is tracked by git" in run(world, f"--env-file={file}", expect=1).stderr
 
 
-def test_where_python_is_too_old_uv_fetches_one(world):
+def test_uv_installs_python_if_the_workers_python_is_unusable(world):
     world.set(pythons=[])
     run(world)
     assert world.calls("python3", "-m", "uv", "install", "3.12")
-    assert world.calls("python3.12", "-m", "venv", ".venv/tpu-3.11")  # 3.11: the fake's true version
+    assert world.calls("python3.12", "-m", "venv", ".venv/tpu-3.11")  # the fake interpreter is Python 3.11
     assert world.runs() == [list(JOB)]
 
 
-def test_the_workers_interpreter_can_be_named(world):
+def test_the_interpreter_of_the_workers_can_be_chosen(world):
     run(world, "--python=python3.12")
     assert world.calls("python3.12", "-m", "venv")
 
 
 @pytest.mark.parametrize("queued", [(), ("--queued",)])
-def test_a_dry_run_prints_every_command_and_executes_none_even_without_gcloud(world, queued):
+def test_a_dry_run_prints_all_commands_without_executing_them(world, queued):
     options = *queued, "--env-file=my env", "--setup=echo 'a  b' # why"
     private(world.folder / "my env", "A=1\n")
     job = *JOB, "--a=it's $HOME"
 
-    def steady(calls):  # without what differs from run to run
+    def steady(calls):  # without the parts that differ from run to run
         unstable = re.compile(r"/\S*/tmp\.\w+/|\b\d{10}-\d+-0\b")
         return {tuple(unstable.sub("", a) for a in call["arguments"]) for call in calls}
 
@@ -340,7 +342,7 @@ def test_a_dry_run_prints_every_command_and_executes_none_even_without_gcloud(wo
     run(world, *options, job=job)
     executed = steady(world.calls("gcloud"))
     assert printed <= executed
-    assert {call[3] for call in executed - printed} <= {"describe"}  # what it says is not known to a dry run
+    assert {call[3] for call in executed - printed} <= {"describe"}  # a dry run does not know the answers
 
 
 @pytest.mark.parametrize(
@@ -358,7 +360,7 @@ def test_a_dry_run_prints_every_command_and_executes_none_even_without_gcloud(wo
         ("run", *VM, "--max-restarts=many", "--", "x"),
     ],
 )
-def test_a_wrong_command_line_is_exit_code_2_and_creates_nothing(world, arguments):
+def test_a_wrong_command_line_ends_with_exit_code_2_and_creates_nothing(world, arguments):
     assert world.run("tpu_vm.sh", *arguments, expect=2).stderr.strip().splitlines()[-1].startswith("error: ")
     assert not world.calls("create")
 

@@ -58,7 +58,7 @@ MUTANTS = [
     ),
     *variants(
         "data/decode_arrow.py",
-        _SMALL + " -k 'parquet or arrow or columns'",
+        _SMALL + " -k 'parquet or arrow'",
         ("if budget < 0:", "if False:"),
         ("cost + _sum(pyarrow.compute.take(sizes, array.indices))", "cost"),
         ("kind, cost = array.type, _VALUE * len(array)", "kind, cost = array.type, 0"),
@@ -72,7 +72,7 @@ MUTANTS = [
     ),
     *variants(
         "data/tokens.py",
-        _SMALL + " -k line",
+        _SMALL + " -k row_of",
         ("if len(text.prompt) + max(map(len, text.completions), default=0) <= most:", "if True:"),
         ("prompt=text.prompt[-most:], completions=answers", "prompt=text.prompt, completions=answers"),
     ),
@@ -237,7 +237,7 @@ MUTANTS = [
     ),
     *variants(
         "runtime/phase.py",
-        "tests/hostile/test_simulator.py -k marked",
+        "tests/hostile/test_simulator.py -k disk_error",
         (
             "self._evaluated, self._metric, self._position = evaluated, None, None",
             "self._evaluated, self._metric = evaluated, None",
@@ -317,7 +317,7 @@ MUTANTS = [
     ),
     *variants(
         "io/terminal.py",
-        "tests/hostile/test_security.py tests/hostile/test_terminal.py -k 'steer or closes'",
+        "tests/hostile/test_security.py tests/hostile/test_terminal.py -k 'control or closed_during'",
         ("return printable_lines(super().getMessage())", "return super().getMessage()"),
         ("self.exc_text = _printable_trace(*self.exc_info)", "self.exc_text = None"),
         (

@@ -1,4 +1,4 @@
-"""The table, the forms that a mesh may take, and who holds which rows."""
+"""The table of shardings, the allowed sizes of a mesh, and the rows of each process."""
 
 import dataclasses
 import os
@@ -38,7 +38,7 @@ def form(data=1, fsdp=1, tensor=1, rules=(), rollout=None):
     return create_layout(MeshConfig(data=data, fsdp=fsdp, tensor=tensor, rules=rules), rollout)
 
 
-def test_the_documented_table_is_the_table():
+def test_the_documented_table_equals_the_table_in_code():
     documented = {}
     for names, axes in re.findall(r"^\| ([a-z_, ]+) \| [^|]* \| ([a-z, —]+) \|$", layout.__doc__, re.MULTILINE):
         if names != "logical axis":
@@ -46,7 +46,7 @@ def test_the_documented_table_is_the_table():
     assert documented == dict(LOGICAL_TO_MESH)
 
 
-def test_rules_change_lines_of_it():
+def test_rules_override_entries_of_the_table():
     changed = form(2, 2, 2, rules=("mlp=tensor+fsdp", "embed="))
     assert changed.spec(("embed", "mlp")) == PartitionSpec(None, ("tensor", "fsdp"))
     assert form(2, 2, 2).spec(("embed", "mlp")) == PartitionSpec("fsdp", "tensor")
@@ -55,7 +55,7 @@ def test_rules_change_lines_of_it():
             form(2, 2, 2, rules=(rule,))
 
 
-def test_an_activation_that_the_mesh_does_not_divide_is_cut_as_far_as_it_goes():
+def test_an_activation_is_sharded_only_over_axes_that_divide_it():
     assert form(2, 2, 2).spec(("rows", "length"), (6, 5)) == PartitionSpec("data")
     assert form(2, 2, 2).spec(("rows", "length"), (8, 5)) == PartitionSpec(("data", "fsdp"))
     assert form(2, 2, 2).spec(("rows", "heads"), (3, 3)) == PartitionSpec()
@@ -72,7 +72,7 @@ def test_an_activation_that_the_mesh_does_not_divide_is_cut_as_far_as_it_goes():
         ((8, 1, 1), 8, (8, 1)),
     ],
 )
-def test_fsdp_becomes_tensor_as_far_as_heads_allow_and_data_beyond(sizes, kv_heads, wanted):
+def test_sampling_uses_fsdp_as_tensor_up_to_the_heads_then_as_data(sizes, kv_heads, wanted):
     chosen = rollout_layout(form(*sizes), (kv_heads, 24 if kv_heads == 3 else 32, 64))
     assert (chosen.num_shards("rows"), chosen.num_shards("heads")) == wanted
     assert chosen.num_shards("embed") == 1
@@ -86,13 +86,13 @@ def test_fsdp_becomes_tensor_as_far_as_heads_allow_and_data_beyond(sizes, kv_hea
         ("h100:2x4", (1, 8, 1), (2, 4)),
         ("h100:2x6", (1, 12, 1), (2, 6)),
         ("h100:2x6", (1, 4, 3), (2, 6)),
-        ("h100:4x2", (1, 2, 4), (2, 4)),  # training's own tensor leaves the machine; no more joins it
+        ("h100:4x2", (1, 2, 4), (2, 4)),  # tensor spans machines in training already, and does not grow
         ("h100:1x8", (1, 8, 1), (1, 8)),
         ("v5e:4x4", (1, 16, 1), (1, 16)),
         ("2*v5e:2x4", (2, 8, 1), (2, 8)),
     ],
 )
-def test_tensor_stays_where_fast_links_are(machines, sizes, wanted):
+def test_tensor_grows_only_within_fast_links(machines, sizes, wanted):
     described = topology(machines)
     mesh = MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
     chosen = rollout_layout(
@@ -104,7 +104,7 @@ def test_tensor_stays_where_fast_links_are(machines, sizes, wanted):
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """A GPU of a run, whose process has it alone: what says where it is, is the host's number, by either name."""
+    """A GPU. Its machine's index is in the attribute `named`: partition_index, or slice_index in an older JAX."""
 
     id: int
     platform = "gpu"
@@ -116,7 +116,7 @@ class Card:
 
 
 @pytest.mark.parametrize("named", ["partition_index", "slice_index"])
-def test_gpus_say_themselves_which_machine_they_are_in(named):
+def test_gpus_report_the_machine_that_they_are_in(named):
     kind = type("Card", (Card,), {"named": named})
     cards = [kind(index) for index in range(8)]
     assert [machine_of(card) for card in cards] == [0] * 4 + [1] * 4
@@ -124,7 +124,7 @@ def test_gpus_say_themselves_which_machine_they_are_in(named):
     assert [machine_of(device) for device in jax.devices()] == [0] * 8
 
 
-def test_a_rollout_mesh_that_cannot_be_is_named_with_those_that_can():
+def test_an_impossible_rollout_mesh_is_an_error():
     with pytest.raises(ValueError, match=r"config\.rollout_mesh: data=8 .* is not the 8 devices"):
         form(1, 8, 1, rollout=RolloutMeshConfig(data=8, fsdp=1, tensor=2))
     with pytest.raises(ValueError, match=r"config\.rollout_mesh: .* tensor may be 2, 4\."):
@@ -135,7 +135,7 @@ def test_a_rollout_mesh_that_cannot_be_is_named_with_those_that_can():
 
 @pytest.mark.parametrize("kept", [1, 2])
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 4, 1), (1, 4, 2)])
-def test_weights_come_over_unchanged_without_being_whole_anywhere(sizes, kept, capfd):
+def test_weights_reach_the_rollout_layout_unchanged_and_never_whole(sizes, kept, capfd):
     config = tiny.policy(num_heads=8, num_kv_heads=4).model.config
     plain = Decoder(config)
     params = init_params(plain, jax.random.key(0))
@@ -162,10 +162,10 @@ def test_weights_come_over_unchanged_without_being_whole_anywhere(sizes, kept, c
     [
         ((1, 8, 1), ([0, 1, 2, 3], [4, 5, 6, 7]), (4, 4)),
         ((1, 2, 4), ([0, 1, 2, 3], [4, 5, 6, 7]), (4, 4)),
-        ((1, 1, 8), ([*range(8)], [*range(8)]), (8, 0)),  # tensor reaches over both machines
+        ((1, 1, 8), ([*range(8)], [*range(8)]), (8, 0)),  # tensor spans both machines
     ],
 )
-def test_which_rows_a_process_lays_out_follows_from_the_mesh(sizes, held, owned, monkeypatch):
+def test_the_mesh_determines_the_rows_of_each_process(sizes, held, owned, monkeypatch):
     machines = topology("h100:2x4").devices
     mesh = create_layout(MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))), None, machines)
     for process in range(2):
@@ -176,7 +176,7 @@ def test_which_rows_a_process_lays_out_follows_from_the_mesh(sizes, held, owned,
         local_row_indices(9, create_layout(MeshConfig(), None, machines))
 
 
-def test_only_data_goes_over_the_network_between_slices():
+def test_only_the_data_axis_spans_slices():
     slices = topology("2*v5e:2x4").devices
     mesh = create_layout(MeshConfig(data=2, fsdp=4, tensor=2), None, slices).mesh
     for part in range(2):
@@ -185,14 +185,14 @@ def test_only_data_goes_over_the_network_between_slices():
         create_layout(MeshConfig(), None, slices)
 
 
-def test_clusters_are_known_by_what_they_put_into_the_environment():
+def test_clusters_are_recognised_by_their_environment_variables():
     slurm = {"SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "node[1-2]"}
     assert cluster_name(slurm) == "slurm"
     assert cluster_name(slurm | {"SLURM_NTASKS": "1"}) is None
-    assert cluster_name({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "1"}) is None  # in an allocation, outside of srun
+    assert cluster_name({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "1"}) is None  # in an allocation, but not started by srun
     assert cluster_name({"OMPI_COMM_WORLD_SIZE": "2"}) == "ompi"
     assert cluster_name({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}) == "k8s"
-    assert cluster_name({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}) is None  # a notebook in a Pod is alone
+    assert cluster_name({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}) is None  # a notebook in a Pod is a single process
     assert cluster_name({}) is None
 
 
@@ -205,8 +205,8 @@ def test_clusters_are_known_by_what_they_put_into_the_environment():
         ("", None, None),
     ],
 )
-def test_made_up_devices_get_more_threads_than_their_collectives_hold(monkeypatch, flags, before, after):
-    monkeypatch.setenv("PJRT_NPROC", before or "")  # so that it is put back
+def test_simulated_devices_get_four_threads_each_by_default(monkeypatch, flags, before, after):
+    monkeypatch.setenv("PJRT_NPROC", before or "")  # so that monkeypatch restores it
     if before is None:
         monkeypatch.delenv("PJRT_NPROC")
     monkeypatch.setenv("XLA_FLAGS", flags)
@@ -218,7 +218,7 @@ def test_made_up_devices_get_more_threads_than_their_collectives_hold(monkeypatc
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_offloaded_models_wait_in_host_memory_and_say_the_same(devices):
+def test_offloaded_models_are_in_host_memory_and_give_the_same_results(devices):
     where = None if devices == 1 else form(2, 4, 1)
     models = {
         "reference": tiny.policy(3),
@@ -238,7 +238,7 @@ def test_offloaded_models_wait_in_host_memory_and_say_the_same(devices):
     np.testing.assert_array_equal(scores[0][1], scores[1][1])
 
 
-def test_the_first_moment_may_be_kept_in_bfloat16():
+def test_the_first_moment_may_be_stored_in_bfloat16():
     params = {"kernel": jnp.ones((4, 4)), "scalar_head": {"kernel": jnp.ones((4, 1))}}
     for form_of_eps in ("pytorch", "tensorflow"):
         how = {"learning_rate": 0.1, "eps_form": form_of_eps}

@@ -1,4 +1,4 @@
-"""Every form of the mesh computes what one device does: PPO's two programs, the SFT step and the reward step."""
+"""On every mesh PPO's two programs, the SFT step and the reward step compute the same as on one device."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from tests.ppo import tiny
 
 ROWS = 16
 ACTOR = {"num_heads": 8, "num_kv_heads": 4}
-# (data, fsdp, tensor) to train, and to sample; 4 key/value heads allow tensor=4
+# (data, fsdp, tensor) for training, and for sampling; 4 key/value heads allow tensor=4
 FORMS = {
     "data": ((8, 1, 1), None),
     "fsdp": ((1, 8, 1), None),  # samples with tensor=4, data=2
@@ -38,7 +38,7 @@ def close(one, other, **tolerance):
 
 @pytest.fixture(scope="module")
 def run():
-    """Two iterations, the second on the first one's tokens, cached by form; all four models differ in size."""
+    """Trains twice on the same experience on a mesh, and caches the result. All four models differ in size."""
     done = {}
 
     def of(form):
@@ -66,10 +66,10 @@ def run():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_ppo_on_a_mesh_is_ppo_on_one_device(form, run):
+def test_ppo_on_a_mesh_equals_ppo_on_one_device(form, run):
     one, mesh = run(None), run(form)
     lengths = np.asarray(one["made"].response_mask).sum(axis=1)
-    assert len(set(lengths.tolist())) > 2  # responses of unequal lengths
+    assert len(set(lengths.tolist())) > 2  # responses have different lengths
     for field in dataclasses.fields(one["made"]):
         wanted, got = (jax.device_get(getattr(side["made"], field.name)) for side in (one, mesh))
         if field.name == "frozen_activations":  # all layers train here
@@ -82,7 +82,7 @@ def test_ppo_on_a_mesh_is_ppo_on_one_device(form, run):
     for wanted, got in zip(one["metrics"], mesh["metrics"], strict=True):
         for name in wanted.keys() - {"eps", "time/iteration"}:
             np.testing.assert_allclose(got[name], wanted[name], rtol=1e-3, atol=1e-5, err_msg=name)
-    # With Adam's ε at 1,000 a step is linear in the gradient: what the parameters moved by is the gradient itself.
+    # With Adam's ε = 1,000 a step is proportional to the gradient, so the parameters' change shows the gradient.
     for before, after in (("start", "once"), ("once", "trained")):
         steps = []
         for side in (one, mesh):
@@ -94,7 +94,7 @@ def test_ppo_on_a_mesh_is_ppo_on_one_device(form, run):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_each_device_holds_its_share_of_parameters_and_optimizer(form, run):
+def test_each_device_has_its_share_of_the_parameters(form, run):
     (data, _, _), _ = FORMS[form]
     engine = run(form)["engine"]
     for part in (engine.params.trainable.actor, engine.params.trainable.actor_ema, engine.params.trainable.critic):
@@ -105,7 +105,7 @@ def test_each_device_holds_its_share_of_parameters_and_optimizer(form, run):
 
 
 @pytest.mark.parametrize(("phase", "form"), [*(("sft", form) for form in FORMS), ("reward", "fsdp"), ("reward", "all")])
-def test_supervised_steps_on_a_mesh_are_those_of_one_device(phase, form):
+def test_supervised_steps_on_a_mesh_equal_those_on_one_device(phase, form):
     layout = layout_of(form)
     if phase == "sft":
         how, start = test_supervised.sft(1)

@@ -1,4 +1,4 @@
-"""Two real processes: a model sharded over both is loaded by both and written by one."""
+"""Two real processes load a model that is sharded over both, and one of them writes it."""
 
 from jax_rlhf import load_pretrained
 from tests.hub import tiny
@@ -37,17 +37,17 @@ except OSError as error:
 def run_both(source, target):
     port = free_port()
     processes = [start(SHARE, port, index, source, target, devices=4) for index in range(2)]
-    # Gloo prints too, from several threads, so that its lines may be torn.
+    # Gloo's threads print too, and may split lines.
     return [finish(process, timeout=180).partition("refused:")[2] for process in processes]
 
 
-def test_two_processes_save_what_one_would(tmp_path):
+def test_two_processes_save_the_model_that_they_loaded(tmp_path):
     source = tiny.write_checkpoint(tmp_path / "gpt2", "gpt2")
     assert run_both(source, tmp_path / "saved") == ["", ""]
     assert same_params(load_pretrained(tmp_path / "saved").params, load_pretrained(source).params)
 
 
-def test_a_writer_that_fails_ends_both(tmp_path):
+def test_a_failed_write_is_an_error_on_both_processes(tmp_path):
     source = tiny.write_checkpoint(tmp_path / "gpt2", "gpt2")
     target = tmp_path / "saved"
     target.mkdir()

@@ -1,4 +1,4 @@
-"""Groups of a batch's rows: each device's share of a group is its own rows."""
+"""Row groups of a batch: each device has its own rows in every group."""
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from jax_rlhf.parallel import join_row_groups, map_row_groups, put_rows, split_r
 
 @pytest.mark.parametrize("shards", [1, 4])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_groups_are_made_of_the_rows_that_a_device_holds(shards, count):
+def test_each_device_keeps_its_own_rows_in_every_group(shards, count):
     mesh = None if shards == 1 else Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "fsdp"))
     rows = np.arange(24 * 5, dtype=np.float32).reshape(24, 5)
     groups = np.asarray(split_row_groups(put_rows(rows, mesh), count, mesh))
@@ -23,7 +23,7 @@ def test_groups_are_made_of_the_rows_that_a_device_holds(shards, count):
 
 
 @pytest.mark.parametrize("shards", [1, 4])
-def test_a_function_of_rows_is_the_same_by_groups(shards):
+def test_a_function_applied_by_row_groups_gives_the_same_result(shards):
     mesh = None if shards == 1 else Mesh(np.array(jax.devices()[:4]).reshape(4, 1), ("data", "fsdp"))
     rows = np.random.RandomState(0).randn(16, 3).astype(np.float32)
     run = jax.jit(lambda x: map_row_groups(lambda part: (part.sum(axis=1), -part), x, 4, mesh))
@@ -31,4 +31,6 @@ def test_a_function_of_rows_is_the_same_by_groups(shards):
     np.testing.assert_allclose(total, rows.sum(axis=1), rtol=1e-6)
     np.testing.assert_array_equal(negative, -rows)
     text = run.lower(put_rows(rows, mesh)).compile().as_text()
-    assert not any(name in text for name in ("all-gather", "all-to-all", "collective-permute"))  # nothing moves
+    assert not any(
+        name in text for name in ("all-gather", "all-to-all", "collective-permute")
+    )  # no rows move between devices

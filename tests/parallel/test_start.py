@@ -1,6 +1,6 @@
-"""How a process is told, or finds out, which of several it is.
+"""How a process learns its index and the number of processes.
 
-What JAX is asked is recorded; three tests ask it really, in processes of their own.
+Most tests replace `jax.distributed.initialize` and check its arguments. A few start real processes.
 """
 
 import importlib.machinery
@@ -22,7 +22,7 @@ TOLD = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:8476", "JAX_NUM_PROCESSES": "4", "
 
 @pytest.fixture
 def asked(monkeypatch):
-    """An environment without clusters; what jax.distributed.initialize was called with: (the three, the others)."""
+    """Removes all cluster variables. Returns jax.distributed.initialize's calls: (positional, keyword arguments)."""
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *three, **other: calls.append((three, other)))
     for name in tuple(os.environ):
@@ -36,24 +36,24 @@ def set_all(monkeypatch, environment):
         monkeypatch.setenv(name, value)
 
 
-def test_without_anything_a_process_is_alone(asked):
+def test_a_process_without_settings_is_alone(asked):
     start_processes()
     assert not asked
 
 
-def test_half_of_the_flags_are_an_error(asked):
+def test_incomplete_flags_are_an_error(asked):
     with pytest.raises(ValueError, match=r"--num_processes=2 --process_id=None: without a cluster .* set all three"):
         start_processes("127.0.0.1:1", 2, None)
     assert not asked
 
 
 @pytest.mark.parametrize("in_a_pod", [{}, POD | {"JOB_COMPLETION_INDEX": "3"}])
-def test_the_three_variables_are_enough_and_nothing_is_detected(asked, monkeypatch, in_a_pod):
+def test_the_three_variables_switch_off_cluster_detection(asked, monkeypatch, in_a_pod):
     set_all(monkeypatch, TOLD | in_a_pod)
     start_processes(timeout=7)
     ((three, other),) = asked
     assert three == ("127.0.0.1:8476", 4, 3)
-    # Nor are local devices chosen: a Pod's process gets all of its GPUs.
+    # Local devices are not chosen either, so that a Pod's process gets all of its GPUs.
     assert other == {"cluster_detection_method": "deactivate", "heartbeat_timeout_seconds": 7}
 
 
@@ -75,7 +75,7 @@ def test_the_three_variables_are_enough_and_nothing_is_detected(asked, monkeypat
         ({"OMPI_COMM_WORLD_SIZE": "x"}, "OMPI_COMM_WORLD_SIZE is 'x', which is not a whole number"),
     ],
 )
-def test_a_value_that_cannot_be_is_named(asked, monkeypatch, wrong, says):
+def test_an_invalid_value_is_an_error_that_names_the_variable(asked, monkeypatch, wrong, says):
     set_all(monkeypatch, TOLD | wrong)
     with pytest.raises(ValueError, match=says):
         start_processes()
@@ -89,7 +89,7 @@ def test_empty_variables_count_as_not_set(asked, monkeypatch):
 
 
 @pytest.mark.parametrize("environment", [{}, POD | {"JOB_COMPLETION_INDEX": "0"}])
-def test_one_process_is_alone_whatever_else_it_is_told(asked, monkeypatch, environment):
+def test_a_single_process_does_not_initialize_jax_distributed(asked, monkeypatch, environment):
     set_all(monkeypatch, environment | {"JAX_NUM_PROCESSES": "1"})
     start_processes()
     start_processes("127.0.0.1:1", 1, 0)
@@ -101,7 +101,7 @@ def without_kubernetes(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "kubernetes" else found(name))
 
 
-def test_an_indexed_job_of_one_pod_needs_nothing(asked, monkeypatch):
+def test_an_indexed_job_of_one_pod_needs_no_settings(asked, monkeypatch):
     without_kubernetes(monkeypatch)
     set_all(monkeypatch, POD | {"JOB_COMPLETION_INDEX": "0"})
     start_processes()
@@ -109,7 +109,7 @@ def test_an_indexed_job_of_one_pod_needs_nothing(asked, monkeypatch):
 
 
 @pytest.mark.parametrize("told", [{}, {"JAX_NUM_PROCESSES": "4"}, {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"}])
-def test_a_pod_that_is_not_told_enough_says_exactly_what_to_set(asked, monkeypatch, told):
+def test_a_pod_with_missing_settings_is_an_error_that_lists_them(asked, monkeypatch, told):
     without_kubernetes(monkeypatch)
     for index in "13" if not told else "01":
         set_all(monkeypatch, POD | told | {"JOB_COMPLETION_INDEX": index})
@@ -121,7 +121,7 @@ def test_a_pod_that_is_not_told_enough_says_exactly_what_to_set(asked, monkeypat
 
 
 def kubernetes(folder, answer):
-    """A package `kubernetes` as JAX uses it, whose API server answers each question with `answer`, a line of Python."""
+    """Writes a fake package `kubernetes`, whose API server executes `answer`, a line of Python, for each query."""
     (folder / "kubernetes").mkdir()
     (folder / "kubernetes" / "__init__.py").write_text(f"""
 from types import SimpleNamespace as S
@@ -160,7 +160,7 @@ def pod(monkeypatch, folder, index, port=None):
     return start(PROGRAM, folder, port or "", devices=4)
 
 
-def test_with_the_package_jax_asks_and_every_pod_has_all_its_devices(asked, monkeypatch, tmp_path):
+def test_with_the_kubernetes_package_each_pod_has_all_its_devices(asked, monkeypatch, tmp_path):
     kubernetes(tmp_path, "raise AssertionError('the address and the count are known')")
     port = free_port()
     pods = [pod(monkeypatch, tmp_path, index, port) for index in range(2)]
@@ -168,7 +168,7 @@ def test_with_the_package_jax_asks_and_every_pod_has_all_its_devices(asked, monk
         assert f"joined: {index} 2 4\n" in finish(process, timeout=120)
 
 
-def test_pods_that_may_not_ask_are_told_what_to_set(asked, monkeypatch, tmp_path):
+def test_pods_without_api_access_get_an_error_that_says_what_to_set(asked, monkeypatch, tmp_path):
     kubernetes(tmp_path, "raise ApiException")
     says = finish(pod(monkeypatch, tmp_path, 0), timeout=120)
     assert "refused: JAX cannot find the other Pods" in says
@@ -176,8 +176,8 @@ def test_pods_that_may_not_ask_are_told_what_to_set(asked, monkeypatch, tmp_path
     assert "JAX_COORDINATOR_ADDRESS=HOST:8476" in says
 
 
-def test_the_others_of_a_pod_that_is_found_may_come_later(asked, monkeypatch):
-    """Not the user's error: launchers start the same command again."""
+def test_a_timeout_while_pods_join_is_not_a_user_error(asked, monkeypatch):
+    """The error of JAX is passed on, and launchers start the same command again."""
 
     def never(*_, **__):
         raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
@@ -190,7 +190,7 @@ def test_the_others_of_a_pod_that_is_found_may_come_later(asked, monkeypatch):
         start_processes()
 
 
-def test_a_coordinator_whose_name_is_not_known_yet_is_waited_for(asked, monkeypatch):
+def test_a_process_waits_until_the_coordinators_name_resolves(asked, monkeypatch):
     answers = [OSError("Name or service not known")] * 2
 
     def look_up(host, port):
@@ -211,11 +211,11 @@ def test_a_coordinator_whose_name_is_not_known_yet_is_waited_for(asked, monkeypa
         ProcessError, match="the name of the coordinator, rlhf-0, cannot be resolved: Name or service"
     ) as error:
         start_processes("rlhf-0:8476", 2, 1)
-    assert error.value.internal  # exit code 70: launchers start it again
+    assert error.value.internal  # exit code 70: launchers restart the run
     assert 300 < clock.now < 310
 
 
-def test_an_error_before_the_others_are_joined_starts_no_devices(monkeypatch):
+def test_an_error_before_processes_join_does_not_start_devices(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: pytest.fail("it would start the devices"))
     assert exit_process(1, ValueError("JAX_NUM_PROCESSES")) == 1
 

@@ -1,4 +1,4 @@
-"""What a compiler reports it reports while it compiles: nothing here is read from a cache."""
+"""Switches off the compilation cache, because compilers write their reports only while they compile."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""`python -m jax_rlhf.plan` as people call it."""
+"""`python -m jax_rlhf.plan` on the command line."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ def plan(folder, *flags):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_a_plan_of_all_phases(tmp_path):
+def test_a_plan_reports_the_programs_of_all_phases(tmp_path):
     tiny.topology("h100:8")
     code, printed, errors = plan(tmp_path, "--topology=h100:8", "--json")
     assert code == 0, errors[-3000:]
@@ -50,18 +50,18 @@ def test_a_plan_of_all_phases(tmp_path):
         assert row["seconds"]["products"] == pytest.approx(row["flops"] / CHIPS["h100"].flops)
     kernels = 2 * (4 * 1024**2 + 3 * 1024 * 2048)
     actor, critic = kernels + 2 * 8192 * 1024, kernels + 8192 * 1024
-    # Masters and moments in float32; the reference and the reward model in bfloat16. An eighth each.
+    # Master weights and moments are float32, the reference and the reward model bfloat16. A device has an eighth.
     assert rows["ppo update"]["optimizer"] == pytest.approx((actor + critic) * 8 / 8, rel=0.01)
     assert rows["ppo update"]["parameters"] == pytest.approx((actor + critic) * (4 + 2) / 8, rel=0.01)
-    # 6 FLOPs per parameter and token, 8 with remat, and attention; the table is looked up, not multiplied.
+    # 6 FLOPs per parameter and token, 8 with remat, plus attention. The embedding table is a lookup without FLOPs.
     tokens = 32 * 256
     per_token = rows["sft step"]["flops"] * 8 / tokens / (kernels + 8192 * 1024)
     assert 7.5 < per_token < 8.6
     assert rows["ppo update"]["collectives"]["all-gather"]["bytes"] > 0
-    # The largest tensor, whole on each device, in the dtype in which it is saved.
+    # The largest tensor is gathered on each device, in the dtype in which it is saved.
     assert rows["ppo export"]["collectives"]["all-gather"]["bytes"] == 8192 * 1024 * 2 * 7 / 8
     assert rows["ppo export"]["temporaries"] >= 8192 * 1024 * 2
-    # The policy's answers on which scores are normalised: it lies there too, in bfloat16.
+    # Scores are normalised on the policy's responses, so the policy is on the devices too, in bfloat16.
     more = rows["reward answers"]["parameters"] - rows["reward step"]["parameters"]
     assert more == pytest.approx(actor * 2 / 8, rel=0.01)
     assert rows["sft answers"]["traffic"] > 0
@@ -73,9 +73,9 @@ def test_a_plan_of_all_phases(tmp_path):
     assert made["notes"] == []
 
 
-def test_what_does_not_fit_is_said_with_what_would_help(tmp_path):
+def test_a_plan_that_does_not_fit_suggests_a_setting_that_would(tmp_path):
     tiny.topology("h100:2")
-    # Masters and moments fit; with the activations of the whole batch at once, none computed again, it is too much.
+    # Master weights and moments fit, but not together with the whole batch's activations, without remat.
     flags = (
         "--config.phases=sft",
         "--config.sft.sample_rows=0",
@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_said_with_what_would_help(tmp_path):
         (("--topology=h100:8", "--config.model.path=someone/unknown-7b"), "or a preset"),
     ],
 )
-def test_bad_input_is_one_line(flags, message, tmp_path):
+def test_invalid_input_is_an_error_without_a_traceback(flags, message, tmp_path):
     if flags and "h100" in flags[0]:
         tiny.topology("h100:8")
     code, printed, errors = plan(tmp_path, *flags)
@@ -107,8 +107,8 @@ def test_bad_input_is_one_line(flags, message, tmp_path):
     assert "Traceback" not in errors
 
 
-def test_programs_are_run_where_there_are_devices_that_report(tmp_path, monkeypatch):
-    """On CPU devices that are made to report: every program runs on zeros, and the plan shows what was held."""
+def test_programs_run_on_devices_that_report_their_memory(tmp_path, monkeypatch):
+    """Every program runs on zeros, and its peak memory is measured. A fake device reports that memory."""
     import jax
 
     from jax_rlhf.parallel import create_layout

@@ -1,4 +1,4 @@
-"""What a plan counts, against programs whose counts are known, and the compiler's own words."""
+"""FLOPs, collectives and latencies that a plan counts, for programs and compiler output with known counts."""
 
 import functools
 
@@ -19,7 +19,7 @@ from jax_rlhf.sampling.sampler import loop_scope
 from tests.plan.tiny import topology
 
 
-def test_flops_count_every_turn_of_every_loop():
+def test_flops_include_every_step_of_every_loop():
     weights = jnp.zeros((5, 16, 16))
 
     def layer(x, w):
@@ -31,7 +31,7 @@ def test_flops_count_every_turn_of_every_loop():
     x = jnp.zeros((3, 16))
     once = 2 * 3 * 16 * 16
     assert product_flops(jax.make_jaxpr(scanned)(x)) == 5 * once
-    # Backward: two products for each of the forward ones; with remat the forward ones again.
+    # The backward pass has two products per forward product, and remat repeats the forward products.
     loss = lambda x, w: jnp.sum(jax.lax.scan(layer, x, w)[0])  # noqa: E731
     assert product_flops(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, weights)) == 15 * once
     again = lambda x, w: jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, w)[0])  # noqa: E731
@@ -47,9 +47,9 @@ def test_flops_count_every_turn_of_every_loop():
 
 
 @pytest.mark.parametrize(("platform", "backward"), [("tpu", 7), ("gpu", 5)])
-def test_attention_kernels_count_as_their_products(monkeypatch, platform, backward):
+def test_attention_kernels_count_the_flops_of_their_products(monkeypatch, platform, backward):
     if platform == "gpu":
-        topology("h100:8")  # else JAX asks for this machine's cuDNN
+        topology("h100:8")  # otherwise JAX asks for this machine's cuDNN
     monkeypatch.setattr(DecoderConfig, "platform", platform)
     layout = create_layout(MeshConfig(data=2, fsdp=2, tensor=2), None)
     config, _ = model_shape("llama3-8b")
@@ -86,12 +86,12 @@ def compiled(function, *shapes, specs, out):
         (PartitionSpec("fsdp"), PartitionSpec(None, "fsdp"), "all-to-all", 64 * 32 * 4 / 4 * 3 / 4),
     ],
 )
-def test_bytes_of_a_reshard(before, after, kind, size):
+def test_a_reshard_is_one_collective_with_the_expected_bytes(before, after, kind, size):
     (one,) = collectives(compiled(lambda x: x, (64, 32), specs=[before], out=after), devices=8)
     assert (one.kind, one.count, one.bytes) == (kind, 1, size)
 
 
-def test_collectives_in_a_scan_count_as_often_as_it_turns():
+def test_collectives_in_a_scan_count_once_per_step_of_the_scan():
     def layers(x, weights):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w) @ w.T, None), x, weights)[0]
 
@@ -121,7 +121,7 @@ def test_latency_counts_the_steps_of_a_collective():
     assert seconds("v5e:4x4", "collective-permute", 2, 2) == pytest.approx(1e-6)
 
 
-def test_what_crosses_machines_is_told_apart():
+def test_collectives_that_cross_machines_are_distinguished():
     text = compiled(lambda x: x, (64, 32), specs=[PartitionSpec("data")], out=PartitionSpec())
     assert [(one.group, one.local_group) for one in collectives(text, devices=8, devices_per_machine=4)] == [(2, 1)]
     assert [(one.group, one.local_group) for one in collectives(text, devices=8, devices_per_machine=8)] == [(2, 2)]
@@ -158,7 +158,7 @@ ENTRY %main () -> bf16[64,32] {
 """
 
 
-def test_a_tpu_s_way_of_writing_is_understood():
+def test_the_text_of_the_tpu_compiler_is_parsed():
     scatter, permute, mean = collectives(TPU, devices=8, devices_per_machine=4)
     assert (scatter.kind, scatter.count, scatter.bytes, scatter.group) == ("reduce-scatter", 11, 64 * 32 * 2 * 7 / 8, 8)
     assert (permute.kind, permute.count, permute.bytes, permute.local_group) == (

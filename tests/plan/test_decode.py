@@ -1,4 +1,4 @@
-"""What a step of decoding moves besides what it must read, in the programs compiled for one card and one TPU chip."""
+"""A decoding step copies no large arrays, in programs compiled for one GPU and for one TPU chip."""
 
 import re
 
@@ -36,7 +36,7 @@ def loops_over_tokens(text):
 
 
 def largest(kind):
-    """Bytes of the largest array of a result's type."""
+    """Bytes of the largest array in an instruction's result type."""
     sizes = [0]
     for name, shape in ARRAY.findall(kind):
         size = ITEM.get(name, 4)
@@ -47,7 +47,7 @@ def largest(kind):
 
 
 def moved(text):
-    """Of the loops over tokens, the instructions that only move a megabyte or more: slices and copies."""
+    """The instructions in the loops over tokens that only slice or copy, and whose result has a megabyte or more."""
     computations = computations_of(text)
     found, names = [], [re.search(r"body=%?([\w.\-]+)", loop)[1] for loop in loops_over_tokens(text)]
     while names:
@@ -58,7 +58,7 @@ def moved(text):
             inner = re.search(r"calls=%?([\w.\-]+)", rest) if operation == "fusion" else None
             operations = {INSTRUCTION.match(line)[4] for line in computations[inner[1]]} if inner else {operation}
             computes = operations - MOVES - {"parameter", "constant", "get-tuple-element", "compare", "add", "select"}
-            fetched = operation == "copy-start" and "S(1)" in kind  # into a TPU's fast memory, ahead of the product
+            fetched = operation == "copy-start" and "S(1)" in kind  # prefetched into a TPU's fast memory
             if (
                 largest(kind) >= MEGABYTE
                 and not fetched
@@ -71,7 +71,7 @@ def moved(text):
 
 @pytest.fixture(scope="module", params=["h100:1", "v5e:1x1"])
 def rollout(request, tmp_path_factory):
-    """A rollout of two stages, and its compiled text."""
+    """A rollout program with two decoding loops, and its compiled text."""
     topology = tiny.topology(request.param)
     changes = {
         "phases": ("ppo",),
@@ -85,13 +85,13 @@ def rollout(request, tmp_path_factory):
     return program, program.function.lower(*program.arguments).compile().as_text()
 
 
-def test_no_kernel_and_no_cache_is_copied_before_it_is_read(rollout):
-    """Kernels of 2 to 4 MB, keys and values of 4 MB per layer; logits of 0.25 MB may be put into another order."""
+def test_kernels_and_caches_are_not_copied_before_they_are_read(rollout):
+    """Kernels have 2 to 4 MB, keys and values 4 MB per layer. Logits of 0.25 MB may be copied."""
     assert moved(rollout[1]) == []
 
 
-def test_the_plan_counts_what_the_loops_hold(rollout):
-    """Kernels and the cache of each stage; besides, the loops hold the table of 16 MiB that tokens are looked up in."""
+def test_the_plan_counts_the_bytes_that_decoding_reads(rollout):
+    """Decoding reads the kernels and the cache, but only looks up single rows of the embedding table of 16 MiB."""
     program, text = rollout
     read = 0
     for line in loops_over_tokens(text):

@@ -1,6 +1,6 @@
-"""On no form of the mesh is the batch's embedding put together on a device, nor any array made whole to be cut again.
+"""No device gathers the embeddings of the whole batch, and XLA reports no full rematerialization, on any mesh.
 
-XLA does not say so for TPU, so what it compiled is read as well.
+XLA has no such report for TPU, so the tests read the compiled text too.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from jax_rlhf.plan.collectives import collectives
 from tests.plan import tiny
 
 FORMS = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (2, 4, 1), (4, 1, 2), (2, 1, 4), (1, 4, 2), (1, 2, 4), (2, 2, 2)]
-ROWS, MICRO, TOKENS = 32, 16, 192  # no other array begins with these sizes
+ROWS, MICRO, TOKENS = 32, 16, 192  # no other array has these leading sizes
 LEARNED = {"model_type": "opt", "ffn_dim": 2048, "word_embed_proj_dim": 512, "activation_function": "relu"}
 
 
 @contextlib.contextmanager
 def standard_error():
-    """What is written there meanwhile, XLA's C++ included: a list of one text, filled at the end."""
+    """Captures standard error, including that of XLA's C++. Yields a list that gets one text at the end."""
     said, kept = [], os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
@@ -47,7 +47,7 @@ def programs(folder, monkeypatch, chips, form, phases, **shape):
 
 
 def whole_embeddings(text, form, rows):
-    """The lines of a compiled program that make more of the rows' embeddings than a device's share."""
+    """The lines of a compiled program whose result has more of the batch's embeddings than a device's share."""
     share = rows * TOKENS * tiny.SHAPE["hidden_size"] // (form[0] * form[1])
     found = []
     for line in text.splitlines():
@@ -60,7 +60,7 @@ def whole_embeddings(text, form, rows):
 
 
 def check(made, form):
-    """Compiles them; their texts by name."""
+    """Compiles and checks the programs. Returns their compiled texts by name."""
     texts = {}
     for program in made:
         with standard_error() as said:
@@ -75,34 +75,34 @@ def check(made, form):
     return texts
 
 
-@pytest.mark.parametrize("form", [(2, 2, 2), (2, 4, 1)])  # where data and fsdp are both above 1, both went wrong
-def test_each_device_looks_up_its_own_rows(tmp_path, monkeypatch, form):
+@pytest.mark.parametrize("form", [(2, 2, 2), (2, 4, 1)])  # data and fsdp are both above 1, which once failed
+def test_each_device_embeds_only_its_own_rows(tmp_path, monkeypatch, form):
     made = programs(tmp_path, monkeypatch, "cpu", form, ("sft", "ppo"))
     check([one for one in made if one.name in ("step", "rollout and scoring")], form)
 
 
-def test_learned_positions_and_a_narrow_embedding_too(tmp_path, monkeypatch):
+def test_learned_positions_and_narrow_embeddings_stay_sharded(tmp_path, monkeypatch):
     made = programs(tmp_path, monkeypatch, "cpu", (2, 2, 2), ("sft",), **LEARNED)
     check(made[:1], (2, 2, 2))
 
 
 @pytest.mark.parametrize("chips", [pytest.param("v5e:2x4", marks=pytest.mark.slow), "h100:2x4"])
-def test_the_compilers_for_tpu_and_gpu_do_as_well(tmp_path, monkeypatch, chips):
+def test_embeddings_stay_sharded_on_tpu_and_gpu(tmp_path, monkeypatch, chips):
     made = programs(tmp_path, monkeypatch, chips, (2, 2, 2), ("sft",))
     check(made[:1], (2, 2, 2))
 
 
-def test_scoring_sends_no_rows_between_machines_where_each_has_its_own_copies(tmp_path, monkeypatch):
+def test_scoring_sends_no_rows_between_machines(tmp_path, monkeypatch):
     made = programs(tmp_path, monkeypatch, "h100:2x4", (2, 2, 2), ("ppo",))
     texts = check([one for one in made if one.name == "scoring"], (2, 2, 2))
     between = [
         one for one in collectives(texts["scoring"], devices=8, devices_per_machine=4) if one.local_group < one.group
     ]
-    assert sum(one.count * one.bytes for one in between) < 1000  # means of metrics
+    assert sum(one.count * one.bytes for one in between) < 1000  # bytes, for the means of metrics
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chips", ["cpu", "v5e:2x4", "h100:2x4"])
 @pytest.mark.parametrize("form", FORMS)
-def test_all_programs_on_all_forms(tmp_path, monkeypatch, chips, form):
+def test_embeddings_stay_sharded_in_all_programs_on_all_meshes(tmp_path, monkeypatch, chips, form):
     check(programs(tmp_path, monkeypatch, chips, form, ("sft", "reward", "ppo")), form)

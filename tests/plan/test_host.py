@@ -1,4 +1,4 @@
-"""What lies on devices and hosts for a whole phase, from shapes alone: nothing is compiled."""
+"""The memory of devices and hosts for a whole phase, computed from shapes without compiling."""
 
 import functools
 
@@ -30,8 +30,8 @@ def named(programs, name):
     return found
 
 
-def test_a_host_holds_what_waits_there_and_what_is_being_written(tmp_path):
-    """Of 2 machines of 4: half of all. Masters and moments take 12 bytes per parameter, what waits 2."""
+def test_a_host_has_offloaded_models_and_the_checkpoint_in_memory(tmp_path):
+    """Each of 2 hosts has half. Master weights and moments take 12 bytes per parameter, offloaded models 2."""
     topology, programs = planned(tmp_path, ("reward_model.offload", True))
     hosts = {host.phase: host for host in host_accounts(programs, topology)}
     assert {host.devices for host in hosts.values()} == {4}
@@ -45,7 +45,7 @@ def test_a_host_holds_what_waits_there_and_what_is_being_written(tmp_path):
     assert hosts["ppo"].peak == hosts["ppo"].offloaded + hosts["ppo"].checkpoint + hosts["ppo"].file
 
 
-def test_one_card_has_no_export_and_its_host_holds_what_waits_all_the_same(tmp_path):
+def test_one_gpu_has_no_export_but_its_host_has_offloaded_models(tmp_path):
     topology, programs = planned(tmp_path, ("reward_model.offload", True), chips="h100:1")
     assert [one.name for one in programs if one.phase == "ppo"][-1] == "update"
     (host,) = (host for host in host_accounts(programs, topology) if host.phase == "ppo")
@@ -53,8 +53,8 @@ def test_one_card_has_no_export_and_its_host_holds_what_waits_all_the_same(tmp_p
 
 
 @pytest.mark.parametrize("chips", ["h100:2x4", "v5e:2x4"])
-def test_what_waits_on_the_host_is_on_the_device_only_while_it_scores(tmp_path, chips):
-    """Described GPUs have no memory kinds, and XLA counts the copy on TPUs alone."""
+def test_an_offloaded_model_is_on_the_device_only_while_it_scores(tmp_path, chips):
+    """XLA counts the copy on TPUs. Described GPUs have no memory kinds, so there the plan adds the copy."""
     _, there = planned(tmp_path, chips=chips)
     _, waits = planned(tmp_path, ("reward_model.offload", True), chips=chips)
     size = CRITIC * 2 / 8
@@ -67,7 +67,7 @@ def test_what_waits_on_the_host_is_on_the_device_only_while_it_scores(tmp_path, 
         assert more == pytest.approx(copied, rel=0.01)
 
 
-def test_the_policy_lies_there_while_its_answers_are_scored(tmp_path):
+def test_the_policy_is_on_the_devices_while_its_responses_are_scored(tmp_path):
     _, programs = planned(tmp_path)
     sizes = {one.name: device_bytes(one.resident["parameters"]) * 8 for one in programs if one.phase == "reward"}
     for name in ("answers", "answers' scores"):
@@ -77,14 +77,14 @@ def test_the_policy_lies_there_while_its_answers_are_scored(tmp_path):
     assert [one.name for one in without if one.phase == "reward"] == ["step", "evaluation", "export"]
 
 
-def test_the_largest_tensor_is_exported(tmp_path):
+def test_the_export_program_gathers_the_largest_tensor(tmp_path):
     _, programs = planned(tmp_path)
     for phase in ("sft", "reward", "ppo"):
         leaf, index, _, dtype = named(programs, f"{phase} export").arguments
         assert (leaf.size, index, dtype.itemsize) == (TABLE, None, 2)
 
 
-def test_only_what_goes_over_the_network_while_tokens_are_drawn_is_noted():
+def test_the_note_counts_only_network_collectives_while_sampling():
     sent = (
         Collective("all-reduce", 1000, 1.0, 8, 4, "jit(sample)/decode_127_turns/while/body/layers/mlp"),
         Collective("all-reduce", 300, 1.0, 4, 4, "jit(sample)/decode_127_turns/while/body/layers/mlp"),

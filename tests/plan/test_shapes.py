@@ -1,4 +1,4 @@
-"""Which decoder a plan is for: presets by their sizes, hub ids that name one, what has been downloaded."""
+"""The decoder that a plan is for: a preset, a hub id that names a preset, or a downloaded config."""
 
 import json
 
@@ -11,7 +11,7 @@ from jax_rlhf.plan.presets import PRESETS
 from jax_rlhf.plan.shapes import model_shape, preset_of
 from tests.plan import tiny
 
-# Parameters in billions, as the models' cards and papers have them; a tied head counts once.
+# Parameters in billions, from the models' cards and papers; a tied head counts once.
 BILLIONS = {
     "smollm2-135m": 0.1345,
     "smollm2-360m": 0.3618,
@@ -72,7 +72,7 @@ BILLIONS = {
 }
 
 
-def test_every_preset_has_its_models_parameters():
+def test_every_preset_has_its_models_number_of_parameters():
     assert BILLIONS.keys() == PRESETS.keys()
     for name, wanted in BILLIONS.items():
         shapes = abstract_params(Decoder(model_shape(name)[0]))
@@ -113,8 +113,8 @@ def test_a_hub_id_names_a_preset(hub_id, preset):
     assert preset_of(hub_id) == preset
 
 
-def test_what_has_been_downloaded_goes_before_a_preset(tmp_path, monkeypatch):
-    """In the layout of the hub's cache: refs name commits, snapshots hold their files."""
+def test_a_downloaded_config_takes_precedence_over_a_preset(tmp_path, monkeypatch):
+    """In the hub's cache, refs name commits, and snapshots contain their files."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
 
     def download(hub_id, revision, layers):
@@ -140,7 +140,7 @@ def test_what_has_been_downloaded_goes_before_a_preset(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["someone/unknown-7b", "nowhere/at/all", "./missing", "unknown"])
-def test_what_is_not_known_is_said_with_what_would_be(path, tmp_path, monkeypatch):
+def test_the_error_for_an_unknown_model_lists_the_presets(path, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match=r"does not use the network.*or a preset: smollm2-135m"):
         model_shape(path)

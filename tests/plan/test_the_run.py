@@ -1,4 +1,4 @@
-"""What a plan says of a run is what that run calls its programs with, leaf by leaf."""
+"""The arguments of a plan's programs equal those of the run's programs, leaf by leaf."""
 
 import functools
 
@@ -20,7 +20,7 @@ from tests.cli import tiny
 
 
 def leaves(arguments):
-    """path → (shape, dtype, what a device holds) of everything that is an array."""
+    """path → (shape, dtype, shape of one device's shard, whether it is in host memory) of each array."""
     arrays = [argument for argument in arguments if jax.tree.leaves(argument, is_leaf=is_array)]
     found = jax.tree_util.tree_flatten_with_path(arrays)[0]
     return {
@@ -39,13 +39,13 @@ def kind(leaf):
 
 
 def compared(name, arguments):
-    """Of answers the parameters alone: the longest prompt decides how wide a batch is."""
+    """The arguments to compare: of sampling only the parameters, since the batch is as wide as the longest prompt."""
     return {"sample_program": arguments[1:2], "take_replicated": arguments[:1]}.get(name, arguments)
 
 
 @pytest.fixture
 def called(monkeypatch):
-    """program → the arguments of its first call, of an export those of all."""
+    """program → the arguments of its first call. Each exported array has its own entry."""
     found = {}
 
     def watch(module, name, kept):
@@ -59,7 +59,7 @@ def called(monkeypatch):
         monkeypatch.setattr(module, name, call)
 
     def watch_made(name):
-        """make_<name> returns a function, whose calls are watched."""
+        """Watches the calls of the function that make_<name> returns."""
         make = getattr(trainer, f"make_{name}")
 
         def made(*static, **options):
@@ -96,8 +96,8 @@ TOP = {
 
 
 @pytest.mark.parametrize(("stored", "changes"), [("bfloat16", ALL), ("float32", TOP)])
-def test_shapes_dtypes_and_shardings_are_the_runs(stored, changes, tmp_path, called):
-    """Computed in bfloat16, whatever the checkpoint has: what trains is float32, what does not is not."""
+def test_the_plan_has_the_shapes_dtypes_and_shardings_of_the_run(stored, changes, tmp_path, called):
+    """The run computes in bfloat16, whatever the checkpoint's dtype. Frozen kernels are bfloat16 too."""
     config = tiny.config(tmp_path)
     save_pretrained(tmp_path / "base", load_pretrained(tmp_path / "base", dtype=stored))
     config.model.dtype = config.reference.dtype = config.critic.dtype = config.reward_model.dtype = "bfloat16"
@@ -137,7 +137,7 @@ def test_shapes_dtypes_and_shardings_are_the_runs(stored, changes, tmp_path, cal
     in_float32 = [path for path, dtype in frozen.items() if dtype != jnp.bfloat16]
     assert frozen
     assert all("norm" in path or "scalar_head" in path for path in in_float32)
-    for model in ("sft/model", "reward/model", "ppo/model", "ppo/critic"):  # in what they are computed in
+    for model in ("sft/model", "reward/model", "ppo/model", "ppo/critic"):  # saved in the dtype of the computation
         with safe_open(workdir / model / "model.safetensors", "np") as file:
             kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
         assert {kind for name, kind in kinds.items() if "norm" in name or "score" in name} == {"F32"}

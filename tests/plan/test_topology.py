@@ -1,4 +1,4 @@
-"""Names of hardware, in the vendors' forms; what is no such hardware is an error before anything is compiled."""
+"""Names of hardware in the vendors' forms. An unknown name is an error before anything is compiled."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from tests.plan import tiny
         ("v5e:2x4", 8, 8),
         ("v5e:1x1", 1, 1),
         ("2*v5e:2x2", 8, 4),
-        ("v4:2x2x1", 4, 4),  # its two cores are one device
+        ("v4:2x2x1", 4, 4),  # the two cores of a chip are one device
         ("v5p:2x2x2", 8, 8),
         ("v6e:4x4", 16, 16),
         ("tpu7x:2x2x1", 8, 8),  # two devices per chip
@@ -35,7 +35,7 @@ from tests.plan import tiny
         ("l4:4", 4, 4),
     ],
 )
-def test_devices_and_how_many_of_them_fast_links_join(name, devices, group):
+def test_a_topology_has_devices_and_a_group_with_fast_links(name, devices, group):
     topology = tiny.topology(name)
     assert (len(topology.devices), topology.group) == (devices, group)
     assert topology.chip is CHIPS[name.split("*")[-1].replace("litepod", "e").partition(":")[0].partition("-")[0]]
@@ -52,8 +52,8 @@ def test_devices_and_how_many_of_them_fast_links_join(name, devices, group):
         ("v6e-64", "8, 8"),
     ],
 )
-def test_an_accelerator_types_sides_are_googles(name, sides):
-    """Tables of cloud.google.com/tpu/docs."""
+def test_an_accelerator_type_has_the_sides_that_google_documents(name, sides):
+    """The expected sides are from the tables of cloud.google.com/tpu/docs."""
     sides = [int(side) for side in sides.split(", ")]
     coordinates = [device.coords for device in tiny.topology(name).devices]
     assert [max(along) + 1 for along in zip(*coordinates, strict=True)][: len(sides)] == sides
@@ -89,13 +89,13 @@ def test_an_accelerator_types_sides_are_googles(name, sides):
         ("", 'use "v5p:2x2x4"'),
     ],
 )
-def test_what_there_is_not_is_an_error_that_says_the_forms(name, why):
+def test_an_unknown_topology_is_an_error_that_shows_valid_names(name, why):
     with pytest.raises(ValueError, match=why) as caught:
         describe_topology(name)
     assert "h100:4x8" in str(caught.value)
 
 
-def test_links_are_those_that_a_device_at_a_slices_end_has():
+def test_the_link_rate_is_that_of_a_device_at_the_end_of_a_slice():
     assert tiny.topology("v5p:2x2x2").link == CHIPS["v5p"].link / 2  # no side is a ring
     assert tiny.topology("v5p:2x2x1").link == CHIPS["v5p"].link / 3
     assert tiny.topology("v5p:4x4x4").link == CHIPS["v5p"].link
@@ -105,7 +105,7 @@ def test_links_are_those_that_a_device_at_a_slices_end_has():
 
 
 @pytest.mark.parametrize("kind", [*CARDS])
-def test_programs_compile_for_each_card(kind):
+def test_a_program_compiles_for_each_gpu(kind):
     device = tiny.topology(f"{kind}:1").devices[0]
     matrix = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=SingleDeviceSharding(device))
     compiled = jax.jit(lambda x: jax.nn.softmax(x @ x)).lower(matrix).compile()

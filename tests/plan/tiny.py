@@ -1,4 +1,4 @@
-"""A run of two layers, wide enough that the compilers treat it as they treat a large one."""
+"""A run with a model of two layers, which is wide enough that compilers treat it like a large one."""
 
 import functools
 import json
@@ -24,7 +24,7 @@ SHAPE = {
 
 
 def config(folder, **flat):
-    """The config of a run of all phases on that shape."""
+    """The config of a run of all phases with a model of that shape."""
     file = folder / "config.json"
     file.write_text(json.dumps(SHAPE))
     config = default_config()
@@ -44,7 +44,7 @@ def settings(folder, **flat):
 
 @functools.cache
 def topology(name):
-    """A described topology; skips where its compiler is not installed."""
+    """A described topology; skips the test if its compiler is not installed."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     try:
         return describe_topology(name)
