@@ -184,10 +184,8 @@ def test_programs_over_two_meshes_do_not_use_cudnn(monkeypatch):
 
 @pytest.mark.parametrize(
     ("chips", "kernel", "head_dim"),
-    [
-        ("v5e:2x4", "tpu_custom_call", 64),
-        ("h100:8", "__cudnn$fmhaSoftmax", 256),
-    ],  # settings that not every chip supports
+    # Not every chip supports these values of head_dim.
+    [("v5e:2x4", "tpu_custom_call", 64), ("h100:8", "__cudnn$fmhaSoftmax", 256)],
 )
 def test_compiled_programs_do_not_store_attention_scores(chips, kernel, head_dim):
     layout, length = create_layout(MeshConfig(data=1, fsdp=4, tensor=2), None, topology(chips).devices), 1024

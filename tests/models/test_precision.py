@@ -131,7 +131,7 @@ def test_soft_caps_are_computed_in_float32():
 
 @pytest.mark.parametrize(("dtype", "wanted"), [("float32", jax.lax.Precision.HIGHEST), ("bfloat16", None)])
 def test_products_of_a_float32_model_ask_for_float32_precision(dtype, wanted):
-    """This holds in the forward and the backward pass. A matmul precision that the user sets is respected."""
+    """Float32 products of forward and backward pass ask for HIGHEST, unless the user sets a precision."""
     model = Decoder(tiny_config(dtype=dtype))
     params = init_params(model, jax.random.key(0))
 

@@ -1,4 +1,4 @@
-"""Rotary embeddings against the definition, in float64."""
+"""Rotary embeddings compared with their definition in float64."""
 
 import math
 

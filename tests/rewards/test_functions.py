@@ -314,7 +314,7 @@ def test_the_error_gives_the_file_and_line_of_an_exception():
 
 
 def test_a_function_that_hangs_does_not_block_the_run():
-    """The number of threads is limited too."""
+    """Calls that hang do not accumulate threads without limit."""
     release = threading.Event()
 
     def hangs(prompts, responses, **columns):

@@ -166,7 +166,7 @@ def gone(process):
 
 @pytest.mark.parametrize("how", ["closed", "killed"])
 def test_processes_that_a_function_started_end_with_its_process(how):
-    """This includes a daemon in another process group, whose parent has exited."""
+    """A daemon in another process group ends too, even after its parent has exited."""
     judge = isolated(judges.leaves_a_daemon)
     daemon = int(scored(judge)[0])
     assert Path(f"/proc/{daemon}").exists()
@@ -198,7 +198,7 @@ os._exit(75) if sys.argv[1] == "exit" else os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.mark.parametrize("how", ["exit", "kill"])
 def test_the_process_ends_with_the_run(how):
-    """The run may exit or be killed. Otherwise, processes would accumulate where the run is restarted."""
+    """The run may exit or be killed. Its processes must not accumulate on a machine that restarts it."""
     command = [sys.executable, "-c", ENDS, how]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
         daemon, process = map(int, run.stdout.readline().split())
@@ -208,7 +208,7 @@ def test_the_process_ends_with_the_run(how):
 
 
 def test_calls_from_threads_get_their_own_answers():
-    """The process also outlives the thread that started it."""
+    """A process serves calls even after the thread that started it has ended."""
     judge, found = isolated(judges.waits), {}
 
     def call(number):
@@ -273,7 +273,7 @@ def test_the_process_ends_with_its_reward_function():
 
 
 def test_a_process_that_is_killed_between_two_calls_is_restarted():
-    """The kernel may kill it when memory runs out."""
+    """The kernel may kill a process when memory runs out."""
     judge = isolated(judges.counts)
     assert scored(judge) == [1.0] * 3
     os.kill(judge._isolated._process.pid, signal.SIGKILL)

@@ -152,7 +152,7 @@ def test_eos_ends_a_response_and_pads_follow():
 
 
 def test_an_eos_in_the_prompt_does_not_end_the_response():
-    """Ids at pads have no effect either, even if the pad id is the EOS id."""
+    """Ids at pads have no effect, even if the pad id is the EOS id."""
     model, params = tiny()
     prompts, mask = ragged_prompts(32, 6)
     prompts = np.where(mask, np.where(prompts % 4 == 0, 3, prompts), 3).astype(np.int32)
