@@ -1,4 +1,4 @@
-"""Who sees whom, on tables that can be read; and attention against NumPy."""
+"""Which tokens attend to which, as explicit tables; and attention compared with NumPy."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +12,7 @@ def context(mask):
     return AttentionContext(query, key, None, None)
 
 
-def test_order_counts_real_tokens_before():
+def test_order_counts_the_real_tokens_before_a_token():
     query, key = token_order(jnp.array([[0, 1, 1, 0, 1]], bool))
     assert query.tolist() == [[-1, 0, 1, 1, 2]]
     assert key.tolist() == [[NOT_REAL, 0, 1, NOT_REAL, 2]]
@@ -20,7 +20,7 @@ def test_order_counts_real_tokens_before():
     assert query.tolist() == [[5, 6]]
 
 
-def test_a_token_sees_real_tokens_up_to_itself():
+def test_a_token_attends_to_real_tokens_up_to_itself():
     seen = visible(context([[0, 1, 1, 0, 1]]), None)[0].astype(int)
     assert seen.tolist() == [
         [0, 0, 0, 0, 0],
@@ -31,19 +31,19 @@ def test_a_token_sees_real_tokens_up_to_itself():
     ]
 
 
-def test_pads_take_no_room_in_a_window():
+def test_pads_do_not_count_in_a_sliding_window():
     seen = visible(context([[0, 1, 1, 0, 1]]), 2)[0].astype(int)
     assert seen[4].tolist() == [0, 0, 1, 0, 1]
     assert visible(context([[1, 1, 1]]), 1)[0].astype(int).tolist() == np.eye(3, dtype=int).tolist()
 
 
 @pytest.mark.parametrize("cap", [None, 1.5])
-def test_attention_is_softmax_of_products(cap):
+def test_attention_equals_numpy(cap):
     draw = np.random.RandomState(3)
     query = draw.standard_normal((2, 4, 6, 5))
     key, value = draw.standard_normal((2, 2, 2, 7, 5))
     allowed = draw.rand(2, 4, 7) < 0.6
-    allowed[0, 1] = False  # a row that sees nothing
+    allowed[0, 1] = False  # a query that attends to nothing
     ours = attend(*(jnp.asarray(x, jnp.float32) for x in (query, key, value)), jnp.asarray(allowed), scale=0.3, cap=cap)
     assert np.isfinite(ours).all()
     for b, t, h in np.ndindex(2, 4, 6):

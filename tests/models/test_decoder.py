@@ -1,4 +1,4 @@
-"""The decoder by itself: scan against unrolled, remat, gradients, depth, and what goes in."""
+"""The decoder: scanned and unrolled layers, remat, gradients, program size by depth, and checks of inputs."""
 
 import time
 from inspect import unwrap
@@ -96,7 +96,7 @@ def test_gradient_equals_finite_differences():
     assert slope == pytest.approx((moved(1e-2) - moved(-1e-2)) / 2e-2, rel=1e-2)
 
 
-def test_rows_that_are_all_pads_do_no_harm():
+def test_a_row_of_pads_gives_finite_logits_and_does_not_affect_others():
     model = Decoder(tiny_config())
     params = init_params(model, jax.random.key(0))
     empty = jnp.zeros_like(MASK).at[0].set(True)
@@ -122,12 +122,12 @@ def test_explicit_positions_are_used():
     counted = model.apply({"params": params}, TOKENS, jnp.broadcast_to(jnp.arange(9), (2, 9)))
     np.testing.assert_array_equal(counted, default)
     shifted = model.apply({"params": params}, TOKENS, jnp.arange(9) + jnp.array([[0], [20]]))
-    np.testing.assert_allclose(shifted, default, atol=1e-4)  # a rotation knows distances only
+    np.testing.assert_allclose(shifted, default, atol=1e-4)  # rotary embeddings depend only on distances
     spread = model.apply({"params": params}, TOKENS, jnp.arange(9) * jnp.array([[1], [3]]))
     assert jnp.abs(spread[1] - default[1]).max() > 1e-3
 
 
-def test_padding_of_the_vocabulary_never_shows():
+def test_logits_leave_out_the_padding_of_the_vocabulary():
     config = tiny_config(padded_vocab_size=40)
     model = Decoder(config)
     params = init_params(model, jax.random.key(0))
@@ -135,7 +135,7 @@ def test_padding_of_the_vocabulary_never_shows():
     assert model.apply({"params": params}, TOKENS).shape == (2, 9, 31)
 
 
-def test_a_call_that_does_not_fit_is_refused():
+def test_inputs_of_wrong_dtype_shape_or_span_are_errors():
     model = Decoder(tiny_config())
     params = init_params(model, jax.random.key(0))
     check = unwrap(_checked)
@@ -162,7 +162,7 @@ def test_a_call_that_does_not_fit_is_refused():
     ],
     ids=str,
 )
-def test_config_that_contradicts_itself(changes, message):
+def test_contradictory_configs_are_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**changes)
 
@@ -182,8 +182,8 @@ def test_every_parameter_has_known_logical_axes():
             assert {name for spec in axes for name in spec if name} <= LOGICAL_TO_MESH.keys()
 
 
-def test_eight_billion_parameters_trace_and_lower_at_once():
-    """Nothing depends on depth: 32 layers cost what 2 do."""
+def test_a_model_of_8b_parameters_traces_and_lowers_in_seconds():
+    """The program's size does not depend on the depth: 32 layers give as many lines as 2."""
     start = time.monotonic()
     model = Decoder(llama3_8b())
     params = abstract_params(model)

@@ -1,8 +1,8 @@
-"""Attention by kernels against the plain form: values, gradients, whole models, and the programs that compilers make.
+"""Flash attention compared with plain attention: values, gradients, whole models, and compiled programs.
 
-The splash kernel runs in Pallas's interpreter. cuDNN's cannot run here: that JAX's plain function, called in its place
-with the very same arguments, gives the right numbers shows that lengths, masks, windows and moves are right; that the
-program compiles for an H100 shows that cuDNN is what it calls.
+The splash kernel runs in Pallas's interpreter. cuDNN's kernel needs a GPU, so JAX's plain function takes its place,
+with the same arguments. This tests the lengths, masks, windows and permutations that cuDNN gets. A program that is
+compiled for an H100 shows that it calls cuDNN.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from tests.ppo import tiny
 
 
 def small(**fields):
-    """Alternating windows, as Gemma has them, and grouped queries."""
+    """A config with alternating sliding windows, as in Gemma, and grouped-query attention."""
     fields = {"sliding_window": 20, "sliding_layers": (True, False), "num_layers": 2, "max_positions": 512} | fields
     return tiny_config(head_dim=8, rotary=Rotary(theta=1e4, dim=8), attention_scale=8**-0.5, **fields)
 
@@ -45,7 +45,7 @@ unclear_gradient.defvjp(lambda x, pads: (x, pads), lambda pads, g: (jnp.where(pa
 
 @pytest.fixture(params=["tpu", "gpu"])
 def platform(request, monkeypatch):
-    """Models think that they run there; the kernels are interpreted or stood in for."""
+    """Models select this platform's kernel, which is interpreted (TPU) or replaced by a plain function (GPU)."""
     monkeypatch.setattr(DecoderConfig, "platform", request.param)
     make = functools.partial(splash_attention_kernel.make_splash_mha_single_device, interpret=True)
     monkeypatch.setattr(splash_attention_kernel, "make_splash_mha_single_device", make)
@@ -53,19 +53,19 @@ def platform(request, monkeypatch):
 
     def stand_in(*arrays, implementation, mask, query_seq_lengths, **how):
         assert implementation == "cudnn"
-        assert mask is None or mask.shape[-1] % 2 == 0  # cuDNN wants that
+        assert mask is None or mask.shape[-1] % 2 == 0  # cuDNN requires this
         pads = jnp.arange(arrays[0].shape[1]) >= query_seq_lengths[:, None]
         arrays = (unclear_gradient(array, pads) for array in arrays)
         result = plain(*arrays, mask=mask, query_seq_lengths=query_seq_lengths, **how)
         return jnp.where(pads[..., None, None], jnp.nan, result)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
-    monkeypatch.setattr("jax_rlhf.models.flash.check_flash", lambda config: None)  # float32 is for the comparison
+    monkeypatch.setattr("jax_rlhf.models.flash.check_flash", lambda config: None)  # the comparison needs float32
     return request.param
 
 
 def masks(rows, length):
-    """Pads on the left, on the right (of four rows: all pads), anywhere; and for packing, three texts per row."""
+    """(mask, segments): pads on the left, on the right (with 4 rows: pads only) and anywhere; three texts per row."""
     place = np.arange(length)
     mask = np.stack(
         [place >= 30, (place < length - 50) & (rows < 4), np.random.RandomState(0).rand(length) < 0.6] * rows
@@ -74,7 +74,7 @@ def masks(rows, length):
 
 
 @pytest.mark.parametrize(("window", "packed", "cap"), [(None, False, None), (None, True, 2.0), (17, True, None)])
-def test_values_and_gradients_are_those_of_the_plain_form(platform, window, packed, cap):
+def test_values_and_gradients_equal_plain_attention(platform, window, packed, cap):
     length, cap = 151, None if platform == "gpu" else cap  # cuDNN has no soft cap
     draw = np.random.RandomState(1)
     query, weight = (jnp.asarray(draw.standard_normal((3, length, 4, 8)), jnp.float32) for _ in range(2))
@@ -99,7 +99,7 @@ def test_values_and_gradients_are_those_of_the_plain_form(platform, window, pack
         np.testing.assert_allclose(ours, right, atol=1e-5)
 
 
-def test_a_model_on_a_mesh_is_the_same_with_either_form(platform):
+def test_a_model_on_a_mesh_is_the_same_with_flash_and_plain_attention(platform):
     layout = create_layout(MeshConfig(data=1, fsdp=4, tensor=2), None)
     mask, _ = masks(4, MIN_LENGTH)
     tokens = jax.random.randint(jax.random.key(1), mask.shape, 0, 31)
@@ -120,14 +120,14 @@ def test_a_model_on_a_mesh_is_the_same_with_either_form(platform):
     jax.tree.map(lambda ours, right: np.testing.assert_allclose(ours, right, atol=2e-4), flash, xla)
 
 
-def test_prefill_of_an_empty_cache_takes_it_and_decoding_does_not(platform, monkeypatch):
+def test_prefill_uses_flash_attention_and_decoding_does_not(platform, monkeypatch):
     asked = []
     monkeypatch.setattr(
         attention, "flash_attend", lambda *x, **how: asked.append(how["window"]) or flash_attend(*x, **how)
     )
     mask, _ = masks(2, MIN_LENGTH)
     tokens = jax.random.randint(jax.random.key(1), mask.shape, 0, 31)
-    windows = {"sliding_layers": (True, True)}  # known when it is traced, where alternating ones are not
+    windows = {"sliding_layers": (True, True)}  # the same in each layer, so known during tracing
     params = {"params": init_params(Decoder(small(**windows)), jax.random.key(0))}
     hidden, calls = {}, {}
     for form in ("xla", "flash"):
@@ -144,7 +144,7 @@ def test_prefill_of_an_empty_cache_takes_it_and_decoding_does_not(platform, monk
     assert set(calls["flash"]) == {20}
 
 
-def test_where_it_is_used(monkeypatch):
+def test_flash_attention_is_used_for_long_rows_on_accelerators(monkeypatch):
     flash = small(attention="flash", dtype="bfloat16")
     assert not uses_flash(flash, 512)  # on CPU
     monkeypatch.setattr(DecoderConfig, "platform", "gpu")
@@ -161,20 +161,20 @@ def test_where_it_is_used(monkeypatch):
         ({"dtype": "float32"}, "needs a 16-bit dtype, but dtype is float32"),
     ],
 )
-def test_what_cudnn_lacks_is_an_error_at_the_start(monkeypatch, fields, problem):
+def test_settings_that_cudnn_does_not_support_are_errors(monkeypatch, fields, problem):
     config = small().replace(**({"dtype": "bfloat16"} | fields))
     monkeypatch.setattr(DecoderConfig, "platform", "gpu")
     with pytest.raises(ValueError, match=rf'attention="flash": cuDNN .*{problem}\. Set attention="xla"'):
         running(config, ModelConfig(attention="flash", dtype=config.dtype.name))
     running(config, ModelConfig(attention="xla", dtype=config.dtype.name))
     monkeypatch.setattr(DecoderConfig, "platform", "tpu")
-    running(config, ModelConfig(attention="flash", dtype=config.dtype.name))  # splash has it
+    running(config, ModelConfig(attention="flash", dtype=config.dtype.name))  # the splash kernel supports it
     rules = create_layout(MeshConfig(data=1, fsdp=4, tensor=2, rules=("kv_heads=",)), None)
     with pytest.raises(ValueError, match="splash kernel needs the same sharding of heads and kv_heads"):
         check_flash(config.replace(attention="flash", layout=rules))
 
 
-def test_cudnn_stays_out_of_programs_of_two_meshes(monkeypatch):
+def test_programs_over_two_meshes_do_not_use_cudnn(monkeypatch):
     layout = create_layout(MeshConfig(data=1, fsdp=8), RolloutMeshConfig(data=4, tensor=2))
     model = Decoder(small(attention="flash", layout=layout))
     for platform, form in (("tpu", "flash"), ("gpu", "xla")):
@@ -184,9 +184,10 @@ def test_cudnn_stays_out_of_programs_of_two_meshes(monkeypatch):
 
 @pytest.mark.parametrize(
     ("chips", "kernel", "head_dim"),
-    [("v5e:2x4", "tpu_custom_call", 64), ("h100:8", "__cudnn$fmhaSoftmax", 256)],  # what is not every chip's
+    # Not every chip supports these values of head_dim.
+    [("v5e:2x4", "tpu_custom_call", 64), ("h100:8", "__cudnn$fmhaSoftmax", 256)],
 )
-def test_compiled_programs_hold_no_scores(chips, kernel, head_dim):
+def test_compiled_programs_do_not_store_attention_scores(chips, kernel, head_dim):
     layout, length = create_layout(MeshConfig(data=1, fsdp=4, tensor=2), None, topology(chips).devices), 1024
 
     def shape(dtype, axes, *sizes):
@@ -211,7 +212,7 @@ def test_compiled_programs_hold_no_scores(chips, kernel, head_dim):
         assert bool(re.search(rf"\[[\d,]*\b{length},{length}\]", text)) == (function is plain)
 
 
-def test_nor_are_sampling_and_scoring_one_program_with_it(monkeypatch):
+def test_sampling_and_scoring_are_separate_programs_with_cudnn(monkeypatch):
     engine, config = RLHFEngine(tiny.policy()), tiny.trainer().config
     assert in_one_program(engine.models, config)
     critic = engine.models.critic

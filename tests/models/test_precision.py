@@ -1,4 +1,4 @@
-"""bfloat16: what stays in float32 does, by dtype and by its numbers; float32: products ask for it."""
+"""bfloat16 models compute sensitive operations in float32; float32 models ask for full precision in products."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ FORMS = [
 
 
 def dtypes(function, *arguments):
-    """Of each operation: (name, dtypes of its operands, dtype and shape of its result)."""
+    """(name, dtypes of operands, dtype of result, shape of result) of each operation."""
     return [
         (
             equation.primitive.name,
@@ -34,7 +34,7 @@ def dtypes(function, *arguments):
 
 @pytest.mark.parametrize("head", ["lm", "scalar"])
 @pytest.mark.parametrize("changes", FORMS, ids=["rms", "layer"])
-def test_what_a_bfloat16_model_computes_in_float32(changes, head):
+def test_a_bfloat16_model_computes_sensitive_operations_in_float32(changes, head):
     config = tiny_config(dtype="bfloat16", **changes)
     model = Decoder(config, head=head)
     params = init_params(model, jax.random.key(0))
@@ -52,7 +52,7 @@ def test_what_a_bfloat16_model_computes_in_float32(changes, head):
     else:
         assert (last[0], last[1], last[2][-1]) == ({"float32"}, "float32", 1)
     inside = [dtype for _, dtype, shape in products[:-1] if not (len(shape) == 4 and shape[-1] == length)]
-    assert set(inside) == {"bfloat16"}  # and nothing else is
+    assert set(inside) == {"bfloat16"}  # all other products are in bfloat16
     assert jax.eval_shape(lambda p: model.apply({"params": p}, TOKENS), params).dtype == jnp.float32
 
 
@@ -64,8 +64,8 @@ def exactly(x):
     return np.asarray(x.astype(jnp.float32), np.float64)
 
 
-def test_logits_and_values_have_no_rounding_but_float32s():
-    """Of hidden states and weights that bfloat16 holds: 2⁻⁸ of a logit of 30 would be 0.1."""
+def test_logits_and_values_have_only_float32_rounding():
+    """Rounding a logit of 30 to bfloat16 could change it by 0.1."""
     random = np.random.RandomState(0)
     config = tiny_config(dtype="bfloat16", hidden_size=64, num_heads=4, head_dim=16, tie_embeddings=True)
     hidden, table = bfloat16(random, 5, 64, scale=4.0), bfloat16(random, config.vocab_size, 64)
@@ -82,7 +82,7 @@ def test_logits_and_values_have_no_rounding_but_float32s():
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_norms_round_once(kind):
-    """The result is the exact one, rounded to bfloat16 (half a unit in the last place: 2⁻⁸)."""
+    """The result is the exact value, rounded once to bfloat16 (a relative error of at most 2⁻⁸)."""
     random = np.random.RandomState(1)
     x = bfloat16(random, 3, 512, scale=3.0) + jnp.bfloat16(8.0)
     config = tiny_config(dtype="bfloat16", norm_kind=kind, norm_epsilon=1e-6)
@@ -98,8 +98,8 @@ def test_norms_round_once(kind):
     np.testing.assert_allclose(exactly(ours), y, rtol=2**-8 * 1.01, atol=1e-5)
 
 
-def test_scores_and_softmax_are_float32():
-    """Scores of up to 30: in bfloat16 each weight would be off by up to 6 %; the weights themselves round once."""
+def test_attention_scores_and_softmax_are_float32():
+    """With scores of 30 in bfloat16, each weight would be off by up to 6 %. The weights themselves are rounded once."""
     random = np.random.RandomState(2)
     query, key = bfloat16(random, 1, 1, 2, 16, scale=2.0), bfloat16(random, 1, 2, 2000, 16, scale=2.0)
     value = jnp.ones((1, 2, 2000, 16), jnp.bfloat16).at[:, :, ::2].set(-1)
@@ -111,8 +111,8 @@ def test_scores_and_softmax_are_float32():
     np.testing.assert_allclose(exactly(mixed), wanted, atol=2**-8)
 
 
-def test_rotations_are_exact_far_out():
-    """At position 100,000 an angle in bfloat16 would be off by hundreds of radians; a rotated pair rounds once."""
+def test_rotary_embeddings_are_exact_at_large_positions():
+    """At position 100,000, a bfloat16 angle would be off by hundreds of radians. A rotated pair is rounded once."""
     positions = jnp.asarray([[0, 1, 777, 100_000]])
     cos, sin = rotary_angles(ROTARY, positions)
     frequency = (10_000.0 ** (-np.arange(0, 8, 2) / 8)).astype(np.float32).astype(np.float64)
@@ -125,13 +125,13 @@ def test_rotations_are_exact_far_out():
     np.testing.assert_allclose(exactly(rotate(x, cos, sin)), wanted, rtol=2**-8 * 1.01, atol=1e-6)
 
 
-def test_caps_are_of_float32():
+def test_soft_caps_are_computed_in_float32():
     np.testing.assert_allclose(softcap(jnp.float32(29.03), 30.0), 30 * np.tanh(29.03 / 30), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "wanted"), [("float32", jax.lax.Precision.HIGHEST), ("bfloat16", None)])
-def test_float32_means_float32_on_every_device(dtype, wanted):
-    """Each product of the forward and the backward pass asks for it; a precision that the user sets is left alone."""
+def test_products_of_a_float32_model_ask_for_float32_precision(dtype, wanted):
+    """Float32 products of forward and backward pass ask for HIGHEST, unless the user sets a precision."""
     model = Decoder(tiny_config(dtype=dtype))
     params = init_params(model, jax.random.key(0))
 

@@ -1,4 +1,4 @@
-"""Products written by hand equal those that JAX writes."""
+"""The custom matrix products equal `einsum` in values and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def normal(seed, *shape):
         (look_up_logits, "bd,vd->bv", (5, 6), (11, 6)),
     ],
 )
-def test_values_and_gradients_are_einsums(product, plain, x, kernel):
+def test_values_and_gradients_equal_einsum(product, plain, x, kernel):
     x, kernel = normal(0, *x), normal(1, *kernel)
     wanted, pull_wanted = jax.vjp(lambda x, w: jnp.einsum(plain, x, w), x, kernel)
     y, pull = jax.jit(lambda x, w: jax.vjp(product, x, w))(x, kernel)
@@ -35,10 +35,10 @@ def test_values_and_gradients_are_einsums(product, plain, x, kernel):
 
 
 @pytest.mark.parametrize("changes", [{}, {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "gated_mlp": False}])
-def test_kernels_turned_round_compute_the_same(changes):
+def test_kernels_stored_by_output_give_the_same_logits(changes):
     model = Decoder(tiny_config(**changes))
     params = unstack_layers(init_params(model, jax.random.key(0)), 3)
-    params = jax.tree.map(lambda leaf: leaf + 0.1 * normal(leaf.size, *leaf.shape), params)  # biases too
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * normal(leaf.size, *leaf.shape), params)  # so that biases are not 0
     transposed = kernels_by_output(params)
     assert transposed["layers_0"]["attention"]["out"]["kernel_by_output"].shape == (24, 6, 10)
     assert transposed["layers_2"]["mlp"]["down"].keys() - {"bias"} == {"kernel_by_output"}

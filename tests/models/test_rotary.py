@@ -1,4 +1,4 @@
-"""Rotary embeddings against the definition, in float64."""
+"""Rotary embeddings compared with their definition in float64."""
 
 import math
 
@@ -20,7 +20,7 @@ def test_rotation_is_a_complex_product():
     np.testing.assert_allclose(ours, expected, atol=2e-6)
 
 
-def test_products_depend_on_distance_alone():
+def test_query_key_products_depend_only_on_the_distance():
     rotary = Rotary(theta=50.0, dim=8)
     query, key = np.random.RandomState(1).standard_normal((2, 1, 1, 1, 8)).astype(np.float32)
 
@@ -48,7 +48,7 @@ def test_llama3_keeps_short_wavelengths_and_stretches_long_ones():
     assert (np.diff(plain / scaled) >= -1e-12).all()  # the stretch grows with the wavelength
 
 
-def test_longrope_rows_choose_their_own_factors():
+def test_longrope_factors_are_chosen_per_row():
     rotary = Rotary(
         theta=100.0, dim=4, kind="longrope", original_max_positions=4, short_factor=(1.0, 1.0), long_factor=(2.0, 8.0)
     )

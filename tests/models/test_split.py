@@ -1,4 +1,4 @@
-"""A frozen bottom and a trainable top compute what the whole does."""
+"""A model that is split into frozen bottom and trainable top layers computes the same as the whole model."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ FAMILY = {"sliding_window": 3, "sliding_layers": (True, False, True)}
         {"scale_by_layer": True, "parallel_residual": True},
     ],
 )
-def test_frozen_activations_and_top_are_the_whole(changes, trainable_layers):
+def test_frozen_activations_and_top_layers_give_the_whole_models_logits(changes, trainable_layers):
     model = Decoder(tiny_config(**FAMILY, **changes))
     params = init_params(model, jax.random.key(0))
     network = SplitModel(model, trainable_layers)
@@ -39,7 +39,7 @@ def test_frozen_activations_and_top_are_the_whole(changes, trainable_layers):
 
     logits, wanted, moved = (np.asarray(x)[np.asarray(MASK)] for x in both(parts, params))
     np.testing.assert_allclose(logits, wanted, atol=1e-6)
-    assert (np.abs(moved).max() > 1e-3) == (trainable_layers is not None)  # the activations is read
+    assert (np.abs(moved).max() > 1e-3) == (trainable_layers is not None)  # the frozen activations are used
 
 
 @pytest.mark.parametrize("trainable_layers", [None, 1, 2, 3])
@@ -51,7 +51,7 @@ def test_join_and_unstack_give_the_whole_tree(trainable_layers):
     jax.tree.map(np.testing.assert_array_equal, network.join(parts), params)
     jax.tree.map(np.testing.assert_array_equal, network.unstack(parts), unstack_layers(params, 3))
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (parts.frozen, parts.trainable, params)]
-    assert sizes[0] + sizes[1] == sizes[2]  # nothing is held twice
+    assert sizes[0] + sizes[1] == sizes[2]  # no parameter is stored twice
     assert (sizes[0] == 0) == (trainable_layers is None)
 
 

@@ -3,9 +3,9 @@
 from tests.mutants import variants
 
 _RL = "tests/rl"
-_STEP = "tests/ppo/test_oracle.py::test_an_update_is_the_plain_one tests/ppo/test_steps.py tests/ppo/test_update.py"
+_STEP = "tests/ppo/test_oracle.py::test_an_update_equals_the_oracles tests/ppo/test_steps.py tests/ppo/test_update.py"
 _COLLECT = (
-    "tests/ppo/test_oracle.py::test_an_experience_is_the_plain_one tests/ppo/test_collect.py tests/ppo/test_engine.py"
+    "tests/ppo/test_oracle.py::test_an_experience_equals_the_oracles tests/ppo/test_collect.py tests/ppo/test_engine.py"
 )
 _SAMPLE = "tests/sampling/test_draw.py tests/sampling/test_filters.py tests/sampling/test_sampler.py"
 _SCORE = "tests/sampling/test_logprobs.py"

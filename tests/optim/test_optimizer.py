@@ -1,4 +1,4 @@
-"""Learning rates, Adam in both forms, what decays and what is clipped."""
+"""Learning rates, both forms of Adam, weight decay and gradient clipping."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from tests.models.test_decoder import tiny_config
 
 
 def adam(gradients, *, form, b1=0.9, b2=0.95, eps=1e-3, rate=0.1, decay=0.0, start=1.0):
-    """One parameter, float64, as each framework's manual has it."""
+    """Adam on one parameter in float64, as each framework's documentation defines it."""
     p, m, v, trajectory = start, 0.0, 0.0, []
     for t, g in enumerate(gradients, start=1):
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
@@ -27,7 +27,7 @@ def adam(gradients, *, form, b1=0.9, b2=0.95, eps=1e-3, rate=0.1, decay=0.0, sta
 
 
 @pytest.mark.parametrize("form", ["pytorch", "tensorflow"])
-def test_adam_follows_the_manuals(form):
+def test_adam_follows_each_frameworks_definition(form):
     gradients = np.random.RandomState(0).randn(12) * 1e-3
     config = OptimizerConfig(learning_rate=0.1, eps=1e-3, eps_form=form, max_grad_norm=None, weight_decay=0.01)
     optimizer, params = create_optimizer(config), {"kernel": jnp.ones(())}
@@ -41,7 +41,7 @@ def test_adam_follows_the_manuals(form):
     assert not np.allclose(trajectory, adam(gradients, form=other, decay=0.01), rtol=1e-2)
 
 
-def test_schedules():
+def test_schedules_follow_their_formulas():
     rate = lambda step, **fields: float(learning_rate_schedule(OptimizerConfig(learning_rate=2.0, **fields))(step))  # noqa: E731
     assert rate(0) == rate(10**6) == 2.0
     linear = {"schedule": "linear", "warmup_steps": 4, "total_steps": 14}
@@ -49,7 +49,7 @@ def test_schedules():
     cosine = {"schedule": "cosine", "total_steps": 10, "final_fraction": 0.1}
     np.testing.assert_allclose([rate(s, **cosine) for s in (0, 5, 10, 99)], [2, 1.1, 0.2, 0.2], rtol=1e-6)
     np.testing.assert_allclose(rate(0, warmup_steps=1), 2.0)
-    # With a warm-up, down to a share of the highest: half of the way is at step 9 of 4 to 14.
+    # Warm-up to step 4, then decay to 10 % at step 14. Step 9 is half-way.
     ends = {"warmup_steps": 4, "total_steps": 14, "final_fraction": 0.1}
     for schedule in ("linear", "cosine"):
         rates = [rate(step, schedule=schedule, **ends) for step in (0, 4, 9, 14, 99)]
@@ -57,17 +57,17 @@ def test_schedules():
 
 
 LINEAR = {"learning_rate": 2.0, "eps": 1e6, "beta1": 0.0, "beta2": 0.0}
-"""Adam whose step is the gradient times 2e-6: what happens to a gradient before it is not lost in its scale."""
+"""Adam whose step is −2e-6 times the gradient, so that a step shows the scale of the gradient."""
 
 
 def stepped(params, gradient, *, step=0, scale=1.0, **fields):
-    """One step's updates, in millionths."""
+    """The updates of one step, times 1e6."""
     optimizer = create_optimizer(OptimizerConfig(**LINEAR | fields))
     updates, _ = optimizer.update(gradient, optimizer.init(params), params, step=step, scale=scale)
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64) * 1e6, updates)
 
 
-def test_what_is_clipped_is_the_norm_of_the_whole_gradient_before_adam():
+def test_the_global_norm_is_clipped_before_adam():
     gradient = {"a": jnp.array([30.0, 0.0]), "b": jnp.array([0.0, 40.0])}
     zeros = jax.tree.map(jnp.zeros_like, gradient)
     for limit, factor in ((0.5, 0.01), (100.0, 1.0), (None, 1.0)):
@@ -76,7 +76,7 @@ def test_what_is_clipped_is_the_norm_of_the_whole_gradient_before_adam():
         np.testing.assert_allclose(updates["b"], [0, -80 * factor], rtol=1e-3)
 
 
-def test_the_rate_is_that_of_the_step_named_times_the_scale():
+def test_the_rate_is_that_of_the_given_step_times_the_scale():
     params, gradient = {"a": jnp.zeros(1)}, {"a": jnp.ones(1)}
     falling = {"schedule": "linear", "total_steps": 10}
     for step, scale, wanted in ((0, 1.0, -2.0), (5, 1.0, -1.0), (5, 0.5, -0.5), (9, 1.0, -0.2)):
@@ -91,7 +91,7 @@ def test_the_rate_is_that_of_the_step_named_times_the_scale():
         jax.tree.map(np.testing.assert_array_equal, (same, kept), (params, state))
 
 
-def test_weights_decay_beside_adam_and_norms_and_biases_do_not():
+def test_weight_decay_is_decoupled_and_skips_norms_and_biases():
     params = {name: {kind: jnp.full(2, 3.0) for kind in ("kernel", "scale", "bias")} for name in ("norm", "dense")}
     updates = stepped(params, jax.tree.map(jnp.zeros_like, params), weight_decay=0.01)
     for part in updates.values():
@@ -101,7 +101,7 @@ def test_weights_decay_beside_adam_and_norms_and_biases_do_not():
 
 @pytest.mark.parametrize("form", ["pytorch", "tensorflow"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_first_moment_is_kept_as_it_is_asked_for_and_the_second_in_float32(form, dtype):
+def test_the_first_moment_has_the_configured_dtype_the_second_float32(form, dtype):
     config = OptimizerConfig(eps_form=form, first_moment_dtype=dtype, max_grad_norm=None)
     adam_state = create_optimizer(config).init({"kernel": jnp.ones(3)})[0]
     assert (adam_state.mu["kernel"].dtype, adam_state.nu["kernel"].dtype) == (jnp.dtype(dtype), jnp.dtype("float32"))
@@ -134,7 +134,7 @@ def test_norms_and_biases_do_not_decay():
         ({"eps_form": "jax"}, "eps_form='jax'"),
     ],
 )
-def test_bad_fields_are_named(fields, message):
+def test_errors_name_the_invalid_field(fields, message):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**fields)
 
@@ -146,12 +146,12 @@ def test_bad_fields_are_named(fields, message):
         ({"schedule": "cosine", "warmup_steps": 9, "total_steps": 9}, "not 9"),
     ],
 )
-def test_a_schedule_that_ends_must_know_where(fields, message):
+def test_a_decaying_schedule_needs_total_steps(fields, message):
     with pytest.raises(ValueError, match=message):
         create_optimizer(OptimizerConfig(**fields))
 
 
-def test_the_head_has_a_learning_rate_of_its_own():
+def test_the_head_can_have_its_own_learning_rate():
     params = {"scalar_head": {"kernel": jnp.ones(3)}, "layers": {"kernel": jnp.ones(3)}}
     optimizer = create_optimizer(OptimizerConfig(learning_rate=1e-3, max_grad_norm=None), head_learning_rate=1e-2)
     updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params, step=0)

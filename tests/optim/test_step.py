@@ -1,4 +1,4 @@
-"""The supervised step by hand: the gradient of the mean loss, what is left out, counters, rates, reported numbers."""
+"""The supervised step: the gradient of the mean loss, skipped steps, counters, learning rates and metrics."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ from tests.ppo import tiny
 
 
 def plain_loss(policy, params, rows):
-    """Mean −log π of the completions' tokens, a text after the other; and how many there are."""
+    """(mean −log π per completion token, number of completion tokens), one text at a time."""
     total, count = 0.0, 0
     for row in rows:
         ids, first = np.concatenate([row.prompt, *row.completions]), len(row.prompt)
@@ -28,13 +28,13 @@ def plain_loss(policy, params, rows):
     return total / count, count
 
 
-def test_a_step_goes_down_the_gradient_of_the_mean_loss_a_token():
+def test_a_step_follows_the_gradient_of_the_mean_loss_per_token():
     rows = examples(1)
     how, policy = sft()
     plain = jax.jit(jax.value_and_grad(lambda params: plain_loss(policy, params, rows), has_aux=True))
     (loss, count), gradient = plain(policy.params)
     after, metrics = update(how, *create_state(how, policy.params), text_batch([[row] for row in rows], 12, 0))
-    # Adam without memory, as LINEAR has it.
+    # Adam without moving averages (β₁ = β₂ = 0), as in LINEAR.
     step = jax.tree.map(lambda slope: LINEAR.learning_rate * slope / (jnp.abs(slope) + LINEAR.eps), gradient)
     wanted = jax.tree.map(jnp.subtract, policy.params, step)
     for (path, leaf), other in zip(
@@ -50,11 +50,11 @@ def test_a_step_goes_down_the_gradient_of_the_mean_loss_a_token():
     assert float(metrics["lr"]) == LINEAR.learning_rate
 
 
-# ---- a reward model of one number ----------------------------------------------------------------------------------
+# ---- skipped steps and learning rates of a reward model ------------------------------------------------------------
 
 
 def slope_loss(network, params, batch):
-    """weight · batch, whose gradient is the batch, or without one where the batch is 0."""
+    """A finite loss. Its gradient is not finite if `chosen` is 0, because √x has an infinite slope at 0."""
     del network
     kernel = params.trainable["scalar_head"]["kernel"]
     loss = jnp.sum(kernel) * jnp.sum(batch.margin) + jnp.sqrt(jnp.sum(kernel) * jnp.sum(batch.chosen))
@@ -66,8 +66,8 @@ def reward_model(**how):
     return TrainingSpec(SplitModel(start.model), **how), start
 
 
-def test_steps_that_are_not_finite_change_nothing_but_the_counters_and_the_schedule():
-    """A margin without end has a loss without end, and a finite gradient."""
+def test_non_finite_steps_change_only_the_counters_and_the_schedule():
+    """An infinite margin gives an infinite loss, but a finite gradient."""
     falling = dataclasses.replace(LINEAR, schedule="linear", total_steps=4)
     how, start = reward_model(loss=RewardLoss(), optimizer=falling)
     state, frozen = create_state(how, start.params)
@@ -88,7 +88,7 @@ def test_steps_that_are_not_finite_change_nothing_but_the_counters_and_the_sched
     counts = [(1, 1, 1), (2, 2, 2), (3, 2, 0), (4, 2, 0), (5, 3, 1)]
     rates = [LINEAR.learning_rate * share for share in (1, 0.75, 0.5, 0.25, 0)]
     assert seen == [(*count, *count[1:], rate) for count, rate in zip(counts, rates, strict=True)]
-    # The first good step is the third: its rate is half the highest.
+    # The first finite step is the third, so its learning rate is half of the highest.
     first, _ = create_state(how, start.params)
     fresh, _ = update(how, first, frozen, good)
     other, _ = create_state(how, start.params)
@@ -98,8 +98,8 @@ def test_steps_that_are_not_finite_change_nothing_but_the_counters_and_the_sched
         np.testing.assert_allclose(np.asarray(b) - a, 2 * (np.asarray(c) - a), atol=1e-5)
 
 
-def test_a_finite_loss_without_a_finite_gradient_is_left_out():
-    """√x has no slope at 0."""
+def test_a_finite_loss_with_a_non_finite_gradient_is_skipped():
+    """The gradient of √x at 0 is infinite."""
     how, start = reward_model(loss=slope_loss, optimizer=LINEAR)
     state, frozen = create_state(how, start.params)
     before = jax.device_get(state.trainable)
@@ -110,7 +110,7 @@ def test_a_finite_loss_without_a_finite_gradient_is_left_out():
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.trainable), before)
 
 
-def test_the_head_learns_at_a_rate_of_its_own():
+def test_the_head_trains_with_its_own_learning_rate():
     pairs, steps = pair_batch(examples(2, answers=2), 12, 0), []
     for rate in (None, 3 * LINEAR.learning_rate):
         how, start = reward_model(loss=RewardLoss(), optimizer=LINEAR, head_learning_rate=rate)
@@ -124,7 +124,7 @@ def test_the_head_learns_at_a_rate_of_its_own():
     jax.tree.map(np.testing.assert_array_equal, *steps)
 
 
-def test_what_trains_is_held_in_float32():
+def test_trainable_parameters_are_stored_in_float32():
     policy = tiny.policy()
     half = dataclasses.replace(policy, params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), policy.params))
     state, _ = create_state(sft()[0], half.params)
@@ -132,16 +132,16 @@ def test_what_trains_is_held_in_float32():
     assert {leaf.dtype for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim} == {jnp.dtype("float32")}
 
 
-# ---- what a reward model starts as ---------------------------------------------------------------------------------
+# ---- how a reward model is initialised -----------------------------------------------------------------------------
 
 
-def test_a_new_head_is_normal_with_deviation_one_over_the_root_of_its_width_and_one():
+def test_a_new_head_is_normal_with_deviation_1_over_sqrt_of_width_plus_1():
     key = jax.random.key(7)
     kernel = reward_start(tiny.policy(), None, key).params["scalar_head"]["kernel"]
     np.testing.assert_allclose(kernel, jax.random.normal(key, (32, 1)) / np.sqrt(33), rtol=1e-6)
 
 
-def test_a_reward_model_keeps_its_head_and_its_biases_unless_layers_go():
+def test_a_reward_model_keeps_head_and_biases_unless_layers_are_removed():
     reward = dataclasses.replace(tiny.policy(5, head="scalar"), reward_bias=0.5, missing_eos_bias=0.25)
     kept, cut = (reward_start(reward, layers, jax.random.key(3)) for layers in (None, 1))
     np.testing.assert_array_equal(kept.params["scalar_head"]["kernel"], reward.params["scalar_head"]["kernel"])
@@ -152,7 +152,7 @@ def test_a_reward_model_keeps_its_head_and_its_biases_unless_layers_go():
     assert (cut.reward_bias, cut.missing_eos_bias, cut.new_head) == (0.0, 0.0, True)
 
 
-def test_a_cut_models_layers_keep_their_windows():
+def test_the_layers_of_a_cut_model_keep_their_windows():
     policy = tiny.policy()
     config = policy.model.config.replace(num_layers=4, sliding_layers=(True, False, True, True), sliding_window=4)
     layers = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), policy.params["layers"])

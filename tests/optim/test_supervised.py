@@ -1,4 +1,4 @@
-"""The SFT and the reward phase's step: losses against NumPy, and splitting a batch changes nothing."""
+"""The step of the SFT and reward phases: losses equal NumPy's, and packing and microbatches do not change them."""
 
 import dataclasses
 import functools
@@ -39,13 +39,13 @@ def _applied(model, params, tokens):
 
 
 def alone(pretrained, ids):
-    """What a model says at each token of one text; what stands after it in the row, no token of it sees."""
+    """The model's outputs at each token of one text, in float64. Causal attention ignores the ids after the text."""
     row = np.zeros((1, 12), np.int32)
     row[0, : len(ids)] = ids
     return np.asarray(_applied(pretrained.model, pretrained.params, row)[0, : len(ids)], np.float64)
 
 
-def test_sft_loss_is_that_of_each_text_alone():
+def test_the_sft_loss_equals_that_of_each_text_alone():
     rows = examples(8)
     for loss_on in ("completion", "all"):
         how, policy = sft(loss_on=loss_on)
@@ -65,7 +65,7 @@ def test_sft_loss_is_that_of_each_text_alone():
 
 
 @pytest.mark.parametrize("layers", [None, 1])
-def test_packed_texts_do_not_see_each_other(layers):
+def test_packed_texts_do_not_attend_to_each_other(layers):
     rows = examples(9)
     how, policy = sft(layers, "all")
     state, frozen = create_state(how, policy.params)
@@ -77,7 +77,7 @@ def test_packed_texts_do_not_see_each_other(layers):
 
 
 def test_packed_texts_and_pairs_begin_at_position_0():
-    """Where positions have a table, it shows where a text begins; rotations say only how far apart two tokens are."""
+    """Learned positions show where a text begins. Rotary ones depend only on the distance of two tokens."""
     learned = {"position_kind": "learned", "rotary": None, "max_positions": 64}
     rows, policy = examples(3), tiny.policy(**learned)
     how = TrainingSpec(SplitModel(policy.model), SFTLoss("all"), LINEAR)
@@ -112,13 +112,13 @@ def test_microbatches_give_the_same_update():
     moved = jax.tree.map(lambda a, b: float(np.max(np.abs(a - np.asarray(b)))), before, one.trainable)
     assert max(jax.tree.leaves(moved)) > 1e-3
     assert float(metrics["grad_norm"]) > 0
-    for how, loops in ((whole, 0), (parts, 1)):  # of four; those over the layers are of two
+    for how, loops in ((whole, 0), (parts, 1)):  # loops of length 4; those over the layers have length 2
         state, frozen = create_state(how, policy.params)
         traced = step.trace(how, shardings_of(state), state, frozen, batch)
         assert sum(each.params.get("length") == 4 for each in equations(traced.jaxpr.jaxpr)) == loops
 
 
-def test_a_step_that_is_not_finite_is_left_out():
+def test_a_non_finite_step_is_skipped():
     how, policy = sft()
     state, frozen = create_state(how, policy.params)
     broken = state.replace(trainable=jax.tree.map(lambda leaf: leaf * np.nan, state.trainable))
@@ -149,7 +149,7 @@ def softplus(x):
 
 
 @pytest.mark.parametrize("compare", ["pairs", "all"])
-def test_bradley_terry_by_hand(compare):
+def test_bradley_terry_loss_and_metrics_equal_numpy(compare):
     pairs = examples(5, answers=2)
     how, start = reward(compare=compare)
     by_hand = scores_by_hand(start, pairs)
@@ -159,7 +159,7 @@ def test_bradley_terry_by_hand(compare):
     else:
         difference = by_hand[:, :1] - by_hand[:, 1]
         wanted = softplus(-difference)
-    batch = pair_batch([*pairs, None], 12, 0)  # the last row is no pair
+    batch = pair_batch([*pairs, None], 12, 0)  # the last row is empty
     sums = evaluate(how, *create_state(how, start.params), batch)
     assert float(sums["count"]) == difference.size
     assert float(sums["loss"]) == pytest.approx(wanted.sum(), rel=1e-4)
@@ -172,7 +172,7 @@ def test_bradley_terry_by_hand(compare):
 
 @pytest.mark.parametrize("compare", ["pairs", "all"])
 @pytest.mark.parametrize("layers", [None, 1])
-def test_packed_pairs_do_not_see_each_other(compare, layers):
+def test_packed_pairs_do_not_attend_to_each_other(compare, layers):
     pairs = examples(5, answers=2)
     how, start = reward(compare=compare)
     how = dataclasses.replace(how, network=SplitModel(start.model, layers))
@@ -190,7 +190,7 @@ def test_the_token_loss_averages_from_the_first_difference():
     prompt, shared = np.array([1, 2], np.int32), np.array([3], np.int32)
     pair = Example(prompt, (np.append(shared, [4, 5]).astype(np.int32), np.append(shared, [6]).astype(np.int32)))
     how, start = reward(loss="token")
-    batch = pair_batch([pair, None], 6, 0)  # the last row is no pair
+    batch = pair_batch([pair, None], 6, 0)  # the last row is empty
     values = [
         np.asarray(start.model.apply({"params": start.params}, tokens, mask=mask)[0], np.float64)
         for tokens, mask in ((batch.chosen, batch.chosen_mask), (batch.rejected, batch.rejected_mask))
@@ -203,7 +203,7 @@ def test_the_token_loss_averages_from_the_first_difference():
     assert (float(sums["accuracy"]), float(sums["count"])) == (float(scores[0] > scores[1]), 1)
 
 
-def test_a_cut_model_is_the_lower_layers():
+def test_a_cut_model_has_the_lower_layers():
     policy = tiny.policy()
     start = reward_start(policy, 1, jax.random.key(0))
     assert start.model.config.num_layers == 1

@@ -1,4 +1,4 @@
-"""An iteration of PPO written plainly: whole logits, no scans, chunks or microbatches; float64 but for models."""
+"""A simple implementation of a PPO iteration: full logits, no scans, chunks or microbatches, float64 outside models."""
 
 import functools
 
@@ -9,7 +9,7 @@ import numpy as np
 from jax_rlhf.sampling.draw import draw_tokens
 from tests.rl import oracle as rl
 
-ORDER = 0xFFFFFFFF  # of the row orders' key, among the row ids
+ORDER = 0xFFFFFFFF  # folded into the key for shuffling; row ids are smaller
 
 
 # ---- models --------------------------------------------------------------------------------------------------------
@@ -27,11 +27,11 @@ def policy(model, params, tokens, mask, start, temperature):
     return chosen, -jnp.sum(jnp.exp(logp) * logp, axis=-1)
 
 
-# ---- the first program ---------------------------------------------------------------------------------------------
+# ---- the first program: the experience -----------------------------------------------------------------------------
 
 
 def sampled(model, params, prompts, config, iteration):
-    """(tokens, response mask, log-probs, kept mass), a token at a time over the whole rows."""
+    """(tokens, response mask, log-probs, kept mass), with a forward pass over the whole rows per token."""
     rows, width = prompts.tokens.shape
     tokens = np.concatenate(
         [prompts.tokens, np.full((rows, config.sampling.max_new_tokens), config.sampling.pad_id)], axis=1
@@ -64,7 +64,7 @@ def sampled(model, params, prompts, config, iteration):
 
 
 def collected(models, made, config, kl_coef):
-    """The experience's numbers from its tokens; models: role → (model, params), with "biases"."""
+    """The other arrays of an experience, from its tokens. models: role → (model, params), and "biases" → a dict."""
     tokens, response = np.asarray(made.tokens), np.asarray(made.response_mask)
     start = made.prompt_mask.shape[1]
     mask = np.concatenate([made.prompt_mask, response], axis=1)
@@ -103,7 +103,7 @@ def collected(models, made, config, kl_coef):
 
 
 def experience_metrics(config, made, kl_coef):
-    """Those of metrics.py, from the experience's arrays, float64."""
+    """The metrics of `ppo/metrics.py`, from the arrays of an experience, in float64."""
     mask = np.asarray(made.response_mask)
     get = lambda name: np.asarray(getattr(made, name), np.float64)  # noqa: E731
     ratio, returns, values = get("logprobs") - get("ref_logprobs"), get("returns")[mask], get("values")[mask]
@@ -135,11 +135,11 @@ def experience_metrics(config, made, kl_coef):
     }
 
 
-# ---- the second program --------------------------------------------------------------------------------------------
+# ---- the second program: the updates -------------------------------------------------------------------------------
 
 
 class Adam:
-    """One optimizer over the leaves of a tree, float64."""
+    """Adam with gradient clipping and weight decay over the leaves of a tree, in float64."""
 
     def __init__(self, config, params):
         self.config, self.count = config, 0
@@ -164,7 +164,7 @@ class Adam:
 
 
 def rate(config, step):
-    """Linear warm-up, then linear decay to a fraction."""
+    """The learning rate: a linear warm-up, then a linear decay to a fraction."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     done = min((step - config.warmup_steps) / (config.total_steps - config.warmup_steps), 1)
@@ -172,7 +172,7 @@ def rate(config, step):
 
 
 def surrogate(config, ratio, advantages, penalty):
-    """(loss, clipped) a token."""
+    """(loss, whether it is clipped) per token."""
     if config.loss.policy == "penalty":
         return -advantages * ratio + penalty * (ratio - 1 - jnp.log(ratio)), jnp.zeros(ratio.shape, bool)
     low, high = 1 - config.loss.clip_range, 1 + (config.loss.clip_range_high or config.loss.clip_range)
@@ -183,10 +183,11 @@ def surrogate(config, ratio, advantages, penalty):
 
 
 def update(networks, frozen, trained, config, made, *, text, state):
-    """An iteration's updates: (actor, critic, metrics, state after).
+    """The updates of an iteration → (actor, critic, metrics, new state).
 
     networks: (actor, critic) as functions of their trainable parameters: tree → (model, whole parameters).
-    state: iteration, entropy, penalty, kl (a function kl → β); text: rows for PPO-ptx, or None.
+    text: rows for PPO-ptx, or None.
+    state: iteration, per_iteration (optimizer steps), entropy, penalty.
     """
     made = jax.tree.map(jnp.asarray, made)
     rows, start = len(made.tokens), made.prompt_mask.shape[1]

@@ -1,4 +1,4 @@
-"""From samples to experience: rewards, advantages and returns against float64 loops; where scores come from."""
+"""From samples to an experience: rewards, advantages and returns equal float64 loops; and the sources of scores."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ ENDED = [True, True, True, False, True, True, False, True]
 
 
 def scored(rows=8):
-    """Rows of the lengths 1, n, R with EOS and R without, everything else at random."""
+    """(experience, values of the last states): random arrays, and rows of 1 to R tokens with and without EOS."""
     made, random = tiny.trainer().generate_experience(tiny.ragged_prompts(rows)), np.random.RandomState(0)
     mask = np.arange(SLOTS) < np.array(LENGTHS)[:, None]
     per_token = [np.where(mask, random.randn(rows, SLOTS), 0).astype(np.float32) for _ in range(3)]
@@ -38,7 +38,7 @@ def scored(rows=8):
 
 
 def by_hand(config, made, last_values, kl_coef):
-    """Row by row, float64."""
+    """Rewards, advantages and returns, row by row in float64."""
     rewards, advantages, returns = np.zeros((3, *made.values.shape))
     mask = np.asarray(made.response_mask)
     for row in range(len(mask)):
@@ -75,7 +75,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "defaults")
-def test_rewards_advantages_and_returns_are_those_by_hand(options, devices):
+def test_rewards_advantages_and_returns_equal_float64_loops(options, devices):
     config = tiny.ppo_config(**options)
     made, last_values = scored()
     wanted = by_hand(config, made, last_values, 0.3)
@@ -85,15 +85,15 @@ def test_rewards_advantages_and_returns_are_those_by_hand(options, devices):
     ours = jax.jit(functools.partial(with_advantages, config))(made, last_values, jnp.float32(0.3))
     for name, value in wanted.items():
         np.testing.assert_allclose(getattr(ours, name), value, atol=2e-5, err_msg=name)
-    # The oracle tells options apart: any other one's numbers are not these.
+    # The comparison can fail: each other set of options gives different numbers.
     for other in OPTIONS:
         if other != options:
             different = by_hand(tiny.ppo_config(**other), made, last_values, 0.3)
             assert max(np.abs(different[name] - wanted[name]).max() for name in wanted) > 0.01
 
 
-def test_the_score_lies_on_the_last_real_token():
-    """Lengths 1, n, R and no EOS: Σ rewards = score − β Σ kl, fractions of a score kept."""
+def test_the_score_is_added_at_the_last_real_token():
+    """For every length, the rewards of a row sum to score − β Σ kl, and scores keep their fractions."""
     made, last_values = scored()
     ours = with_advantages(PPOConfig(), made, last_values, jnp.float32(0.3))
     kl = np.asarray(made.logprobs - made.ref_logprobs)
@@ -104,11 +104,11 @@ def test_the_score_lies_on_the_last_real_token():
     assert np.abs(np.asarray(made.scores) - np.trunc(made.scores)).min() > 0.01  # an integer cast would show
 
 
-# ---- where scores come from ----------------------------------------------------------------------------------------
+# ---- the sources of scores -----------------------------------------------------------------------------------------
 
 
-def test_a_reward_model_scores_the_very_ids_that_were_sampled():
-    """Its score is its head at the last real token of each row, less its bonus for not ending; functions are added."""
+def test_a_reward_model_scores_the_sampled_ids_and_functions_are_added():
+    """The score is the head's output at the last real token, less missing_eos_bias if there is no EOS."""
     reward = dataclasses.replace(tiny.policy(5, head="scalar", num_layers=1), missing_eos_bias=0.7)
     engine = RLHFEngine(tiny.policy(), critic=tiny.policy(6, head="scalar"), reward=reward)
     made = tiny.trainer(engine, reward=None).generate_experience(tiny.ragged_prompts(16))
@@ -126,14 +126,14 @@ def test_a_reward_model_scores_the_very_ids_that_were_sampled():
         tiny.tokenizer().decode(row[real]) for row, real in zip(made.tokens[:, 5:], made.response_mask, strict=True)
     ]
     np.testing.assert_allclose(both.scores, made.scores + np.array(tiny.fractional_reward(None, texts)), atol=1e-5)
-    # The values are the critic's at the states before each token.
+    # Values are the critic's output for the state before each token.
     critic = tiny.policy(6, head="scalar")
     states = np.asarray(jax.jit(critic.model.apply)({"params": critic.params}, made.tokens, mask=mask))[:, 4:-1]
     np.testing.assert_allclose(made.values, np.where(made.response_mask, states, 0), atol=1e-5)
 
 
-def test_critic_and_reward_model_share_what_is_frozen():
-    """The critic starts as the reward model; with trainable layers the bottom is held once and run once."""
+def test_critic_and_reward_model_share_frozen_layers():
+    """The critic starts as the reward model. Their frozen bottom layers are stored and run once."""
     reward = tiny.policy(5, head="scalar")
     whole = tiny.trainer(RLHFEngine(tiny.policy(), reward=reward), reward=None)
     engine = RLHFEngine(tiny.policy(), reward=reward, trainable_layers=1, critic_trainable_layers=1)
@@ -152,8 +152,8 @@ def test_critic_and_reward_model_share_what_is_frozen():
     np.testing.assert_allclose(engine.values(made.tokens, mask)[np.arange(16), last], made.scores, atol=1e-5)
 
 
-def test_functions_get_the_texts_without_special_tokens_and_the_columns():
-    """EOS and pad come from the tokenizer, end the responses, and are left out of their texts."""
+def test_functions_get_columns_and_texts_without_special_tokens():
+    """The ids of EOS and pad come from the tokenizer, and the texts leave them out."""
     seen = {}
 
     def judge(prompts, responses, **columns):

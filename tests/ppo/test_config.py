@@ -1,4 +1,4 @@
-"""A config from outside becomes settings, or an error that says which field and what would do."""
+"""A mapping becomes a config, or an error that names the field and what is valid."""
 
 import dataclasses
 import math
@@ -65,12 +65,12 @@ def test_a_mapping_overrides_the_defaults():
         (3, "config.ppo must be a mapping"),
     ],
 )
-def test_bad_values_are_named(values, message):
+def test_errors_name_the_invalid_field(values, message):
     with pytest.raises(ValueError, match=message):
         from_mapping(PPOConfig, values, "config.ppo")
 
 
-def test_what_is_clipped():
+def test_clip_ranges_depend_on_the_policy_loss():
     assert tiny.ppo_config(clip_range=0.1).loss.clip_ranges == (0.1, 0.1)
     assert tiny.ppo_config(clip_range=0.1, clip_range_high=0.3).loss.clip_ranges == (0.1, 0.3)
     assert tiny.ppo_config(policy_loss="penalty").loss.clip_ranges == (math.inf, math.inf)
@@ -90,5 +90,5 @@ def test_what_is_clipped():
         ("reward.steps", None),
     ],
 )
-def test_former_names_are_known(former, now):
+def test_old_setting_names_map_to_new_ones(former, now):
     assert new_name(former) == now

@@ -1,4 +1,4 @@
-"""The engine: four models from checkpoints or parameters, what they share, and the functions over them."""
+"""The engine: four models from checkpoints or parameters, what they share, and its methods."""
 
 import dataclasses
 
@@ -53,15 +53,16 @@ def test_four_models_from_two_checkpoints(folders):
     np.testing.assert_array_equal(logprobs, ref_logprobs)
     assert (np.asarray(entropy)[real] > 0).all()
     values = engine.values(tokens, mask)
-    np.testing.assert_allclose(values[:, -1], engine.reward(tokens, mask), atol=1e-5)  # the critic starts as it
+    # The critic starts as the reward model.
+    np.testing.assert_allclose(values[:, -1], engine.reward(tokens, mask), atol=1e-5)
     whole = jax.jit(reward.model.apply)({"params": reward.params}, tokens, mask=mask)
     np.testing.assert_allclose(np.asarray(values)[mask], np.asarray(whole)[mask], atol=1e-5)
-    # What trains is held apart from what is frozen: the next update is given its buffers.
+    # An update donates the trainable buffers, so frozen parameters must not share them.
     assert not pointers(engine.params.trainable) & pointers(engine.params.frozen)
 
 
-def test_the_reference_is_the_actor_without_a_second_copy():
-    """Parameters in memory are shared by the frozen models and copied once for those that train."""
+def test_the_reference_is_the_initial_actor_without_a_second_copy():
+    """Frozen models share the given parameters. Trainable models get a copy."""
     start = tiny.policy()
     engine = RLHFEngine(start)
     assert pointers(engine.params.frozen.reference) <= pointers(start.params)
@@ -70,10 +71,10 @@ def test_the_reference_is_the_actor_without_a_second_copy():
     cut = RLHFEngine(start, trainable_layers=1)
     frozen = cut.params.frozen
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (frozen.actor, frozen.reference)]
-    assert sum(sizes) == sum(leaf.size for leaf in jax.tree.leaves(start.params))  # bottom and top, once each
+    assert sum(sizes) == sum(leaf.size for leaf in jax.tree.leaves(start.params))  # bottom and top are each stored once
 
 
-def test_reference_and_critic_of_their_own():
+def test_reference_and_critic_can_be_separate_models():
     reference, critic = tiny.policy(7), tiny.policy(8, head="scalar", num_layers=1)
     engine = RLHFEngine(tiny.policy(), reference=reference, critic=critic, trainable_layers=1)
     tokens, mask = batch()
@@ -95,14 +96,15 @@ def test_a_critic_starts_as_the_reward_model_or_with_a_zero_head(trainable_layer
     ]
     scores = jax.jit(reward.model.apply)({"params": reward.params}, tokens, mask=mask)
     values = np.asarray(starts[0].values(tokens, mask))
-    np.testing.assert_allclose(values[mask], np.asarray(scores)[mask] + 0.3 - 0.7, atol=1e-5)  # of unfinished texts
+    # Values are of unfinished texts, so they include missing_eos_bias.
+    np.testing.assert_allclose(values[mask], np.asarray(scores)[mask] + 0.3 - 0.7, atol=1e-5)
     np.testing.assert_array_equal(starts[1].values(tokens, mask), 0)
     np.testing.assert_allclose(starts[0].reward(tokens, mask), starts[1].reward(tokens, mask), atol=1e-6)
     np.testing.assert_allclose(starts[1].reward(tokens, mask), scores[:, -1] + 0.3, atol=1e-5)
 
 
 @pytest.mark.parametrize("trainable_layers", [None, 1])
-def test_sampling_is_what_the_sampler_does(trainable_layers):
+def test_the_engine_samples_the_same_as_the_sampler(trainable_layers):
     start = tiny.policy()
     engine = RLHFEngine(start, trainable_layers=trainable_layers)
     tokens, mask = batch()
@@ -113,7 +115,7 @@ def test_sampling_is_what_the_sampler_does(trainable_layers):
     np.testing.assert_allclose(ours.logprobs, wanted.logprobs, atol=1e-5)
 
 
-def test_a_trained_actor_is_saved_and_read_again(tmp_path, folders):
+def test_trained_models_can_be_saved_and_loaded(tmp_path, folders):
     engine = RLHFEngine.create({"model": {"path": str(folders / "actor"), "trainable_layers": 1}})
     trainer = tiny.trainer(engine)
     trainer.train_rlhf(trainer.generate_experience(tiny.ragged_prompts(8)))
@@ -140,7 +142,7 @@ def test_bfloat16_compute_keeps_float32_parameters(folders):
     assert metrics["val/skipped_updates"] == 0
 
 
-def test_bad_configs_and_models_that_do_not_fit_are_named(folders, tmp_path):
+def test_invalid_configs_and_incompatible_models_are_errors(folders, tmp_path):
     path = str(folders / "actor")
     for config, message in [
         ({}, r"config\.model\.path is not set"),
@@ -174,9 +176,9 @@ def test_bad_configs_and_models_that_do_not_fit_are_named(folders, tmp_path):
 
 @pytest.mark.parametrize("padded", [None, 16])
 @pytest.mark.parametrize("trainable_layers", [None, 1])
-def test_ids_that_are_no_tokens_have_no_probability(padded, trainable_layers):
-    """An embedding with more rows than the tokenizer has tokens, among them one that no token has."""
-    ids = [0, 1, 2, 3, 4, 6, 7, 9]  # 5 and 8 are none, nor those past 9
+def test_ids_that_are_not_tokens_have_no_probability(padded, trainable_layers):
+    """The embedding has 13 rows, but the tokenizer has only 8 tokens, with ids up to 9."""
+    ids = [0, 1, 2, 3, 4, 6, 7, 9]  # 5, 8, and the ids above 9 are not tokens
     bare = Tokenizer(WordLevel({f"w{index}": index for index in ids}, unk_token="w0"))
     actor = tiny.policy(vocab_size=13, padded_vocab_size=padded)
     actor = dataclasses.replace(actor, tokenizer=PreTrainedTokenizerFast(tokenizer_object=bare))
@@ -202,7 +204,7 @@ def test_ids_that_are_no_tokens_have_no_probability(padded, trainable_layers):
 
 
 def test_absent_ids_have_no_gradient():
-    """Nor make one NaN, at any temperature."""
+    """The gradients of all ids stay finite, also at a low temperature."""
     start = tiny.policy(vocab_size=13)
     model = start.model.clone(config=start.model.config.limited_to(10, (5, 8, 11)))
     assert model.config.absent_ids == (5, 8)
@@ -222,7 +224,7 @@ def test_absent_ids_have_no_gradient():
 
 
 def test_a_reward_model_may_have_more_tokens_than_the_policy():
-    """TRL adds a pad token to its reward models; what ids both have mean the same."""
+    """TRL adds a pad token to its reward models. Ids that both models have must be the same tokens."""
     reward = tiny.policy(5, head="scalar", vocab_size=9)
     reward.tokenizer.add_tokens(["w9"])
     engine = RLHFEngine(tiny.policy(), reward=reward)
@@ -231,11 +233,11 @@ def test_a_reward_model_may_have_more_tokens_than_the_policy():
 
 
 def test_a_reward_model_without_a_head_is_an_error(folders, tmp_path):
-    """Every text would score 0."""
+    """Without an error, every text would score 0."""
     path = str(folders / "actor")
     with pytest.raises(CheckpointError, match=r"config\.reward_model\.path=.* it has no scalar head"):
         RLHFEngine.create({"model": {"path": path}, "reward_model": {"path": path}})
-    RLHFEngine.create({"model": {"path": path}, "critic": {"path": path}})  # whose values may start at zero
+    RLHFEngine.create({"model": {"path": path}, "critic": {"path": path}})  # a critic's values may start at zero
     save_pretrained(tmp_path / "reward", tiny.policy(5, head="scalar"))
     file = tmp_path / "reward" / "model.safetensors"
     save_file({name: array for name, array in load_file(file).items() if name != "score.weight"}, file)
@@ -244,7 +246,7 @@ def test_a_reward_model_without_a_head_is_an_error(folders, tmp_path):
             RLHFEngine.create({"model": {"path": path}, role: {"path": str(tmp_path / "reward")}})
 
 
-def test_models_are_cut_over_a_mesh():
+def test_models_are_sharded_over_a_mesh():
     mesh = Mesh(np.array(jax.devices()).reshape(1, 2, 4), ("data", "fsdp", "tensor"))
     one, eight = RLHFEngine(tiny.policy()), RLHFEngine(tiny.policy(), mesh=mesh)
     kernel = eight.params.trainable.actor["layers"]["mlp"]["up"]["kernel"]
@@ -256,7 +258,7 @@ def test_models_are_cut_over_a_mesh():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_vocabulary_that_the_mesh_does_not_divide_is_padded(tied, tmp_path):
-    """Parameters in memory are as good as loaded ones: 13 and 9 ids over tensor=4; what is saved has 13 again."""
+    """Over tensor=4, 13 ids are padded to 16 rows and 9 ids to 12. Saving removes the padding."""
     mesh = Mesh(np.array(jax.devices()).reshape(1, 2, 4), ("data", "fsdp", "tensor"))
     config = tiny.policy(vocab_size=13).model.config.replace(tie_embeddings=tied)
     model = Decoder(config)
@@ -274,7 +276,7 @@ def test_a_vocabulary_that_the_mesh_does_not_divide_is_padded(tied, tmp_path):
     sampling = Sampling(max_new_tokens=12)
     first, second = (engine.sample(tokens, mask, np.arange(4), jax.random.key(0), sampling) for engine in (one, eight))
     np.testing.assert_array_equal(first.tokens, second.tokens)
-    assert int(first.tokens.max()) < 9  # ids of both
+    assert int(first.tokens.max()) < 9  # only ids that both models have
     save_pretrained(tmp_path, eight.actor)
     again = load_pretrained(tmp_path)
     for path, leaf in jax.tree.leaves_with_path(actor.params):
@@ -282,7 +284,7 @@ def test_a_vocabulary_that_the_mesh_does_not_divide_is_padded(tied, tmp_path):
         np.testing.assert_allclose(leaf, saved, atol=1e-6, err_msg=str(path))
 
 
-def test_untied_heads_follow_their_part():
+def test_only_an_untied_head_is_trainable_above_frozen_layers():
     model = Decoder(dataclasses.replace(tiny.policy().model.config, tie_embeddings=True))
     start = dataclasses.replace(tiny.policy(), model=model, params=init_params(model, jax.random.key(0)))
     engine = RLHFEngine(start, trainable_layers=1)
@@ -292,7 +294,7 @@ def test_untied_heads_follow_their_part():
     assert "lm_head" in untied.params.trainable.actor
 
 
-# ---- how each model runs, and which ids it knows -------------------------------------------------------------------
+# ---- dtype, remat, attention, vocabulary and positions of each model -----------------------------------------------
 
 
 def how_it_runs(network):
@@ -300,8 +302,8 @@ def how_it_runs(network):
     return config.dtype.name, config.remat, config.attention
 
 
-def test_a_model_without_a_path_of_its_own_runs_as_its_own_settings_say(folders):
-    """Unset ones are the policy's; what the reward model is set to is not passed on to the critic."""
+def test_models_without_a_path_use_their_own_dtype_and_remat(folders):
+    """Unset settings are the policy's. The critic does not inherit those of the reward model."""
     model = {"path": str(folders / "actor"), "remat": "none"}
     reward = {"path": str(folders / "reward"), "dtype": "bfloat16", "remat": "full"}
     engine = RLHFEngine.create({"model": model, "reward_model": reward})
@@ -321,8 +323,8 @@ def test_a_model_without_a_path_of_its_own_runs_as_its_own_settings_say(folders)
 
 
 @pytest.mark.parametrize("trainable_layers", [None, 1])
-def test_models_of_one_trunk_in_two_dtypes_compute_each_in_its_own(folders, trainable_layers):
-    """The frozen bottom's parameters are shared, its output only where both would make the same of it."""
+def test_models_that_share_layers_compute_in_their_own_dtype(folders, trainable_layers):
+    """Models share the parameters of the frozen bottom layers, but their output only if both compute the same."""
     layers = {"trainable_layers": trainable_layers}
     models = {"model": {"path": str(folders / "actor"), **layers}, "reward_model": {"path": str(folders / "reward")}}
     models |= {"critic": layers, "reference": {"dtype": "bfloat16"}}
@@ -340,14 +342,14 @@ def test_models_of_one_trunk_in_two_dtypes_compute_each_in_its_own(folders, trai
     ours, wanted = np.asarray(made.ref_logprobs), np.asarray(half.score(tokens, mask, start=5)[1])
     real = np.asarray(made.response_mask)
     np.testing.assert_allclose(ours[real], wanted[real], atol=1e-6)
-    assert np.abs(ours - full)[real].max() > 1e-4  # in bfloat16 indeed
+    assert np.abs(ours - full)[real].max() > 1e-4  # the reference does compute in bfloat16
     values = engine.values(tokens, mask)
     whole = load_pretrained(folders / "reward", head="scalar")
     exact = jax.jit(whole.model.apply)({"params": whole.params}, tokens, mask=mask)
     np.testing.assert_allclose(np.asarray(values)[mask], np.asarray(exact)[mask], atol=1e-5)
 
 
-def test_a_critic_on_the_actors_frozen_bottom_computes_it_in_its_own_dtype(folders):
+def test_a_critic_computes_the_actors_frozen_layers_in_its_own_dtype(folders):
     layers = {"trainable_layers": 1}
     critic = layers | {"dtype": "bfloat16"}
     engine = RLHFEngine.create({"model": {"path": str(folders / "actor")} | layers, "critic": critic})
@@ -356,8 +358,8 @@ def test_a_critic_on_the_actors_frozen_bottom_computes_it_in_its_own_dtype(folde
     assert (made.frozen_activations.actor.dtype, made.frozen_activations.critic.dtype) == (jnp.float32, jnp.bfloat16)
 
 
-def test_only_ids_that_all_models_know_are_sampled_and_have_probability(tmp_path):
-    """A reward model with 6 rows in its table beside a policy with 8: a ninth of the mass would score NaN."""
+def test_only_ids_that_all_models_have_are_sampled(tmp_path):
+    """The reward model has 6 ids and the policy has 8. Responses with the other two ids would score NaN."""
     policy, reward = tiny.policy(), dataclasses.replace(tiny.policy(5, head="scalar", vocab_size=6), tokenizer=None)
     policy = dataclasses.replace(policy, tokenizer=None)
     engine = RLHFEngine(policy, reward=reward)
@@ -375,7 +377,7 @@ def test_only_ids_that_all_models_know_are_sampled_and_have_probability(tmp_path
     entropy = np.asarray(engine.score(made.tokens, mask, start=5)[2])
     plain = np.asarray(-jnp.sum(jax.nn.softmax(logits) * jax.nn.log_softmax(logits), axis=-1))
     np.testing.assert_allclose(entropy[real], plain[real], atol=1e-5)
-    assert engine.actor.model.config.vocab_size == 8  # what is saved has lost nothing
+    assert engine.actor.model.config.vocab_size == 8  # saved models keep all ids
     save_pretrained(tmp_path / "actor", engine.actor)
     again = load_pretrained(tmp_path / "actor")
     jax.tree.map(np.testing.assert_array_equal, again.params, jax.device_get(engine.actor.params))
@@ -386,8 +388,8 @@ def test_only_ids_that_all_models_know_are_sampled_and_have_probability(tmp_path
 
 
 @pytest.mark.parametrize("role", ["actor", "reference", "critic", "reward"])
-def test_no_row_may_run_past_the_positions_of_any_model(role):
-    """Five prompt tokens and six of the response: ten positions are too few, in whichever model."""
+def test_rows_that_exceed_the_positions_of_a_model_are_errors(role):
+    """With 5 prompt and 6 response tokens, 11 positions are enough, and 10 are too few."""
     models = {"actor": tiny.policy(), "reference": tiny.policy(3)}
     models |= {name: tiny.policy(4, head="scalar") for name in ("critic", "reward")}
     for positions, fits in ((11, True), (10, False)):
@@ -401,7 +403,7 @@ def test_no_row_may_run_past_the_positions_of_any_model(role):
                 trainer.generate_experience(tiny.ragged_prompts(4))
 
 
-def test_a_model_in_float16_trains_in_float32_on_cpu():
+def test_a_float16_model_computes_in_float32_on_cpu():
     start = tiny.policy(dtype=jnp.float16)
     engine = RLHFEngine(start, reward=tiny.policy(5, head="scalar", dtype=jnp.float16))
     for role in ("actor", "reference", "critic", "reward"):

@@ -1,4 +1,4 @@
-"""Who starts as what, told apart where all four models are given; what is saved; texts and rows of the trainer."""
+"""How the four models are initialised and saved; the trainer's texts, microbatches and token ids."""
 
 import dataclasses
 import types
@@ -22,7 +22,7 @@ from tests.ppo import tiny
 
 @pytest.fixture(scope="module")
 def models():
-    """All four, each with parameters of its own; critic and reward model with biases of their own."""
+    """All four models with different parameters. Critic and reward model also have different biases."""
     critic = dataclasses.replace(tiny.policy(3, head="scalar"), reward_bias=0.5, missing_eos_bias=0.1)
     reward = dataclasses.replace(tiny.policy(5, head="scalar"), reward_bias=0.9, missing_eos_bias=0.6)
     return {"actor": tiny.policy(), "reference": tiny.policy(7), "critic": critic, "reward": reward}
@@ -38,7 +38,7 @@ def test_each_role_has_its_own_parameters_and_biases(models):
     same(engine.params.trainable.critic, models["critic"].params)
     same(engine.params.frozen.reference.trainable, models["reference"].params)
     same(engine.params.frozen.reward.trainable, models["reward"].params)
-    # The critic values unfinished texts: by its own biases, without its bonus for those.
+    # The critic values unfinished texts, so its bias is its reward_bias less its missing_eos_bias.
     assert float(engine.params.frozen.critic_bias) == pytest.approx(0.5 - 0.1)
     assert float(engine.params.frozen.reward_bias) == pytest.approx(0.9)
     assert float(engine.params.frozen.missing_eos_bias) == pytest.approx(0.6)
@@ -59,8 +59,8 @@ def test_each_role_has_its_own_parameters_and_biases(models):
 
 
 @pytest.mark.parametrize("trainable_layers", [None, 1])
-def test_what_trains_is_a_copy_and_the_reference_stays(models, trainable_layers):
-    """An update is given the trained parameters' buffers; the reference is the actor of the start for ever."""
+def test_trainable_parameters_are_copies_and_the_reference_is_unchanged(models, trainable_layers):
+    """An update donates the buffers of the trainable parameters. The reference stays the initial actor."""
     engine = RLHFEngine(models["actor"], trainable_layers=trainable_layers)
     pointers = lambda tree: {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)}  # noqa: E731
     assert not pointers(engine.params.trainable) & pointers((engine.params.frozen, models["actor"].params))
@@ -76,7 +76,7 @@ def test_what_trains_is_a_copy_and_the_reference_stays(models, trainable_layers)
     assert not pointers(engine.actor.params) & pointers(engine.params.trainable)
 
 
-def test_checkpoints_go_to_the_roles_that_name_them(models, tmp_path):
+def test_each_role_loads_its_own_checkpoint(models, tmp_path):
     for name, model in models.items():
         save_pretrained(tmp_path / name, model)
     config = {name: {"path": str(tmp_path / name)} for name in ("reference", "critic")}
@@ -94,11 +94,11 @@ def test_checkpoints_go_to_the_roles_that_name_them(models, tmp_path):
     assert load_pretrained(tmp_path / "again", head="scalar").reward_bias == pytest.approx(0.4)
 
 
-# ---- the trainer's texts and rows ----------------------------------------------------------------------------------
+# ---- the trainer's texts, microbatches and token ids ---------------------------------------------------------------
 
 
-def test_functions_get_prompts_responses_and_columns_of_each_row_without_special_tokens():
-    """Ids at pads and after the end may be any."""
+def test_functions_get_the_texts_and_columns_of_each_row():
+    """Ids at pads and after EOS do not appear in the texts."""
     prompts = [[data.USER, *data.ids("a b")], data.ids("c")]
     responses = [data.ids("d e <eos>"), data.ids("f")]
     tokens, mask = np.full((2, 7), data.ids("z")[0], np.int32), np.zeros((2, 7), bool)
@@ -126,26 +126,26 @@ def test_functions_get_prompts_responses_and_columns_of_each_row_without_special
     assert trainer.failures == Failures(failed_calls=1)
 
 
-def test_a_functions_own_time_limit_goes_before_that_of_all():
+def test_a_functions_own_timeout_overrides_the_default():
     functions = [RewardFunction(tiny.fractional_reward, timeout=3.0), RewardFunction(tiny.fractional_reward)]
     trainer = PPOTrainer(RLHFEngine(tiny.policy()), tiny.nested(reward_timeout=9.0), reward_functions=functions)
     assert [function.timeout for function in trainer.reward_functions] == [3.0, 9.0]
 
 
-def test_microbatches_keep_to_a_budget_of_tokens_a_device():
+def test_microbatches_have_a_budget_of_tokens_per_device():
     assert microbatch_rows(64, 128, 1, "cpu") == 8  # 1,024 tokens
-    assert microbatch_rows(64, 128, 2, "cpu") == 16  # on each of two devices
+    assert microbatch_rows(64, 128, 2, "cpu") == 16  # 8 rows on each of two devices
     assert microbatch_rows(256, 128, 1, "gpu") == 128  # 16,384
-    assert microbatch_rows(60, 128, 1, "cpu") == 6  # the next that divides
-    assert microbatch_rows(12, 4096, 4, "cpu") == 4  # one row a device, if that is too much
+    assert microbatch_rows(60, 128, 1, "cpu") == 6  # the next smaller size that divides 60
+    assert microbatch_rows(12, 4096, 4, "cpu") == 4  # one row per device, although that exceeds the budget
     config = tiny.ppo_config(num_minibatches=2, max_new_tokens=64)
     plan = batch_plan(config, 128, 64, None, "cpu")
-    assert (plan.microbatch_size, plan.microbatches) == (8, 8)  # of 64 rows of 64 + 64 tokens
+    assert (plan.microbatch_size, plan.microbatches) == (8, 8)  # a minibatch has 64 rows of 64 + 64 tokens
     plan = batch_plan(dataclasses.replace(config, microbatch_size=32), 128, 64, None, "cpu")
     assert (plan.microbatch_size, plan.microbatches) == (32, 2)
 
 
-def test_ids_that_are_not_given_are_the_tokenizers():
+def test_eos_and_pad_ids_default_to_those_of_the_tokenizer():
     engine = types.SimpleNamespace(tokenizer=data.tokenizer(), generation_config=None)
     ids = lambda config: (config.sampling.eos_ids, config.sampling.pad_id)  # noqa: E731
     assert ids(_with_ids(PPOConfig(), engine)) == ((data.EOS,), data.PAD)

@@ -1,6 +1,6 @@
-"""PPO learns: it comes near the policy that is known to be best, and does not where its advantages are shuffled.
+"""PPO comes close to the known optimal policy, but not if its advantages are shuffled.
 
-`pytest tests/ppo/test_learning.py -s -m ""` prints the figures of docs/ppo.md, of three seeds.
+`pytest tests/ppo/test_learning.py -s -m ""` prints the figures in docs/ppo.md, for three seeds.
 """
 
 import functools
@@ -11,14 +11,14 @@ import pytest
 from jax_rlhf import PPOTrainer, RLHFEngine
 from tests.ppo import tiny
 
-pytestmark = pytest.mark.usefixtures("full_compile")  # hundreds of iterations: running takes most of the time
+pytestmark = pytest.mark.usefixtures("full_compile")  # hundreds of iterations: most of the time is run time
 
-BAR = 0.95  # of the possible gain in E[r] − β KL; an unlearned model has 0
+BAR = 0.95  # share of the possible gain in E[r] − β KL; the initial policy has 0
 
 
 @functools.cache
 def learned(loss, beta, *, seed, iterations=40, rows=512, shuffled=False):
-    """4 epochs × 4 minibatches an iteration → share of the possible gain, exact KL, last metrics."""
+    """PPO with 4 epochs × 4 minibatches per iteration → (share of the possible gain, exact KL, last metrics)."""
     reference = tiny.policy()
     engine = RLHFEngine(reference)
     config = {
@@ -48,10 +48,10 @@ def learned(loss, beta, *, seed, iterations=40, rows=512, shuffled=False):
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("loss", ["clip", "penalty"])
-def test_ppo_reaches_most_of_what_is_possible(loss, seed):
+def test_ppo_reaches_most_of_the_possible_gain(loss, seed):
     gain, kl, metrics = learned(loss, 0.5, seed=seed)
     assert gain >= BAR
-    # Metrics agree with the exact KL, and all that they say is sound.
+    # The metrics agree with the exact KL, and are those of a healthy run.
     assert abs(metrics["objective/kl"] - kl) < 0.3
     assert metrics["val/explained_variance"] > 0.7
     assert metrics["val/sampler_logprob_gap"] < 1e-4
@@ -59,12 +59,12 @@ def test_ppo_reaches_most_of_what_is_possible(loss, seed):
     assert metrics["val/skipped_updates"] == 0
 
 
-def test_shuffled_advantages_fail_the_same_bar():
+def test_shuffled_advantages_do_not_reach_the_gain():
     gain, _, _ = learned("clip", 0.5, seed=0, shuffled=True)
     assert gain < 0.5
 
 
-def test_a_larger_kl_coefficient_ends_with_a_smaller_kl():
+def test_a_larger_kl_coefficient_gives_a_smaller_kl():
     kl = [learned("clip", beta, seed=0)[1] for beta in (0.5, 1.0, 2.0)]
     assert kl[0] > 1.5 * kl[1]
     assert kl[1] > 1.5 * kl[2] > 0

@@ -1,4 +1,4 @@
-"""What compiled programs hold at once: read from the compiler, nothing runs."""
+"""The memory of compiled programs, as the compiler reports it. The programs do not run."""
 
 import math
 
@@ -19,13 +19,13 @@ WIDTH, LENGTH = 128, 128  # of prompts and responses, in tokens
 
 
 def arrays(rows, mesh=None):
-    """A function that makes a batch's array of some shape, without its contents."""
+    """A function (dtype, shape per row) → abstract array of a batch."""
     sharding = None if mesh is None else as_layout(mesh).sharding(("rows",))
     return lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
 
 
 def temporaries(function, *arguments):
-    """Bytes of a device, beside arguments and results."""
+    """Bytes per device, without arguments and results."""
     return function.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
 
@@ -55,8 +55,8 @@ def trainer(engine, **config):
 
 
 @pytest.mark.parametrize("option", [{"target_kl": 0.1}, {"critic_warmup_iterations": 1}, {"policy_loss": "penalty"}])
-def test_an_option_of_the_update_costs_no_second_copy_of_what_trains(option):
-    """A `cond` over the parameters and the optimizer states would hold them twice."""
+def test_update_options_need_no_second_copy_of_trainable_parameters(option):
+    """A `cond` over parameters and optimizer states would store them twice."""
     engine = RLHFEngine(tiny.policy(hidden_size=128, intermediate_size=512, num_heads=4, num_kv_heads=4, head_dim=32))
     state = size(
         (engine.params.trainable, trainer(engine).state.actor_optimizer, trainer(engine).state.critic_optimizer)
@@ -68,7 +68,7 @@ def test_an_option_of_the_update_costs_no_second_copy_of_what_trains(option):
 
 @pytest.mark.parametrize("devices", [1, 4])
 @pytest.mark.parametrize("trainable_layers", [None, 1])
-def test_scoring_holds_one_microbatch_however_many_rows_there_are(devices, trainable_layers):
+def test_scoring_memory_does_not_grow_with_the_number_of_rows(devices, trainable_layers):
     mesh = None if devices == 1 else Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "fsdp"))
     start, reward = tiny.policy(hidden_size=64), tiny.policy(5, head="scalar", hidden_size=64)
     layers = {"trainable_layers": trainable_layers, "critic_trainable_layers": trainable_layers}
@@ -77,16 +77,16 @@ def test_scoring_holds_one_microbatch_however_many_rows_there_are(devices, train
     assert many < 1.1 * few
 
 
-def test_the_update_never_holds_the_logits_of_all_positions():
-    """B 8, T 512, V 50,000, a tiny trunk, shipped defaults: temporaries below a quarter of B·T·V·4 bytes."""
+def test_the_update_never_stores_the_logits_of_all_positions():
+    """B 8, T 512, V 50,000, tiny trunk, default settings: temporaries take less than a quarter of B·T·V·4 bytes."""
     start = tiny.policy(vocab_size=50_000, hidden_size=16, intermediate_size=16, num_heads=2, num_kv_heads=2)
     engine = RLHFEngine(start)
     assert temporaries(*updating(engine, trainer(engine, max_new_tokens=512 - WIDTH), 8)) < 8 * 512 * 50_000 * 4 / 4
 
 
 @pytest.mark.parametrize("program", [scoring, updating])
-def test_logits_exist_for_as_many_positions_as_the_settings_say(program):
-    """Of all positions of a microbatch at once, or of 3 at a time."""
+def test_logprob_chunk_limits_the_positions_that_have_logits_at_once(program):
+    """By default, all 9 response positions of a microbatch have logits at once. With logprob_chunk=3, 3 have."""
     engine = RLHFEngine(tiny.policy())
 
     def logits(**settings):

@@ -1,4 +1,4 @@
-"""A whole iteration against the plain one of oracle.py, in settings in which every term has a say."""
+"""A whole iteration compared with `oracle.py`, with settings in which every term matters."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ ROWS, ITERATION = 16, 3
 
 
 def noisy(pretrained, seed, **biases):
-    """Norms and biases that are not 1 and 0, as those of a trained model."""
+    """The model with noise on all parameters, so that no norm is 1 and no bias is 0, as in a trained model."""
     random = np.random.RandomState(seed)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(leaf + 0.1 * random.randn(*leaf.shape), jnp.float32), pretrained.params
@@ -42,7 +42,7 @@ def engine_of(**kwargs):
 
 
 def prompts():
-    """Row ids that are not 0, 1, 2 …"""
+    """Prompts whose row ids are not 0, 1, 2, …"""
     made = tiny.ragged_prompts(ROWS, seed=4)
     return dataclasses.replace(made, row_ids=np.asarray(7 * np.arange(ROWS) + 5, np.int32))
 
@@ -74,7 +74,7 @@ COLLECTING = [
 
 
 @pytest.mark.parametrize("settings", COLLECTING, ids=["one", "other"])
-def test_an_experience_is_the_plain_one(settings):
+def test_an_experience_equals_the_oracles(settings):
     engine = engine_of()
     trainer = tiny.trainer(engine, reward=None, microbatch_size=4, **settings)
     trainer.state = trainer.state.replace(iteration=jnp.int32(ITERATION))
@@ -128,7 +128,7 @@ UPDATING = {
 
 
 def moved_on(made):
-    """As if the actor and the critic had learned since: ratios, values and references that are not the models'."""
+    """Adds noise to the old log-probs and values, as if actor and critic had been trained since the rollout."""
     random, mask = np.random.RandomState(0), made.response_mask
     noise = [jnp.where(mask, jnp.asarray(random.randn(*mask.shape), jnp.float32), 0) for _ in range(3)]
     changed = {
@@ -144,7 +144,7 @@ def text():
 
 
 @pytest.mark.parametrize(("form", "layers"), [("clip", 1), ("penalty", None)])
-def test_an_update_is_the_plain_one(form, layers):
+def test_an_update_equals_the_oracles(form, layers):
     """Two epochs of two minibatches of two microbatches, in the fourth iteration."""
     engine, settings = engine_of(trainable_layers=layers, critic_trainable_layers=layers), UPDATING[form]
     steps = {"ppo_epochs": 2, "num_minibatches": 2, "microbatch_size": 4, "ema_decay": 0.7}
@@ -181,7 +181,7 @@ def test_an_update_is_the_plain_one(form, layers):
     if form == "penalty":
         penalty *= 0.5 if after["penalty_kl"] < 0.5 / 1.5 else 2.0 if after["penalty_kl"] > 0.75 else 1.0
     metrics["policy/penalty_coef"] = penalty
-    # What is not in use is not said.
+    # Metrics of features that are off are not reported.
     off = {"policy/clipfrac_avg"} if form == "penalty" else {"policy/penalty_coef", "policy/penalty_kl"}
     off |= {"val/kept_mass"} | (set() if "ptx_coef" in settings else {"loss/ptx_avg"})
     assert metrics.keys() - ours.keys() == off
@@ -193,7 +193,7 @@ def test_an_update_is_the_plain_one(form, layers):
     np.testing.assert_allclose(float(trainer.state.penalty.value), penalty, rtol=1e-6)
     np.testing.assert_allclose(float(trainer.state.entropy), after["entropy"], rtol=1e-3)
     assert int(trainer.state.iteration) == ITERATION + 1
-    if form == "penalty":  # a KL of other rows, or of other parameters, would not lie between these two
+    if form == "penalty":  # the KL of other rows or parameters would not lie between these two
         for target, factor in ((1.01 * after["penalty_kl"] / 1.5, 1.0), (0.99 * after["penalty_kl"] / 1.5, 2.0)):
             again = tiny.trainer(engine_of(), reward=None, **steps, **settings)
             controller = again.state.penalty.replace(target=jnp.float32(target))

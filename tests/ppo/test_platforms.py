@@ -1,4 +1,4 @@
-"""Both device programs lower for TPU and for CUDA, in the forms that those run, without such a chip."""
+"""Both device programs lower for TPU and CUDA, on a machine without such a device."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from tests.ppo import tiny
 
 
 @pytest.mark.parametrize(("platform", "backend"), [("tpu", "tpu"), ("cuda", "gpu")])
-def test_generation_and_update_lower(platform, backend, monkeypatch):
+def test_generation_and_update_lower_for_tpu_and_cuda(platform, backend, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)  # scanned decoding, larger chunks
     how = {"dtype": jnp.bfloat16, "remat": "full"}
     engine = RLHFEngine(tiny.policy(**how), reward=tiny.policy(3, head="scalar", **how))

@@ -1,4 +1,4 @@
-"""What an update does where it rests, stops or slows down: coefficients, schedules, and the metrics that say so."""
+"""Updates that are skipped, stopped early or slowed down: coefficients, schedules and metrics."""
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,8 @@ from tests.ppo.test_update import ROWS, assert_close, experience, moved, on_devi
 from tests.programs import equations
 
 
-def test_coefficients_rest_while_the_actor_does():
-    """In a warm-up of the critic, and where every update is left out, KL(old ‖ new) = 0 says nothing of β."""
+def test_coefficients_do_not_change_while_the_actor_does_not_train():
+    """In a critic warm-up, or if every update is skipped, KL(old ‖ new) is 0 and says nothing about β."""
     made = on_device(experience())
     bad = made.replace(scores=made.scores.at[0].set(jnp.nan))
     how = {"policy_loss": "penalty", "penalty_coef": 3.0, "penalty_target": 1e3, "kl_coef": 0.1, "kl_target": 1e3}
@@ -26,8 +26,8 @@ def test_coefficients_rest_while_the_actor_does():
         assert float(trainer.state.kl.value) < 0.1
 
 
-def test_the_penalty_clips_nothing():
-    """PPO-clip counts the tokens that it holds; PPO-penalty holds none, and says nothing of it."""
+def test_only_ppo_clip_reports_the_fraction_of_clipped_tokens():
+    """PPO-clip reports the fraction of clipped tokens. PPO-penalty clips no token, and has no such metric."""
     made = on_device(experience())
     assert "policy/clipfrac_avg" not in tiny.trainer(policy_loss="penalty").train_rlhf(made)
     random = np.asarray(made.logprobs) - np.asarray(
@@ -39,8 +39,8 @@ def test_the_penalty_clips_nothing():
     np.testing.assert_allclose(metrics["policy/clipfrac_avg"], held[mask].mean(), atol=1e-6)
 
 
-def test_a_warm_up_of_the_critic_computes_no_gradient_of_the_actor():
-    """The products of the branch that learns are those of forward and backward; of the one that rests, forward's."""
+def test_a_critic_warm_up_computes_no_gradient_of_the_actor():
+    """The branch that trains has the products of forward and backward pass. The other has only the forward pass."""
     engine = RLHFEngine(tiny.policy())
     trainer = tiny.trainer(engine, critic_warmup_iterations=1, microbatch_size=4)
     arguments = (
@@ -71,16 +71,16 @@ def rates(trainer, made, iterations):
     return [metric["lr"] for metric in metrics], [metric["lr_critic"] for metric in metrics]
 
 
-def test_schedules_end_with_the_run_whatever_is_left_out():
-    """Linear from 1 to 0 over 3 iterations of 4 steps; `lr` is the rate of an iteration's last step."""
+def test_schedules_end_with_the_run_even_if_updates_are_skipped():
+    """The rate falls from 1 to 0 over 3 iterations of 4 steps. `lr` is the rate of an iteration's last step."""
     linear = {"learning_rate": 1.0, "schedule": "linear", "eps": 1e3, "max_grad_norm": None}
     how = {"ppo_epochs": 2, "num_minibatches": 2, "critic_optimizer": linear | {"total_steps": 12}}
     made, wanted = on_device(experience()), [1 - 3 / 12, 1 - 7 / 12, 1 - 11 / 12]
-    bad = made.replace(scores=made.scores.at[0].set(jnp.nan))  # one of two minibatches is left out
+    bad = made.replace(scores=made.scores.at[0].set(jnp.nan))  # one of two minibatches is skipped
     plain = {"actor_optimizer": linear | {"total_steps": 12}}
     np.testing.assert_allclose(rates(tiny.trainer(**how, **plain), made, 3), [wanted] * 2, rtol=1e-5)
     np.testing.assert_allclose(rates(tiny.trainer(**how, **plain), bad, 3), [wanted] * 2, rtol=1e-5)
-    # A stop at the second step: the rate is that of the last step that was looked at.
+    # If updates stop at the second step, `lr` is the rate of that step.
     stopped = tiny.trainer(**how, **plain, target_kl=1e-12)
     fresh = stopped.generate_experience(tiny.ragged_prompts(ROWS))
     np.testing.assert_allclose(rates(stopped, fresh, 1)[0], [1 - 1 / 12], rtol=1e-5)
@@ -92,8 +92,8 @@ def test_schedules_end_with_the_run_whatever_is_left_out():
     np.testing.assert_allclose(critic, wanted, rtol=1e-5)
 
 
-def test_the_rate_that_is_shown_is_the_rate_that_is_taken():
-    """Steps are linear in the gradient here: half the rate, by the schedule or by a limit, is half the step."""
+def test_the_reported_learning_rate_is_the_one_that_is_used():
+    """Steps are linear in the gradient, so half the rate, by a schedule or by a limit, gives half the step."""
     made = on_device(experience())
     linear = {"learning_rate": 300.0, "eps": 1e3, "max_grad_norm": None, "beta1": 0.0, "beta2": 0.0}
     full, _ = moved(tiny.trainer(actor_optimizer=linear), made)
@@ -109,17 +109,17 @@ def test_the_rate_that_is_shown_is_the_rate_that_is_taken():
     assert_close(jax.tree.map(lambda leaf: 2 * leaf, step[0]), full[0], 2e-3)
 
 
-def test_the_last_ratio_gap_is_that_of_the_last_minibatch_that_was_looked_at():
+def test_the_last_ratio_gap_is_that_of_the_last_computed_minibatch():
     trainer = tiny.trainer(target_kl=1e-9, ppo_epochs=4, num_minibatches=2)
     metrics = trainer.train_rlhf(trainer.generate_experience(tiny.ragged_prompts(ROWS)))
     assert metrics["val/updates"] == 1
     assert metrics["val/last_ratio_gap"] == metrics["val/largest_ratio_gap"] > 0
-    assert metrics["val/skipped_updates"] == metrics["val/bad_steps"] == 0  # a stop is no fault
-    assert float(trainer.state.entropy) > 0.5 * metrics["policy/entropy_avg"]  # of what was looked at
+    assert metrics["val/skipped_updates"] == metrics["val/bad_steps"] == 0  # stopping early is not an error
+    assert float(trainer.state.entropy) > 0.5 * metrics["policy/entropy_avg"]  # of the last computed minibatch
 
 
-def test_ratio_gaps_are_those_of_the_first_the_last_and_all_minibatches():
-    """One row of 16 whose old log-probs are 0.5 too small: it is in one of two minibatches, each of which has eight."""
+def test_ratio_gaps_are_of_the_first_the_last_and_all_minibatches():
+    """One row has old log-probs that are 0.5 too small. It is in one of the two minibatches of 8 rows."""
     still = {"learning_rate": 1e-12}
     trainer = tiny.trainer(num_minibatches=2, actor_optimizer=still, critic_optimizer=still)
     made = trainer.generate_experience(tiny.ragged_prompts(ROWS))
@@ -136,8 +136,8 @@ def test_ratio_gaps_are_those_of_the_first_the_last_and_all_minibatches():
     assert (wide[:, 0] != wide[:, 1]).all()
 
 
-def test_limits_are_of_a_response_s_kl_and_of_the_largest_ratio():
-    """0.1 nats per token, so 0.1 × the length per response; one token's ratio is about 5."""
+def test_limits_apply_to_the_kl_per_response_and_the_largest_ratio():
+    """The KL is about 0.1 nats per token, and one token's ratio is about 5."""
     made = on_device(experience())
     now = tiny.trainer().generate_experience(tiny.ragged_prompts(ROWS)).logprobs
     made = made.replace(logprobs=now.at[2, 0].add(-np.log(5)), ref_logprobs=now - 0.1 * made.response_mask)
@@ -148,7 +148,7 @@ def test_limits_are_of_a_response_s_kl_and_of_the_largest_ratio():
         assert (metrics["limit/kl"], metrics["limit/ratio"]) == wanted
 
 
-def test_a_trainer_without_a_moving_average_leaves_that_of_another():
+def test_a_trainer_without_ema_does_not_change_an_existing_average():
     engine = RLHFEngine(tiny.policy())
     tiny.trainer(engine, ema_decay=0.5)
     average = jax.device_get(engine.params.trainable.actor_ema)

@@ -1,4 +1,4 @@
-"""The trainer around its two programs: compiled once, addressed randomness, a mesh, and what it says of bad input."""
+"""The trainer: programs are compiled once, seeds repeat samples, metrics are right, and bad input raises errors."""
 
 import dataclasses
 import logging
@@ -32,11 +32,11 @@ def compiled(caplog):
         ("reward model", "eight devices"),
     ],
 )
-def test_five_iterations_compile_everything_once(source, where, caplog):
+def test_five_iterations_compile_each_program_once(source, where, caplog):
     jax.clear_caches()
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp")) if where == "eight devices" else None
     policy, reward = tiny.policy(), tiny.policy(5, head="scalar") if source == "reward model" else None
-    if where == "one device":  # as a loaded checkpoint is
+    if where == "one device":  # where a loaded checkpoint is
         policy, reward = (
             model and dataclasses.replace(model, params=jax.device_put(model.params, jax.devices()[0]))
             for model in (policy, reward)
@@ -65,7 +65,7 @@ def test_five_iterations_compile_everything_once(source, where, caplog):
     assert int(trainer.state.iteration) == 5
 
 
-def test_iterations_and_rows_never_share_samples_and_a_seed_repeats_them():
+def test_samples_differ_by_row_and_iteration_and_repeat_with_a_seed():
     def run(seed):
         trainer, prompts = tiny.trainer(seed=seed, max_new_tokens=12, eos_ids=()), tiny.prompts(8)
         tokens = []
@@ -81,18 +81,18 @@ def test_iterations_and_rows_never_share_samples_and_a_seed_repeats_them():
     assert not (first == other).all(axis=1).any()
 
 
-def test_an_experience_can_be_looked_at_after_training_on_it():
+def test_an_experience_stays_valid_after_training_on_it():
     trainer = tiny.trainer()
     made = trainer.generate_experience(tiny.ragged_prompts(ROWS))
     before = np.asarray(made.advantages)
-    actor = trainer.engine.actor  # and so can an actor that was taken earlier
+    actor = trainer.engine.actor  # an actor that was read before training stays valid too
     kept = jax.device_get(actor.params)
     trainer.train_rlhf(made)
     np.testing.assert_array_equal(made.advantages, before)
     jax.tree.map(np.testing.assert_array_equal, actor.params, kept)
 
 
-def test_filters_warn_and_show_the_mass_that_they_keep(caplog):
+def test_sampling_filters_warn_and_report_the_kept_mass(caplog):
     trainer = tiny.trainer()
     assert "val/kept_mass" not in trainer.train_rlhf(trainer.generate_experience(tiny.ragged_prompts(ROWS)))
     with caplog.at_level(logging.WARNING, "absl"):
@@ -100,20 +100,20 @@ def test_filters_warn_and_show_the_mass_that_they_keep(caplog):
     assert "val/kept_mass" in caplog.text
     metrics = trainer.train_rlhf(trainer.generate_experience(tiny.ragged_prompts(ROWS)))
     assert 0.3 < metrics["val/kept_mass"] < 0.99
-    # Log-probs are of the whole softmax all the same.
+    # Log-probs are still those of the whole softmax.
     assert metrics["val/sampler_logprob_gap"] < 1e-4
     assert metrics["val/first_ratio_gap"] < 1e-5
 
 
-def test_no_eos_id_warns(caplog):
+def test_a_missing_eos_id_gives_a_warning(caplog):
     with caplog.at_level(logging.WARNING, "absl"):
         trainer = tiny.trainer(eos_ids=None)
     assert "no EOS id found" in caplog.text
     assert trainer.config.sampling.eos_ids == ()
 
 
-def test_metrics_have_trls_names():
-    """Those of TRL's PPO trainer, less `episode` and `global_step`, which the loop counts."""
+def test_metrics_have_the_names_of_trl():
+    """All names of TRL's PPO trainer, except `episode` and `global_step`, which the training loop counts."""
     trainer = tiny.trainer(ppo_epochs=2, missing_eos_penalty=1.0)
     made = trainer.generate_experience(tiny.ragged_prompts(ROWS))
     metrics = trainer.train_rlhf(made)
@@ -144,8 +144,8 @@ def test_metrics_have_trls_names():
         {"missing_eos_penalty": 0.7, "kl_reduction": "mean", "kl_kind": "abs"},
     ],
 )
-def test_the_rlhf_reward_is_what_is_optimised(settings):
-    """The mean over responses of their rewards' sum: the curve that people watch rises when the run learns."""
+def test_the_rlhf_reward_metric_is_the_optimised_reward(settings):
+    """objective/rlhf_reward is the sum of the rewards per response, averaged over responses."""
     engine = RLHFEngine(tiny.policy(), reference=tiny.policy(7))
     trainer = tiny.trainer(engine, kl_coef=0.3, whiten_rewards=False, **settings)
     made = trainer.generate_experience(tiny.ragged_prompts(ROWS))
@@ -165,7 +165,7 @@ def test_the_rlhf_reward_is_what_is_optimised(settings):
 # ---- bad input -----------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_trained_is_said_at_once():
+def test_invalid_arguments_of_the_trainer_are_errors():
     engine = RLHFEngine(tiny.policy())
     with pytest.raises(ValueError, match="there is no source of rewards"):
         PPOTrainer(engine, {})
@@ -192,7 +192,7 @@ def test_what_cannot_be_trained_is_said_at_once():
         (16, 8, {"microbatch_size": 4}, "sizes that do: 8, 16"),
     ],
 )
-def test_rows_that_cannot_be_divided_are_said_before_anything_runs(rows, devices, config, message):
+def test_rows_that_cannot_be_divided_are_errors_before_anything_runs(rows, devices, config, message):
     mesh = None if devices == 1 else Mesh(np.array(jax.devices()).reshape(8, 1), ("data", "fsdp"))
     trainer = tiny.trainer(RLHFEngine(tiny.policy(), mesh=mesh), **config)
     with pytest.raises(ValueError, match=message):
@@ -200,7 +200,7 @@ def test_rows_that_cannot_be_divided_are_said_before_anything_runs(rows, devices
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_a_reward_model_that_gives_no_number_is_named_with_the_text_and_changes_nothing(devices, caplog):
+def test_non_finite_scores_are_logged_with_the_text_and_skip_the_update(devices, caplog):
     mesh = None if devices == 1 else Mesh(np.array(jax.devices()), ("data",))
     trainer = tiny.trainer(scored_engine(mesh=mesh), reward=None)
     experience = trainer.generate_experience(tiny.ragged_prompts(ROWS))
@@ -217,7 +217,7 @@ def test_a_reward_model_that_gives_no_number_is_named_with_the_text_and_changes_
     assert trainer.train_rlhf(experience)["val/bad_steps"] == 0
 
 
-def test_prompts_that_cannot_be_sampled_from_are_named():
+def test_an_empty_prompt_is_an_error():
     prompts = tiny.ragged_prompts(4)
     prompts.mask[2] = False
     with pytest.raises(ValueError, match="prompt 2 is empty"):
@@ -225,7 +225,7 @@ def test_prompts_that_cannot_be_sampled_from_are_named():
 
 
 def test_a_reward_function_may_ask_for_special_tokens():
-    """They are left out of the texts, but for who names a parameter for them."""
+    """A function gets texts with special tokens only if it has a parameter for them."""
     seen = []
 
     def judge(prompts, responses, prompts_with_special_tokens, responses_with_special_tokens):
@@ -248,7 +248,7 @@ def test_a_reward_function_may_ask_for_special_tokens():
     ]
 
 
-def test_failures_of_reward_functions_are_counted_between_updates():
+def test_failures_of_reward_functions_are_counted_per_iteration():
     calls = []
 
     def flaky(prompts, responses, **columns):

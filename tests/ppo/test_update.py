@@ -1,4 +1,4 @@
-"""One update, taken apart: its gradient, what it does not depend on, and its options."""
+"""The update: its gradient, what does not affect it, and its options."""
 
 import dataclasses
 import functools
@@ -22,14 +22,14 @@ def params_of(trainer):
 
 
 def moved(trainer, experience, **kwargs):
-    """How one `train_rlhf` changes actor and critic, and its metrics."""
+    """(changes of actor and critic by one `train_rlhf`, its metrics)."""
     before = params_of(trainer)
     metrics = trainer.train_rlhf(experience, **kwargs)
     return jax.tree.map(np.subtract, params_of(trainer), before), metrics
 
 
 def assert_close(first, second, tolerance=1e-5):
-    """To a fraction of each leaf's largest entry."""
+    """Each leaf agrees to a fraction of its largest entry."""
 
     def close(a, b):
         np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max() + 1e-9)
@@ -47,8 +47,8 @@ def distance(first, second):
 def experience():
     made = tiny.trainer().generate_experience(tiny.ragged_prompts(ROWS))
     lengths = np.asarray(made.response_mask).sum(axis=1)
-    assert len(np.unique(lengths)) >= 4  # ragged indeed
-    # As if the actor had moved on since: ratios that are not 1, and some clipped; values that are not the critic's.
+    assert len(np.unique(lengths)) >= 4  # the lengths differ
+    # As if both models had been trained since: ratios are not 1, some are clipped, and values are not the critic's.
     random = np.random.RandomState(0)
     noise = [jnp.asarray(np.where(made.response_mask, random.randn(*made.values.shape), 0), jnp.float32) for _ in "12"]
     return jax.device_get(made.replace(logprobs=made.logprobs + 0.15 * noise[0], values=made.values + 0.2 * noise[1]))
@@ -63,7 +63,7 @@ def on_device(tree):
 
 @functools.cache
 def plain_gradients(average="tokens"):
-    """Actor's and critic's, by whole logits and plain formulas; average="rows" is the common mistake."""
+    """Gradients of actor and critic, from full logits and plain formulas. average="rows" is a common mistake."""
     engine, made = RLHFEngine(tiny.policy()), on_device(experience())
     actor_model, critic_model = engine.models.actor.model, engine.models.critic.model
     mask = jnp.concatenate([made.prompt_mask, made.response_mask], axis=1)
@@ -95,20 +95,20 @@ def plain_gradients(average="tokens"):
 
 
 @pytest.mark.parametrize(("microbatch", "devices"), [(16, 1), (1, 1), (8, 8)])
-def test_the_step_is_the_gradient_of_the_global_token_mean(microbatch, devices):
-    """With Adam's ε at 1,000 and a rate of 300 a step is −0.3 times the gradient, whatever the cut."""
+def test_the_step_follows_the_gradient_of_the_global_token_mean(microbatch, devices):
+    """With Adam's ε at 1,000 and a rate of 300, a step is −0.3 times the gradient, for any split of the rows."""
     mesh = None if devices == 1 else Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"))
     trainer = tiny.trainer(RLHFEngine(tiny.policy(), mesh=mesh), microbatch_size=microbatch, entropy_coef=0.1)
     step, metrics = moved(trainer, on_device(experience()))
     ours = jax.tree.map(lambda leaf: leaf / -0.3, step)
-    assert 0.05 < metrics["policy/clipfrac_avg"] < 0.95  # both branches of the surrogate have a say
+    assert 0.05 < metrics["policy/clipfrac_avg"] < 0.95  # both branches of the surrogate occur
     assert 0.05 < metrics["val/clipfrac_avg"] < 0.95
     assert_close(ours, plain_gradients(), 2e-3)
     assert distance(ours, plain_gradients("rows")) > 0.02
 
 
-def test_extra_pads_change_nothing():
-    """Three more pad columns before the prompts and two after the responses."""
+def test_extra_pads_do_not_change_the_update():
+    """Three pad columns are added before the prompts, and two after the responses."""
     plain, metrics = moved(tiny.trainer(), on_device(experience()))
     made = experience()
 
@@ -130,8 +130,8 @@ def test_extra_pads_change_nothing():
             np.testing.assert_allclose(wide_metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def test_a_row_without_a_real_token_and_a_microbatch_of_such_rows():
-    """Loss and gradient 0 from it: the step is that of the other rows, and nothing is NaN."""
+def test_rows_without_real_tokens_do_not_affect_the_update():
+    """The step equals that of the other rows alone, and no metric is NaN."""
     made = on_device(experience())
     none = made.response_mask.at[3].set(False).at[7].set(False)
     zero = lambda x: jnp.where(none, x, 0) if x.shape == none.shape and x.dtype != bool else x  # noqa: E731
@@ -151,8 +151,8 @@ def test_a_row_without_a_real_token_and_a_microbatch_of_such_rows():
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.3])
-def test_ratios_start_at_one_and_move(temperature):
-    """|ρ − 1| < 1e-5 before the first step at any temperature, and not afterwards; KL to the reference starts at 0."""
+def test_ratios_are_one_before_the_first_step_and_change_after_it(temperature):
+    """Before the first step, |ρ − 1| < 1e-5 at any temperature, and the KL to the reference is 0."""
     trainer = tiny.trainer(temperature=temperature, ppo_epochs=2, num_minibatches=4, clip_range=0.05)
     made = trainer.generate_experience(tiny.ragged_prompts(ROWS))
     assert (made.logprobs == made.ref_logprobs).all()
@@ -162,7 +162,7 @@ def test_ratios_start_at_one_and_move(temperature):
     assert metrics["val/last_ratio_gap"] > 1e-3
     assert metrics["policy/clipfrac_avg"] > 0
     assert metrics["val/sampler_logprob_gap"] < 1e-4
-    # Sampled at one temperature and scored at another: both numbers tell.
+    # Both metrics detect that sampling and scoring have different temperatures.
     trainer.config = tiny.changed(trainer.config, temperature=0.8 * temperature)
     metrics = trainer.train_rlhf(trainer.generate_experience(tiny.ragged_prompts(ROWS)))
     assert metrics["val/sampler_logprob_gap"] > 1e-2
@@ -171,7 +171,7 @@ def test_ratios_start_at_one_and_move(temperature):
 
 
 def test_rows_are_reshuffled_each_epoch_and_iteration(monkeypatch):
-    """Every row once an epoch, in another order each time."""
+    """Each epoch has every row once, in a different order."""
     seen, original = [], ppo_step._make_minibatch
 
     def spied(*static):
@@ -195,12 +195,12 @@ def test_rows_are_reshuffled_each_epoch_and_iteration(monkeypatch):
 
 
 def test_only_the_top_layers_train_and_the_bottom_runs_once():
-    """trainable_layers=1: log-probs, values and the step are those of the whole model; the bottom is held once."""
+    """With trainable_layers=1, log-probs, values and the top layers' step equal those of a fully trainable model."""
     start = tiny.policy(tie_embeddings=False)
     engine = RLHFEngine(start, trainable_layers=1, critic_trainable_layers=1)
     trainer = tiny.trainer(engine, entropy_coef=0.1)
     assert engine.models.critic_shares
-    assert engine.params.frozen.reference.frozen == {}  # it is the actor's
+    assert engine.params.frozen.reference.frozen == {}  # the reference uses the actor's frozen layers
     shared = zip(jax.tree.leaves(engine.params.frozen.critic), jax.tree.leaves(engine.params.frozen.actor), strict=True)
     assert all(critic is actor for critic, actor in shared)
     assert "embedding" not in engine.params.trainable.actor
@@ -225,14 +225,14 @@ def test_only_the_top_layers_train_and_the_bottom_runs_once():
     jax.tree.map(np.testing.assert_array_equal, after["embedding"], start.params["embedding"])
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[0]), after["layers"], start.params["layers"])
     assert distance(after["layers"], jax.device_get(start.params["layers"])) > 1e-4
-    # Scores are those of the joined tree: the frozen activations were the right ones.
+    # Log-probs equal those of the joined parameters, so the frozen activations were right.
     again = RLHFEngine(engine.actor)
     mask = np.concatenate([made.prompt_mask, made.response_mask], axis=1)
     np.testing.assert_allclose(engine.score(made.tokens, mask)[0], again.score(made.tokens, mask)[0], atol=1e-5)
 
 
-def test_pretraining_loss_is_mixed_in():
-    """PPO-ptx: the step is that of PPO alone, plus ptx_coef times the gradient of the mean loss a token."""
+def test_the_pretraining_loss_is_added():
+    """PPO-ptx: the step is that of PPO alone, plus ptx_coef times the gradient of the mean loss per token."""
     random = np.random.RandomState(5)
     mask = np.ones((8, 7), bool)
     mask[::2, 5:] = False
@@ -253,7 +253,7 @@ def test_pretraining_loss_is_mixed_in():
     assert_close(added, jax.tree.map(lambda leaf: 0.5 * np.asarray(leaf), gradient), 5e-3)
     assert_close(step[1], alone[1], 1e-6)
     np.testing.assert_allclose(metrics["loss/ptx_avg"], value, rtol=1e-5)
-    # With a frozen bottom it goes through its activations.
+    # With frozen layers, the loss is computed from their activations.
     top = tiny.trainer(RLHFEngine(tiny.policy(), trainable_layers=1), microbatch_size=4, ptx_coef=0.5)
     made = top.generate_experience(tiny.ragged_prompts(ROWS))
     np.testing.assert_allclose(top.train_rlhf(made, text)["loss/ptx_avg"], value, rtol=1e-5)
@@ -264,13 +264,13 @@ def test_pretraining_loss_is_mixed_in():
         tiny.trainer(ptx_coef=0.5, microbatch_size=1).train_rlhf(on_device(experience()), text)
 
 
-def test_moving_average_and_critic_warm_up():
+def test_a_critic_warm_up_skips_the_actor_and_ema_follows_its_steps():
     trainer = tiny.trainer(ema_decay=0.9, critic_warmup_iterations=1)
     start = jax.device_get(trainer.engine.params.trainable.actor)
     step, _ = moved(trainer, on_device(experience()))
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(step[0])) == 0
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(step[1])) > 0
-    assert int(trainer.state.actor_optimizer[0].count) == 0  # no step, no moments
+    assert int(trainer.state.actor_optimizer[0].count) == 0  # the actor took no step
     step, _ = moved(trainer, on_device(experience()))
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(step[0])) > 0
     wanted = jax.tree.map(lambda a, d: a + 0.1 * d, start, step[0])
@@ -279,15 +279,15 @@ def test_moving_average_and_critic_warm_up():
         _ = tiny.trainer().engine.actor_ema
 
 
-def test_the_entropy_bonus_is_left_out_above_its_target():
+def test_the_entropy_bonus_is_off_above_its_target():
     made, bonus = on_device(experience()), {"entropy_coef": 0.5}
     none, metrics = moved(tiny.trainer(), made)
     always, _ = moved(tiny.trainer(**bonus), made)
     assert distance(always[0], none[0]) > 0.05
-    assert_close(always[1], none[1])  # the critic has none
+    assert_close(always[1], none[1])  # the critic has no entropy bonus
     target = 0.9 * metrics["policy/entropy_avg"]
     trainer = tiny.trainer(entropy_target=target, **bonus)
-    first, _ = moved(trainer, made)  # nothing is known before the first minibatch
+    first, _ = moved(trainer, made)  # before the first minibatch, the entropy is unknown
     assert_close(first, always)
     assert float(trainer.state.entropy) == metrics["policy/entropy_avg"]
     for last, expected in ((1.01 * target, none), (0.99 * target, always)):
@@ -296,12 +296,12 @@ def test_the_entropy_bonus_is_left_out_above_its_target():
         assert_close(moved(trainer, made)[0], expected)
 
 
-def test_updates_stop_past_the_kl_target():
+def test_updates_stop_above_the_kl_target():
     steps = {"ppo_epochs": 4, "num_minibatches": 4}
     trainer = tiny.trainer(target_kl=1e-7, **steps)
     made = trainer.generate_experience(tiny.ragged_prompts(ROWS))
     metrics = trainer.train_rlhf(made)
-    assert metrics["val/updates"] == 1  # the second minibatch finds the KL above the target, and is not taken
+    assert metrics["val/updates"] == 1  # at the second minibatch the KL is above the target, so it is skipped
     assert int(trainer.state.actor_optimizer[0].count) == 1
     assert int(trainer.state.critic_optimizer[0].count) == 1
     one = tiny.trainer(**steps)
@@ -310,8 +310,8 @@ def test_updates_stop_past_the_kl_target():
 
 
 @pytest.mark.parametrize(("field", "value"), [("advantages", np.nan), ("returns", np.inf)])
-def test_updates_that_are_not_finite_are_left_out_and_counted(field, value):
-    """One bad row of 16, in one of 4 minibatches of each of 2 epochs: 2 of 8 steps are left out, the rest are taken."""
+def test_non_finite_updates_are_skipped_and_counted(field, value):
+    """One bad row of 16 is in one of 4 minibatches in each of 2 epochs, so 2 of 8 steps are skipped."""
     trainer = tiny.trainer(ppo_epochs=2, num_minibatches=4, kl_target=6.0)
     made = on_device(experience())
     bad = made.replace(**{field: getattr(made, field).at[5, 0].set(value)})
@@ -326,8 +326,8 @@ def test_updates_that_are_not_finite_are_left_out_and_counted(field, value):
     assert int(trainer.state.skipped_updates) == 2
 
 
-def test_past_a_limit_the_learning_rate_falls_and_stays():
-    """The first iteration's policy is the reference; from the second on the KL is above a limit of nearly nothing."""
+def test_the_learning_rate_is_lowered_after_a_limit_is_exceeded():
+    """In the first iteration, the policy is the reference. After that, its KL exceeds the limit of 1e-9."""
     how = {"kl_limit": 1e-9, "ratio_limit": 1e9, "on_limit": "lower_lr", "limit_lr_factor": 0.25}
     trainer, free, within = tiny.trainer(**how), tiny.trainer(), tiny.trainer(**how | {"kl_limit": 1e9})
     made = trainer.generate_experience(tiny.ragged_prompts(ROWS))
@@ -337,10 +337,11 @@ def test_past_a_limit_the_learning_rate_falls_and_stays():
         other.train_rlhf(other.generate_experience(tiny.ragged_prompts(ROWS)))
     assert (metrics["limit/kl"], metrics["limit/ratio"], metrics["limit/lr_scale"]) == (0, 0, 1)
     jax.tree.map(np.testing.assert_array_equal, trainer.engine.params.trainable, within.engine.params.trainable)
-    to_rounding = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)  # of another program
+    # The trainer without limits runs another program, which may round differently.
+    to_rounding = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
     jax.tree.map(to_rounding, trainer.engine.params.trainable, free.engine.params.trainable)
     apart = made.replace(ref_logprobs=made.ref_logprobs - 0.1 * made.response_mask)
-    metrics = trainer.train_rlhf(apart)  # says so; the next update is the first with the lower rate
+    metrics = trainer.train_rlhf(apart)  # reports the limit; the next update is the first with the lower rate
     assert (metrics["limit/kl"], metrics["limit/ratio"], metrics["limit/lr_scale"]) == (1, 0, 0.25)
     free.train_rlhf(apart)
     steps = [moved(each, made)[0] for each in (trainer, free)]
@@ -351,8 +352,8 @@ def test_past_a_limit_the_learning_rate_falls_and_stays():
 
 
 @pytest.mark.parametrize("role", ["actor", "critic"])
-def test_a_gradient_that_overflows_is_left_out_though_the_losses_are_finite(role):
-    """What the head reads is 0, whatever its size, and what it hands back is not."""
+def test_an_overflowing_gradient_is_skipped_although_losses_are_finite(role):
+    """The head's input is 0, so its output is finite. Its huge weights make the gradient overflow."""
     models = {"actor": tiny.policy(), "critic": tiny.policy(4, head="scalar")}
     params, head = dict(models[role].params), "lm_head" if role == "actor" else "scalar_head"
     params["final_norm"] = jax.tree.map(jnp.zeros_like, params["final_norm"])
@@ -365,15 +366,15 @@ def test_a_gradient_that_overflows_is_left_out_though_the_losses_are_finite(role
     assert not any(leaf.any() for leaf in jax.tree.leaves(step))
 
 
-def test_controllers_follow_what_was_measured():
+def test_controllers_adapt_to_the_measured_kl():
     made = on_device(experience())
     kl = float(jnp.mean(jnp.sum(made.logprobs - made.ref_logprobs, axis=1)))
-    trainer = tiny.trainer(kl_coef=0.1, kl_target=kl / 1.1, kl_horizon=100.0)  # no other KL comes so near to it
+    trainer = tiny.trainer(kl_coef=0.1, kl_target=kl / 1.1, kl_horizon=100.0)  # no other KL is this close to the target
     metrics = trainer.train_rlhf(made)
     np.testing.assert_allclose(metrics["objective/kl"], kl, rtol=1e-5)
     np.testing.assert_allclose(float(trainer.state.kl.value), 0.1 * (1 + 0.1 * ROWS / 100), rtol=1e-5)
     assert float(tiny.trainer(kl_coef=0.1).state.kl.value) == np.float32(0.1)
-    # PPO-penalty: β doubles where the step went too far, halves where it hardly moved.
+    # PPO-penalty: β doubles after a step with a large KL, and halves after one with a small KL.
     for target, factor in ((1e-6, 2.0), (1e3, 0.5)):
         trainer = tiny.trainer(policy_loss="penalty", penalty_coef=3.0, penalty_target=target)
         trainer.train_rlhf(made)

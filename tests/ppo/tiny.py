@@ -1,6 +1,6 @@
-"""A PPO task small enough to be solved exactly: 8 tokens, 4 of them a response, a reward for each of 4,096 responses.
+"""A PPO task with an exact solution: 8 tokens, responses of 4 tokens, and a reward for each of the 4,096 responses.
 
-With the KL penalty β the best policy is known: π* ∝ π_ref exp(r / β), and E[r] − β KL of it is β log E_ref[exp(r / β)].
+With the KL penalty β, the optimal policy is π* ∝ π_ref exp(r / β). Its E[r] − β KL is β log E_ref[exp(r / β)].
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ RESPONSES = np.stack(np.unravel_index(np.arange(VOCAB**LENGTH), (VOCAB,) * LENGT
 
 
 def _table():
-    """A reward of each response: of each token at its place, of each pair of neighbours, and a little of nothing."""
+    """The reward of each response: a term per token and position, a term per pair of neighbours, and some noise."""
     random = np.random.RandomState(1)
     places, pairs = random.randn(LENGTH, VOCAB), random.randn(LENGTH - 1, VOCAB, VOCAB)
     table = 0.6 * sum(places[i, RESPONSES[:, i]] for i in range(LENGTH))
@@ -49,7 +49,7 @@ def texts(tokens, mask):
 
 
 def policy(seed=0, *, head="lm", scale=2.0, **changes):
-    """A decoder of 2 layers, its parameters scaled so that the distribution is not flat."""
+    """A decoder of 2 layers. Its parameters are scaled so that its distribution is not flat."""
     config = config_from_hub(
         {
             "model_type": "llama",
@@ -68,7 +68,7 @@ def policy(seed=0, *, head="lm", scale=2.0, **changes):
 
 
 def prompts(rows, width=2):
-    """The same prompt in every row."""
+    """Prompts that are the same in every row."""
     return Prompts(np.full((rows, width), 1, np.int32), np.ones((rows, width), bool), np.arange(rows, dtype=np.int32))
 
 
@@ -91,14 +91,14 @@ def response_logprobs(pretrained):
 
 
 def objective(logprobs, ref_logprobs, beta):
-    """E[r] − β KL(π ‖ π_ref), and the KL, exactly."""
+    """(E[r] − β KL(π ‖ π_ref), KL), both exact."""
     probabilities = np.exp(logprobs)
     kl = np.sum(probabilities * (logprobs - ref_logprobs))
     return np.sum(probabilities * TABLE) - beta * kl, kl
 
 
 def gain(pretrained, reference, beta):
-    """The share of the possible gain in the objective over π_ref that was reached, and the KL."""
+    """(reached share of the possible gain in the objective over π_ref, KL)."""
     ref_logprobs = response_logprobs(reference)
     reached, kl = objective(response_logprobs(pretrained), ref_logprobs, beta)
     start, _ = objective(ref_logprobs, ref_logprobs, beta)
@@ -111,7 +111,7 @@ SECTIONS = ("sampling", "reward", "kl", "loss", "actor", "critic", "limits")
 
 
 def nested(**settings):
-    """Settings of PPO by short names, `kl_coef=0.1` or `max_new_tokens=4`, nested as PPOConfig has them."""
+    """PPO settings by short names, such as `kl_coef=0.1` or `max_new_tokens=4`, nested as in PPOConfig."""
     known, found = {field.name for field in dataclasses.fields(PPOConfig)}, {}
     for name, value in settings.items():
         path = name if name in known else new_name(f"ppo.{name}").removeprefix("ppo.")
@@ -125,7 +125,7 @@ def ppo_config(**settings):
 
 
 def changed(config, **settings):
-    """The config with other settings, by short names."""
+    """The config with changed settings, by short names."""
     for name, value in nested(**settings).items():
         if isinstance(value, dict) and name in SECTIONS:
             value = dataclasses.replace(getattr(config, name), **value)
@@ -148,7 +148,7 @@ def fractional_reward(prompts, responses, **columns):
 
 
 def trainer(engine=None, *, reward=fractional_reward, **config):
-    """A trainer of ragged responses, whose optimizers are linear in the gradient: Adam with a huge ε."""
+    """A trainer for ragged responses. Its optimizers are linear in the gradient: Adam with a huge ε."""
     linear = {"learning_rate": 300.0, "eps": 1e3, "max_grad_norm": None, "beta1": 0.0, "beta2": 0.0}
     defaults = {
         "max_new_tokens": 6,

@@ -1,4 +1,4 @@
-"""Scores of SFT responses are brought to mean 0 and deviation 1, and not ending earns nothing."""
+"""Scores of SFT responses get mean 0 and standard deviation 1, and a missing EOS earns no bonus."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ def calibrated(scores, ended):
 
 
 @pytest.mark.parametrize(("gap", "kept"), [(4.0, 0.0), (-4.0, -4.0)])
-def test_a_bonus_for_not_ending_goes_and_a_malus_stays(gap, kept):
+def test_a_bonus_for_a_missing_eos_is_removed_and_a_penalty_is_kept(gap, kept):
     random, ended = np.random.RandomState(0), np.arange(60) < 40
     noise = random.randn(60)
     noise[ended] -= noise[ended].mean()
@@ -25,7 +25,7 @@ def test_a_bonus_for_not_ending_goes_and_a_malus_stays(gap, kept):
 
 
 @pytest.mark.parametrize("cut", [0, 7, 53, 60])
-def test_a_few_responses_do_not_tell(cut):
+def test_fewer_than_8_responses_of_a_kind_give_no_missing_eos_bias(cut):
     scores = np.random.RandomState(0).randn(60)
     found, after = calibrated(scores + 5.0 * (np.arange(60) < cut), np.arange(60) >= cut)
     assert found["missing_eos_bias"] == 0
@@ -33,12 +33,12 @@ def test_a_few_responses_do_not_tell(cut):
 
 
 @pytest.mark.parametrize("cut", [8, 52])
-def test_eight_responses_of_each_kind_tell(cut):
+def test_8_responses_of_each_kind_give_a_missing_eos_bias(cut):
     found, _ = calibrated(np.random.RandomState(0).randn(60) + 5.0 * (np.arange(60) < cut), np.arange(60) >= cut)
     assert found["missing_eos_bias"] > 0
 
 
-def test_scores_that_are_all_alike():
+def test_equal_scores_become_zero():
     found, after = calibrated(np.full(20, 2.5), np.ones(20, bool))
     assert found["gain"] == 1e6
     np.testing.assert_array_equal(after, 0)

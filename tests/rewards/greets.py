@@ -1,4 +1,4 @@
-"""A module that answers for its process as it is imported."""
+"""A module that writes a forged answer to every open file when it is imported."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Reward functions that harm the process which they run in."""
+"""Reward functions for tests of isolation. Many of them harm their own process."""
 
 import asyncio
 import contextlib
@@ -53,13 +53,13 @@ def kills_itself(prompts, responses):
 
 
 def forks(prompts, responses):
-    """Its child comes back as well, and says something else."""
+    """The forked child returns too, with other scores."""
     child = os.fork() == 0
     return [9.0 if child else 3.0 for _ in responses]
 
 
 def leaves_a_child(prompts, responses):
-    """Which holds all that it has inherited."""
+    """Exits while a child process keeps the inherited files open."""
     if os.fork() == 0:
         time.sleep(60)
         os._exit(0)
@@ -67,7 +67,7 @@ def leaves_a_child(prompts, responses):
 
 
 def leaves_a_daemon(prompts, responses):
-    """Which has left its session; the score is its number."""
+    """Starts a daemon in another session. The score is the daemon's process id."""
     there, back = os.pipe()
     if os.fork() == 0:
         os.setsid()

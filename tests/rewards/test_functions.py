@@ -1,4 +1,4 @@
-"""Reward functions: what they are given, how they are summed, and what is said where they are wrong."""
+"""Reward functions: their arguments, the weighted sum of their scores, and the errors for invalid results."""
 
 import asyncio
 import threading
@@ -50,12 +50,12 @@ def returning(value):
         ([0.1, [0.2], 0.3], "did not return numbers"),
     ],
 )
-def test_what_is_no_reward_is_named_with_its_text(value, message):
+def test_invalid_rewards_raise_an_error_that_says_what_was_returned(value, message):
     with pytest.raises(RewardError, match=message):
         score_texts([RewardFunction(returning(value))], PROMPTS, RESPONSES, {})
 
 
-def test_a_missing_column_and_another_name():
+def test_errors_use_the_functions_name_and_show_its_call():
     with pytest.raises(RewardError, match=r"'exact' failed.*answer.*called as exact\(prompts, responses, id=…\)"):
         score_texts([RewardFunction(matches, name="exact")], PROMPTS, RESPONSES, {"id": [1, 2, 3]})
     unnamed = RewardFunction(type("Judge", (), {"__call__": lambda self, p, r, **c: [np.nan] * 3})())
@@ -63,14 +63,14 @@ def test_a_missing_column_and_another_name():
         unnamed(PROMPTS, RESPONSES, {})
 
 
-# ---- how they are called -------------------------------------------------------------------------------------------
+# ---- how functions are called --------------------------------------------------------------------------------------
 
 CHATS = [[{"role": "user", "content": "one"}], None, [{"role": "user", "content": "three"}]]
 IDS = [[7], [8, 8], [9, 1]]
 
 
 def called(function, columns=None, **more):
-    """What a function was given."""
+    """The arguments that a function was called with."""
     seen = {}
 
     def remember(*positional, **keywords):
@@ -133,13 +133,13 @@ ANSWER = {"answer": ["x", "y", "z"]}
 
 
 @pytest.mark.parametrize("function", [trl, trl_short, trl_all, trl_bare, trl_ids])
-def test_trl_s_form_is_called_by_keyword(function):
+def test_functions_in_trls_form_are_called_by_keyword(function):
     seen = called(function, ANSWER)
     whole = {"prompts": PROMPTS, "completions": RESPONSES, "completion_ids": IDS} | ANSWER | {"positional": ()}
     assert seen == (whole if function is not trl_bare else {"completions": RESPONSES, "positional": ()})
 
 
-def test_our_form_is_called_by_position_and_gets_what_it_names():
+def test_functions_of_prompts_and_responses_are_called_by_position():
     assert called(plain, ANSWER) == {"positional": (PROMPTS, RESPONSES)} | ANSWER
     assert called(bare, ANSWER) == {"positional": (PROMPTS, RESPONSES)}
     seen = called(with_ids, {"tag": [1, 2, 3], "other": [4, 5, 6]}, chats=CHATS)
@@ -157,7 +157,7 @@ def test_our_form_is_called_by_position_and_gets_what_it_names():
 
 @pytest.mark.parametrize("name", ["prompts", "responses", "completions", "completion_ids", "p"])
 @pytest.mark.parametrize("function", [trl, trl_all, plain, bare])
-def test_a_column_of_a_taken_name_breaks_neither_form(function, name):
+def test_a_column_with_a_reserved_name_breaks_neither_form(function, name):
     seen = called(function, {name: [7, 8, 9]} | ANSWER)
     if function in (plain, bare):
         assert seen["positional"] == (PROMPTS, RESPONSES)
@@ -166,10 +166,10 @@ def test_a_column_of_a_taken_name_breaks_neither_form(function, name):
     assert function is bare or seen["answer"] == ANSWER["answer"]
 
 
-def test_chats_are_messages_in_trl_s_form():
-    """A prompt that ends within the assistant's turn is continued: the completion is the whole turn."""
+def test_chats_are_passed_as_messages_in_trls_form():
+    """If the response continues a turn of the assistant, the completion is the whole turn."""
     chats = [*CHATS[:2], [*CHATS[2], {"role": "assistant", "content": "It is "}]]
-    seen = called(trl, ANSWER, chats=chats)  # two turns of the assistant in a row
+    seen = called(trl, ANSWER, chats=chats)  # not continued: two assistant turns in a row
     assert seen["prompts"] == [CHATS[0], "two", chats[2]]
     assert seen["completions"][2] == [{"role": "assistant", "content": "<odd>\n"}]
     seen = called(trl, ANSWER, chats=chats, continued=[False, False, True])
@@ -192,8 +192,8 @@ def destructive(prompts, responses, messages, answer):
     return scores
 
 
-def test_what_functions_are_given_are_copies():
-    """One that sorts or pops its lists moves no reward to another response, nor loses columns of the next epoch."""
+def test_functions_get_copies_of_their_arguments():
+    """A function that sorts or pops its lists changes neither the other functions' arguments nor the data set."""
     columns, chats = {"answer": [["x"], ["y"], ["z"]]}, [list(CHATS[0]), None, None]
     prompts, responses = list(PROMPTS), list(RESPONSES)
     functions = [RewardFunction(destructive), RewardFunction(destructive), RewardFunction(length)]
@@ -205,7 +205,7 @@ def test_what_functions_are_given_are_copies():
     assert ids == IDS
 
 
-def test_the_number_of_scores_is_compared_with_the_number_asked_for():
+def test_the_number_of_scores_must_equal_the_number_of_responses():
     def popping(prompts, responses):
         responses.pop()
         return [1.0] * len(responses)
@@ -214,8 +214,8 @@ def test_the_number_of_scores_is_compared_with_the_number_asked_for():
         score_texts([RewardFunction(popping)], PROMPTS, RESPONSES, {})
 
 
-def test_none_says_that_a_response_is_not_the_function_s():
-    """As in TRL: several functions share a data set of several tasks."""
+def test_none_means_that_a_function_does_not_score_a_response():
+    """As in TRL, functions for different tasks can share a data set."""
     functions = [RewardFunction(returning([1.0, None, None]), weight=2.0), RewardFunction(returning([None, 3.0, None]))]
     np.testing.assert_allclose(score_texts(functions, PROMPTS, RESPONSES, {}, unscored=0.0), [2.0, 3.0, 0.0])
     verdicts = score_texts(functions, PROMPTS, RESPONSES, {}, unscored=float("nan"))
@@ -241,16 +241,16 @@ def test_async_functions_are_awaited(timeout):
     async def notebook():
         return score_texts(functions, PROMPTS, RESPONSES, {})
 
-    np.testing.assert_allclose(asyncio.run(notebook()), [1, 2, 6])  # within a loop that runs
+    np.testing.assert_allclose(asyncio.run(notebook()), [1, 2, 6])  # within a running event loop
 
 
-def test_the_way_of_calling_is_in_the_message():
+def test_the_error_shows_how_the_function_was_called():
     with pytest.raises(RewardError, match=r"called as trl\(prompts=…, completions=…, completion_ids=…, id=…\)"):
         score_texts([RewardFunction(trl)], PROMPTS, RESPONSES, {"id": [1, 2, 3]})
 
 
 class Flaky:
-    """Fails in its first calls."""
+    """A reward function whose first calls return or raise the given faults."""
 
     def __init__(self, *failures):
         self.failures = list(failures)
@@ -284,7 +284,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_call_that_fails_is_repeated(fault, caplog):
+def test_a_failed_call_is_retried(fault, caplog):
     scores, failures = scored(Flaky(FAULTS[fault], FAULTS[fault]), retries=2)
     np.testing.assert_allclose(scores, 3 * np.array([0.5, 1.0, 3.0]))  # weights 2 and 1
     assert failures == Failures(failed_calls=2, timeouts=2 if fault == "time-out" else 0, penalized=0)
@@ -293,7 +293,7 @@ def test_a_call_that_fails_is_repeated(fault, caplog):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_one_that_goes_on_failing_is_fatal_or_costs_its_responses_the_penalty(fault, caplog):
+def test_repeated_failures_raise_or_give_the_penalty_score(fault, caplog):
     with pytest.raises(RewardError):
         scored(Flaky(*[FAULTS[fault]] * 3), retries=2)
     scores, failures = scored(Flaky(*[FAULTS[fault]] * 3), retries=2, then="penalize", score=-7.0)
@@ -308,13 +308,13 @@ def test_one_that_goes_on_failing_is_fatal_or_costs_its_responses_the_penalty(fa
         assert repr(RESPONSES[0 if fault == "count" else 1]) in caplog.text
 
 
-def test_the_place_of_an_exception_is_said():
+def test_the_error_gives_the_file_and_line_of_an_exception():
     with pytest.raises(RewardError, match=r"OSError: the judge is not at home \(.*test_functions.py, line \d+\)"):
         scored(Flaky(FAULTS["exception"]))
 
 
-def test_a_slow_function_never_blocks_for_ever():
-    """Nor does it fill the process with threads."""
+def test_a_function_that_hangs_does_not_block_the_run():
+    """Calls that hang do not accumulate threads without limit."""
     release = threading.Event()
 
     def hangs(prompts, responses, **columns):

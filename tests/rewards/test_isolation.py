@@ -1,4 +1,4 @@
-"""A reward function in a process of its own: what it does there is a failure of its call, and of nothing else."""
+"""Reward functions in a separate process: a crash, an exit or a hang there only fails the call."""
 
 import datetime
 import decimal
@@ -32,7 +32,7 @@ def scored(function, columns=None, **more):
     return score_texts([function], PROMPTS, RESPONSES, columns or {}, **more).tolist()
 
 
-def test_it_is_called_as_in_this_process():
+def test_an_isolated_function_is_called_as_in_this_process():
     columns = {"bonus": [10, 20, 30]}
     assert scored(isolated(judges.lengths)) == scored(RewardFunction(judges.lengths)) == [1.0, 2.0, 3.0]
     assert scored(isolated("tests.rewards.judges:lengths"), columns) == [11.0, 22.0, 33.0]
@@ -55,7 +55,7 @@ def test_it_is_called_as_in_this_process():
     assert scored(isolated(judges.some), unscored=7.0) == [7.0, 1.0, 1.0]
 
 
-def test_a_function_may_be_named_by_its_file(tmp_path, monkeypatch):
+def test_a_function_can_be_given_by_its_file(tmp_path, monkeypatch):
     (tmp_path / "weights.py").write_text("WEIGHT = 2.0\n")
     (tmp_path / "my_rewards.py").write_text(
         "from weights import WEIGHT\n\n\n"
@@ -72,7 +72,7 @@ def test_a_function_may_be_named_by_its_file(tmp_path, monkeypatch):
         scored(isolated("other.py:score"))
 
 
-def test_its_process_stays_as_long_as_it_works():
+def test_the_process_is_reused_between_calls():
     judge = isolated(judges.counts)
     assert [scored(judge)[0] for _ in range(3)] == [1.0, 2.0, 3.0]
     assert judges.CALLS == []
@@ -101,7 +101,7 @@ def test_its_process_stays_as_long_as_it_works():
         ("tests.rewards.judges:PROMPTS", "cannot be imported: AttributeError"),
     ],
 )
-def test_what_it_does_is_a_failure_of_its_call(function, message):
+def test_misbehaviour_in_the_process_only_fails_the_call(function, message):
     judge, started = isolated(function), time.monotonic()
     with pytest.raises(RewardError, match=message):
         scored(judge)
@@ -110,7 +110,7 @@ def test_what_it_does_is_a_failure_of_its_call(function, message):
         return
     count = Failures()
     how = OnFailure(retries=1, then="penalize", score=-2.0)
-    assert scored(judge, on_failure=how, failures=count) == [-2.0] * 3  # it is started again, and fails again
+    assert scored(judge, on_failure=how, failures=count) == [-2.0] * 3  # the process is restarted, and fails again
     assert (count.failed_calls, count.penalized) == (2, 3)
 
 
@@ -124,12 +124,12 @@ def test_a_call_that_hangs_is_killed():
     assert judge._isolated._process is None
 
 
-def test_memory_is_limited():
+def test_the_memory_of_the_process_is_limited():
     with pytest.raises(RewardError, match="MemoryError"):
         scored(isolated(judges.takes_memory, memory_gb=2.0))
 
 
-def test_forks_and_prints_harm_nothing(capfd):
+def test_forks_and_prints_do_not_corrupt_the_answers(capfd):
     judge = isolated(judges.forks)
     for _ in range(4):
         assert scored(judge) == [3.0] * 3
@@ -143,8 +143,8 @@ def test_forks_and_prints_harm_nothing(capfd):
     assert "\x1b" not in seen
 
 
-def test_a_process_that_has_ended_is_not_ended_again(monkeypatch):
-    """Its number may be another one's by then."""
+def test_a_process_that_has_exited_is_not_signalled(monkeypatch):
+    """The operating system may have given its process id to another process."""
     gc.collect()  # ends the processes of other tests
     judge, ended = isolated(judges.exits_at_once), []
     with pytest.raises(RewardError):
@@ -157,7 +157,7 @@ def test_a_process_that_has_ended_is_not_ended_again(monkeypatch):
 
 
 def gone(process):
-    """Whether a process is no more, soon."""
+    """Whether a process ends within 10 seconds."""
     until = time.monotonic() + 10
     while Path(f"/proc/{process}").exists() and time.monotonic() < until:
         time.sleep(0.05)
@@ -165,14 +165,14 @@ def gone(process):
 
 
 @pytest.mark.parametrize("how", ["closed", "killed"])
-def test_what_it_has_started_ends_with_it(how):
-    """Also what has left its process group and lost its parent."""
+def test_processes_that_a_function_started_end_with_its_process(how):
+    """A daemon in another process group ends too, even after its parent has exited."""
     judge = isolated(judges.leaves_a_daemon)
     daemon = int(scored(judge)[0])
     assert Path(f"/proc/{daemon}").exists()
     if how == "closed":
         judge._isolated.close()
-    else:  # the process that calls it, as by the kernel where memory is short
+    else:  # kill the process that calls the function, as the out-of-memory killer might
         (caller,) = children(judge._isolated._process.pid) - {daemon}
         os.kill(caller, signal.SIGKILL)
     assert gone(daemon)
@@ -197,8 +197,8 @@ os._exit(75) if sys.argv[1] == "exit" else os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("how", ["exit", "kill"])
-def test_it_ends_with_the_run(how):
-    """By whatever the run ends, such as the watchdog; a machine that starts it again must not fill up."""
+def test_the_process_ends_with_the_run(how):
+    """The run may exit or be killed. Its processes must not accumulate on a machine that restarts it."""
     command = [sys.executable, "-c", ENDS, how]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
         daemon, process = map(int, run.stdout.readline().split())
@@ -207,8 +207,8 @@ def test_it_ends_with_the_run(how):
         assert gone(process)
 
 
-def test_calls_from_threads_have_their_own_answers():
-    """And a thread that has ended takes no process with it."""
+def test_calls_from_threads_get_their_own_answers():
+    """A process serves calls even after the thread that started it has ended."""
     judge, found = isolated(judges.waits), {}
 
     def call(number):
@@ -238,13 +238,13 @@ print(judge(["a"], ["bb"], {}).tolist())
 """
 
 
-def test_it_has_no_more_memory_than_the_run_may_take():
+def test_the_memory_limit_does_not_exceed_that_of_the_run():
     done = subprocess.run([sys.executable, "-c", LIMITED], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "[2.0]\n", done.stderr[-2000:]
 
 
-def test_one_that_cannot_be_started_is_a_failure_of_its_call():
-    """Not of the question what it asks for."""
+def test_a_function_that_cannot_be_imported_only_fails_its_calls():
+    """`asks_for_special_tokens_of` does not fail."""
     judge = isolated("tests.rewards.judges:nobody")
     assert not asks_for_special_tokens_of([judge])
     assert asks_for_special_tokens_of([judge, isolated(judges.with_special)])
@@ -257,12 +257,12 @@ def test_one_that_cannot_be_started_is_a_failure_of_its_call():
 @pytest.mark.parametrize(
     ("function", "said"), [(judges.is_cancelled, "Cancelled"), (judges.has_no_words, "no message")]
 )
-def test_without_isolation_odd_exceptions_are_failures_too(timeout, function, said):
+def test_without_isolation_unusual_exceptions_are_failures_too(timeout, function, said):
     with pytest.raises(RewardError, match=said):
         scored(RewardFunction(function, timeout=timeout))
 
 
-def test_its_process_ends_with_it():
+def test_the_process_ends_with_its_reward_function():
     judge = isolated(judges.lengths)
     scored(judge)
     process = judge._isolated._process
@@ -272,8 +272,8 @@ def test_its_process_ends_with_it():
     assert process.poll() is not None
 
 
-def test_one_that_ended_between_two_calls_is_started_again():
-    """As by the kernel, where memory is short."""
+def test_a_process_that_is_killed_between_two_calls_is_restarted():
+    """The kernel may kill a process when memory runs out."""
     judge = isolated(judges.counts)
     assert scored(judge) == [1.0] * 3
     os.kill(judge._isolated._process.pid, signal.SIGKILL)
@@ -281,9 +281,9 @@ def test_one_that_ended_between_two_calls_is_started_again():
     assert scored(judge) == [1.0] * 3
 
 
-def test_it_has_no_devices_and_no_lock_of_the_run(tmp_path, monkeypatch):
+def test_the_process_gets_neither_devices_nor_locks_of_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
-    judge = isolated("os:getppid")  # takes no arguments: fails, and its process lives
+    judge = isolated("os:getppid")  # takes no arguments: the call fails, and the process stays alive
     with lock_workdir(tmp_path):
         with pytest.raises(RewardError, match="TypeError"):
             scored(judge)
@@ -296,7 +296,7 @@ def test_it_has_no_devices_and_no_lock_of_the_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("function", [lambda prompts, responses: [1.0] * 3, np.array])
-def test_what_cannot_be_imported_elsewhere_is_said(function):
+def test_functions_that_cannot_be_imported_by_name_are_errors(function):
     if function is np.array:
         with pytest.raises(ValueError, match='a name is for isolation="process"'):
             RewardFunction("numpy:array")
@@ -305,12 +305,12 @@ def test_what_cannot_be_imported_elsewhere_is_said(function):
         isolated(function)
 
 
-def test_a_column_that_cannot_be_passed_is_said():
+def test_a_column_that_cannot_be_serialised_is_an_error():
     with pytest.raises(RewardError, match="a object cannot be passed to another process"):
         scored(isolated(judges.lengths), {"bonus": [object()] * 3})
 
 
-def test_values_come_back_as_they_were():
+def test_decoding_an_encoded_value_gives_the_value():
     values = [
         None,
         True,

@@ -1,4 +1,4 @@
-"""The mathematics again, as plain float64 loops: obviously right, and sharing nothing with the package."""
+"""The formulas of `jax_rlhf.rl` as plain float64 loops, which share no code with the package."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def gae(rewards, values, mask, gamma, lam, bootstrap=0.0):
-    """One row: the real steps alone, backwards."""
+    """GAE of one row, backwards over its real steps."""
     advantages, returns = np.zeros(len(rewards)), np.zeros(len(rewards))
     next_value, next_advantage = bootstrap, 0.0
     for t in reversed([t for t in range(len(rewards)) if mask[t]]):
@@ -27,7 +27,7 @@ def whiten(x, mask, shift_mean=True):
 
 
 def clipped_surrogate(log_ratio, advantage, low, high, dual_clip=None):
-    """One token."""
+    """The loss of one token."""
     ratio = math.exp(max(-20, min(20, log_ratio)))
     loss = max(-advantage * ratio, -advantage * max(1 - low, min(1 + high, ratio)))
     if dual_clip is not None and advantage < 0:
@@ -36,13 +36,13 @@ def clipped_surrogate(log_ratio, advantage, low, high, dual_clip=None):
 
 
 def clipped_value_loss(value, old, target, clip):
-    """One token."""
+    """The loss of one token."""
     clipped = old + max(-clip, min(clip, value - old))
     return 0.5 * max((value - target) ** 2, (clipped - target) ** 2)
 
 
 def rewards(score, logprobs, ref_logprobs, length, beta):
-    """One row, its first `length` tokens real."""
+    """Rewards per token of one row, whose first `length` tokens are real."""
     out = np.zeros(len(logprobs))
     for t in range(length):
         out[t] = -beta * (logprobs[t] - ref_logprobs[t]) + (score if t == length - 1 else 0)
@@ -50,7 +50,7 @@ def rewards(score, logprobs, ref_logprobs, length, beta):
 
 
 def token_ranking(chosen, rejected, chosen_ids, rejected_ids, chosen_length, rejected_length):
-    """One pair, padded on the right."""
+    """The loss of one pair, which is padded on the right."""
     end = max(chosen_length, rejected_length)
     first = next(
         (t for t in range(end) if chosen_ids[t] != rejected_ids[t] or (t < chosen_length) != (t < rejected_length)),

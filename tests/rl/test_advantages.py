@@ -1,4 +1,4 @@
-"""GAE against the plain loop, and what it must not see."""
+"""GAE equals a plain loop, and masked steps do not affect it."""
 
 from inspect import unwrap
 
@@ -17,7 +17,7 @@ MASK = np.array(
         [1, 0, 0, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0, 0],
         [0, 0, 0, 0, 0, 0, 0],
-        [0, 1, 0, 1, 1, 0, 1],  # steps in the middle that are passed over
+        [0, 1, 0, 1, 1, 0, 1],  # masked steps in the middle
         [0, 0, 0, 0, 0, 0, 1],
     ],
     bool,
@@ -28,7 +28,7 @@ BOOTSTRAP = RANDOM.randn(6)
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0)])
 @pytest.mark.parametrize("bootstrap", [None, BOOTSTRAP])
 @pytest.mark.parametrize("wrap", [jax.jit, lambda f: f])
-def test_gae_is_the_oracles(gamma, lam, bootstrap, wrap):
+def test_gae_equals_the_oracle(gamma, lam, bootstrap, wrap):
     with jax.enable_x64(True):
         ours = wrap(lambda r, v, m: rl.gae(r, v, m, gamma=gamma, lam=lam, bootstrap=bootstrap))(REWARDS, VALUES, MASK)
     for row in range(6):
@@ -37,14 +37,14 @@ def test_gae_is_the_oracles(gamma, lam, bootstrap, wrap):
         np.testing.assert_allclose([ours[0][row], ours[1][row]], wanted, atol=1e-12)
 
 
-def test_any_leading_shape():
+def test_gae_accepts_any_leading_shape():
     one = rl.gae(*(x[4].astype(np.float32) for x in (REWARDS, VALUES)), MASK[4])
     cube = rl.gae(*(x.astype(np.float32).reshape(2, 3, 7) for x in (REWARDS, VALUES)), MASK.reshape(2, 3, 7))
     np.testing.assert_allclose(np.asarray(cube[0]).reshape(6, 7)[4], one[0], atol=1e-6)
 
 
 def check_that_passed_over_steps_have_no_effect(gae):
-    """Row 4 with its gaps, against its real steps alone, whatever stands in the gaps."""
+    """Row 4, with NaN at its masked steps, must give the same as its real steps alone."""
     mask = MASK[4]
     gaps = np.where(mask, REWARDS[4], np.nan), np.where(mask, VALUES[4], np.nan)
     advantages, returns = gae(*gaps, mask)
@@ -55,33 +55,33 @@ def check_that_passed_over_steps_have_no_effect(gae):
     assert not np.asarray(returns)[~mask].any()
 
 
-def test_masked_steps_are_passed_over():
+def test_masked_steps_do_not_affect_gae():
     check_that_passed_over_steps_have_no_effect(rl.gae)
 
-    def zeroing(rewards, values, mask):  # the usual mistake: a masked step counts as a step of reward and value 0
+    def zeroing(rewards, values, mask):  # a common mistake: a masked step counts as a step of reward and value 0
         return rl.gae(np.where(mask, rewards, 0), np.where(mask, values, 0), np.ones_like(mask))
 
     with pytest.raises(AssertionError):
         check_that_passed_over_steps_have_no_effect(zeroing)
 
 
-def test_without_a_word_gamma_is_1_and_lambda_is_0_95():
+def test_gamma_defaults_to_1_and_lambda_to_0_95():
     for ours, stated in zip(
         rl.gae(REWARDS, VALUES, MASK), rl.gae(REWARDS, VALUES, MASK, gamma=1.0, lam=0.95), strict=True
     ):
         np.testing.assert_array_equal(ours, stated)
 
 
-def test_a_bootstrap_is_what_one_more_step_would_have_said():
-    """With λ = 1 the return of a row that goes on is its rewards plus the value at its end."""
+def test_the_bootstrap_value_is_added_to_the_returns():
+    """With γ = λ = 1, a return is the sum of the remaining rewards plus the bootstrap value."""
     mask = np.ones(3, bool)
     rewards, values = np.array([1.0, 2, 3], np.float32), np.zeros(3, np.float32)
     _, returns = rl.gae(rewards, values, mask, gamma=1.0, lam=1.0, bootstrap=np.array(10, np.float32))
     np.testing.assert_allclose(returns, [16, 15, 13])
 
 
-def test_integer_rewards_and_float_masks_are_errors():
-    """Fractional scores were once cut to integers by `zeros_like(ids)`: here an integer array is refused."""
+def test_integer_rewards_float_masks_and_unequal_shapes_are_errors():
+    """An integer array, such as `zeros_like(ids)`, would truncate fractional rewards."""
     with pytest.raises(AssertionError):
         unwrap(rl.gae)(REWARDS.astype(int), VALUES, MASK)
     with pytest.raises(AssertionError):

@@ -1,4 +1,4 @@
-"""Rewards per token: where the score lands, and what the KL penalty costs."""
+"""Rewards per token: the slot of the score and the KL penalty; and the checks of an `Experience`."""
 
 from inspect import unwrap
 
@@ -10,7 +10,7 @@ from jax_rlhf import Experience, rl
 from jax_rlhf.rl import FrozenActivations, check_experience
 from tests.rl import oracle
 
-LENGTHS = [1, 3, 5, 5]  # one token; a middle length; full with EOS; full without
+LENGTHS = [1, 3, 5, 5]  # one token; a middle length; all slots with EOS; all slots without EOS
 MASK = np.arange(5) < np.array(LENGTHS)[:, None]
 SCORES = np.array([0.7, -1.3, 2.5, 0.25], np.float32)
 RANDOM = np.random.RandomState(0)
@@ -29,7 +29,7 @@ def check_rewards(function):
     np.testing.assert_allclose(rewards.sum(axis=1), SCORES - 0.3 * kl, atol=1e-5)
 
 
-def test_scores_are_clipped_and_cost_a_missing_end():
+def test_scores_are_clipped_and_penalised_for_a_missing_eos():
     scores, ended = np.array([0.7, -1.3, 2.5, -0.25], np.float32), np.array([True, False, False, True])
     shaped = rl.shaped_scores(scores, ended, clip=1.0, missing_eos_penalty=0.4)
     np.testing.assert_allclose(shaped, [0.7, -1.0 - 0.4, 1.0 - 0.4, -0.25], rtol=1e-6)
@@ -58,15 +58,15 @@ def test_score_lands_on_the_last_real_token():
             check_rewards(wrong)
 
 
-def test_a_row_without_a_token_has_no_reward():
+def test_a_row_without_real_tokens_has_zero_rewards():
     mask = MASK & (np.arange(4) != 1)[:, None]
     rewards = np.asarray(ours(SCORES, LOGPROBS, REF, mask))
     assert not rewards[1].any()
     assert np.isfinite(rewards).all()
 
 
-def test_with_the_mean_form_length_costs_nothing():
-    """The same KL a token: summed, the long row pays 5 times what the short one pays; in the mean form the same."""
+def test_the_mean_kl_penalty_does_not_depend_on_the_length():
+    """With equal KL per token, the summed penalty of 5 tokens is 5 times that of one, and the mean penalty is equal."""
     logprobs, ref = np.zeros((4, 5), np.float32), np.full((4, 5), -0.5, np.float32)
     zero = np.zeros(4, np.float32)
     summed = np.asarray(ours(zero, logprobs, ref, MASK)).sum(axis=1)
@@ -75,7 +75,7 @@ def test_with_the_mean_form_length_costs_nothing():
     np.testing.assert_allclose(mean, [-0.15] * 4, atol=1e-6)
 
 
-def test_integer_scores_and_unknown_forms_are_errors():
+def test_integer_scores_and_unknown_kl_reductions_are_errors():
     with pytest.raises(AssertionError):
         unwrap(rl.token_rewards)(SCORES.astype(int), LOGPROBS, REF, MASK, kl_coef=0.1)
     with pytest.raises(ValueError, match="median"):
@@ -116,7 +116,7 @@ def changed(array, place, value):
         ("ref_logprobs", (1, 0), 0.5, "ref_logprobs is above 0"),
     ],
 )
-def test_an_experience_that_is_not_what_it_should_be_is_said(field, place, value, message):
+def test_check_experience_names_the_invalid_field(field, place, value, message):
     check_experience(whole_experience())
     bad = whole_experience()
     with pytest.raises(AssertionError, match=message):

@@ -1,4 +1,4 @@
-"""KL estimates against the exact divergence, controllers against numbers worked out by hand."""
+"""KL estimators compared with the exact divergence, and KL controllers compared with hand-computed values."""
 
 from inspect import unwrap
 
@@ -15,7 +15,7 @@ EXACT = float(np.sum(P * np.log(P / Q)))  # KL(P ‖ Q) in nats
 
 
 def expectation(estimate):
-    """E over tokens that P samples, exactly."""
+    """The exact expectation over tokens sampled from P."""
     return float(np.sum(P * np.asarray(estimate(np.log(P), np.log(Q)))))
 
 
@@ -26,16 +26,16 @@ def check_unbiased(estimate):
 @pytest.mark.parametrize("kind", ["k1", "k3"])
 def test_k1_and_k3_are_unbiased(kind):
     check_unbiased(lambda p, q: rl.kl_estimate(p, q, kind))
-    with pytest.raises(AssertionError):  # the sign flipped
+    with pytest.raises(AssertionError):  # with the wrong sign
         check_unbiased(lambda p, q: rl.kl_estimate(q, p, kind))
 
 
-def test_k3_is_never_negative_and_k1_sometimes_is():
+def test_k3_is_never_negative_but_k1_can_be():
     assert (np.asarray(rl.kl_estimate(np.log(P), np.log(Q), "k3")) >= 0).all()
     assert (np.asarray(rl.kl_estimate(np.log(P), np.log(Q), "k1")) < 0).any()
 
 
-def test_the_four_formulas():
+def test_each_estimator_follows_its_formula():
     new, ref = np.array([-1.0, -2.0, 0.0]), np.array([-1.5, -1.0, 0.0])
     wanted = {"k1": [0.5, -1, 0], "k2": [0.125, 0.5, 0], "abs": [0.5, 1, 0]}
     wanted["k3"] = [np.exp(-0.5) - 1 + 0.5, np.exp(1) - 1 - 1, 0]
@@ -43,7 +43,7 @@ def test_the_four_formulas():
         np.testing.assert_allclose(rl.kl_estimate(new, ref, kind), numbers, atol=1e-6)
 
 
-def test_k3_of_a_token_that_the_policy_all_but_lost_is_finite():
+def test_k3_is_finite_for_a_token_of_almost_zero_probability():
     value, gradient = jax.value_and_grad(lambda x: rl.kl_estimate(x[None], jnp.float32([-1]), "k3")[0])(
         jnp.float32(-1e4)
     )
@@ -51,7 +51,7 @@ def test_k3_of_a_token_that_the_policy_all_but_lost_is_finite():
     assert np.isfinite(gradient)
 
 
-def test_unknown_estimates_and_integers_are_errors():
+def test_unknown_estimators_and_integer_log_probs_are_errors():
     with pytest.raises(ValueError, match="k4"):
         unwrap(rl.kl_estimate)(np.log(P), np.log(Q), "k4")
     with pytest.raises(AssertionError):
@@ -59,18 +59,18 @@ def test_unknown_estimates_and_integers_are_errors():
 
 
 @pytest.mark.parametrize("wrap", [jax.jit, lambda f: f])
-def test_adaptive_kl_by_hand(wrap):
-    """Target 6, horizon 10,000, 1,000 episodes: KL 6.6 is 0.1 over, so β grows by 1 %; beyond ±20 % it is clipped."""
+def test_the_adaptive_kl_coefficient_follows_its_formula(wrap):
+    """KL 6.6 is 10 % above the target 6, so 1,000 of 10,000 episodes raise β by 1 %. Errors are clipped to ±20 %."""
     controller = rl.AdaptiveKL(0.15, 6.0, 10_000.0)
     update = wrap(lambda kl: controller.update(kl, 1000))
     for kl, factor in [(6.6, 1.01), (60.0, 1.02), (6.0, 1.0), (0.0, 0.98), (-3.0, 0.98), (np.nan, 1.0)]:
         assert float(update(kl).value) == pytest.approx(0.15 * factor, rel=1e-6)
-    assert controller.value == 0.15  # pure
+    assert controller.value == 0.15  # the update returns a new controller
 
 
 @pytest.mark.parametrize("kl", [-1e9, 0.0, 1e9])
-def test_an_adaptive_coefficient_stays_positive_however_many_episodes_a_batch_has(kl):
-    """512 episodes over a horizon of 100: 1 − 0.2 · 5.12 is negative; it falls to a tenth and no further."""
+def test_the_adaptive_kl_coefficient_stays_positive_for_large_batches(kl):
+    """For 512 episodes over a horizon of 100, 1 − 0.2 · 5.12 is negative, so the factor is limited to 0.1."""
     controller = rl.AdaptiveKL(0.15, 6.0, 100.0)
     assert float(controller.update(kl, 512).value) == pytest.approx(0.15 * (1 + 0.2 * 5.12 if kl > 6 else 0.1))
     for _ in range(200):
@@ -79,20 +79,20 @@ def test_an_adaptive_coefficient_stays_positive_however_many_episodes_a_batch_ha
     assert float(controller.update(6.6, 512).value) > 0
 
 
-def test_fixed_kl_stays():
+def test_the_fixed_kl_coefficient_does_not_change():
     assert rl.FixedKL(0.1).update(1e9, 64) == rl.FixedKL(0.1)
 
 
 @pytest.mark.parametrize("wrap", [jax.jit, lambda f: f])
-def test_adaptive_penalty_by_hand(wrap):
-    """Target 0.01: above 0.015 β doubles, below 0.00667 it halves, between it stays."""
+def test_the_adaptive_penalty_doubles_and_halves(wrap):
+    """With the target 0.01, β doubles above a KL of 0.015 and for NaN, and halves below 0.00667."""
     controller = rl.AdaptivePenalty(3.0, 0.01)
     update = wrap(controller.update)
     for kl, value in [(0.0151, 6), (0.0149, 3), (0.01, 3), (0.0067, 3), (0.0066, 1.5), (0.0, 1.5), (np.nan, 6)]:
         assert float(update(kl).value) == pytest.approx(value)
 
 
-def test_a_penalty_that_fell_for_long_can_rise_again():
+def test_the_adaptive_penalty_rises_again_after_many_decreases():
     controller = rl.AdaptivePenalty(1.0, 0.01)
     for _ in range(300):
         controller = controller.update(0.0)

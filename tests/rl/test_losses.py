@@ -1,4 +1,4 @@
-"""Losses against plain loops, their gradients against finite differences, their sums against any split of the rows."""
+"""Losses equal plain loops, gradients equal finite differences, and microbatches do not change the gradient."""
 
 from inspect import unwrap
 
@@ -24,13 +24,13 @@ def float64():
 
 @pytest.mark.parametrize(("low", "high", "dual"), [(0.2, 0.2, None), (0.1, 0.4, None), (0.2, 0.2, 1.5)])
 @pytest.mark.parametrize("wrap", [jax.jit, lambda f: f])
-def test_clipped_surrogate_is_the_oracles(low, high, dual, wrap):
+def test_clipped_surrogate_equals_the_oracle(low, high, dual, wrap):
     ours = wrap(lambda x, a: rl.clipped_surrogate(x, a, clip_low=low, clip_high=high, dual_clip=dual))
     wanted = np.vectorize(lambda x, a: oracle.clipped_surrogate(x, a, low, high, dual))(LOG_RATIO, ADVANTAGES)
     np.testing.assert_allclose(ours(LOG_RATIO, ADVANTAGES), wanted, atol=1e-12)
 
 
-def test_a_ratio_is_at_most_e_to_the_20th():
+def test_the_ratio_is_limited_to_exp_20():
     for surrogate in (rl.clipped_surrogate, lambda x, a: rl.penalized_surrogate(x, a, jnp.zeros_like(x), beta=1.0)):
         loss = surrogate(jnp.array([19.0, 20.0, 21.0, 800.0]), -jnp.ones(4))
         np.testing.assert_allclose(loss, np.exp([19.0, 20.0, 20.0, 20.0]), rtol=1e-12)
@@ -41,16 +41,16 @@ def check_value_loss(loss):
     np.testing.assert_allclose(loss(NEW, OLD, RETURNS), wanted, atol=1e-12)
 
 
-def test_value_loss_takes_the_larger_of_both_and_clips_around_the_old_values():
+def test_value_loss_is_the_larger_of_plain_and_clipped_around_old_values():
     check_value_loss(rl.clipped_value_loss)
     clipped = lambda v, o: o + np.clip(v - o, -0.2, 0.2)  # noqa: E731
-    with pytest.raises(AssertionError):  # the smaller
+    with pytest.raises(AssertionError):  # the smaller of the two
         check_value_loss(lambda v, o, r: 0.5 * np.minimum((v - r) ** 2, (clipped(v, o) - r) ** 2))
-    with pytest.raises(AssertionError):  # around values computed again
+    with pytest.raises(AssertionError):  # clipped around the new values
         check_value_loss(lambda v, o, r: rl.clipped_value_loss(v, v, r))
 
 
-def test_penalized_surrogate():
+def test_penalized_surrogate_follows_its_formula():
     kl = rl.kl_estimate(jnp.zeros_like(LOG_RATIO), jnp.asarray(LOG_RATIO), "k3")
     ours = rl.penalized_surrogate(LOG_RATIO, ADVANTAGES, kl, beta=0.7)
     wanted = -ADVANTAGES * np.exp(LOG_RATIO) + 0.7 * (np.exp(LOG_RATIO) - 1 - LOG_RATIO)
@@ -65,14 +65,14 @@ def test_dual_clip_caps_the_loss_only_where_the_advantage_is_negative():
 
 @pytest.mark.parametrize("log_ratio", [1e4, -1e4])
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
-def test_a_wild_ratio_stays_finite(log_ratio, advantage):
+def test_extreme_log_ratios_give_finite_losses_and_gradients(log_ratio, advantage):
     loss = lambda x: rl.clipped_surrogate(x, jnp.array([advantage]))[0]  # noqa: E731
     value, gradient = jax.value_and_grad(loss)(jnp.array([log_ratio]))
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
 
 
-def test_bradley_terry():
+def test_bradley_terry_loss_follows_its_formula():
     chosen, rejected, margin = np.array([1.0, 0.0, 900.0]), np.array([0.0, 2.0, -900.0]), np.array([0.5, 0.0, 1.0])
     np.testing.assert_allclose(rl.bradley_terry_loss(chosen, rejected), np.log1p(np.exp([-1.0, 2, -1800])))
     np.testing.assert_allclose(
@@ -80,11 +80,11 @@ def test_bradley_terry():
     )
 
 
-def test_token_ranking_starts_at_the_first_difference_and_ends_with_the_longer_answer():
-    same, longer = [1, 2, 3, 0, 0, 0], [1, 2, 0, 5, 0, 0]  # the longer answer goes on with the padding id
+def test_token_ranking_runs_from_the_first_difference_to_the_longer_end():
+    same, longer = [1, 2, 3, 0, 0, 0], [1, 2, 0, 5, 0, 0]  # the longer answer continues with the pad id
     chosen_ids = np.array([[5, 6, 7, 8, 0, 0], [5, 6, 0, 0, 0, 0], [5, 0, 6, 6, 0, 0], same, longer])
     rejected_ids = np.array([[5, 6, 9, 0, 0, 0], [5, 6, 4, 4, 4, 0], [5, 0, 6, 7, 7, 7], same, [1, 2, 0, 0, 0, 0]])
-    lengths = [(4, 3), (2, 5), (4, 6), (3, 3), (4, 2)]  # an id 0 inside the third pair is no pad
+    lengths = [(4, 3), (2, 5), (4, 6), (3, 3), (4, 2)]  # the id 0 within the third pair is a real token
     chosen_mask, rejected_mask = (np.arange(6) < np.array([pair[i] for pair in lengths])[:, None] for i in (0, 1))
     chosen, rejected = RANDOM.randn(5, 6), RANDOM.randn(5, 6)
     ours = jax.jit(rl.token_ranking_loss)(chosen, rejected, chosen_ids, rejected_ids, chosen_mask, rejected_mask)
@@ -104,8 +104,8 @@ GRADIENT_CASES = {
 
 
 @pytest.mark.parametrize("name", GRADIENT_CASES)
-def test_gradients_are_those_of_finite_differences(name):
-    """No number of these lies within 1e-6 of a kink."""
+def test_gradients_equal_finite_differences(name):
+    """No input lies within 1e-6 of a kink of its loss."""
     f = jax.jit(lambda x: jnp.sum(jnp.sin(jnp.arange(4.0) + 1)[: len(x)] @ GRADIENT_CASES[name](x).reshape(4, -1)))
     gradient = jax.grad(f)(jnp.asarray(LOG_RATIO))
     for index in np.ndindex(LOG_RATIO.shape):
@@ -133,7 +133,7 @@ def check_that_microbatches_add_up(reduce):
         np.testing.assert_allclose(reduce(parts), whole, atol=1e-12)
 
 
-def test_microbatches_have_the_gradient_of_the_whole():
+def test_microbatches_give_the_gradient_of_the_whole_batch():
     def by_global_count(parts):
         return sum(
             jax.grad(lambda w, p=p: loss_sum(w, FEATURES[p], TOKENS[p], TARGETS[p]) / TOKENS.sum())(WEIGHTS)
@@ -153,7 +153,7 @@ def test_microbatches_have_the_gradient_of_the_whole():
         check_that_microbatches_add_up(mean_of_means)
 
 
-def test_devices_have_the_gradient_of_one():
+def test_eight_devices_give_the_gradient_of_one():
     rows = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
     gradient = jax.grad(lambda w, *x: loss_sum(w, *x) / TOKENS.sum())
     eight = jax.jit(gradient)(WEIGHTS, *[jax.device_put(x, rows) for x in (FEATURES, TOKENS, TARGETS)])

@@ -1,4 +1,4 @@
-"""Masked statistics: pads have no effect, devices have no effect."""
+"""Masked statistics depend neither on pads nor on the number of devices."""
 
 from inspect import unwrap
 
@@ -16,16 +16,16 @@ X = RANDOM.randn(8, 5) * 3 + 2
 MASK = np.arange(5) < np.array([5, 1, 3, 4, 2, 5, 1, 2])[:, None]
 
 
-@pytest.mark.parametrize("scale", [1, 1e-4])  # the second is as small as the ε under the root
+@pytest.mark.parametrize("scale", [1, 1e-4])  # with 1e-4, the variance is close to the ε under the root
 @pytest.mark.parametrize("shift_mean", [True, False])
 @pytest.mark.parametrize("wrap", [jax.jit, lambda f: f])
-def test_whitening_is_the_oracles(shift_mean, wrap, scale):
+def test_whitening_equals_the_oracle(shift_mean, wrap, scale):
     with jax.enable_x64(True):
         ours = wrap(lambda x, m: rl.masked_whiten(x, m, shift_mean=shift_mean))(scale * X, MASK)
     np.testing.assert_allclose(ours, oracle.whiten(scale * X, MASK, shift_mean), atol=1e-12)
 
 
-def test_the_variance_is_the_biased_one_of_real_elements():
+def test_the_variance_is_biased_and_of_real_elements_only():
     with jax.enable_x64(True):
         np.testing.assert_allclose(rl.masked_variance(X, MASK), np.var(X[MASK]), atol=1e-12)
 
@@ -37,9 +37,9 @@ def check_that_pads_change_nothing(whiten):
     np.testing.assert_allclose(whiten(wider, wider_mask)[:, :5], whiten(x, mask), atol=1e-6)
 
 
-def test_whitening_does_not_see_pads():
+def test_whitening_ignores_pads():
     check_that_pads_change_nothing(rl.masked_whiten)
-    with pytest.raises(AssertionError):  # a whitening over everything does
+    with pytest.raises(AssertionError):  # whitening over all slots does not
         check_that_pads_change_nothing(lambda x, mask: (x - x.mean()) / x.std() * mask)
 
 
@@ -56,7 +56,7 @@ def check_that_devices_change_nothing(one, eight):
 @pytest.mark.parametrize("value", [51_234.56, 7.3e6 / 3])
 @pytest.mark.parametrize("wrap", [jax.jit, lambda f: f])
 def test_whitening_equal_numbers_gives_zeros(value, wrap):
-    """The rounding of their mean is no spread, however large they are."""
+    """The rounding error of a large mean must not count as variance."""
     both = wrap(lambda x, mask: (rl.masked_whiten(x, mask), rl.masked_whiten(x, mask, shift_mean=False)))
     for count in range(1, 40):
         x = jnp.full((1, count), value, jnp.float32)
@@ -65,21 +65,21 @@ def test_whitening_equal_numbers_gives_zeros(value, wrap):
         np.testing.assert_array_equal(kept, x)
 
 
-def test_whitening_is_global_over_devices():
+def test_whitening_uses_the_statistics_of_all_devices():
     check_that_devices_change_nothing(rl.masked_whiten, lambda x, m: sharded(rl.masked_whiten, x, m))
-    per_device = jax.vmap(lambda x, m: rl.masked_whiten(x[None], m[None])[0])  # one row a device, each by itself
+    per_device = jax.vmap(lambda x, m: rl.masked_whiten(x[None], m[None])[0])  # one row per device, each whitened alone
     with pytest.raises(AssertionError):
         check_that_devices_change_nothing(rl.masked_whiten, per_device)
 
 
-def test_an_empty_mask_has_mean_zero_and_nothing_is_nan():
+def test_an_empty_mask_gives_zeros_instead_of_nan():
     x, mask = jnp.array([[1.0, jnp.nan]]), jnp.zeros((1, 2), bool)
     assert float(rl.masked_mean(x, mask)) == 0
     assert float(rl.masked_variance(x, mask)) == 0
     assert not np.asarray(rl.masked_whiten(x, mask)).any()
 
 
-def test_nan_under_the_mask_reaches_neither_value_nor_gradient():
+def test_nan_at_a_masked_element_reaches_neither_value_nor_gradient():
     mask = jnp.array([True, False])
     value, gradient = jax.value_and_grad(lambda x: rl.masked_mean(x, mask))(jnp.array([3.0, jnp.nan]))
     assert float(value) == 3
@@ -89,6 +89,6 @@ def test_nan_under_the_mask_reaches_neither_value_nor_gradient():
 @pytest.mark.parametrize(
     ("x", "mask"), [(np.ones(3, int), np.ones(3, bool)), (np.ones(3), np.ones(3)), (np.ones(3), np.ones(2, bool))]
 )
-def test_integers_float_masks_and_other_shapes_are_errors(x, mask):
+def test_integers_float_masks_and_unequal_shapes_are_errors(x, mask):
     with pytest.raises(AssertionError):
         unwrap(rl.masked_sum)(x, mask)

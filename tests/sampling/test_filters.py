@@ -1,4 +1,4 @@
-"""Top-k and top-p against sorting."""
+"""Top-k and top-p keep the same tokens as sorting does."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax_rlhf.sampling.filters import keep_top_k, keep_top_p
 
 
 def nucleus(logits, p):
-    """One row, by sorting in float64: the fewest tokens, largest first, that hold p."""
+    """The fewest most probable tokens of one row whose mass reaches p, by sorting in float64."""
     probabilities = np.exp(logits.astype(np.float64) - logits.max())
     probabilities /= probabilities.sum()
     order = np.argsort(-probabilities, kind="stable")
@@ -30,22 +30,22 @@ def rows(vocab=1000, count=32, spread=4.0):
 
 
 @pytest.mark.parametrize("k", [1, 2, 7, 999, 1000])
-def test_top_k_is_what_sorting_keeps(k):
+def test_top_k_keeps_what_sorting_keeps(k):
     logits = rows()
     threshold = np.sort(logits, axis=1)[:, -k][:, None]
     np.testing.assert_array_equal(jax.jit(keep_top_k, static_argnums=1)(jnp.asarray(logits), k), logits >= threshold)
 
 
 @pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.9, 0.999])
-def test_top_p_is_what_sorting_keeps(p):
+def test_top_p_keeps_what_sorting_keeps(p):
     logits = rows()[5:]  # without ties
     kept = np.asarray(jax.jit(keep_top_p, static_argnums=1)(jnp.asarray(logits), p))
     wanted = np.stack([nucleus(row, p) for row in logits])
     assert kept.any(axis=1).all()
-    # Float32 sums may turn a token that lies on the border, so at most one a row, and then a likely one of them.
+    # Float32 sums may decide differently about a token at the border: at most one per row, and two in all rows.
     assert np.abs(kept.sum(axis=1) - wanted.sum(axis=1)).max() <= 1
     assert (kept != wanted).sum() <= 2
-    # One token fewer holds less than p: a version that keeps one too many, or leaves out the one that crosses, fails.
+    # The kept mass reaches p, and it would not without the least probable kept token.
     probabilities = np.asarray(jax.nn.softmax(logits, axis=1), np.float64)
     mass = np.where(kept, probabilities, 0).sum(axis=1)
     least = np.where(kept, probabilities, np.inf).min(axis=1)
@@ -53,7 +53,7 @@ def test_top_p_is_what_sorting_keeps(p):
     assert (mass - least < p + 1e-6).all()
 
 
-def test_ties_and_minus_infinity():
+def test_top_k_keeps_ties_and_top_p_drops_minus_infinity():
     logits = rows()
     kept = np.asarray(keep_top_k(jnp.asarray(logits), 3))
     assert kept[4].sum() == 500  # ties with the third are kept

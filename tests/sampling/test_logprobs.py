@@ -1,4 +1,4 @@
-"""The scorer against float64 softmax, in chunks and whole, and what it keeps in memory."""
+"""The scorer equals a float64 softmax for every chunk size, and never stores the logits of all positions."""
 
 import functools
 
@@ -43,7 +43,7 @@ def oracle(logits, tokens, temperature):
 
 @pytest.mark.parametrize(("temperature", "chunk"), [(1.0, None), (0.6, 1), (1.3, 3), (0.6, 10), (1.3, 99)])
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True, "logit_softcap": 5.0, "padded_vocab_size": 40}])
-def test_log_probs_are_float64s(changes, temperature, chunk):
+def test_log_probs_and_entropy_equal_a_float64_softmax(changes, temperature, chunk):
     model, params = tiny(**changes)
     tokens, mask = batch()
     logits = np.asarray(forward(model, "__call__", params, tokens, mask))[:, :-1]
@@ -60,20 +60,20 @@ def test_log_probs_are_float64s(changes, temperature, chunk):
     np.testing.assert_allclose(np.asarray(scored)[real], wanted[real], atol=1e-5)
 
 
-def test_what_stands_in_pads_has_no_effect_and_inner_pads_are_passed_over():
+def test_ids_at_pads_have_no_effect_and_inner_pads_are_skipped():
     model, params = tiny()
     tokens, mask = batch()
     plain = token_logprobs(model, params, tokens, mask)
     for junk in (-100, 30, 10**6):
         np.testing.assert_array_equal(plain, token_logprobs(model, params, np.where(mask, tokens, junk), mask))
-    # The same real tokens with a pad in between: same log-probs.
+    # The same real tokens with a pad in between have the same log-probs.
     inner, inner_mask = np.insert(tokens[:1], 5, 0, axis=1), np.insert(mask[:1], 5, False, axis=1)
     moved = token_logprobs(model, params, inner, inner_mask)[0]
     np.testing.assert_allclose(np.delete(moved, 4), plain[0], atol=1e-5)
     assert moved[4] == 0
 
 
-def test_scoring_twice_is_equal():
+def test_scoring_twice_gives_equal_log_probs():
     model, params = tiny()
     tokens, mask = batch()
     np.testing.assert_array_equal(
@@ -82,8 +82,8 @@ def test_scoring_twice_is_equal():
 
 
 @pytest.mark.parametrize("chunk", [10, 3])
-def test_gradients_are_those_of_the_plain_softmax(chunk):
-    """Through head, trunk and temperature, of log-probs and entropy, chunked and whole."""
+def test_gradients_equal_those_of_a_plain_softmax(chunk):
+    """Gradients of log-probs and entropy through head, trunk and temperature, in one chunk and in several."""
     model, params = tiny(tie_embeddings=True, logit_softcap=5.0)
     tokens, mask = batch()
     random = np.random.RandomState(1)
@@ -130,8 +130,8 @@ def test_categorical_gradient_equals_finite_differences():
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_float32_logits_of_all_positions_never_exist(backward):
-    """B 8, T 512, V 50,000, a tiny trunk: temporaries below a quarter of B·T·V·4 bytes."""
+def test_float32_logits_of_all_positions_are_never_stored(backward):
+    """B 8, T 512, V 50,000, tiny trunk: temporaries take less than a quarter of B·T·V·4 bytes."""
     rows, length, vocab = 8, 512, 50_000
     model = Decoder(
         tiny_config(
@@ -147,7 +147,7 @@ def test_float32_logits_of_all_positions_never_exist(backward):
 
     compiled = jax.jit(jax.grad(total) if backward else total).lower(params, tokens, mask).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < rows * length * vocab * 4 / 4
-    # The plain form would not pass.
+    # A plain log-softmax would not pass.
     if not backward:
 
         def plain(params, tokens, mask):

@@ -1,4 +1,4 @@
-"""The sampler: what it draws, where it stops, and that a row's response is its own."""
+"""The sampler: what it draws, when it stops, and that a response does not depend on the other rows."""
 
 import functools
 
@@ -44,7 +44,7 @@ def full_logits(model, params, tokens, mask):
 
 
 def margin_at(model, params, tokens, mask, *, row_id, index, prompt_width):
-    """By how much the winner of one draw beat the next, from a full forward: tokens[T], mask[T]."""
+    """The margin of one draw, from a full forward pass over tokens[T] with mask[T]."""
     end = prompt_width + index
     logits = full_logits(model, params, tokens[None, :end], mask[None, :end])[:, -1]
     key = jax.random.fold_in(jax.random.fold_in(KEY, row_id), index)
@@ -52,7 +52,7 @@ def margin_at(model, params, tokens, mask, *, row_id, index, prompt_width):
 
 
 def assert_same_responses(model, params, first, second, *, prompts, mask, row_ids):
-    """Equal tokens and log-probs to 1e-5; a row may part from the other only at a near tie."""
+    """Tokens are equal, and log-probs agree to 1e-5. Two rows may differ only after a near tie."""
     width = prompts.shape[1]
     parted = 0
     for row, row_id in enumerate(row_ids):
@@ -75,7 +75,7 @@ def assert_same_responses(model, params, first, second, *, prompts, mask, row_id
 
 @pytest.mark.parametrize(("scan_layers", "length"), [(True, 8), (False, 8), (False, MIN_TOKENS_TO_TRANSPOSE)])
 @pytest.mark.parametrize("position_kind", ["rotary", "learned"])
-def test_greedy_is_the_argmax_of_full_forwards(scan_layers, length, position_kind):
+def test_greedy_sampling_is_the_argmax_of_a_full_forward_pass(scan_layers, length, position_kind):
     changes = {"position_kind": "learned", "rotary": None} if position_kind == "learned" else {}
     model, params = tiny(num_layers=3, sliding_window=5, sliding_layers=(True, False, True), **changes)
     unrolled = model.clone(scan_layers=False)
@@ -84,14 +84,14 @@ def test_greedy_is_the_argmax_of_full_forwards(scan_layers, length, position_kin
     rows = Prompts(prompts, mask, jnp.arange(5), columns=None)
     samples = jax.jit(run, static_argnums=2)(rows, KEY, Sampling(length, top_k=1))
     tokens = np.asarray(samples.tokens)
-    # The model is causal, so one forward over everything holds what the forward over each prefix ends with.
+    # The model is causal: one forward pass over the whole row gives the last logits of every prefix.
     logits = full_logits(model, params, tokens, whole_mask(mask, samples))
     np.testing.assert_array_equal(tokens[:, 6:], jnp.argmax(logits[:, 5:-1], axis=-1))
-    assert len(np.unique(tokens[:, 6:])) > 5  # not one token for ever
+    assert len(np.unique(tokens[:, 6:])) > 5  # not always the same token
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
-def test_log_probs_are_the_scorers_at_the_same_temperature(temperature):
+def test_log_probs_equal_the_scorers_at_the_same_temperature(temperature):
     model, params = tiny()
     prompts, mask = ragged_prompts(16, 7)
     settings = {"max_new_tokens": 12, "temperature": temperature, "eos_id": (3, 4), "pad_id": 3}
@@ -101,7 +101,7 @@ def test_log_probs_are_the_scorers_at_the_same_temperature(temperature):
     assert 0 < real.mean() < 1
     np.testing.assert_allclose(np.asarray(samples.logprobs)[real], np.asarray(scored)[real], atol=1e-4)
     np.testing.assert_array_equal(np.asarray(samples.logprobs)[~real], 0)
-    # Scored at another temperature they are not the same: the mistake would show.
+    # The test would detect a scorer at another temperature.
     wrong = token_logprobs(model, params, samples.tokens, whole_mask(mask, samples), temperature=0.9)[:, 6:]
     assert np.abs(np.asarray(samples.logprobs - wrong)[real]).max() > 0.05
 
@@ -109,7 +109,7 @@ def test_log_probs_are_the_scorers_at_the_same_temperature(temperature):
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
 @pytest.mark.parametrize("filters", [{}, {"top_k": 4}, {"top_p": 0.75}, {"top_k": 5, "top_p": 0.8}])
 def test_fifty_thousand_samples_follow_the_exact_distribution(temperature, filters):
-    """First token, and first and second jointly, from a model of 7 tokens."""
+    """The first token, and the first two tokens jointly, of a model with 7 tokens."""
     model, params = tiny(vocab_size=7, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=2, intermediate_size=16)
     prompt = np.full((SAMPLES, 1), 2, np.int32)
     samples = sample(
@@ -124,7 +124,7 @@ def test_fifty_thousand_samples_follow_the_exact_distribution(temperature, filte
     assert chi_square(first, expected) > P_VALUE
     joint = expected[:, None] * conditional
     assert chi_square(first * 7 + second, joint.reshape(-1)) > P_VALUE
-    # Wrong versions are noticed: another temperature, the second token independent of the first.
+    # The test would detect another temperature, and a second token that is independent of the first.
     other, _ = probabilities(logits[0, 0] / (temperature * 1.15), **filters)
     if np.array_equal(other > 0, expected > 0):
         assert chi_square(first, other) < P_VALUE
@@ -132,10 +132,10 @@ def test_fifty_thousand_samples_follow_the_exact_distribution(temperature, filte
     assert chi_square(first * 7 + second, marginal) < P_VALUE
 
 
-# ---- where it stops ------------------------------------------------------------------------------------------------
+# ---- when it stops -------------------------------------------------------------------------------------------------
 
 
-def test_eos_ends_a_row_and_pads_follow():
+def test_eos_ends_a_response_and_pads_follow():
     model, params = tiny()
     prompts, mask = ragged_prompts(64, 5)
     samples = sample(model, params, prompts, mask, KEY, max_new_tokens=20, eos_id=(3, 7), pad_id=1)
@@ -145,14 +145,14 @@ def test_eos_ends_a_row_and_pads_follow():
         ends = np.flatnonzero(np.isin(row_tokens, (3, 7)))
         length = int(ends[0]) + 1 if len(ends) else 20
         lengths.add(length)
-        np.testing.assert_array_equal(row_real, np.arange(20) < length)  # through EOS, and no further
+        np.testing.assert_array_equal(row_real, np.arange(20) < length)  # up to and including EOS
         assert (row_tokens[length:] == 1).all()
     assert len(lengths) > 3
     np.testing.assert_array_equal(np.asarray(samples.tokens[:, :5]), prompts)
 
 
-def test_eos_in_the_prompt_and_pad_equal_to_eos():
-    """EOS inside a prompt ends nothing, and what stands in the pads has no effect."""
+def test_an_eos_in_the_prompt_does_not_end_the_response():
+    """Ids at pads have no effect, even if the pad id is the EOS id."""
     model, params = tiny()
     prompts, mask = ragged_prompts(32, 6)
     prompts = np.where(mask, np.where(prompts % 4 == 0, 3, prompts), 3).astype(np.int32)
@@ -167,7 +167,7 @@ def test_eos_in_the_prompt_and_pad_equal_to_eos():
     np.testing.assert_array_equal(same_pad.logprobs, other_pad.logprobs)
 
 
-def test_length_one_no_eos_and_min_new_tokens():
+def test_max_new_tokens_and_min_new_tokens_limit_the_length():
     model, params = tiny()
     prompts, mask = ragged_prompts(16, 4)
     one = sample(model, params, prompts, mask, KEY, max_new_tokens=1, eos_id=3)
@@ -179,9 +179,9 @@ def test_length_one_no_eos_and_min_new_tokens():
     short = sample(model, params, prompts, mask, KEY, max_new_tokens=9, eos_id=eos)
     longer = sample(model, params, prompts, mask, KEY, max_new_tokens=9, min_new_tokens=5, eos_id=eos)
     assert short.response_mask.sum(axis=1).min() < 5
-    assert longer.response_mask.sum(axis=1).min() == 6  # five that are no EOS, and then one that is
+    assert longer.response_mask.sum(axis=1).min() == 6  # five other tokens, then EOS
     assert not (longer.tokens[:, 4:9] == eos).any()
-    # Log-probs are of the whole softmax all the same, and the mass that the ban left is told.
+    # The ban lowers kept_mass, but log-probs stay those of the whole softmax.
     scored = token_logprobs(model, params, longer.tokens, whole_mask(mask, longer))[:, 3:]
     real = np.asarray(longer.response_mask)
     np.testing.assert_allclose(np.asarray(longer.logprobs)[real], np.asarray(scored)[real], atol=1e-4)
@@ -189,7 +189,7 @@ def test_length_one_no_eos_and_min_new_tokens():
 
 
 def test_decoding_stops_when_every_row_has_ended(monkeypatch):
-    """As many draws as the longest response has tokens, and not the 1,000 that the window has."""
+    """The number of draws is the length of the longest response, not max_new_tokens (1,000)."""
     draws = []
 
     def counted(*args, **kwargs):
@@ -206,7 +206,7 @@ def test_decoding_stops_when_every_row_has_ended(monkeypatch):
     assert len(draws) == longest
 
 
-def test_the_cache_grows_in_stages_of_128_tokens_and_more():
+def test_the_cache_grows_in_stages_of_at_least_128_tokens():
     assert [decode_stages(length) for length in (1, 127, 255)] == [(1,), (127,), (255,)]
     assert decode_stages(256) == (128, 256)
     assert decode_stages(400) == (133, 266, 400)
@@ -214,8 +214,8 @@ def test_the_cache_grows_in_stages_of_128_tokens_and_more():
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
-def test_what_is_drawn_does_not_depend_on_the_stages(monkeypatch, scan_layers):
-    """With seven stages as with one, over layers with windows, and of rows that end in any of them."""
+def test_samples_do_not_depend_on_the_number_of_stages(monkeypatch, scan_layers):
+    """Seven stages give the same as one, with sliding windows and with rows that end in different stages."""
     model, params = tiny(2.0, sliding_window=5, sliding_layers=(True, False))
     if not scan_layers:
         model, params = model.clone(scan_layers=False), unstack_layers(params, 2)
@@ -237,8 +237,8 @@ def test_what_is_drawn_does_not_depend_on_the_stages(monkeypatch, scan_layers):
     assert_same_responses(model, params, whole, staged, prompts=prompts, mask=mask, row_ids=ids)
 
 
-def test_a_step_reads_the_slots_of_its_stage_alone(monkeypatch):
-    """The keys that a step's scores are of: prompt and response as far as the stage goes, never the whole window."""
+def test_a_step_reads_only_the_slots_of_its_stage(monkeypatch):
+    """A stage's cache has slots for the prompt and for the response up to the stage's end, not to max_new_tokens."""
     monkeypatch.setattr(sampler, "STAGE_TOKENS", 4)
     model, params = tiny()
     prompts, mask = ragged_prompts(2, 3)
@@ -254,9 +254,9 @@ def shapes_of(jaxpr):
     return [variable.aval.shape for variable in jaxpr.jaxpr.invars]
 
 
-def test_rows_that_pad_the_vocabulary_are_never_sampled():
+def test_padding_rows_of_the_vocabulary_are_never_sampled():
     model, params = tiny(vocab_size=29, padded_vocab_size=32)
-    # Had they a say, the pad rows would win every draw.
+    # Without a mask, the padding rows would win every draw.
     params = jax.tree.map(lambda leaf: leaf.at[29:].set(1e3) if leaf.shape[0] == 32 else leaf, params)
     assert sum(bool((leaf == 1e3).any()) for leaf in jax.tree.leaves(params)) == 2  # embedding and head
     prompts, mask = ragged_prompts(64, 4, vocab=29)
@@ -266,10 +266,10 @@ def test_rows_that_pad_the_vocabulary_are_never_sampled():
     np.testing.assert_allclose(samples.logprobs, scored, atol=1e-4)
 
 
-# ---- a row's response is its own -----------------------------------------------------------------------------------
+# ---- a response does not depend on the other rows ------------------------------------------------------------------
 
 
-def test_a_row_alone_among_others_reordered_or_padded_wider():
+def test_a_response_is_independent_of_other_rows_their_order_and_padding():
     model, params = tiny()
     prompts, mask = ragged_prompts(64, 6)
     settings = {"max_new_tokens": 16, "eos_id": 3}
@@ -292,7 +292,7 @@ def test_a_row_alone_among_others_reordered_or_padded_wider():
         one = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], together)
         mine = {"prompts": prompts[row : row + 1], "mask": mask[row : row + 1], "row_ids": [row]}
         assert_same_responses(model, params, one, alone, **mine)
-    # With other row ids, or another key, the responses are others: the test can fail.
+    # Other row ids, or another key, give other responses, so the comparison above can fail.
     other = sample(model, params, prompts, mask, KEY, row_ids=ids + 64, **settings)
     assert (np.asarray(other.tokens) != np.asarray(together.tokens)).any(axis=1).mean() > 0.9
     other = sample(model, params, prompts, mask, jax.random.key(4), **settings)
@@ -306,7 +306,7 @@ def test_rows_with_the_same_prompt_get_different_responses():
     assert len(np.unique(np.asarray(samples.tokens), axis=0)) == 64
 
 
-def test_eight_devices_draw_what_one_draws():
+def test_eight_devices_sample_the_same_as_one():
     model, params = tiny()
     prompts, mask = ragged_prompts(64, 6)
     settings = {"max_new_tokens": 16, "eos_id": 3}
@@ -336,14 +336,14 @@ def test_eight_devices_draw_what_one_draws():
         ({"eos_id": [2, -1]}, "eos_id -1"),
     ],
 )
-def test_bad_settings_are_named(changes, message):
+def test_errors_name_the_invalid_setting(changes, message):
     model, params = tiny()
     prompts, mask = ragged_prompts(2, 4)
     with pytest.raises(ValueError, match=message):
         sample(model, params, prompts, mask, KEY, **{"max_new_tokens": 4, **changes})
 
 
-def test_an_eos_that_only_the_padded_table_has_is_named():
+def test_an_eos_id_that_is_not_a_token_is_an_error():
     model, params = tiny()
     few = model.clone(config=model.config.limited_to(20))
     prompts, mask = ragged_prompts(2, 4)
@@ -352,7 +352,7 @@ def test_an_eos_that_only_the_padded_table_has_is_named():
     assert sample(few, params, prompts % 20, mask, KEY, max_new_tokens=4, eos_id=19).tokens.max() < 20
 
 
-def test_bad_prompts_are_named():
+def test_errors_name_the_invalid_prompt():
     model, params = tiny(position_kind="learned", rotary=None, max_positions=16)
     prompts, mask = ragged_prompts(4, 6)
     run = functools.partial(sample, model, params, prompts, max_new_tokens=4)
