@@ -14,7 +14,7 @@ def user(text):
     return {"role": "user", "content": text}
 
 
-def says(monkeypatch, pretrained, messages, **how):
+def says(monkeypatch, pretrained, messages, **options):
     """The response, and the sampler's arguments per call: (ids, settings)."""
     asked = []
 
@@ -25,7 +25,7 @@ def says(monkeypatch, pretrained, messages, **how):
     chat_sample = chat.sample
     with monkeypatch.context() as patch:
         patch.setattr(chat, "sample", sample)
-        return chat.answer(pretrained, messages, random.key(0), **{"max_new_tokens": 4} | how), asked
+        return chat.answer(pretrained, messages, random.key(0), **{"max_new_tokens": 4} | options), asked
 
 
 def test_a_chat_uses_the_template_or_without_one_the_last_message(monkeypatch, tmp_path):
@@ -46,7 +46,7 @@ def test_the_number_of_positions_bounds_the_response_and_the_chat(monkeypatch):
     shape = {"model_type": "gpt2", "vocab_size": len(data.WORDS), "n_embd": 16, "n_layer": 1, "n_head": 2}
     model = Decoder(config_from_hub(shape | {"n_positions": 12, "eos_token_id": data.EOS}))
     pretrained = Pretrained(model, init_params(model, random.key(0)), data.tokenizer())
-    _, ((ids, how),) = says(monkeypatch, pretrained, [user("a b c")], max_new_tokens=256)
-    assert len(ids) + how["max_new_tokens"] == 12
+    _, ((ids, options),) = says(monkeypatch, pretrained, [user("a b c")], max_new_tokens=256)
+    assert len(ids) + options["max_new_tokens"] == 12
     with pytest.raises(ValueError, match="the chat has 15 tokens, but the model only 12 positions"):
         chat.answer(pretrained, [user(" ".join("a" * 12))], random.key(0), max_new_tokens=4)

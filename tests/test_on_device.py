@@ -94,9 +94,9 @@ def test_wrong_attention_fails_its_check(monkeypatch, capsys):
     monkeypatch.setattr(flash, "_time", lambda *arguments: None)
     plain = flash.attend
 
-    def wrong(query, key, value, allowed, **how):  # in 16 bits each key is a sixteenth too small
+    def wrong(query, key, value, allowed, **options):  # in 16 bits each key is a sixteenth too small
         key = key if key.dtype == jnp.float32 else key * 15 / 16
-        return plain(query, key.astype(query.dtype), value, allowed, **how)
+        return plain(query, key.astype(query.dtype), value, allowed, **options)
 
     monkeypatch.setattr(flash, "attend", wrong)
     flash.flash(True)

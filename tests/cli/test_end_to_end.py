@@ -49,8 +49,8 @@ def environment():
 
 def run(folder, *flags, config=None):
     """Runs the command. Returns its exit code, stdout and stderr."""
-    how = {"cwd": folder, "env": environment(), "capture_output": True, "text": True, "timeout": 900}
-    done = subprocess.run(command(folder, *flags, config=config), **how, check=False)
+    options = {"cwd": folder, "env": environment(), "capture_output": True, "text": True, "timeout": 900}
+    done = subprocess.run(command(folder, *flags, config=config), **options, check=False)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -112,8 +112,8 @@ def test_a_run_ends_by_printing_a_table_and_the_next_commands(whole):
     assert len(rows["sft", "loss"]) == 2
     assert f"curves:      tensorboard --logdir {workdir}" in closing
     talk = next(line for line in closing if line.startswith("chat:"))
-    how = {"env": environment(), "input": "a b c\nd\n", "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, *talk.split()[2:], "--max_new_tokens=3"], **how, check=False)
+    options = {"env": environment(), "input": "a b c\nd\n", "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, *talk.split()[2:], "--max_new_tokens=3"], **options, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     answers = done.stdout.splitlines()
     assert len(answers) == 2
@@ -144,8 +144,8 @@ def test_a_second_run_with_the_same_compile_cache_compiles_nothing(tmp_path):
         own = f"--workdir={tmp_path / str(run)}", f"--compile_cache={place and tmp_path / place}"
         flags = command(tmp_path, "--config.phases=sft", "--config.sft.sample_rows=0", *own)
         env = {name: value for name, value in environment().items() if not name.startswith("JAX_COMP")}
-        how = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True}
-        done = subprocess.run([sys.executable, "-c", COUNTED, *flags[3:]], **how, check=False)
+        options = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True}
+        done = subprocess.run([sys.executable, "-c", COUNTED, *flags[3:]], **options, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         counts.append([int(number) for number in done.stdout.splitlines()[-1].split()[-2:]])
     (_, compiled), (found, again), off = counts
@@ -289,8 +289,8 @@ def refused(whole, tmp_path_factory):
     folder, said = whole[0].parent, tmp_path_factory.mktemp("refused")
     wrong = [*(flags for flags, _ in WRONG), *UNWRITABLE]
     commands = [command(folder, *flags, config=folder / "config.py")[3:] for flags in wrong]
-    how = {"cwd": folder, "env": environment(), "input": json.dumps(commands), "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, "-c", FORKED, str(said)], **how, timeout=200, check=True)
+    options = {"cwd": folder, "env": environment(), "input": json.dumps(commands), "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", FORKED, str(said)], **options, timeout=200, check=True)
     codes = [int(code) for code in done.stdout.split()]
     return lambda flags: (
         codes[wrong.index(flags)],

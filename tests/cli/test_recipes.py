@@ -128,9 +128,14 @@ def test_an_iteration_takes_the_pretraining_texts_of_its_own_index():
 
 def test_pretraining_texts_are_not_packed_even_if_sft_texts_are(tmp_path):
     rows = [{"prompt": text, "completion": "a b"} for text in data.letters(20)]
-    how = {"paths": (data.write(tmp_path / "x.jsonl", rows),), "packing": True, "sft_batch_size": 2, "max_tokens": 24}
+    data_config = {
+        "paths": (data.write(tmp_path / "x.jsonl", rows),),
+        "packing": True,
+        "sft_batch_size": 2,
+        "max_tokens": 24,
+    }
     engine = types.SimpleNamespace(tokenizer=data.tokenizer(), generation_config=None, layout=None)
-    config = run_config({"data": how, "ppo": {"sampling": {"eos_ids": (data.ASSISTANT,)}}})
+    config = run_config({"data": data_config, "ppo": {"sampling": {"eos_ids": (data.ASSISTANT,)}}})
     batch = ppo._pretraining_texts(None, config.ppo, config.data, engine, 0).train[0]
     assert batch.mask.sum(axis=1).tolist() == [6, 6]
     assert [row[5] for row in batch.tokens] == [data.ASSISTANT] * 2

@@ -135,8 +135,8 @@ def test_held_out_loss_and_samples_are_those_of_the_sft_model(whole):
     held_out = [row["prompt"] for row in evaluated(workdir, 0)]
     assert len(samples) == 3
     assert {row["prompt"] for row in samples} <= set(held_out)
-    key, how = jax.random.key(alone.SEED), {"max_new_tokens": 3}
-    made = answers(policy, [row["prompt"] for row in samples], key, np.arange(3), **how)
+    key, options = jax.random.key(alone.SEED), {"max_new_tokens": 3}
+    made = answers(policy, [row["prompt"] for row in samples], key, np.arange(3), **options)
     assert data.WORDS[data.EOS] not in made[0]  # truncated at three tokens
     assert [row["response"] for row in samples] == [text(words) for words in made]
     rows = [json.loads(line) for line in (workdir.parent / "preferences.jsonl").read_text().splitlines()]

@@ -236,33 +236,33 @@ def test_long_rows_are_cut_with_too_long_truncate(tmp_path):
 
 def test_a_truncated_prompt_keeps_its_bos(tmp_path):
     file = tiny.write(tmp_path / "x.jsonl", [{"prompt": "a b c d e f", "completion": "g h"}] * 2)
-    how = {"tokenizer": tiny.tokenizer(bos=True), "too_long": "truncate", "deduplicate": False}
-    assert create(file, "ppo", **how).train[0].tokens[0].tolist() == tiny.ids("<bos> d e f")
-    assert create(file, "sft", **how).train[0].tokens[0].tolist()[:7] == tiny.ids("<bos> d e f g h <eos>")
-    one = create(file, "ppo", max_prompt_tokens=1, **how).train[0]
+    options = {"tokenizer": tiny.tokenizer(bos=True), "too_long": "truncate", "deduplicate": False}
+    assert create(file, "ppo", **options).train[0].tokens[0].tolist() == tiny.ids("<bos> d e f")
+    assert create(file, "sft", **options).train[0].tokens[0].tolist()[:7] == tiny.ids("<bos> d e f g h <eos>")
+    one = create(file, "ppo", max_prompt_tokens=1, **options).train[0]
     assert one.tokens[0].tolist() == tiny.ids("f")  # BOS and a token of the prompt do not both fit
     chat = [{"messages": [{"role": "user", "content": "a b c d"}]}] * 2  # the template writes no BOS
-    without = create(tiny.write(tmp_path / "y.jsonl", chat), "ppo", **how).train[0]
+    without = create(tiny.write(tmp_path / "y.jsonl", chat), "ppo", **options).train[0]
     assert without.tokens[0].tolist() == tiny.ids("c d <eos> <assistant>")
 
 
 def test_a_text_that_begins_with_bos_gets_no_second_bos(tmp_path):
     """A text may begin with BOS because a chat template was applied before the data was saved."""
-    how = {"tokenizer": tiny.tokenizer(bos=True), "deduplicate": False, "eval_rows": 1}
+    options = {"tokenizer": tiny.tokenizer(bos=True), "deduplicate": False, "eval_rows": 1}
     for begin in ("", "<bos> "):
         pair = {"prompt": f"{begin}a", "chosen": "b", "rejected": "c"}
         file = tiny.write(tmp_path / "x.jsonl", [pair] * 2)
-        assert create(file, "ppo", **how).train[0].tokens[0, -2:].tolist() == tiny.ids("<bos> a")
-        assert create(file, "ppo", prompt_tokens=2, **how).train[0].tokens[0].tolist() == tiny.ids("<bos> a")
-        assert create(file, "sft", **how).train[0].tokens[0, :4].tolist() == tiny.ids("<bos> a b <eos>")
-        batch = create(file, "reward", **how).train[0]
+        assert create(file, "ppo", **options).train[0].tokens[0, -2:].tolist() == tiny.ids("<bos> a")
+        assert create(file, "ppo", prompt_tokens=2, **options).train[0].tokens[0].tolist() == tiny.ids("<bos> a")
+        assert create(file, "sft", **options).train[0].tokens[0, :4].tolist() == tiny.ids("<bos> a b <eos>")
+        batch = create(file, "reward", **options).train[0]
         assert batch.chosen[0, :4].tolist() == tiny.ids("<bos> a b <eos>")
         assert batch.rejected[0, :4].tolist() == tiny.ids("<bos> a c <eos>")
-        batch = create(tiny.write(tmp_path / "y.jsonl", [{"text": f"{begin}a b"}] * 2), "sft", **how).train[0]
+        batch = create(tiny.write(tmp_path / "y.jsonl", [{"text": f"{begin}a b"}] * 2), "sft", **options).train[0]
         assert batch.tokens[0, :4].tolist() == tiny.ids("<bos> a b <eos>")
         assert batch.completion_mask[0, :4].tolist() == [False, True, True, True]  # BOS is not learned
         pair = [{"prompt": "", "chosen": f"{begin}b", "rejected": "c"}] * 2
-        batch = create(tiny.write(tmp_path / "z.jsonl", pair), "reward", **how).train[0]
+        batch = create(tiny.write(tmp_path / "z.jsonl", pair), "reward", **options).train[0]
         assert batch.chosen[0, :3].tolist() == tiny.ids("<bos> b <eos>")
 
 
@@ -304,8 +304,8 @@ def test_an_answer_partly_omitted_by_the_template_is_an_error_or_dropped(tmp_pat
 
 
 def test_notes_say_how_ambiguous_rows_are_read(tmp_path):
-    def notes(rows, phase="sft", **how):
-        return create(tiny.write(tmp_path / "x.jsonl", rows), phase, eval_rows=1, **how).notes
+    def notes(rows, phase="sft", **options):
+        return create(tiny.write(tmp_path / "x.jsonl", rows), phase, eval_rows=1, **options).notes
 
     apart = [{"prompt": text, "chosen": " a", "rejected": " b"} for text in tiny.letters(20)]
     plain = notes(apart)

@@ -22,9 +22,9 @@ def digest(tmp_path, phase, change=None):
         for number, text in enumerate(tiny.letters(20))
     ]
     rows[7] |= change or {}
-    how = {"paths": (tiny.write(tmp_path / "x.jsonl", rows),), "eval_rows": 2}
+    options = {"paths": (tiny.write(tmp_path / "x.jsonl", rows),), "eval_rows": 2}
     sizes = {"sft_batch_size": 2, "reward_batch_size": 2, "ppo_batch_size": 2}
-    return create_datasets(how | sizes, tiny.tokenizer(), phase, seed=0).digest
+    return create_datasets(options | sizes, tiny.tokenizer(), phase, seed=0).digest
 
 
 @pytest.mark.parametrize(

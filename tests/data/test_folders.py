@@ -24,8 +24,8 @@ def with_card(folder, configs):
     return folder
 
 
-def as_datasets_has_it(folder, split="train", **how):
-    loaded = datasets.load_dataset(str(folder), split=split, cache_dir=str(folder.parent / "cache"), **how)
+def as_datasets_has_it(folder, split="train", **options):
+    loaded = datasets.load_dataset(str(folder), split=split, cache_dir=str(folder.parent / "cache"), **options)
     return list(loaded)
 
 

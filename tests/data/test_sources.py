@@ -210,8 +210,8 @@ def test_a_column_that_cannot_be_decoded_is_an_error(monkeypatch):
         yield ROWS[0]
         raise ImportError("To support decoding audio data, please install 'torchcodec'.")
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **how: rows())
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **how: SimpleNamespace(config=None))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **options: rows())
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **options: SimpleNamespace(config=None))
     with pytest.raises(DataError, match="'org/name', split 'train': ImportError: To support decoding audio"):
         read("org/name")
     with pytest.raises(ValueError, match=r"cannot be imported.*org/name:configuration"):
@@ -225,7 +225,7 @@ def test_a_hub_data_set_cannot_name_files_outside_its_repository(monkeypatch, na
     builder = SimpleNamespace(
         config=SimpleNamespace(data_files={"train": ["hf://datasets/org/name@abc/x.jsonl", name]})
     )
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **how: builder)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **options: builder)
     monkeypatch.setattr(datasets, "load_dataset", None)
     with pytest.raises(DataError, match=f"its card names '{re.escape(name)}', which is not a file of the data set"):
         read("org/name")

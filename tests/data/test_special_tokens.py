@@ -168,14 +168,16 @@ def test_a_note_counts_the_rows_that_contain_special_tokens(tmp_path):
         for number, text in enumerate(tiny.letters(30))
     ]
     file = tiny.write(tmp_path / "x.jsonl", rows)
-    how = {"paths": (file,), "eval_rows": 1, "sft_batch_size": 1}
-    notes = create_datasets(how, tiny.tokenizer(template=None), "sft", seed=0).notes
+    settings = {"paths": (file,), "eval_rows": 1, "sft_batch_size": 1}
+    notes = create_datasets(settings, tiny.tokenizer(template=None), "sft", seed=0).notes
     assert notes == (
         "sft data: 7 rows have special tokens of the tokenizer in their texts, such as '<eos>', which are "
         "tokenized as text. If a chat template has already rendered these texts, set "
         "--config.data.parse_special_tokens=true.",
     )
-    notes = create_datasets(how | {"parse_special_tokens": True}, tiny.tokenizer(template=None), "sft", seed=0).notes
+    notes = create_datasets(
+        settings | {"parse_special_tokens": True}, tiny.tokenizer(template=None), "sft", seed=0
+    ).notes
     assert notes == (
         "sft data: 7 rows have special tokens of the tokenizer in their texts, such as '<eos>', which are "
         "tokenized as these tokens.",

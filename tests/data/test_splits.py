@@ -265,15 +265,15 @@ def test_with_prompt_tokens_texts_are_grouped_by_their_first_tokens(tmp_path):
     texts = create(file, "sft")
     assert (texts.train_rows, texts.eval_rows) == (108, 12)
     for bos in (False, True):
-        how = {"prompt_tokens": 3 + bos, "bos": bos}
+        options = {"prompt_tokens": 3 + bos, "bos": bos}
         before = tiny.ids("<bos>") if bos else ()
         (sft, sft_held), (ppo, ppo_held) = (
-            prompts_of(create(file, phase, **how), before=before) for phase in ("sft", "ppo")
+            prompts_of(create(file, phase, **options), before=before) for phase in ("sft", "ppo")
         )
         assert (len(ppo), len(ppo_held)) == (36, 4)
         assert (sft, sft_held) == (ppo, ppo_held)
         sft, ppo = (
-            set().union(*prompts_of(create(file, phase, data_split="1,0,1", **how), before=before))
+            set().union(*prompts_of(create(file, phase, data_split="1,0,1", **options), before=before))
             for phase in ("sft", "ppo")
         )
         assert not sft & ppo

@@ -36,7 +36,7 @@ def fuzzed(examples, check, *, few=500, timed=True, **strategies):
         assert growth(lambda: check(**given)) < GROWTH
 
     long = examples > few
-    how = hypothesis.settings(
+    options = hypothesis.settings(
         max_examples=examples,
         derandomize=not long,
         database=None,
@@ -44,7 +44,7 @@ def fuzzed(examples, check, *, few=500, timed=True, **strategies):
         suppress_health_check=list(HealthCheck),
         print_blob=True,
     )
-    run = how(hypothesis.given(**strategies)(measured))
+    run = options(hypothesis.given(**strategies)(measured))
     (hypothesis.seed(SEED)(run) if long else run)()
 
 

@@ -334,9 +334,9 @@ def simulated(disk: Disk, clock: random.Random):
         disk.synced(Path(os.readlink(f"/proc/self/fd/{handle}")))
 
     def before(call):
-        def called(*args, **how):
+        def called(*args, **options):
             disk.operation()
-            return call(*args, **how)
+            return call(*args, **options)
 
         return called
 

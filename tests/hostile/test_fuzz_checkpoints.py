@@ -126,12 +126,12 @@ def test_a_malformed_tokenizer_is_refused_or_can_be_used(examples, name, tmp_pat
 
     chat = [{"role": "user", "content": "he </s><|im_end|>"}]
     rows = data.write(tmp_path / "rows.jsonl", [{"prompt": chat, "chosen": "the", "rejected": "he"}] * 2)
-    how = {"paths": (rows,), "deduplicate": False, "reward_batch_size": 1}
+    options = {"paths": (rows,), "deduplicate": False, "reward_batch_size": 1}
     seen = set()
 
     def use(pretrained):
         try:
-            create_datasets(how, pretrained.tokenizer, "reward", seed=0)
+            create_datasets(options, pretrained.tokenizer, "reward", seed=0)
         except DataError as error:
             seen.add(bool(str(error)))
 

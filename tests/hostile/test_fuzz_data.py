@@ -23,8 +23,8 @@ def reads(path, phase, tokenizer, seen):
     try:
         for row in read_rows(str(path), phase=phase, split="train", hub_split="train"):
             assert isinstance(row.content, dict)
-        how = {"paths": (str(path),), "sft_batch_size": 1, "reward_batch_size": 1, "ppo_batch_size": 1}
-        create_datasets(how, tokenizer, phase, seed=0).train[0]
+        options = {"paths": (str(path),), "sft_batch_size": 1, "reward_batch_size": 1, "ppo_batch_size": 1}
+        create_datasets(options, tokenizer, phase, seed=0).train[0]
         seen.add("read")
     except DataError as error:
         seen.add("refused" if str(path) in str(error) else str(error))

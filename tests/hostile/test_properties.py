@@ -24,8 +24,10 @@ few = pytest.mark.parametrize("examples", [60, pytest.param(3000, marks=pytest.m
 
 def held(examples, check, **strategies):
     quiet = list(HealthCheck)
-    how = settings(max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=quiet)
-    how(given(**strategies)(check))()
+    checked = settings(
+        max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=quiet
+    )
+    checked(given(**strategies)(check))()
 
 
 def numbers(low, high, shape=(B, R)):
@@ -130,7 +132,7 @@ def test_rewards_and_advantages_satisfy_their_invariants(examples):
 
 
 def trainer(loss):
-    how = {
+    options = {
         "max_new_tokens": R,
         "eos_ids": (EOS,),
         "pad_id": EOS,
@@ -142,7 +144,7 @@ def trainer(loss):
         "entropy_coef": 0.01,
         "time_phases": False,
     }
-    return PPOTrainer(RLHFEngine(tiny.policy(), reward=tiny.policy(3, head="scalar")), tiny.nested(**how))
+    return PPOTrainer(RLHFEngine(tiny.policy(), reward=tiny.policy(3, head="scalar")), tiny.nested(**options))
 
 
 @few

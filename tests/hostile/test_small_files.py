@@ -149,9 +149,9 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 @pytest.mark.parametrize("name", COLUMNS)
 def test_a_parquet_file_that_expands_to_gigabytes_is_refused(tmp_path, name):
-    column, how = COLUMNS[name]
+    column, options = COLUMNS[name]
     file = tmp_path / "x.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": column()}), file, compression="zstd", **how)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column()}), file, compression="zstd", **options)
     assert file.stat().st_size < 100_000
     assert_refused(lambda: read(file), DataError, r"x.parquet: its [\d,]+ bytes expand to more than")
     program = [sys.executable, "-P", decode_arrow.__file__, "parquet", str(file), str(2**26), "1000"]
@@ -252,9 +252,15 @@ def test_a_row_of_fifty_megabytes_takes_less_than_ten_times_its_size(tmp_path, p
     row = {"prompt": "c d", "chosen": "e", "rejected": "f"} | {"prompt" if phase == "ppo" else "chosen": long}
     file = data.write(tmp_path / "x.jsonl", [row, {"prompt": "g", "chosen": "h", "rejected": "i"}])
     del row
-    how = {"paths": (file,), "too_long": too_long, "max_tokens": 8, "max_prompt_tokens": 4, f"{phase}_batch_size": 1}
+    config = {
+        "paths": (file,),
+        "too_long": too_long,
+        "max_tokens": 8,
+        "max_prompt_tokens": 4,
+        f"{phase}_batch_size": 1,
+    }
     made = []
-    taken = growth(lambda: made.append(create_datasets(how, data.tokenizer(), phase, seed=0)))
+    taken = growth(lambda: made.append(create_datasets(config, data.tokenizer(), phase, seed=0)))
     assert taken < 10 * len(long)
     assert made[0].train_rows == (1 if too_long == "filter" else 2)
 

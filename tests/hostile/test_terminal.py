@@ -97,7 +97,7 @@ def test_an_ignored_sighup_stays_ignored(monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda number, handler: installed.setdefault(number, handler))
     for ignored in (True, False):
         installed.clear()
-        monkeypatch.setattr(signal, "getsignal", lambda number, how=ignored: signal.SIG_IGN if how else signal.SIG_DFL)
+        monkeypatch.setattr(signal, "getsignal", lambda number, off=ignored: signal.SIG_IGN if off else signal.SIG_DFL)
         StopSignals().install()
         assert (signal.SIGHUP in installed) != ignored
         assert {signal.SIGINT, signal.SIGTERM} <= installed.keys()

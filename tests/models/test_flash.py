@@ -51,12 +51,12 @@ def platform(request, monkeypatch):
     monkeypatch.setattr(splash_attention_kernel, "make_splash_mha_single_device", make)
     plain = jax.nn.dot_product_attention
 
-    def stand_in(*arrays, implementation, mask, query_seq_lengths, **how):
+    def stand_in(*arrays, implementation, mask, query_seq_lengths, **options):
         assert implementation == "cudnn"
         assert mask is None or mask.shape[-1] % 2 == 0  # cuDNN requires this
         pads = jnp.arange(arrays[0].shape[1]) >= query_seq_lengths[:, None]
         arrays = (unclear_gradient(array, pads) for array in arrays)
-        result = plain(*arrays, mask=mask, query_seq_lengths=query_seq_lengths, **how)
+        result = plain(*arrays, mask=mask, query_seq_lengths=query_seq_lengths, **options)
         return jnp.where(pads[..., None, None], jnp.nan, result)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
@@ -123,7 +123,7 @@ def test_a_model_on_a_mesh_is_the_same_with_flash_and_plain_attention(platform):
 def test_prefill_uses_flash_attention_and_decoding_does_not(platform, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        attention, "flash_attend", lambda *x, **how: asked.append(how["window"]) or flash_attend(*x, **how)
+        attention, "flash_attend", lambda *x, **options: asked.append(options["window"]) or flash_attend(*x, **options)
     )
     mask, _ = masks(2, MIN_LENGTH)
     tokens = jax.random.randint(jax.random.key(1), mask.shape, 0, 31)

@@ -83,11 +83,11 @@ def test_the_rate_is_that_of_the_given_step_times_the_scale():
         updates = stepped(params, gradient, step=step, scale=scale, **falling)
         np.testing.assert_allclose(updates["a"], [wanted], rtol=1e-3)
         config = OptimizerConfig(**LINEAR | falling)
-        state, how = create_optimizer(config).init(params), {"step": jnp.int32(step), "scale": jnp.float32(scale)}
-        after, _, rate = optimizer_step(config, gradient, state, params, take=jnp.bool_(True), **how)
+        state, options = create_optimizer(config).init(params), {"step": jnp.int32(step), "scale": jnp.float32(scale)}
+        after, _, rate = optimizer_step(config, gradient, state, params, take=jnp.bool_(True), **options)
         np.testing.assert_allclose(np.asarray(after["a"]) * 1e6, [wanted], rtol=1e-3)
         np.testing.assert_allclose(rate, learning_rate_schedule(config)(step) * scale, rtol=1e-6)
-        same, kept, _ = optimizer_step(config, gradient, state, params, take=jnp.bool_(False), **how)
+        same, kept, _ = optimizer_step(config, gradient, state, params, take=jnp.bool_(False), **options)
         jax.tree.map(np.testing.assert_array_equal, (same, kept), (params, state))
 
 

@@ -30,10 +30,10 @@ def plain_loss(policy, params, rows):
 
 def test_a_step_follows_the_gradient_of_the_mean_loss_per_token():
     rows = examples(1)
-    how, policy = sft()
+    spec, policy = sft()
     plain = jax.jit(jax.value_and_grad(lambda params: plain_loss(policy, params, rows), has_aux=True))
     (loss, count), gradient = plain(policy.params)
-    after, metrics = update(how, *create_state(how, policy.params), text_batch([[row] for row in rows], 12, 0))
+    after, metrics = update(spec, *create_state(spec, policy.params), text_batch([[row] for row in rows], 12, 0))
     # Adam without moving averages (β₁ = β₂ = 0), as in LINEAR.
     step = jax.tree.map(lambda slope: LINEAR.learning_rate * slope / (jnp.abs(slope) + LINEAR.eps), gradient)
     wanted = jax.tree.map(jnp.subtract, policy.params, step)
@@ -61,22 +61,22 @@ def slope_loss(network, params, batch):
     return {"loss": loss, "count": jnp.float32(1)}
 
 
-def reward_model(**how):
+def reward_model(**spec):
     start = reward_start(tiny.policy(), 1, jax.random.key(3))
-    return TrainingSpec(SplitModel(start.model), **how), start
+    return TrainingSpec(SplitModel(start.model), **spec), start
 
 
 def test_non_finite_steps_change_only_the_counters_and_the_schedule():
     """An infinite margin gives an infinite loss, but a finite gradient."""
     falling = dataclasses.replace(LINEAR, schedule="linear", total_steps=4)
-    how, start = reward_model(loss=RewardLoss(), optimizer=falling)
-    state, frozen = create_state(how, start.params)
+    spec, start = reward_model(loss=RewardLoss(), optimizer=falling)
+    state, frozen = create_state(spec, start.params)
     good = pair_batch(examples(2, answers=2), 12, 0)
     bad = good.replace(margin=np.full(2, np.inf, np.float32))
     kept, seen = jax.device_get((state.trainable, state.optimizer)), []
     for batch in (bad, bad, good, good, bad):
         before = jax.device_get((state.trainable, state.optimizer))
-        state, metrics = update(how, state, frozen, batch)
+        state, metrics = update(spec, state, frozen, batch)
         numbers = [float(metrics[name]) for name in ("skipped_updates", "bad_steps", "lr")]
         if len(seen) == 2:
             moved = jax.device_get(state.trainable)
@@ -89,10 +89,10 @@ def test_non_finite_steps_change_only_the_counters_and_the_schedule():
     rates = [LINEAR.learning_rate * share for share in (1, 0.75, 0.5, 0.25, 0)]
     assert seen == [(*count, *count[1:], rate) for count, rate in zip(counts, rates, strict=True)]
     # The first finite step is the third, so its learning rate is half of the highest.
-    first, _ = create_state(how, start.params)
-    fresh, _ = update(how, first, frozen, good)
-    other, _ = create_state(how, start.params)
-    third, _ = update(how, other.replace(step=jnp.int32(2)), frozen, good)
+    first, _ = create_state(spec, start.params)
+    fresh, _ = update(spec, first, frozen, good)
+    other, _ = create_state(spec, start.params)
+    third, _ = update(spec, other.replace(step=jnp.int32(2)), frozen, good)
     jax.tree.map(np.testing.assert_array_equal, moved, jax.device_get(third.trainable))
     for a, b, c in zip(*(jax.tree.leaves(tree) for tree in (kept[0], fresh.trainable, third.trainable)), strict=True):
         np.testing.assert_allclose(np.asarray(b) - a, 2 * (np.asarray(c) - a), atol=1e-5)
@@ -100,11 +100,11 @@ def test_non_finite_steps_change_only_the_counters_and_the_schedule():
 
 def test_a_finite_loss_with_a_non_finite_gradient_is_skipped():
     """The gradient of √x at 0 is infinite."""
-    how, start = reward_model(loss=slope_loss, optimizer=LINEAR)
-    state, frozen = create_state(how, start.params)
+    spec, start = reward_model(loss=slope_loss, optimizer=LINEAR)
+    state, frozen = create_state(spec, start.params)
     before = jax.device_get(state.trainable)
     pairs = pair_batch(examples(2, answers=2), 12, 0)
-    after, metrics = update(how, state, frozen, pairs.replace(chosen=np.zeros_like(pairs.chosen)))
+    after, metrics = update(spec, state, frozen, pairs.replace(chosen=np.zeros_like(pairs.chosen)))
     assert np.isfinite(metrics["loss"])
     assert (int(after.skipped_updates), int(after.bad_steps)) == (1, 1)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.trainable), before)
@@ -113,10 +113,10 @@ def test_a_finite_loss_with_a_non_finite_gradient_is_skipped():
 def test_the_head_trains_with_its_own_learning_rate():
     pairs, steps = pair_batch(examples(2, answers=2), 12, 0), []
     for rate in (None, 3 * LINEAR.learning_rate):
-        how, start = reward_model(loss=RewardLoss(), optimizer=LINEAR, head_learning_rate=rate)
-        state, frozen = create_state(how, start.params)
+        spec, start = reward_model(loss=RewardLoss(), optimizer=LINEAR, head_learning_rate=rate)
+        state, frozen = create_state(spec, start.params)
         before = jax.device_get(state.trainable)
-        after, _ = update(how, state, frozen, pairs)
+        after, _ = update(spec, state, frozen, pairs)
         steps.append(jax.tree.map(lambda new, old: np.asarray(new) - old, after.trainable, before))
     np.testing.assert_allclose(
         steps[1].pop("scalar_head")["kernel"], 3 * steps[0].pop("scalar_head")["kernel"], rtol=1e-4

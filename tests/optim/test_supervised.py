@@ -29,8 +29,8 @@ def examples(count, answers=1, seed=0):
 
 def sft(network_layers=None, loss_on="completion", microbatches=1):
     policy = tiny.policy()
-    how = TrainingSpec(SplitModel(policy.model, network_layers), SFTLoss(loss_on), LINEAR, None, microbatches)
-    return how, policy
+    spec = TrainingSpec(SplitModel(policy.model, network_layers), SFTLoss(loss_on), LINEAR, None, microbatches)
+    return spec, policy
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -48,7 +48,7 @@ def alone(pretrained, ids):
 def test_the_sft_loss_equals_that_of_each_text_alone():
     rows = examples(8)
     for loss_on in ("completion", "all"):
-        how, policy = sft(loss_on=loss_on)
+        spec, policy = sft(loss_on=loss_on)
         total, count, entropy = 0.0, 0, 0.0
         for example in rows:
             ids = np.concatenate([example.prompt, *example.completions])
@@ -58,7 +58,7 @@ def test_the_sft_loss_equals_that_of_each_text_alone():
             total -= sum(logprobs[t - 1, ids[t]] for t in range(first, len(ids)))
             count += len(ids) - first
             entropy -= np.sum((np.exp(logprobs) * logprobs)[first - 1 : len(ids) - 1])
-        sums = evaluate(how, *create_state(how, policy.params), text_batch([[row] for row in rows], 12, 0))
+        sums = evaluate(spec, *create_state(spec, policy.params), text_batch([[row] for row in rows], 12, 0))
         assert float(sums["count"]) == count
         assert float(sums["loss"]) == pytest.approx(total, rel=1e-5)
         assert float(sums["entropy"]) == pytest.approx(entropy, rel=1e-5)
@@ -67,10 +67,10 @@ def test_the_sft_loss_equals_that_of_each_text_alone():
 @pytest.mark.parametrize("layers", [None, 1])
 def test_packed_texts_do_not_attend_to_each_other(layers):
     rows = examples(9)
-    how, policy = sft(layers, "all")
-    state, frozen = create_state(how, policy.params)
-    apart = evaluate(how, state, frozen, text_batch([[row] for row in rows], 12, 0))
-    together = evaluate(how, state, frozen, text_batch([rows[:4], rows[4:6], rows[6:]], 40, 3))
+    spec, policy = sft(layers, "all")
+    state, frozen = create_state(spec, policy.params)
+    apart = evaluate(spec, state, frozen, text_batch([[row] for row in rows], 12, 0))
+    together = evaluate(spec, state, frozen, text_batch([rows[:4], rows[4:6], rows[6:]], 40, 3))
     assert float(together["count"]) == float(apart["count"])
     for name in apart:
         assert float(together[name]) == pytest.approx(float(apart[name]), rel=1e-5)
@@ -80,10 +80,10 @@ def test_packed_texts_and_pairs_begin_at_position_0():
     """Learned positions show where a text begins. Rotary ones depend only on the distance of two tokens."""
     learned = {"position_kind": "learned", "rotary": None, "max_positions": 64}
     rows, policy = examples(3), tiny.policy(**learned)
-    how = TrainingSpec(SplitModel(policy.model), SFTLoss("all"), LINEAR)
-    state, frozen = create_state(how, policy.params)
-    apart = evaluate(how, state, frozen, text_batch([[row] for row in rows], 12, 0))
-    together = evaluate(how, state, frozen, text_batch([rows], 40, 0))
+    spec = TrainingSpec(SplitModel(policy.model), SFTLoss("all"), LINEAR)
+    state, frozen = create_state(spec, policy.params)
+    apart = evaluate(spec, state, frozen, text_batch([[row] for row in rows], 12, 0))
+    together = evaluate(spec, state, frozen, text_batch([rows], 40, 0))
     assert float(together["loss"]) == pytest.approx(float(apart["loss"]), rel=1e-5)
     pairs, start = examples(3, answers=2), tiny.policy(5, head="scalar", **learned)
     network = SplitModel(start.model)
@@ -112,17 +112,17 @@ def test_microbatches_give_the_same_update():
     moved = jax.tree.map(lambda a, b: float(np.max(np.abs(a - np.asarray(b)))), before, one.trainable)
     assert max(jax.tree.leaves(moved)) > 1e-3
     assert float(metrics["grad_norm"]) > 0
-    for how, loops in ((whole, 0), (parts, 1)):  # loops of length 4; those over the layers have length 2
-        state, frozen = create_state(how, policy.params)
-        traced = step.trace(how, shardings_of(state), state, frozen, batch)
+    for spec, loops in ((whole, 0), (parts, 1)):  # loops of length 4; those over the layers have length 2
+        state, frozen = create_state(spec, policy.params)
+        traced = step.trace(spec, shardings_of(state), state, frozen, batch)
         assert sum(each.params.get("length") == 4 for each in equations(traced.jaxpr.jaxpr)) == loops
 
 
 def test_a_non_finite_step_is_skipped():
-    how, policy = sft()
-    state, frozen = create_state(how, policy.params)
+    spec, policy = sft()
+    state, frozen = create_state(spec, policy.params)
     broken = state.replace(trainable=jax.tree.map(lambda leaf: leaf * np.nan, state.trainable))
-    after, metrics = update(how, broken, frozen, text_batch([[row] for row in examples(4)], 12, 0))
+    after, metrics = update(spec, broken, frozen, text_batch([[row] for row in examples(4)], 12, 0))
     assert (int(after.step), float(metrics["skipped_updates"])) == (1, 1.0)
 
 
@@ -151,7 +151,7 @@ def softplus(x):
 @pytest.mark.parametrize("compare", ["pairs", "all"])
 def test_bradley_terry_loss_and_metrics_equal_numpy(compare):
     pairs = examples(5, answers=2)
-    how, start = reward(compare=compare)
+    spec, start = reward(compare=compare)
     by_hand = scores_by_hand(start, pairs)
     if compare == "pairs":
         difference = by_hand[:, 0] - by_hand[:, 1]
@@ -160,12 +160,12 @@ def test_bradley_terry_loss_and_metrics_equal_numpy(compare):
         difference = by_hand[:, :1] - by_hand[:, 1]
         wanted = softplus(-difference)
     batch = pair_batch([*pairs, None], 12, 0)  # the last row is empty
-    sums = evaluate(how, *create_state(how, start.params), batch)
+    sums = evaluate(spec, *create_state(spec, start.params), batch)
     assert float(sums["count"]) == difference.size
     assert float(sums["loss"]) == pytest.approx(wanted.sum(), rel=1e-4)
     assert float(sums["accuracy"]) == np.sum(difference > 0)
     assert float(sums["margin"]) == pytest.approx(difference.sum(), rel=1e-3, abs=1e-4)
-    chosen, rejected, real = pair_scores(how.network, how.network.split(start.params), batch)
+    chosen, rejected, real = pair_scores(spec.network, spec.network.split(start.params), batch)
     assert real.tolist() == [True] * 5 + [False]
     np.testing.assert_allclose(np.stack([chosen, rejected], axis=1)[:5], by_hand, atol=1e-5)
 
@@ -174,14 +174,14 @@ def test_bradley_terry_loss_and_metrics_equal_numpy(compare):
 @pytest.mark.parametrize("layers", [None, 1])
 def test_packed_pairs_do_not_attend_to_each_other(compare, layers):
     pairs = examples(5, answers=2)
-    how, start = reward(compare=compare)
-    how = dataclasses.replace(how, network=SplitModel(start.model, layers))
-    apart, _ = update(how, *create_state(how, start.params), pair_batch(pairs, 12, 0))
+    spec, start = reward(compare=compare)
+    spec = dataclasses.replace(spec, network=SplitModel(start.model, layers))
+    apart, _ = update(spec, *create_state(spec, start.params), pair_batch(pairs, 12, 0))
     batch = packed_pairs([pairs[:3], [], pairs[3:]], 70, 3, 9)
-    together, metrics = update(how, *create_state(how, start.params), batch)
+    together, metrics = update(spec, *create_state(spec, start.params), batch)
     assert float(metrics["count"]) == (5 if compare == "pairs" else 25)
     compared(apart.trainable, together.trainable)
-    chosen, rejected, real = pair_scores(how.network, how.network.split(start.params), batch)
+    chosen, rejected, real = pair_scores(spec.network, spec.network.split(start.params), batch)
     by_hand = scores_by_hand(start, pairs)
     np.testing.assert_allclose(np.stack([chosen, rejected], axis=1)[np.asarray(real)], by_hand, atol=1e-5)
 
@@ -189,14 +189,14 @@ def test_packed_pairs_do_not_attend_to_each_other(compare, layers):
 def test_the_token_loss_averages_from_the_first_difference():
     prompt, shared = np.array([1, 2], np.int32), np.array([3], np.int32)
     pair = Example(prompt, (np.append(shared, [4, 5]).astype(np.int32), np.append(shared, [6]).astype(np.int32)))
-    how, start = reward(loss="token")
+    spec, start = reward(loss="token")
     batch = pair_batch([pair, None], 6, 0)  # the last row is empty
     values = [
         np.asarray(start.model.apply({"params": start.params}, tokens, mask=mask)[0], np.float64)
         for tokens, mask in ((batch.chosen, batch.chosen_mask), (batch.rejected, batch.rejected_mask))
     ]
     wanted = np.mean(softplus(values[1] - values[0])[3:5])
-    sums = evaluate(how, *create_state(how, start.params), batch)
+    sums = evaluate(spec, *create_state(spec, start.params), batch)
     assert float(sums["loss"]) == pytest.approx(wanted, rel=1e-4)
     scores = values[0][4], values[1][3]  # at the last tokens
     assert float(sums["margin"]) == pytest.approx(scores[0] - scores[1], rel=1e-4)

@@ -241,10 +241,10 @@ def test_offloaded_models_are_in_host_memory_and_give_the_same_results(devices):
 def test_the_first_moment_may_be_stored_in_bfloat16():
     params = {"kernel": jnp.ones((4, 4)), "scalar_head": {"kernel": jnp.ones((4, 1))}}
     for form_of_eps in ("pytorch", "tensorflow"):
-        how = {"learning_rate": 0.1, "eps_form": form_of_eps}
+        options = {"learning_rate": 0.1, "eps_form": form_of_eps}
         steps = []
         for dtype in ("float32", "bfloat16"):
-            optimizer = create_optimizer(OptimizerConfig(**how, first_moment_dtype=dtype))
+            optimizer = create_optimizer(OptimizerConfig(**options, first_moment_dtype=dtype))
             state = optimizer.init(params)
             moments = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (4, 4)]
             assert sorted(str(leaf.dtype) for leaf in moments) == sorted([dtype, "float32"])

@@ -108,15 +108,15 @@ def test_each_device_has_its_share_of_the_parameters(form, run):
 def test_supervised_steps_on_a_mesh_equal_those_on_one_device(phase, form):
     layout = layout_of(form)
     if phase == "sft":
-        how, start = test_supervised.sft(1)
+        spec, start = test_supervised.sft(1)
         batch = text_batch([[row] for row in test_supervised.examples(8)], 12, 0)
     else:
-        how, start = test_supervised.reward()
+        spec, start = test_supervised.reward()
         batch = pair_batch(test_supervised.examples(8, answers=2), 12, 0)
-    one, wanted = update(how, *create_state(how, start.params), batch)
-    network = dataclasses.replace(how.network, model=on_layout(how.network.model, layout))
+    one, wanted = update(spec, *create_state(spec, start.params), batch)
+    network = dataclasses.replace(spec.network, model=on_layout(spec.network.model, layout))
     params = jax.device_put(start.params, whole_shardings(network, layout))
-    spread = dataclasses.replace(how, network=network)
+    spread = dataclasses.replace(spec, network=network)
     state, frozen = create_state(spread, params, layout)
     other, got = update(spread, state, frozen, put_rows(batch, layout))
     for name in wanted:

@@ -46,13 +46,13 @@ def sampled(model, params, prompts, config, iteration):
             jnp.take(logits_of(model, params, tokens, mask), width + index - 1, axis=1) / config.sampling.temperature
         )
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), index))(prompts.row_ids)
-        how = {
+        options = {
             "top_k": config.sampling.top_k,
             "top_p": config.sampling.top_p,
             "banned": config.sampling.eos_ids,
             "ban": ban,
         }
-        return draw_tokens(logits, keys, **how)
+        return draw_tokens(logits, keys, **options)
 
     for index in range(config.sampling.max_new_tokens):
         draw = jax.device_get(drawn(tokens, mask, index, index < config.sampling.min_new_tokens))

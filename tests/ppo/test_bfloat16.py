@@ -20,8 +20,8 @@ def test_ratios_start_at_one_with_and_without_remat(remat, microbatch):
     0.78 nats, on a CPU that has bfloat16 operations.
     """
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_layers": 4, "vocab_size": 256}
-    how = {"dtype": "bfloat16", "remat": remat, "scale": 8.0, **shape}
-    actor, reward = tiny.policy(**how), tiny.policy(5, head="scalar", **how)
+    options = {"dtype": "bfloat16", "remat": remat, "scale": 8.0, **shape}
+    actor, reward = tiny.policy(**options), tiny.policy(5, head="scalar", **options)
     engine = RLHFEngine(dataclasses.replace(actor, tokenizer=None), reward=dataclasses.replace(reward, tokenizer=None))
     trainer = tiny.trainer(engine, reward=None, microbatch_size=microbatch, max_new_tokens=48, eos_ids=())
     made = trainer.generate_experience(tiny.ragged_prompts(ROWS, width=16))

@@ -264,8 +264,8 @@ def test_a_vocabulary_that_the_mesh_does_not_divide_is_padded(tied, tmp_path):
     model = Decoder(config)
     actor = Pretrained(model, jax.tree.map(lambda leaf: 2 * leaf, init_params(model, jax.random.key(1))))
     reward = dataclasses.replace(tiny.policy(5, head="scalar", vocab_size=9), tokenizer=None)
-    how = {"reward": reward, "reference_config": config.replace(remat="full"), "trainable_layers": 1}
-    one, eight = RLHFEngine(actor, **how), RLHFEngine(actor, **how, mesh=mesh)
+    options = {"reward": reward, "reference_config": config.replace(remat="full"), "trainable_layers": 1}
+    one, eight = RLHFEngine(actor, **options), RLHFEngine(actor, **options, mesh=mesh)
     assert eight.models.actor.model.config.table_rows == 16
     assert eight.models.reward.model.config.table_rows == 12
     tokens, mask = batch()

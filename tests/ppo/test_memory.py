@@ -61,8 +61,10 @@ def test_update_options_need_no_second_copy_of_trainable_parameters(option):
     state = size(
         (engine.params.trainable, trainer(engine).state.actor_optimizer, trainer(engine).state.critic_optimizer)
     )
-    how = {"num_minibatches": 2, "ppo_epochs": 2, "microbatch_size": 1}
-    without, with_option = (temporaries(*updating(engine, trainer(engine, **how, **more), 4)) for more in ({}, option))
+    common = {"num_minibatches": 2, "ppo_epochs": 2, "microbatch_size": 1}
+    without, with_option = (
+        temporaries(*updating(engine, trainer(engine, **common, **more), 4)) for more in ({}, option)
+    )
     assert with_option - without < 0.2 * state
 
 

@@ -16,8 +16,8 @@ from tests.ppo import tiny
 @pytest.mark.parametrize(("platform", "backend"), [("tpu", "tpu"), ("cuda", "gpu")])
 def test_generation_and_update_lower_for_tpu_and_cuda(platform, backend, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)  # scanned decoding, larger chunks
-    how = {"dtype": jnp.bfloat16, "remat": "full"}
-    engine = RLHFEngine(tiny.policy(**how), reward=tiny.policy(3, head="scalar", **how))
+    options = {"dtype": jnp.bfloat16, "remat": "full"}
+    engine = RLHFEngine(tiny.policy(**options), reward=tiny.policy(3, head="scalar", **options))
     ppo = tiny.trainer(engine, reward=None, top_p=0.9, num_minibatches=2, ppo_epochs=2, target_kl=0.1)
     config = dataclasses.replace(ppo.config, microbatch_size=4)
     batch, key = tiny.ragged_prompts(16), jax.random.key(0)

@@ -15,9 +15,15 @@ def test_coefficients_do_not_change_while_the_actor_does_not_train():
     """In a critic warm-up, or if every update is skipped, KL(old ‖ new) is 0 and says nothing about β."""
     made = on_device(experience())
     bad = made.replace(scores=made.scores.at[0].set(jnp.nan))
-    how = {"policy_loss": "penalty", "penalty_coef": 3.0, "penalty_target": 1e3, "kl_coef": 0.1, "kl_target": 1e3}
+    penalty = {
+        "policy_loss": "penalty",
+        "penalty_coef": 3.0,
+        "penalty_target": 1e3,
+        "kl_coef": 0.1,
+        "kl_target": 1e3,
+    }
     for options, rows in (({"critic_warmup_iterations": 1}, made), ({}, bad)):
-        trainer = tiny.trainer(**how, **options)
+        trainer = tiny.trainer(**penalty, **options)
         trainer.train_rlhf(rows)
         assert float(trainer.state.penalty.value) == 3.0
         assert float(trainer.state.kl.value) == np.float32(0.1)
@@ -74,20 +80,20 @@ def rates(trainer, made, iterations):
 def test_schedules_end_with_the_run_even_if_updates_are_skipped():
     """The rate falls from 1 to 0 over 3 iterations of 4 steps. `lr` is the rate of an iteration's last step."""
     linear = {"learning_rate": 1.0, "schedule": "linear", "eps": 1e3, "max_grad_norm": None}
-    how = {"ppo_epochs": 2, "num_minibatches": 2, "critic_optimizer": linear | {"total_steps": 12}}
+    options = {"ppo_epochs": 2, "num_minibatches": 2, "critic_optimizer": linear | {"total_steps": 12}}
     made, wanted = on_device(experience()), [1 - 3 / 12, 1 - 7 / 12, 1 - 11 / 12]
     bad = made.replace(scores=made.scores.at[0].set(jnp.nan))  # one of two minibatches is skipped
     plain = {"actor_optimizer": linear | {"total_steps": 12}}
-    np.testing.assert_allclose(rates(tiny.trainer(**how, **plain), made, 3), [wanted] * 2, rtol=1e-5)
-    np.testing.assert_allclose(rates(tiny.trainer(**how, **plain), bad, 3), [wanted] * 2, rtol=1e-5)
+    np.testing.assert_allclose(rates(tiny.trainer(**options, **plain), made, 3), [wanted] * 2, rtol=1e-5)
+    np.testing.assert_allclose(rates(tiny.trainer(**options, **plain), bad, 3), [wanted] * 2, rtol=1e-5)
     # If updates stop at the second step, `lr` is the rate of that step.
-    stopped = tiny.trainer(**how, **plain, target_kl=1e-12)
+    stopped = tiny.trainer(**options, **plain, target_kl=1e-12)
     fresh = stopped.generate_experience(tiny.ragged_prompts(ROWS))
     np.testing.assert_allclose(rates(stopped, fresh, 1)[0], [1 - 1 / 12], rtol=1e-5)
     np.testing.assert_allclose(rates(stopped, made, 1)[0], [1 - 4 / 12], rtol=1e-5)
     # The actor's 8 steps begin after the critic's warm-up.
     warm = {"actor_optimizer": linear | {"total_steps": 8}, "critic_warmup_iterations": 1}
-    actor, critic = rates(tiny.trainer(**how, **warm), made, 3)
+    actor, critic = rates(tiny.trainer(**options, **warm), made, 3)
     np.testing.assert_allclose(actor, [0, 1 - 3 / 8, 1 - 7 / 8], rtol=1e-5)
     np.testing.assert_allclose(critic, wanted, rtol=1e-5)
 

@@ -257,8 +257,8 @@ def test_failures_of_reward_functions_are_counted_per_iteration():
             raise OSError("the judge is not at home")
         return [1.0] * len(responses)
 
-    how = {"reward_retries": 1, "on_reward_failure": "penalize", "reward_failure_score": -3.0}
-    trainer = tiny.trainer(reward=flaky, **how)
+    options = {"reward_retries": 1, "on_reward_failure": "penalize", "reward_failure_score": -3.0}
+    trainer = tiny.trainer(reward=flaky, **options)
     counts = []
     for _ in range(3):
         experience = trainer.generate_experience(tiny.ragged_prompts(ROWS))

@@ -328,8 +328,8 @@ def test_non_finite_updates_are_skipped_and_counted(field, value):
 
 def test_the_learning_rate_is_lowered_after_a_limit_is_exceeded():
     """In the first iteration, the policy is the reference. After that, its KL exceeds the limit of 1e-9."""
-    how = {"kl_limit": 1e-9, "ratio_limit": 1e9, "on_limit": "lower_lr", "limit_lr_factor": 0.25}
-    trainer, free, within = tiny.trainer(**how), tiny.trainer(), tiny.trainer(**how | {"kl_limit": 1e9})
+    options = {"kl_limit": 1e-9, "ratio_limit": 1e9, "on_limit": "lower_lr", "limit_lr_factor": 0.25}
+    trainer, free, within = tiny.trainer(**options), tiny.trainer(), tiny.trainer(**options | {"kl_limit": 1e9})
     made = trainer.generate_experience(tiny.ragged_prompts(ROWS))
     assert float(jnp.max(jnp.abs(made.logprobs - made.ref_logprobs))) == 0
     metrics = trainer.train_rlhf(made)

@@ -223,8 +223,8 @@ def test_none_means_that_a_function_does_not_score_a_response():
     with pytest.raises(RewardError, match=r"named, named returned None for 1 of 3 .* row 2: prompt 'three'"):
         score_texts(functions, PROMPTS, RESPONSES, {})
     failures = Failures()
-    how = OnFailure(then="penalize", score=-7.0)
-    np.testing.assert_allclose(score_texts(functions, PROMPTS, RESPONSES, {}, how, failures), [2.0, 3.0, -7.0])
+    on_failure = OnFailure(then="penalize", score=-7.0)
+    np.testing.assert_allclose(score_texts(functions, PROMPTS, RESPONSES, {}, on_failure, failures), [2.0, 3.0, -7.0])
     assert failures == Failures(penalized=1)
     np.testing.assert_allclose(functions[0](PROMPTS, RESPONSES, {}), [2.0, np.nan, np.nan])
 
@@ -266,10 +266,10 @@ def raising(error):
     return fail
 
 
-def scored(function, *, timeout=0.3, **how):
+def scored(function, *, timeout=0.3, **options):
     failures = Failures()
     functions = [RewardFunction(function, timeout=timeout, weight=2.0), RewardFunction(length)]
-    return score_texts(functions, PROMPTS, RESPONSES, {}, OnFailure(**how), failures), failures
+    return score_texts(functions, PROMPTS, RESPONSES, {}, OnFailure(**options), failures), failures
 
 
 FAULTS = {

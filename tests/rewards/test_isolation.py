@@ -24,8 +24,8 @@ from tests.rewards import judges
 PROMPTS, RESPONSES = ["one", "two", "three"], ["a", "bb", "ccc"]
 
 
-def isolated(function, **how):
-    return RewardFunction(function, isolation="process", **{"timeout": 30.0} | how)
+def isolated(function, **options):
+    return RewardFunction(function, isolation="process", **{"timeout": 30.0} | options)
 
 
 def scored(function, columns=None, **more):
@@ -109,8 +109,8 @@ def test_misbehaviour_in_the_process_only_fails_the_call(function, message):
     if isinstance(function, str):
         return
     count = Failures()
-    how = OnFailure(retries=1, then="penalize", score=-2.0)
-    assert scored(judge, on_failure=how, failures=count) == [-2.0] * 3  # the process is restarted, and fails again
+    on_failure = OnFailure(retries=1, then="penalize", score=-2.0)
+    assert scored(judge, on_failure=on_failure, failures=count) == [-2.0] * 3  # the restarted process fails again
     assert (count.failed_calls, count.penalized) == (2, 3)
 
 

@@ -177,15 +177,15 @@ def test_a_damaged_checkpoint_is_moved_away_and_the_last_good_one_used(tmp_path,
 
 def test_restore_finds_a_good_checkpoint_whichever_file_is_damaged(tmp_path):
     """Each file of checkpoint 3 is truncated in turn. Checkpoint 3 is restored if it does not need the file, else 2."""
-    how = {"keep": 3, "best": "eval/score"}
-    saved(tmp_path, 1, 2, 3, **how)
+    options = {"keep": 3, "best": "eval/score"}
+    saved(tmp_path, 1, 2, 3, **options)
     every = files(tmp_path, 3)
     assert len(every) > 5
     found = []
     for file in every:
         whole = file.read_bytes()
         truncate(file)
-        checkpoints = opened(tmp_path, **how)
+        checkpoints = opened(tmp_path, **options)
         restored = checkpoints.restore(abstract(tree()))
         checkpoints.close()
         found.append(restored.step)

@@ -65,8 +65,8 @@ class FakeWandb(types.ModuleType):
         super().__init__("wandb")
         self.begun, self.logged, self.id = None, [], "run-1"
 
-    def init(self, **how):
-        self.begun = how
+    def init(self, **options):
+        self.begun = options
         return self
 
     def log(self, values, step):

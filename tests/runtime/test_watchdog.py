@@ -18,8 +18,8 @@ from tests.processes import ROOT
 SOON = 0.01  # minutes
 
 
-def watched(folder, sign=lambda: 0, said=None, **how):
-    config = WatchdogConfig(**{"minutes": SOON, "factor": 5.0, "action": "warn"} | how)
+def watched(folder, sign=lambda: 0, said=None, **options):
+    config = WatchdogConfig(**{"minutes": SOON, "factor": 5.0, "action": "warn"} | options)
     return Watchdog(config, folder, [sign], (said if said is not None else []).append)
 
 
