@@ -147,6 +147,8 @@ class Decoder(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType] -- one per argument
                 metadata_params={nn.PARTITION_NAME: "layers"},
+                # The check traces the layer a second time. `init` keeps it: without it, its random numbers change.
+                check_constancy_invariants=self.is_initializing(),
             )(config)
         else:
             self.layers = [layer(config, index=index) for index in range(config.num_layers)]

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import PyTree, Shaped
+from jaxtyping import Bool, PyTree, Shaped
 
 from jax_rlhf.parallel import Layout, row_shards
 
@@ -120,11 +120,18 @@ def accumulate(
     first = jax.tree.map(lambda leaf: leaf[0], parts)
     if len(jax.tree.leaves(parts)[0]) == 1:
         return function(first)
-    total = zeros_like_result(lambda: function(first))
+    function = jax.jit(function, inline=True)  # so that it is traced once for both uses
+    total = _zeros_like_result(lambda: function(first))
     return jax.lax.scan(lambda total, part: (add(total, function(part)), None), total, parts)[0]
 
 
-def zeros_like_result(function: Callable[[], Any]) -> PyTree[Shaped[Array, "..."]]:
+def zeros_if(zero: Bool[Array, ""], function: Callable[[], Any]) -> PyTree[Shaped[Array, "..."]]:
+    """function(), or zeros of the same shapes and dtypes, in which case the function is not run; under `jit`."""
+    function = jax.jit(function, inline=True)  # so that it is traced once for both uses
+    return jax.lax.cond(zero, lambda: _zeros_like_result(function), function)
+
+
+def _zeros_like_result(function: Callable[[], Any]) -> PyTree[Shaped[Array, "..."]]:
     """Zeros with the shapes and dtypes that a function returns; the function is traced but not run."""
 
     def zeros(leaf: jax.ShapeDtypeStruct) -> Shaped[Array, "..."]:

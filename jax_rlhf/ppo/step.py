@@ -35,7 +35,7 @@ from jaxtyping import Bool, Float32, Int32, PRNGKeyArray
 from jax_rlhf import rl
 from jax_rlhf.models import model_jit
 from jax_rlhf.models.decoder import Params as ModelParams
-from jax_rlhf.optim.microbatches import BatchPlan, accumulate, zeros_like_result
+from jax_rlhf.optim.microbatches import BatchPlan, accumulate, zeros_if
 from jax_rlhf.parallel import constrain_to, map_row_groups
 from jax_rlhf.ppo.config import PPOConfig
 from jax_rlhf.ppo.metrics import (
@@ -270,8 +270,7 @@ def _make_minibatch(models: Models, config: PPOConfig) -> Callable[..., tuple[_C
         if config.limits.target_kl is None:
             done, ((actor_gradient, critic_gradient), sums) = jnp.ones((), bool), gradients()
         else:  # the `cond` covers the gradients only: over parameters and optimizer states it would copy them
-            done, nothing = ~carry.stopped, functools.partial(zeros_like_result, gradients)
-            (actor_gradient, critic_gradient), sums = jax.lax.cond(carry.stopped, nothing, gradients)
+            done, ((actor_gradient, critic_gradient), sums) = ~carry.stopped, zeros_if(carry.stopped, gradients)
         actor_norm, critic_norm = optax.tree.norm(actor_gradient), optax.tree.norm(critic_gradient)
         finite = jnp.isfinite(critic_norm + sums.value_loss)
         finite &= jnp.isfinite(actor_norm + sums.policy_loss) | ~iteration.learn_actor
