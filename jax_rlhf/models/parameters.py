@@ -1,5 +1,6 @@
 """A decoder's parameters as a tree: new ones, their shapes, axes and dtypes, and their forms for decoding."""
 
+import functools
 import operator
 
 import flax.linen as nn
@@ -55,6 +56,7 @@ def compute_dtypes(model: Decoder) -> Params:
     return dtypes
 
 
+@functools.lru_cache(maxsize=64)  # tracing `init` takes 0.1 s; callers do not change the result
 def _boxed(model: Decoder) -> Params:
     return jax.eval_shape(lambda key: _init(model, key), jax.random.key(0))
 
