@@ -21,6 +21,9 @@ from jax_rlhf.plan.shapes import model_shape
 from tests.cli.test_end_to_end import environment
 from tests.processes import ROOT
 
+SLOW_PARTS = ("resume", "offload")
+"""They start several runs each. The tests of resuming and offloading check the same without the script."""
+
 
 def run(*flags, **variables):
     """The exit code, and the rows of the output."""
@@ -32,11 +35,12 @@ def run(*flags, **variables):
 
 
 def test_every_part_runs():
-    code, rows = run("--budget=900")
+    parts = [part for part in on_device.LIMITS if part not in SLOW_PARTS]
+    code, rows = run(f"--parts={','.join(parts)}", "--budget=900")
     ended = {row["part"]: row["ended"] for row in rows if "ended" in row}
-    assert ended == dict.fromkeys(on_device.LIMITS, 0)
+    assert ended == dict.fromkeys(parts, 0)
     checked = {row["part"] for row in rows if "ok" in row}
-    assert checked == {"env", "numbers", "flash", "ppo", "offload", "resume", "quickstart"}
+    assert checked == {"env", "numbers", "flash", "ppo", "quickstart"}
     assert [row for row in rows if row.get("ok") is False] == []
     assert rows[-1]["failed"] == []
     assert code == 0

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.device.lines import attempt, llama, print_row, random_model
 from jax_rlhf import save_pretrained
+from jax_rlhf.models.decoder import Head
 from jax_rlhf.plan.chips import CARDS
 
 _SHAPE = {
@@ -144,18 +144,18 @@ def compared_peaks(measured: dict[str, dict[str, Any]], described: dict[str, dic
     return rows
 
 
-def _write_start(folder: Path, layers: int) -> None:
+def _write_start(folder: Path, layers: int, head: Head = "lm") -> None:
     """Writes a tiny random model whose tokenizer has only letters."""
     letters = {letter: index for index, letter in enumerate(("<pad>", "<eos>", *"abcdefghijklmnopqrstuvwxyz ,.'"))}
     bare = Tokenizer(models.WordLevel(letters, unk_token="<pad>"))
     bare.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>")
-    start = random_model(llama(True, eos_token_id=1, pad_token_id=0, num_hidden_layers=layers), "lm", 0, jnp.float32)
+    start = random_model(llama(True, eos_token_id=1, pad_token_id=0, num_hidden_layers=layers), head, 0, jnp.float32)
     save_pretrained(folder, dataclasses.replace(start, tokenizer=tokenizer))
 
 
 def resume(tiny: bool) -> None:
-    """A run of all phases that is stopped in PPO and resumed must equal an uninterrupted run bit for bit.
+    """A PPO run that is stopped and resumed must equal an uninterrupted run bit for bit.
 
     Uses XLA's deterministic operations, without which a GPU may sum in another order each time.
     """
@@ -163,16 +163,12 @@ def resume(tiny: bool) -> None:
     jax.config.update("jax_platforms", "cpu")  # for this process, which only writes the checkpoint
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _write_start(folder / "start", layers=2)
+        _write_start(folder / "policy", layers=2)
+        _write_start(folder / "reward", layers=2, head="scalar")
         random = np.random.RandomState(0)
-        rows = [["".join(random.choice(list("abcdefghij"), 4)) for _ in range(3)] for _ in range(64)]
-        with (folder / "rows.jsonl").open("w") as file:
-            for prompt, chosen, rejected in rows:
-                file.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
-        first = _stopped(folder, "stopped")
-        for phase in ("sft", "reward"):  # both runs share the phases before PPO
-            shutil.copytree(folder / "stopped" / phase, folder / "whole" / phase)
-        codes = [first, _train(folder, "stopped").wait(), _train(folder, "whole").wait()]
+        prompts = ["".join(random.choice(list("abcdefghij"), 4)) for _ in range(64)]
+        (folder / "rows.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+        codes = [_stopped(folder, "stopped"), _train(folder, "stopped").wait(), _train(folder, "whole").wait()]
         bar = "exit codes 75, 0, 0; equal bit for bit"
         if codes == [75, 0, 0]:
             equal = _digest(folder / "stopped") == _digest(folder / "whole")
@@ -184,19 +180,16 @@ def resume(tiny: bool) -> None:
 
 def _train(folder: Path, workdir: str) -> subprocess.Popen[str]:
     flags = {
-        "phases": "sft,reward,ppo",
-        "model.path": folder / "start",
+        "phases": "ppo",
+        "model.path": folder / "policy",
+        "sft_model_path": folder / "policy",
+        "reward_model.path": folder / "reward",
         "data.paths": f"{folder / 'rows.jsonl'},",
         "data.max_prompt_tokens": 8,
-        "data.max_tokens": 16,
-        **{f"data.{phase}_batch_size": 8 for phase in ("sft", "reward", "ppo")},
-        "sft.steps": 2,
-        "reward.steps": 2,
+        "data.ppo_batch_size": 8,
         "ppo.iterations": 6,
         "ppo.sampling.max_new_tokens": 8,
         "data.eval_rows": 4,
-        "sft.sample_rows": 0,  # the phases before PPO are there for their models
-        "reward.normalize_rows": 0,
     }
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if device_of_children()[0] == "gpu":

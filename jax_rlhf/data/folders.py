@@ -8,15 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import datasets
 import huggingface_hub
+import lazy_loader
 import yaml
-from datasets.data_files import get_data_patterns, resolve_pattern
 
 from jax_rlhf.data.data_error import DataError
 from jax_rlhf.data.files import SUFFIXES, Numbered, kind_of, rows_of
 from jax_rlhf.io.json_files import JSONFileError, read_object
 from jax_rlhf.io.paths import is_name, lies_within
+
+datasets = lazy_loader.load("datasets")  # importing it takes 0.5 s
 
 _CARDS = ("README.md", ".huggingface.yaml")
 _MOST_CARD = 2**20
@@ -122,7 +123,7 @@ def _files(folder: Path, split: str) -> tuple[list[Path], dict[str, str]]:
     for pattern in patterns[split]:
         _check_pattern(pattern, folder)
         with contextlib.suppress(FileNotFoundError):  # another of the patterns may match
-            found |= dict.fromkeys(resolve_pattern(pattern, str(base)))
+            found |= dict.fromkeys(datasets.data_files.resolve_pattern(pattern, str(base)))
     if not found:
         raise DataError(f"{folder}: there are no files {' or '.join(map(repr, patterns[split]))} for {split!r}.")
     files = [_own(folder, Path(name)) for name in found]
@@ -161,7 +162,11 @@ def _patterns(folder: Path) -> tuple[dict[str, list[str]], Path, dict[str, Any]]
     if named is not None:
         return _as_patterns(named, folder), base, keywords
     try:
-        return {str(split): found for split, found in get_data_patterns(str(base.resolve())).items()}, base, keywords
+        return (
+            {str(split): found for split, found in datasets.data_files.get_data_patterns(str(base.resolve())).items()},
+            base,
+            keywords,
+        )
     except FileNotFoundError as error:
         raise DataError(f"{folder}: it has no files that can be read ({', '.join(SUFFIXES)}).") from error
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import datasets
+import lazy_loader
 
 from jax_rlhf.data.data_error import DataError
 from jax_rlhf.data.files import SUFFIXES, kind_of, rows_of, without_fill
@@ -13,6 +13,8 @@ from jax_rlhf.data.folders import rows_of_folder
 from jax_rlhf.io.import_function import FORMS, NotAFunctionError, import_function, is_function_name
 from jax_rlhf.io.json_files import JSONFileError, levels
 from jax_rlhf.io.paths import local_path
+
+datasets = lazy_loader.load("datasets")  # importing it takes 0.5 s
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+(:[\w./-]+)?)?")
 
@@ -177,7 +179,7 @@ def _load_dataset(path: str, split: str, revision: str | None) -> Iterable[dict]
     return datasets.load_dataset(name, split=split, revision=revision, **keywords)
 
 
-def _check_own_files(builder: datasets.DatasetBuilder, name: str) -> None:
+def _check_own_files(builder: Any, name: str) -> None:
     """Raises if a data set's card names files outside of the data set: on this machine, or at another URL."""
     own = f"hf://datasets/{name}@".lower()
     for files in (getattr(builder.config, "data_files", None) or {}).values():

@@ -29,7 +29,7 @@ import tests.mutants
 from tests.mutants import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("jax_rlhf", "tests", "configs", "docs", "pyproject.toml", "README.md")
+COPIED = ("jax_rlhf", "tests", "configs", "examples", "docs", "pyproject.toml", "README.md")
 LONGEST = 400  # seconds; a variant that never ends is found
 MEMORY = 12_000_000_000  # bytes of address space; one that takes all of the machine's is found
 

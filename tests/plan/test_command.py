@@ -80,7 +80,7 @@ def test_a_plan_that_does_not_fit_suggests_a_setting_that_would(tmp_path):
         "--config.phases=sft",
         "--config.sft.sample_rows=0",
         "--config.data.sft_batch_size=2048",
-        "--config.data.max_tokens=1024",
+        "--config.data.max_tokens=512",
         "--config.model.remat=none",
     )
     code, printed, errors = plan(tmp_path, "--topology=h100:2", *flags)
