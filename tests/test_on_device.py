@@ -54,6 +54,14 @@ def test_every_part_runs():
     assert iteration["tokens_per_second"] == pytest.approx(tokens / iteration["seconds"]["iteration"], rel=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("part", SLOW_PARTS)
+def test_a_slow_part_runs(part):
+    code, rows = run(f"--parts={part}")
+    assert code == 0
+    assert [row["ok"] for row in rows if row["part"] == part and "ok" in row] == [True]
+
+
 def test_a_part_that_crashes_is_reported_and_the_next_part_runs():
     code, rows = run("--parts=numbers,env", JAX_PLATFORMS="cpu", JAX_RAISE_PERSISTENT_CACHE_ERRORS="not a bool")
     ended = {row["part"]: row["ended"] for row in rows if "ended" in row}
