@@ -3,11 +3,10 @@
     python -m jax_rlhf.plan --config=configs/deepspeed_chat_opt_13b.py --topology=h100:8
     python -m jax_rlhf --config=configs/deepspeed_chat_opt_13b.py --workdir=runs/opt-13b
 
-Its blog reports 9 hours for all three steps on 8 × A100-80. This config was not run here, because the development
-machine has no accelerator. docs/plan.md has the compiler's memory figures. This file sets only the differences from
-configs/deepspeed_chat_opt.py, which also says how to convert the checkpoints. DeepSpeed-Chat's run_13b.sh trains LoRA
-matrices of rank 128, with a learning rate of 5e-4. Here all parameters train, with the learning rate of its smaller
-models.
+Its blog reports 9 hours for all three steps on 8 × A100-80. This config was not run yet. docs/plan.md has the
+compiler's memory figures. This file sets only the differences from configs/deepspeed_chat_opt.py, which also says how
+to convert the checkpoints. DeepSpeed-Chat's run_13b.sh trains LoRA matrices of rank 128, with a learning rate of 5e-4.
+Here all parameters train, with the learning rate of its smaller models.
 """
 
 from ml_collections import ConfigDict

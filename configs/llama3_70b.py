@@ -5,8 +5,7 @@
 For a pod slice of 128 TPU v5p chips. It takes at most 27 of 95.7 GiB per device, according to `python -m jax_rlhf.plan
 --config=configs/llama3_70b.py --topology=v5p:4x4x8` (docs/plan.md). Every machine runs the same command, which
 launch/tpu_vm.sh and launch/gke_jobset.yaml start. The workdir must be on a file system that all machines share. This
-config was not run here, because the development machine has no accelerator. This file sets only the differences from
-configs/llama3_8b.py.
+config was not run yet. This file sets only the differences from configs/llama3_8b.py.
 """
 
 from ml_collections import ConfigDict

@@ -2,10 +2,10 @@
 
     python -m jax_rlhf --config=configs/llama3_8b.py --workdir=runs/llama3-8b
 
-For 8 GPUs of 80 GB (launch/gpu.sh) or 8 TPU v5p chips (launch/tpu_vm.sh). It takes at most 40 of 72.8 GiB or 43 of 95.7
+For 8 GPUs of 80 GB (launch/gpu.sh) or 8 TPU v5p chips (launch/tpu_vm.sh). It takes at most 40 of 72.8 GiB or 42 of 95.7
 GiB per device, according to `python -m jax_rlhf.plan --config=configs/llama3_8b.py --topology=h100:8` (or v5p:2x2x2;
-docs/plan.md). This config was not run here, because the development machine has no accelerator. The data set's rows are
-chats, which the Instruct checkpoint's template turns into texts.
+docs/plan.md). This config was not run yet. The data set's rows are chats, which the Instruct checkpoint's template
+turns into texts.
 """
 
 from ml_collections import ConfigDict

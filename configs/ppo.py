@@ -19,14 +19,15 @@ def get_config() -> ConfigDict:
     config.phases = ("ppo",)  # The phases to run, any of "sft", "reward" and "ppo", in this order.
     # The checkpoint: a folder, a .gguf file or a hub id; None = the checkpoint of another model, or no model.
     config.model.path = "HuggingFaceTB/SmolLM2-135M"
-    # The number of layers that are trained, counted from the top; None = all parameters. It applies to the actor and
-    # the critic; reference and reward model are frozen.
+    # The number of layers that are trained, counted from the top; None = all parameters. `model.trainable_layers` is
+    # that of SFT and of the actor in PPO, `critic.trainable_layers` is that of the critic. The reference and the reward
+    # model are frozen, so theirs must be None.
     # config.model.trainable_layers = None
     # The SFT policy, from which the reward and PPO phases start; None = <workdir>/sft/model.
     # config.sft_model_path = None
-    # Each is a .jsonl, .json, .parquet or .csv file; a Hugging Face data set ("org/name" or "org/name:configuration"),
-    # or a folder that `datasets` can load or has saved; or a reader, "FILE.py:function" or "package.module:function":
-    # f(phase=…, split="train" | "eval") → rows as dicts.
+    # Each is a .jsonl, .json, .csv or .tsv file (also with .gz), or a .parquet or .arrow file; a Hugging Face data set
+    # ("org/name" or "org/name:configuration"), or a folder that `datasets` can load or has saved; or a reader,
+    # "FILE.py:function" or "package.module:function": f(phase=…, split="train" | "eval") → rows as dicts.
     config.data.paths = ()
     # Texts for the pretraining loss in PPO (`ppo.loss.ptx_coef`); empty = the texts of the SFT phase from `paths`.
     config.data.ptx_paths = ()
@@ -44,8 +45,9 @@ def _reward_model(reward_model: ConfigDict) -> None:
     # The checkpoint: a folder, a .gguf file or a hub id; None = the checkpoint of another model, or no model.
     # reward_model.path = None
     # reward_model.revision = None  # The revision of a hub id.
-    # The number of layers that are trained, counted from the top; None = all parameters. It applies to the actor and
-    # the critic; reference and reward model are frozen.
+    # The number of layers that are trained, counted from the top; None = all parameters. `model.trainable_layers` is
+    # that of SFT and of the actor in PPO, `critic.trainable_layers` is that of the critic. The reference and the reward
+    # model are frozen, so theirs must be None.
     # reward_model.trainable_layers = None
     # "float32" or "bfloat16", the dtype of computation and of saved models; None = bfloat16 on GPU and TPU, float32 on
     # CPU.
@@ -65,8 +67,9 @@ def _critic(critic: ConfigDict) -> None:
     # The checkpoint: a folder, a .gguf file or a hub id; None = the checkpoint of another model, or no model.
     # critic.path = None
     # critic.revision = None  # The revision of a hub id.
-    # The number of layers that are trained, counted from the top; None = all parameters. It applies to the actor and
-    # the critic; reference and reward model are frozen.
+    # The number of layers that are trained, counted from the top; None = all parameters. `model.trainable_layers` is
+    # that of SFT and of the actor in PPO, `critic.trainable_layers` is that of the critic. The reference and the reward
+    # model are frozen, so theirs must be None.
     # critic.trainable_layers = None
     # "float32" or "bfloat16", the dtype of computation and of saved models; None = bfloat16 on GPU and TPU, float32 on
     # CPU.
@@ -86,8 +89,9 @@ def _reference(reference: ConfigDict) -> None:
     # The checkpoint: a folder, a .gguf file or a hub id; None = the checkpoint of another model, or no model.
     # reference.path = None
     # reference.revision = None  # The revision of a hub id.
-    # The number of layers that are trained, counted from the top; None = all parameters. It applies to the actor and
-    # the critic; reference and reward model are frozen.
+    # The number of layers that are trained, counted from the top; None = all parameters. `model.trainable_layers` is
+    # that of SFT and of the actor in PPO, `critic.trainable_layers` is that of the critic. The reference and the reward
+    # model are frozen, so theirs must be None.
     # reference.trainable_layers = None
     # "float32" or "bfloat16", the dtype of computation and of saved models; None = bfloat16 on GPU and TPU, float32 on
     # CPU.

@@ -22,9 +22,9 @@ def get_config() -> ConfigDict:
     config.model.path = "HuggingFaceTB/SmolLM2-135M"
     # The SFT policy, from which the reward and PPO phases start; None = <workdir>/sft/model.
     # config.sft_model_path = None
-    # Each is a .jsonl, .json, .parquet or .csv file; a Hugging Face data set ("org/name" or "org/name:configuration"),
-    # or a folder that `datasets` can load or has saved; or a reader, "FILE.py:function" or "package.module:function":
-    # f(phase=…, split="train" | "eval") → rows as dicts.
+    # Each is a .jsonl, .json, .csv or .tsv file (also with .gz), or a .parquet or .arrow file; a Hugging Face data set
+    # ("org/name" or "org/name:configuration"), or a folder that `datasets` can load or has saved; or a reader,
+    # "FILE.py:function" or "package.module:function": f(phase=…, split="train" | "eval") → rows as dicts.
     config.data.paths = ()
     config.data.reward_batch_size = 16  # Pairs per step (packed rows, with packing), over all devices.
     config.data.max_tokens = 512  # The longest prompt + completion of the SFT and reward phases, in tokens.

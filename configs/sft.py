@@ -80,12 +80,13 @@ def _rollout_mesh(rollout_mesh: ConfigDict) -> None:
 
 
 def _model(model: ConfigDict) -> None:
-    """The policy; `path` is the checkpoint from which the SFT phase starts."""
+    """The policy. The SFT phase starts from `path`; the other phases use its tokenizer and chat template."""
     # The checkpoint: a folder, a .gguf file or a hub id; None = the checkpoint of another model, or no model.
     model.path = "HuggingFaceTB/SmolLM2-135M"
     # model.revision = None  # The revision of a hub id.
-    # The number of layers that are trained, counted from the top; None = all parameters. It applies to the actor and
-    # the critic; reference and reward model are frozen.
+    # The number of layers that are trained, counted from the top; None = all parameters. `model.trainable_layers` is
+    # that of SFT and of the actor in PPO, `critic.trainable_layers` is that of the critic. The reference and the reward
+    # model are frozen, so theirs must be None.
     # model.trainable_layers = None
     # "float32" or "bfloat16", the dtype of computation and of saved models; None = bfloat16 on GPU and TPU, float32 on
     # CPU.
@@ -99,9 +100,9 @@ def _model(model: ConfigDict) -> None:
 
 def _data(data: ConfigDict) -> None:
     """The data of all phases."""
-    # Each is a .jsonl, .json, .parquet or .csv file; a Hugging Face data set ("org/name" or "org/name:configuration"),
-    # or a folder that `datasets` can load or has saved; or a reader, "FILE.py:function" or "package.module:function":
-    # f(phase=…, split="train" | "eval") → rows as dicts.
+    # Each is a .jsonl, .json, .csv or .tsv file (also with .gz), or a .parquet or .arrow file; a Hugging Face data set
+    # ("org/name" or "org/name:configuration"), or a folder that `datasets` can load or has saved; or a reader,
+    # "FILE.py:function" or "package.module:function": f(phase=…, split="train" | "eval") → rows as dicts.
     data.paths = ()
     # Texts for the pretraining loss in PPO (`ppo.loss.ptx_coef`); empty = the texts of the SFT phase from `paths`.
     data.ptx_paths = ()

@@ -75,7 +75,7 @@ _OTHER_NAMES = {
     "init_kl_coef": "ppo.kl.coef",
     "cliprange": "ppo.loss.clip_range",
     "cliprange_value": "ppo.loss.value_clip_range",
-    "vf_coef": "ppo.value_coef",
+    "vf_coef": "ppo.critic.optimizer.learning_rate: the critic has its own optimizer, so its loss needs no coefficient",
     "num_ppo_epochs": "ppo.ppo_epochs",
     "num_mini_batches": "ppo.num_minibatches",
     "model_name_or_path": "model.path",
@@ -146,7 +146,7 @@ _RENAMED = {
     "reward_training.path": "reward.start_from",
     "reward_training.revision": "reward.start_revision",
 }
-"""Names of fields before version 0.2 → their names now."""
+"""Names of fields before they were grouped in sections → their names now."""
 
 
 def new_name(path: str) -> str | None:

@@ -22,7 +22,9 @@ ACCEPT_CHANGES = flags.DEFINE_bool(
 
 COORDINATOR = flags.DEFINE_string("coordinator", None, "The host:port of process 0, in runs with several processes.")
 NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "The number of processes; detected on TPU VMs, Slurm and GKE."
+    "num_processes",
+    None,
+    "The number of processes; detected on TPU VMs, under Slurm and Open MPI, and in an indexed Kubernetes Job.",
 )
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "The index of this process, from 0.")
 PROCESS_TIMEOUT = flags.DEFINE_integer(

@@ -12,10 +12,9 @@ class DataConfig:
     """The data of all phases; formats are TRL's, see `formats.py`."""
 
     paths: tuple[str, ...] = ()
-    """Each is a .jsonl, .json, .parquet or .csv file; a Hugging Face data set ("org/name" or "org/name:configuration"),
-    or a folder that `datasets` can load or has saved; or a reader, "FILE.py:function" or "package.module:function":
-    f(phase=…, split="train"
-    | "eval") → rows as dicts."""
+    """Each is a .jsonl, .json, .csv or .tsv file (also with .gz), or a .parquet or .arrow file; a Hugging Face data set
+    ("org/name" or "org/name:configuration"), or a folder that `datasets` can load or has saved; or a reader,
+    "FILE.py:function" or "package.module:function": f(phase=…, split="train" | "eval") → rows as dicts."""
     ptx_paths: tuple[str, ...] = ()
     """Texts for the pretraining loss in PPO (`ppo.loss.ptx_coef`); empty = the texts of the SFT phase from `paths`."""
     weights: tuple[float, ...] = ()

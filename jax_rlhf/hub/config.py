@@ -19,8 +19,9 @@ class ModelConfig:
     revision: str | None = None
     """The revision of a hub id."""
     trainable_layers: int | None = None
-    """The number of layers that are trained, counted from the top; None = all parameters. It applies to the actor and
-    the critic; reference and reward model are frozen."""
+    """The number of layers that are trained, counted from the top; None = all parameters.
+    `model.trainable_layers` is that of SFT and of the actor in PPO, `critic.trainable_layers` is that of the critic.
+    The reference and the reward model are frozen, so theirs must be None."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """"float32" or "bfloat16", the dtype of computation and of saved models; None = bfloat16 on GPU and TPU, float32 on
     CPU."""

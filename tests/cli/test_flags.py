@@ -1,6 +1,8 @@
 """Command-line flags: lists, configs, misspelled fields, and fields of other frameworks."""
 
+import functools
 import importlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -11,7 +13,8 @@ from absl import flags
 import jax_rlhf
 from jax_rlhf.cli import flags as command_line
 from jax_rlhf.cli.packaged import packaged_config, packaged_configs
-from jax_rlhf.config import run_config
+from jax_rlhf.config import default_config, run_config
+from jax_rlhf.settings import _OTHER_NAMES, _RENAMED
 from tests.cli.test_end_to_end import environment
 from tests.processes import ROOT
 
@@ -225,3 +228,12 @@ def test_the_wheel_has_every_package_the_configs_and_the_examples():
         module, _, name = entry.partition(":")
         assert callable(getattr(importlib.import_module(module), name))
     assert project["project"]["version"] == jax_rlhf.__version__
+
+
+@pytest.mark.parametrize("text", sorted({*_OTHER_NAMES.values(), *_RENAMED.values()}))
+def test_every_setting_named_in_an_error_exists(text):
+    config = default_config()
+    fields = [name for name in re.findall(r"[a-z_0-9]+(?:\.[a-z_0-9]+)+", text) if name.split(".")[0] in config]
+    assert fields or text == "sft_model_path" or text.startswith("--workdir")
+    for field in fields:
+        functools.reduce(getattr, field.split("."), config)  # raises AttributeError
