@@ -42,7 +42,42 @@ def from_mapping(kind: type[T], values: Any, where: str = "config") -> T:
             path = f"{where}.{name}".removeprefix("config.")
             raise ValueError(f"{where}.{name} does not exist; {suggest_field(name, fields, path=path)}")
         checked[name] = _checked(hints[name], value, f"{where}.{name}")
-    return kind(**checked)
+    try:
+        return kind(**checked)
+    except ValueError as error:
+        text = str(error)
+        if text.startswith("config."):
+            raise
+        raise ValueError(f"{where}.{text}" if re.match(r"\w+=", text) else f"{where}: {text}") from error
+
+
+def check_ranges(
+    config: Any,
+    where: str = "",
+    *,
+    at_least_0: tuple[str, ...] = (),
+    at_least_1: tuple[str, ...] = (),
+    above_0: tuple[str, ...] = (),
+) -> None:
+    """Checks that numeric fields of a config dataclass are in range; None is always in range.
+
+    Args:
+      config: the dataclass.
+      where: its name in the message; "" = the message begins with the field, and `from_mapping` adds the name.
+      at_least_0, at_least_1, above_0: names of fields.
+
+    Raises:
+      ValueError: a field is out of range, or not a number.
+    """
+    for names, wrong, wanted in (
+        (at_least_0, lambda value: not value >= 0, "0 or more"),
+        (at_least_1, lambda value: not value >= 1, "1 or more"),
+        (above_0, lambda value: not value > 0, "above 0"),
+    ):
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and wrong(value):
+                raise ValueError(f"{where}{'.' if where else ''}{name}={value} must be {wanted}.")
 
 
 _UNSUPPORTED = {

@@ -8,6 +8,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from absl import flags
@@ -15,6 +16,7 @@ from absl import flags
 from jax_rlhf.cli import run_flags
 from jax_rlhf.cli.packaged import packaged_configs
 from jax_rlhf.cli.reference import Field, all_fields, value_text
+from jax_rlhf.io.printable import printable
 
 _WIDTH = 100
 _HELP = re.compile(r"-h|--?help(short|full)?")
@@ -53,7 +55,14 @@ COMMANDS = {
 def run() -> None:
     """The console command: reads the subcommand from sys.argv, and runs it."""
     program, *arguments = sys.argv
-    name = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "run"
+    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "run"
+    if name not in COMMANDS:
+        print(
+            f"error: {printable(name)!r} is not a command; the commands are {', '.join(COMMANDS)}. "
+            f"{Path(program).name} --help lists them with their flags.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     if any(_HELP.fullmatch(argument) for argument in arguments):
         print(help_text() if name == "run" else command_help(name))
         return

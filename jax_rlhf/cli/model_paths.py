@@ -3,6 +3,7 @@ changed."""
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from jax_rlhf.config import RunConfig
 from jax_rlhf.data.config import PHASES
@@ -64,6 +65,45 @@ def _result(config: RunConfig, workdir: Path, phase: str, remedy: str) -> str:
     return str(workdir / phase / "model")
 
 
+class Input(NamedTuple):
+    """A checkpoint that a phase starts from, the head that it is loaded with, and what it is used for."""
+
+    path: str
+    revision: str | None
+    head: Literal["lm", "scalar"]
+    use: str
+
+
+def inputs_of(config: RunConfig, workdir: Path, phases: list[str]) -> list[Input]:
+    """The checkpoints that phases start from.
+
+    Args:
+      config: the settings of the run.
+      workdir: its folder.
+      phases: the phases that will run, or the one that is about to start.
+
+    Raises:
+      WorkdirError: the model of a phase that is not among them is missing.
+    """
+    training, policy, found = config.reward, config.model.revision, []
+    if "sft" in phases:
+        found.append(Input(config.model.required_path(), policy, "lm", "policy"))
+    elif "ppo" in phases or ("reward" in phases and (not training.start_from or training.normalize_rows > 0)):
+        found.append(Input(sft_model(config, workdir), policy, "lm", "policy"))
+    if "reward" in phases and training.start_from:
+        found.append(Input(training.start_from, training.start_revision, "scalar", "start"))
+    if "ppo" not in phases:
+        return found
+    path = config.reward_model.path if "reward" in phases else reward_model(config, workdir)
+    if path:
+        found.append(Input(path, config.reward_model.revision, "scalar", "reward"))
+    if config.critic.path:
+        found.append(Input(config.critic.path, config.critic.revision, "scalar", "critic"))
+    if config.reference.path:
+        found.append(Input(config.reference.path, config.reference.revision, "lm", "reference"))
+    return found
+
+
 def check_inputs(config: RunConfig, workdir: Path, phase: str, *, accept_changes: bool) -> list[str]:
     """Checks that the models which a phase starts from are as they were exported.
 
@@ -79,13 +119,7 @@ def check_inputs(config: RunConfig, workdir: Path, phase: str, *, accept_changes
     Raises:
       WorkdirError: a model is not what an earlier phase exported.
     """
-    training, paths = config.reward, [config.model.path] if phase == "sft" else []
-    if phase == "reward":
-        paths.append(training.start_from)
-    if phase == "ppo" or (phase == "reward" and (not training.start_from or training.normalize_rows > 0)):
-        paths.append(sft_model(config, workdir))
-    if phase == "ppo":
-        paths += [reward_model(config, workdir), config.reference.path, config.critic.path]
+    paths = [checkpoint.path for checkpoint in inputs_of(config, workdir, [phase])]
     return check_exported(paths, workdir, accept_changes=accept_changes)
 
 

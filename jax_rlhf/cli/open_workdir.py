@@ -89,24 +89,19 @@ def _changes(
         before, why = {}, "it is missing"
     except JSONFileError as error:
         before, why = {}, str(error)
-    former = next((path for path in _paths(before) if new_name(path)), None)
-    if former is not None:
-        what = (
-            f"{file} is of an earlier version of this program, in which config.{new_name(former)} was config.{former}"
-        )
-        if not accept_changes:
-            raise WorkdirError(
-                f"{what}. Take another --workdir (its models are found with --config.sft_model_path and "
-                "--config.reward_model.path), finish the run with that version, or continue with the given "
-                "settings: --accept_changes."
-            )
-        return f"{what}; the given settings are used. ", {}
+    earlier = _of_earlier_version(file, before, accept_changes=accept_changes)
+    if earlier:
+        return earlier, {}
     if not why:
         return "", dict(_differences(before, wanted))
     for phase in reversed(PHASES):
         found = last_notes(checkpoints_of(workdir / phase))
         if found is not None:
             step, notes = found
+            checkpoint = f"{checkpoints_of(workdir / phase)}/{step}"
+            earlier = _of_earlier_version(checkpoint, notes["config"], accept_changes=accept_changes)
+            if earlier:
+                return earlier, {}
             now = json.loads(json.dumps(dataclasses.asdict(run_config(config))))
             lost = (
                 f"{file} was lost ({why}); settings were compared with those in {phase}'s checkpoint of step {step}. "
@@ -118,6 +113,21 @@ def _changes(
             "continue with the given settings: --accept_changes."
         )
     return f"{file} was lost ({why}); the given settings are used. ", {}
+
+
+def _of_earlier_version(source: Path | str, settings: Mapping[str, Any], *, accept_changes: bool) -> str:
+    """A message if the settings have names of an earlier version; else empty."""
+    former = next((path for path in _paths(settings) if new_name(path)), None)
+    if former is None:
+        return ""
+    what = f"{source} is of an earlier version of this program, in which config.{new_name(former)} was config.{former}"
+    if not accept_changes:
+        raise WorkdirError(
+            f"{what}. Take another --workdir (its models are found with --config.sft_model_path and "
+            "--config.reward_model.path), finish the run with that version, or continue with the given "
+            "settings: --accept_changes."
+        )
+    return f"{what}; the given settings are used. "
 
 
 def _can_change(name: str, states: Mapping[str, str]) -> bool:

@@ -12,6 +12,12 @@ from ml_collections import ConfigDict
 
 from jax_rlhf.settings import new_name
 
+_NEW_IMPORTS = {
+    "jax_rlhf.phases": "from jax_rlhf.config import default_config",
+    "jax_rlhf.packaged": "from jax_rlhf.cli.packaged import packaged_config",
+}
+"""Modules that config files of earlier versions import → the import now."""
+
 
 def packaged_configs() -> dict[str, Path]:
     """The configs that come with the package: name → file."""
@@ -59,8 +65,11 @@ def error_text(file: Path, error: BaseException) -> str:
 
 def _new_name_in(error: BaseException) -> str:
     """A hint for an error that a config file of an earlier version causes; empty for other errors."""
-    if isinstance(error, ModuleNotFoundError) and error.name == "jax_rlhf.phases":
-        return "from jax_rlhf.config import default_config"
+    if isinstance(error, ModuleNotFoundError):
+        return _NEW_IMPORTS.get(error.name or "", "")
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    if "ml_collections" not in raised_in:  # not by a config, but by the file's own code
+        return ""
     key = re.search(r"[\"'](\w+)[\"']", str(error))
     if not isinstance(error, AttributeError | KeyError) or key is None:
         return ""

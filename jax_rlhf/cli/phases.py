@@ -53,9 +53,11 @@ def _sft(config: RunConfig, workdir: Path) -> Recipe:
 
 
 def _reward(config: RunConfig, workdir: Path) -> Recipe:
-    settings, ppo_settings = config.reward, config.ppo
-    path = settings.start_from or sft_model(config, workdir)
-    responses = None
+    settings, ppo_settings, model, responses = config.reward, config.ppo, config.model, None
+    if settings.start_from:
+        model = dataclasses.replace(model, path=settings.start_from, revision=settings.start_revision)
+    else:
+        model = dataclasses.replace(model, path=sft_model(config, workdir))
     if settings.normalize_rows:
         responses = Responses(
             policy=dataclasses.replace(config.model, path=sft_model(config, workdir)),
@@ -67,7 +69,7 @@ def _reward(config: RunConfig, workdir: Path) -> Recipe:
     return functools.partial(
         reward.run,
         config=settings,
-        model=dataclasses.replace(config.model, path=path, revision=settings.start_revision),
+        model=model,
         policy=config.model,
         responses=responses,
         data=config.data_of("reward"),

@@ -3,12 +3,12 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Literal, cast
 
 import jax
 from transformers import PreTrainedTokenizerBase
 
-from jax_rlhf.cli.model_paths import check_exported, reward_model, sft_model
+from jax_rlhf.cli.model_paths import check_exported, inputs_of, reward_model
 from jax_rlhf.config import RunConfig
 from jax_rlhf.data import DataError, Datasets, create_datasets
 from jax_rlhf.data.config import PHASES
@@ -16,14 +16,15 @@ from jax_rlhf.data.datasets import Phase
 from jax_rlhf.hub import Description, describe_pretrained, other_ids, response_end_ids, tokenizer_of
 from jax_rlhf.io.paths import local_path
 from jax_rlhf.models.config import DecoderConfig
-from jax_rlhf.optim.microbatches import plan_batch
 from jax_rlhf.optim.optimizer import learning_rate_schedule
 from jax_rlhf.parallel import create_layout
 from jax_rlhf.ppo.engine import check_roles, headless
 from jax_rlhf.ppo.resolve import resolve
-from jax_rlhf.ppo.train import named_functions, ptx_data
+from jax_rlhf.ppo.train import eval_functions, ptx_data, reward_functions
+from jax_rlhf.reward import train as reward
 from jax_rlhf.runtime.manifest import ManifestError, check_unused
 from jax_rlhf.runtime.workdir import WorkdirError, check_overwrite, status
+from jax_rlhf.sft import train as sft
 
 
 def check_run(config: RunConfig, workdir: Path, *, overwrite: bool, accept_changes: bool = False) -> list[str]:
@@ -62,19 +63,21 @@ def check_run(config: RunConfig, workdir: Path, *, overwrite: bool, accept_chang
         _check_overwrite(config, workdir)
     check_roles({role: getattr(config, role) for role in ("model", "reference", "critic", "reward_model")})
     path = config.model.required_path()
-    inputs = _inputs(config, workdir, phases)
+    inputs = inputs_of(config, workdir, phases)
     policy = describe_pretrained(path, revision=config.model.revision)
     if policy.tokenizer is None:
-        raise DataError(f"config.model.path={config.model.path} has no tokenizer; put its files into the same folder.")
+        raise DataError(f"config.model.path={config.model.path} has no tokenizer; add its files to the folder.")
     others = {
         field: describe_pretrained(path, revision=revision) for field, path, revision in _checkpoints(config) if path
     }
+    if (sft := others.get("sft_model_path")) is not None and sft.tokenizer is None:
+        raise DataError(f"config.sft_model_path={config.sft_model_path} has no tokenizer; add its files to the folder.")
     _check_layers(config, policy.config, phases, workdir)
     _check_vocabularies(config, policy.tokenizer, others)
     _check_positions(config, policy.config, phases, others)
     _check_batches(config, phases)
     _check_schedules(config, phases)
-    for function in named_functions((*config.ppo.reward.functions, *config.ppo.eval_functions), config.ppo):
+    for function in (*reward_functions(config.ppo), *eval_functions(config.ppo)):
         function.asks_for_special_tokens()  # with isolation, this finds functions that cannot be imported
     checked = _check_data(config, policy, phases, others)
     if jax.process_index() == 0:  # accepted changes are printed when a phase starts
@@ -96,13 +99,13 @@ def _check_data(
     invalid = [index for index in ends if not 0 <= index < policy.config.vocab_size]
     if invalid:
         raise ValueError(
-            f"the id {invalid[0]} ends an answer according to config.ppo.sampling.eos_ids, generation_config.json or "
+            f"the id {invalid[0]} ends a response according to config.ppo.sampling.eos_ids, generation_config.json or "
             f"the tokenizer, but the model's embedding has {policy.config.vocab_size} rows; set other ids with "
             "--config.ppo.sampling.eos_ids=…"
         )
     needed, checked = dict.fromkeys(phases), []
     if "reward" in phases and config.reward.normalize_rows:
-        needed["ppo"] = None  # scores are normalized on answers to its prompts
+        needed["ppo"] = None  # scores are normalised on responses to its prompts
     for phase in needed:
         models = [policy] if phase == "sft" else [policy, *others.values()]
         keywords = {"seed": config.seed, "eos_ids": ends, "eval_rows": config.eval_rows_of(phase)}
@@ -145,36 +148,6 @@ def _checkpoints(config: RunConfig) -> list[tuple[str, str | None, str | None]]:
         ("reward.start_from", config.reward.start_from, config.reward.start_revision),
         ("sft_model_path", config.sft_model_path, config.model.revision),
     ]
-
-
-class _Input(NamedTuple):
-    """A checkpoint that a phase starts from, the head that it is loaded with, and what it is used for."""
-
-    path: str
-    revision: str | None
-    head: Literal["lm", "scalar"]
-    use: str
-
-
-def _inputs(config: RunConfig, workdir: Path, phases: list[str]) -> list[_Input]:
-    """The checkpoints that the phases start from; results of phases that are not run must exist."""
-    training, policy, found = config.reward, config.model.revision, []
-    if "sft" in phases:
-        found.append(_Input(config.model.required_path(), policy, "lm", "policy"))
-    elif "ppo" in phases or ("reward" in phases and (not training.start_from or training.normalize_rows > 0)):
-        found.append(_Input(sft_model(config, workdir), policy, "lm", "policy"))
-    if "reward" in phases and training.start_from:
-        found.append(_Input(training.start_from, training.start_revision, "scalar", "start"))
-    if "ppo" not in phases:
-        return found
-    path = config.reward_model.path if "reward" in phases else reward_model(config, workdir)
-    if path:
-        found.append(_Input(path, config.reward_model.revision, "scalar", "reward"))
-    if config.critic.path:
-        found.append(_Input(config.critic.path, config.critic.revision, "scalar", "critic"))
-    if config.reference.path:
-        found.append(_Input(config.reference.path, config.reference.revision, "lm", "reference"))
-    return found
 
 
 def _check_tensors(path: str, revision: str | None, head: Literal["lm", "scalar"], use: str) -> None:
@@ -238,9 +211,8 @@ def _check_positions(
 ) -> None:
     """Checks that no row is longer than a learned table of positions, beyond which a model's outputs are NaN."""
     data, response = config.data, config.ppo.sampling.max_new_tokens
-    prompt = data.max_prompt_tokens if data.prompt_tokens is None else data.prompt_tokens
     wanted = {"sft": ("data.max_tokens", data.max_tokens), "reward": ("data.max_tokens", data.max_tokens)}
-    wanted["ppo"] = ("data.max_prompt_tokens + config.ppo.sampling.max_new_tokens", prompt + response)
+    wanted["ppo"] = ("data.max_prompt_tokens + config.ppo.sampling.max_new_tokens", data.prompt_width + response)
     normalizing = "reward" in phases and config.reward.normalize_rows > 0  # on responses to PPO's prompts
     models = [("model.path", policy, list(dict.fromkeys([*phases, "ppo"])) if normalizing else phases)]
     for field, described in others.items():
@@ -259,25 +231,19 @@ def _check_positions(
 def _check_batches(config: RunConfig, phases: list[str]) -> None:
     layout = create_layout(config.mesh, config.rollout_mesh)
     if "sft" in phases:
-        plan_batch(config.data.sft_batch_size, config.sft.microbatch_size, layout, where="config.sft")
+        sft.microbatches(config.sft, config.data.sft_batch_size, layout)
     if "reward" in phases:
-        training = config.reward
-        plan = plan_batch(config.data.reward_batch_size, training.microbatch_size, layout, where="config.reward")
-        if training.compare == "all" and plan.microbatches > 1:
-            raise ValueError(
-                'config.reward.compare="all" compares all answers of a batch: leave microbatch_size unset.'
-            )
+        reward.microbatches(config.reward, config.data.reward_batch_size, layout)
     if "ppo" in phases:
         resolve(config.ppo, config.data, layout)
 
 
 def _check_schedules(config: RunConfig, phases: list[str]) -> None:
     """Checks that schedules end after their warm-up, if the number of steps does not depend on the data."""
-    sft, reward = config.sft, config.reward
     ppo = config.ppo.with_schedule_ends() if "ppo" in phases else config.ppo
     for phase, field, steps, optimizer in (
-        ("sft", "sft.optimizer", sft.steps, sft.optimizer),
-        ("reward", "reward.optimizer", reward.steps, reward.optimizer),
+        ("sft", "sft.optimizer", config.sft.steps, config.sft.optimizer),
+        ("reward", "reward.optimizer", config.reward.steps, config.reward.optimizer),
         ("ppo", "ppo.actor.optimizer", ppo.actor.optimizer.total_steps, ppo.actor.optimizer),
         ("ppo", "ppo.critic.optimizer", ppo.critic.optimizer.total_steps, ppo.critic.optimizer),
     ):

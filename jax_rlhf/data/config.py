@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from jax_rlhf.settings import check_ranges
+
 PHASES = ("sft", "reward", "ppo")
 """In the order in which they run."""
 
@@ -95,15 +97,17 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         names = ("max_prompt_tokens", "max_tokens", "prompt_tokens", "eval_rows", "prefetch")
-        for name in (*names, "sft_batch_size", "reward_batch_size", "ppo_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be 1 or more.")
+        check_ranges(self, at_least_1=(*names, "sft_batch_size", "reward_batch_size", "ppo_batch_size"))
         if self.weights and len(self.weights) != len(self.paths):
             raise ValueError(f"there are {len(self.weights)} weights for {len(self.paths)} paths; set one per path.")
         if any(not weight > 0 for weight in self.weights):
             raise ValueError(f"weights={self.weights} must all be above 0; remove a path that should not be used.")
         shares(self.data_split)
+
+    @property
+    def prompt_width(self) -> int:
+        """The largest number of tokens of a prompt of PPO."""
+        return self.max_prompt_tokens if self.prompt_tokens is None else self.prompt_tokens
 
 
 def shares(data_split: str) -> tuple[float, float, float] | None:

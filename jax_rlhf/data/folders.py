@@ -17,7 +17,7 @@ from jax_rlhf.data.files import SUFFIXES, Numbered, kind_of, rows_of
 from jax_rlhf.io.json_files import JSONFileError, read_object
 from jax_rlhf.io.paths import is_name, lies_within
 
-datasets = lazy_loader.load("datasets")  # importing it takes 0.5 s
+datasets: Any = lazy_loader.load("datasets")  # importing it takes 0.5 s
 
 _CARDS = ("README.md", ".huggingface.yaml")
 _MOST_CARD = 2**20

@@ -14,7 +14,7 @@ from jax_rlhf.io.import_function import FORMS, NotAFunctionError, import_functio
 from jax_rlhf.io.json_files import JSONFileError, levels
 from jax_rlhf.io.paths import local_path
 
-datasets = lazy_loader.load("datasets")  # importing it takes 0.5 s
+datasets: Any = lazy_loader.load("datasets")  # importing it takes 0.5 s
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+(:[\w./-]+)?)?")
 
@@ -116,10 +116,9 @@ def imported(name: str, what: str) -> Callable:
     try:
         return import_function(name)
     except (ImportError, AttributeError, SystemExit) as error:
-        raise ValueError(
-            f"{what}={name!r} cannot be imported: {error!s}. Is the module's folder on PYTHONPATH? A file can be named "
-            "by its path, FILE.py:function."
-        ) from error
+        in_module = " Is the module's folder on PYTHONPATH? A file can be named by its path, FILE.py:function."
+        advice = "" if ".py:" in name else in_module
+        raise ValueError(f"{what}={name!r} cannot be imported: {str(error).rstrip('.')}.{advice}") from error
     except NotAFunctionError as error:
         raise ValueError(f"{what}={name!r}: {error}.") from error
 

@@ -227,8 +227,7 @@ def _within_reach(text: Texts, config: DataConfig, dropped: collections.Counter)
 
 def _longest_prompt(config: DataConfig) -> tuple[int, str]:
     """(the longest prompt of PPO in tokens, the reason for leaving out longer ones)."""
-    longest = config.max_prompt_tokens if config.prompt_tokens is None else config.prompt_tokens
-    return longest, f"a prompt longer than max_prompt_tokens={config.max_prompt_tokens}"
+    return config.prompt_width, f"a prompt longer than max_prompt_tokens={config.max_prompt_tokens}"
 
 
 def _completions(

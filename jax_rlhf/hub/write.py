@@ -46,7 +46,7 @@ def weight_files(
       (entries of each file, content of the index file); the index is None if there is one file.
     """
     files: list[list[_Entry]] = [[]]
-    entries = _entries(model, params, dtypes)
+    entries = _entries(model, dtypes)
     for entry in entries:
         if files[-1] and sum(other.bytes for other in files[-1]) + entry.bytes > max_shard_bytes:
             files.append([])
@@ -104,7 +104,7 @@ def _gathered(params: dict, entries: list[_Entry]) -> Iterator[tuple[_Entry, np.
         yield entry, entry.tensor.join(parts)
 
 
-def _entries(model: Decoder, params: dict, dtypes: dict) -> list[_Entry]:
+def _entries(model: Decoder, dtypes: dict) -> list[_Entry]:
     entries = []
     for tensor in hub_tensors(model):
         dtype = np.dtype(jnp.result_type(*{_leaf(dtypes, path) for path in tensor.leaves}))

@@ -28,7 +28,7 @@ def init_params(model: Decoder, key: PRNGKeyArray) -> Params:
 
 def abstract_params(model: Decoder) -> Params:
     """The result of `init_params` as `jax.ShapeDtypeStruct`s, without allocating it."""
-    return meta.unbox(_boxed(model))
+    return meta.unbox(_boxed(model))  # pyright: ignore[reportArgumentType]  # flax makes it hashable
 
 
 def logical_axes(model: Decoder) -> Params:
@@ -37,7 +37,7 @@ def logical_axes(model: Decoder) -> Params:
     Returns:
       A nested dict of `jax.sharding.PartitionSpec`; `parallel/layout.py` maps the names to mesh axes.
     """
-    return nn.get_partition_spec(_boxed(model))
+    return nn.get_partition_spec(_boxed(model))  # pyright: ignore[reportArgumentType]  # flax makes it hashable
 
 
 def compute_dtypes(model: Decoder) -> Params:

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from jax_rlhf.settings import check_ranges
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -37,6 +39,12 @@ class OptimizerConfig:
     """The dtype of Adam's first moment; "bfloat16" saves 2 bytes per parameter."""
 
     def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            above_0=("max_grad_norm",),
+            at_least_1=("total_steps",),
+            at_least_0=("learning_rate", "warmup_steps", "final_fraction", "beta1", "beta2", "eps", "weight_decay"),
+        )
         if self.schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f'schedule={self.schedule!r}; it must be "constant", "linear" or "cosine".')
         if self.eps_form not in ("pytorch", "tensorflow"):

@@ -43,6 +43,7 @@ def plan_batch(
     layout: Layout | None,
     *,
     where: str,
+    rows_field: str | None = None,
     num_minibatches: int = 1,
     tokens_per_row: int | None = None,
     platform: str = "cpu",
@@ -54,6 +55,7 @@ def plan_batch(
       microbatch_size: rows per microbatch; None = as `microbatch_rows` chooses.
       layout: the mesh; None = one device.
       where: the config section that has these fields, for messages.
+      rows_field: the config field that sets `rows`, for messages; None = the caller passed the batch.
       num_minibatches: optimizer steps per pass over the batch.
       tokens_per_row: the largest number of tokens per row, for `microbatch_rows`; None = by default a microbatch is the
         whole minibatch.
@@ -67,18 +69,20 @@ def plan_batch(
     divides = rows % num_minibatches == 0 and minibatch % shards == 0
     if divides and given is None:
         given = minibatch if tokens_per_row is None else microbatch_rows(minibatch, tokens_per_row, shards, platform)
-    if divides and given is not None and minibatch % given == 0 and given % shards == 0:
+    if divides and given is not None and given > 0 and minibatch % given == 0 and given % shards == 0:
         return BatchPlan(rows, num_minibatches, given)
     parts = f"{num_minibatches} minibatches × " if num_minibatches > 1 else ""
     if not divides:
+        batch = f"a batch of {rows} rows" if rows_field is None else f"{rows_field}={rows}"
         named = f"{where}.num_minibatches={num_minibatches} minibatches over " if parts else ""
         raise ValueError(
-            f"a batch of {rows} rows cannot be cut evenly into {named}the mesh's {shards} row shards (data × fsdp); "
+            f"{batch} cannot be cut evenly into {named}the mesh's {shards} row shards (data × fsdp); "
             f"give a multiple of {parts}{shards} row shards = {num_minibatches * shards} rows."
         )
     fits = [n for n in range(shards, minibatch + 1, shards) if minibatch % n == 0]
+    whole = "minibatch" if parts else "batch"
     raise ValueError(
-        f"{where}.microbatch_size={given} does not divide a minibatch of {minibatch} rows, or is no multiple "
+        f"{where}.microbatch_size={given} does not divide a {whole} of {minibatch} rows, or is no multiple "
         f"of the mesh's {shards} row shards (data × fsdp); sizes that do: {', '.join(map(str, fits))}."
     )
 

@@ -245,13 +245,12 @@ def _split_layout(layout: Layout, kept: int, extra: int) -> Layout:
     return Layout(mesh, tuple(rules), devices_per_machine=layout.devices_per_machine)
 
 
-def reshard_steps(layout: Layout, rollout: Layout) -> list[Layout]:
+def reshard_steps(rollout: Layout) -> list[Layout]:
     """The steps in which a weight moves from one layout to the other; XLA does each with one collective.
 
     In a single step XLA would first gather the whole weight on every device ("involuntary full rematerialization").
 
     Args:
-      layout: the layout for training.
       rollout: the result of `rollout_layout`.
 
     Returns:

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jax_rlhf.config import RunConfig
 from jax_rlhf.hub import Pretrained
 from jax_rlhf.hub.config import ModelConfig
 from jax_rlhf.hub.load_model import running
@@ -182,11 +181,6 @@ def export_program(
     _, leaf, stacked, dtype, made = max(tensors, key=lambda tensor: tensor[0])
     arguments = leaf, jax.ShapeDtypeStruct((), jnp.int32) if stacked else None, layout.sharding(()), dtype
     return [Program(phase, "export", take_replicated, arguments, resident, made, layout)]
-
-
-def prompt_width(config: RunConfig) -> int:
-    """P, the width of a batch of prompts in tokens."""
-    return config.data.prompt_tokens or config.data.max_prompt_tokens
 
 
 def device_bytes(tree: Any) -> float:

@@ -107,14 +107,14 @@ def _changes(settings: RunConfig, one: Account, devices: int) -> Iterator[dict[s
         "reward": settings.data.reward_batch_size,
         "ppo": settings.data.ppo_batch_size // settings.ppo.num_minibatches,
     }[one.phase]
-    if one.name not in ("rollout", "answers", "export"):
+    if one.name not in ("rollout", "responses", "export"):
         micro = getattr(settings, one.phase).microbatch_size or rows
         while micro > 1:
             micro //= 2
             yield {f"{one.phase}.microbatch_size": micro}
     if one.phase == "ppo":
         yield {"reference.offload": True, "reward_model.offload": True}
-    if one.name.startswith(("rollout", "answers")):
+    if one.name.startswith(("rollout", "responses")):
         for tensor in (2, 4, 8, 16):
             if devices % tensor == 0:
                 yield {"rollout_mesh.data": -1, "rollout_mesh.fsdp": 1, "rollout_mesh.tensor": tensor}

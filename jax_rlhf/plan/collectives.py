@@ -68,18 +68,6 @@ def collectives(hlo: str, *, devices: int, devices_per_machine: int | None = Non
     return list(_walk(computations, entry, 1, (devices, devices_per_machine or devices)))
 
 
-def computations_of(hlo: str) -> dict[str, list[str]]:
-    """Name → lines of each computation of a compiled program; `hlo` is `compiled.as_text()`."""
-    found: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in hlo.splitlines():
-        if (start := _COMPUTATION.match(line)) is not None:
-            lines = found[start[1]] = []
-        elif line.startswith("  "):
-            lines.append(line)
-    return found
-
-
 def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
     computations, entry, current = {}, "", None
     for line in hlo.splitlines():

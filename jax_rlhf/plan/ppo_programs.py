@@ -16,7 +16,6 @@ from jax_rlhf.plan.abstract import (
     as_saved,
     decode_bytes,
     export_program,
-    prompt_width,
     replicated,
     shard_rows,
     sharded_rows,
@@ -78,7 +77,7 @@ def _engine(config: RunConfig, layout: Layout) -> tuple[Models, Params]:
 def _settings(config: RunConfig, vocab_size: int, layout: Layout) -> PPOConfig:
     """PPO's settings, with arbitrary ids of special tokens, which do not affect shapes."""
     settings = resolve(config.ppo, config.data, layout, eos_ids=(vocab_size - 1,), pad_id=0)
-    plan = batch_plan(settings, config.data.ppo_batch_size, prompt_width(config), layout, layout.platform)
+    plan = batch_plan(settings, config.data.ppo_batch_size, config.data.prompt_width, layout, layout.platform)
     return dataclasses.replace(settings, microbatch_size=plan.microbatch_size)
 
 
@@ -90,7 +89,7 @@ def ppo_programs(config: RunConfig, layout: Layout) -> list[Program]:
     state = with_shardings(
         ppo_state.abstract_state(settings, trainable), ppo_state.state_shardings(settings, trainable, layout)
     )
-    rows, width = config.data.ppo_batch_size, prompt_width(config)
+    rows, width = config.data.ppo_batch_size, config.data.prompt_width
     tokens, mask = token_rows(layout, rows, width)
     ids, key = sharded_rows(layout, jnp.int32, rows), replicated(layout, jax.random.key(0))
     kl_coef, scores = replicated(layout, jnp.float32(0)), None

@@ -1,4 +1,4 @@
-"""The programs of SFT and of the reward model: training step, evaluation, sampling of answers, export."""
+"""The programs of SFT and of the reward model: training step, evaluation, sampling of responses, export."""
 
 import dataclasses
 import functools
@@ -22,7 +22,6 @@ from jax_rlhf.plan.abstract import (
     decode_bytes,
     export_program,
     joined,
-    prompt_width,
     replicated,
     shard_rows,
     sharded_rows,
@@ -85,8 +84,8 @@ def sft_programs(config: RunConfig, layout: Layout) -> list[Program]:
         sampling = Sampling(config.sft.sample_tokens, eos_ids=(pretrained.model.config.vocab_size - 1,))
         rows = config.sft.sample_rows + -config.sft.sample_rows % layout.num_shards("rows")
         whole, copied = joined(spec.network, phase.params, layout)
-        arguments, transient, read = _answers(pretrained.model, whole, rows, config, sampling, layout)
-        made.append(phase.program("answers", sample_program, arguments, (transient, copied), decode=read))
+        arguments, transient, read = _responses(pretrained.model, whole, rows, config, sampling, layout)
+        made.append(phase.program("responses", sample_program, arguments, (transient, copied), decode=read))
     return made + phase.export()
 
 
@@ -116,25 +115,25 @@ def _pairs(config: RunConfig, layout: Layout) -> PairBatch | PackedPairs:
 
 
 def _normalising(config: RunConfig, phase: _Phase, layout: Layout) -> list[Program]:
-    """Programs that sample answers of the SFT policy, which then is on the devices too, and that score the answers."""
-    answering, ppo, rows = policy(config, layout), config.ppo, config.data.ppo_batch_size
-    sampling = dataclasses.replace(ppo.sampling, eos_ids=(answering.model.config.vocab_size - 1,))
-    arguments, transient, read = _answers(answering.model, answering.params, rows, config, sampling, layout)
-    resident = phase.resident | {"parameters": (phase.state.trainable, phase.params.frozen, answering.params)}
-    answers = phase.program("answers", sample_program, arguments, transient, resident=resident, decode=read)
-    samples, width = shard_rows(sample_program.eval_shape(*arguments), layout), prompt_width(config)
+    """Programs that sample responses of the SFT policy, which then is on the devices too, and that score them."""
+    sampler, ppo, rows = policy(config, layout), config.ppo, config.data.ppo_batch_size
+    sampling = dataclasses.replace(ppo.sampling, eos_ids=(sampler.model.config.vocab_size - 1,))
+    arguments, transient, read = _responses(sampler.model, sampler.params, rows, config, sampling, layout)
+    resident = phase.resident | {"parameters": (phase.state.trainable, phase.params.frozen, sampler.params)}
+    responses = phase.program("responses", sample_program, arguments, transient, resident=resident, decode=read)
+    samples, width = shard_rows(sample_program.eval_shape(*arguments), layout), config.data.prompt_width
     mask = sharded_rows(layout, jnp.bool_, *samples.tokens.shape)
     groups = rows // batch_plan(ppo, rows, width, layout, layout.platform).microbatch_size
     scored = phase.spec.network, groups, phase.params, samples.tokens, mask
-    scores = phase.program("answers' scores", calibration.batch_text_scores, scored, (samples, mask), resident=resident)
-    return [answers, scores]
+    scores = phase.program("response scores", calibration.batch_text_scores, scored, (samples, mask), resident=resident)
+    return [responses, scores]
 
 
-def _answers(
+def _responses(
     model: Decoder, params: Params, rows: int, config: RunConfig, sampling: Sampling, layout: Layout
 ) -> tuple[tuple, Any, float]:
     """(arguments of the sampler, those that are on the devices for it only, bytes that decoding reads)."""
-    width = prompt_width(config)
+    width = config.data.prompt_width
     tokens, mask = token_rows(layout, rows, width)
     key, ids = replicated(layout, jax.random.key(0)), sharded_rows(layout, jnp.int32, rows)
     arguments = (model, params, Prompts(tokens, mask, ids, columns=None), key, sampling)
@@ -152,7 +151,8 @@ def policy(config: RunConfig, layout: Layout) -> Pretrained:
 def reward_model(config: RunConfig, layout: Layout) -> Pretrained:
     """The model with which the training of the reward model starts."""
     settings, layers, models = config.reward, config.reward.num_layers, []
-    pretrained = abstract_model(dataclasses.replace(config.model, path=settings.start_from), "lm", layout)
+    start = dataclasses.replace(config.model, path=settings.start_from, revision=settings.start_revision)
+    pretrained = abstract_model(start, "lm", layout)
     pretrained = pretrained or policy(config, layout)
 
     def cut(params: Any) -> Any:

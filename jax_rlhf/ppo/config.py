@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Literal
 
 from jax_rlhf.hub.config import ModelConfig
 from jax_rlhf.optim.config import OptimizerConfig
 from jax_rlhf.sampling.config import Sampling
+from jax_rlhf.settings import check_ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class KLConfig:
     """The time constant of the adaptation, in episodes."""
 
     def __post_init__(self) -> None:
-        _check(self, "config.ppo.kl", at_least_0=("coef",), above_0=("target", "horizon"))
+        check_ranges(self, "config.ppo.kl", at_least_0=("coef",), above_0=("target", "horizon"))
         if self.target is not None and not self.coef > 0:
             raise ValueError(
                 f"config.ppo.kl.target={self.target} multiplies config.ppo.kl.coef by factors: start it above 0."
@@ -81,7 +82,7 @@ class RewardSourceConfig:
     """The score of those responses, in place of the sum of all functions."""
 
     def __post_init__(self) -> None:
-        _check(self, "config.ppo.reward", at_least_0=("clip", "retries"), above_0=("timeout", "memory_gb"))
+        check_ranges(self, "config.ppo.reward", at_least_0=("clip", "retries"), above_0=("timeout", "memory_gb"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +113,7 @@ class LossConfig:
     data."""
 
     def __post_init__(self) -> None:
-        _check(
+        check_ranges(
             self,
             "config.ppo.loss",
             at_least_0=("clip_range", "clip_range_high", "value_clip_range", "ptx_coef"),
@@ -157,7 +158,7 @@ class CriticTrainingConfig:
     """Iterations at the start in which only the critic is trained. Adaptive coefficients do not change meanwhile."""
 
     def __post_init__(self) -> None:
-        _check(self, "config.ppo.critic", at_least_0=("warmup_iterations",))
+        check_ranges(self, "config.ppo.critic", at_least_0=("warmup_iterations",))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,7 +179,7 @@ class LimitsConfig:
     """The factor of `action="lower_lr"`."""
 
     def __post_init__(self) -> None:
-        _check(self, "config.ppo.limits", above_0=("target_kl", "kl"))
+        check_ranges(self, "config.ppo.limits", above_0=("target_kl", "kl"))
         if self.ratio is not None and not self.ratio >= 2:
             raise ValueError(f"config.ppo.limits.ratio={self.ratio} must be 2 or more.")
         if not 0 < self.lr_factor < 1:
@@ -187,7 +188,8 @@ class LimitsConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PPOConfig:
-    """The PPO phase. `PPOTrainer` reads all but `iterations`, `eval_…`, `sample_rows` and `reward.functions`."""
+    """The PPO phase. `PPOTrainer` ignores `iterations`, `eval_…` and `sample_rows`, and takes functions as an argument
+    instead of `reward.functions`."""
 
     iterations: int = 100
     """Iterations; each samples responses to `data.ppo_batch_size` prompts and updates actor and critic."""
@@ -238,7 +240,7 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         at_least_1 = ("ppo_epochs", "num_minibatches", "microbatch_size", "logprob_chunk", "iterations", "eval_rows")
-        _check(self, "config.ppo", at_least_1=at_least_1, at_least_0=("eval_every", "sample_rows"))
+        check_ranges(self, "config.ppo", at_least_1=at_least_1, at_least_0=("eval_every", "sample_rows"))
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"config.ppo.{name}={getattr(self, name)} must lie between 0 and 1.")
@@ -263,23 +265,3 @@ class PPOConfig:
             actor=dataclasses.replace(self.actor, optimizer=actor),
             critic=dataclasses.replace(self.critic, optimizer=critic),
         )
-
-
-def _check(
-    config: Any,
-    where: str,
-    *,
-    at_least_0: tuple[str, ...] = (),
-    at_least_1: tuple[str, ...] = (),
-    above_0: tuple[str, ...] = (),
-) -> None:
-    """Raises ValueError if a field is out of range; None is always in range."""
-    for names, wrong, wanted in (
-        (at_least_0, lambda value: not value >= 0, "0 or more"),
-        (at_least_1, lambda value: not value >= 1, "1 or more"),
-        (above_0, lambda value: not value > 0, "above 0"),
-    ):
-        for name in names:
-            value = getattr(config, name)
-            if value is not None and wrong(value):
-                raise ValueError(f"{where}.{name}={value} must be {wanted}.")

@@ -32,7 +32,7 @@ def resolve(
     Raises:
       ValueError: the sizes do not divide, or the SFT batch cannot be spread over the microbatches; says which would.
     """
-    given, width = config.sampling, data.max_prompt_tokens if data.prompt_tokens is None else data.prompt_tokens
+    given, width = config.sampling, data.prompt_width
     sampling = dataclasses.replace(
         given,
         eos_ids=eos_ids if given.eos_ids is None else given.eos_ids,
@@ -40,7 +40,8 @@ def resolve(
     )
     config = dataclasses.replace(config.with_schedule_ends(), sampling=sampling)
     platform = jax.default_backend() if layout is None else layout.platform
-    micro = batch_plan(config, data.ppo_batch_size, width, layout, platform).microbatch_size
+    rows_field = "config.data.ppo_batch_size"
+    micro = batch_plan(config, data.ppo_batch_size, width, layout, platform, rows_field=rows_field).microbatch_size
     if not config.loss.ptx_coef:
         return config
     groups = data.ppo_batch_size // micro
@@ -53,7 +54,15 @@ def resolve(
     return dataclasses.replace(config, microbatch_size=micro)
 
 
-def batch_plan(config: PPOConfig, rows: int, prompt_tokens: int, layout: Layout | None, platform: str) -> BatchPlan:
+def batch_plan(
+    config: PPOConfig,
+    rows: int,
+    prompt_tokens: int,
+    layout: Layout | None,
+    platform: str,
+    *,
+    rows_field: str | None = None,
+) -> BatchPlan:
     """How the rows of an iteration are cut.
 
     Args:
@@ -62,6 +71,7 @@ def batch_plan(config: PPOConfig, rows: int, prompt_tokens: int, layout: Layout 
       prompt_tokens: P.
       layout: the mesh; None = one device.
       platform: "cpu", "gpu" or "tpu".
+      rows_field: the config field that sets `rows`, for messages; None = the caller passed the batch.
 
     Returns:
       The plan.
@@ -74,6 +84,7 @@ def batch_plan(config: PPOConfig, rows: int, prompt_tokens: int, layout: Layout 
         config.microbatch_size,
         layout,
         where="config.ppo",
+        rows_field=rows_field,
         num_minibatches=config.num_minibatches,
         tokens_per_row=prompt_tokens + config.sampling.max_new_tokens,
         platform=platform,

@@ -56,8 +56,8 @@ def run(
     phase.logger.info(f"loading {' and '.join(paths)}")
     engine = RLHFEngine.create(roles, layout)  # actor, reference, critic, reward
     config = resolve(config, data, engine.layout, pad_id=pad_id(tokenizer_of(engine), data))
-    trainer = PPOTrainer(engine, config, reward_functions=named_functions(config.reward.functions, config))
-    judges = named_functions(config.eval_functions, config)
+    trainer = PPOTrainer(engine, config, reward_functions=reward_functions(config))
+    judges = eval_functions(config)
     prompts = phase.create_datasets(
         data,
         tokenizer_of(engine),
@@ -140,22 +140,27 @@ def _pretraining_batch(texts: Datasets | None, iteration: int) -> Batch | None:
     return Batch(batch.tokens, batch.mask)
 
 
-def named_functions(names: Sequence[str], config: PPOConfig) -> list[RewardFunction]:
-    """Reward functions by their names. With `isolation="process"` only their own processes import them.
-
-    Args:
-      names: "package.module:function" or "FILE.py:function" each.
-      config: how they are called.
+def reward_functions(config: PPOConfig) -> list[RewardFunction]:
+    """The functions of `config.ppo.reward.functions`. With `isolation="process"` only their own processes import them.
 
     Raises:
       ValueError: there is no function of that name.
     """
+    return _named(config.reward.functions, "config.ppo.reward.functions", config)
+
+
+def eval_functions(config: PPOConfig) -> list[RewardFunction]:
+    """The functions of `config.ppo.eval_functions`; as `reward_functions`."""
+    return _named(config.eval_functions, "config.ppo.eval_functions", config)
+
+
+def _named(names: Sequence[str], field: str, config: PPOConfig) -> list[RewardFunction]:
     reward = config.reward
     limits = {"timeout": reward.timeout, "isolation": reward.isolation, "memory_gb": reward.memory_gb}
     functions = []
     for name in names:
         isolated = reward.isolation == "process"
-        function = checked_name(name, "config.ppo") if isolated else imported(name, "config.ppo")
+        function = checked_name(name, field) if isolated else imported(name, field)
         functions.append(RewardFunction(function, name=name.rpartition(":")[2], **limits))
     return functions
 

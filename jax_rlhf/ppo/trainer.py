@@ -79,6 +79,11 @@ class PPOTrainer:
             raise ValueError("reward functions score texts, but the actor has no tokenizer to decode responses.")
         self.engine = engine
         self.config = _with_ids(from_mapping(PPOConfig, config or {}, "config.ppo"), engine)
+        if self.config.reward.functions and not functions:
+            raise ValueError(
+                "config.ppo.reward.functions names functions, which only the command line imports: pass them as "
+                "reward_functions."
+            )
         self.reward_functions = tuple(
             f if f.timeout else dataclasses.replace(f, timeout=self.config.reward.timeout) for f in functions
         )
@@ -205,12 +210,13 @@ class PPOTrainer:
     def _check_texts(self, texts: Batch | None, groups: int) -> None:
         if (texts is not None) != (self.config.loss.ptx_coef > 0):
             raise ValueError(
-                f"ptx_coef={self.config.loss.ptx_coef}, but pretraining rows are "
+                f"config.ppo.loss.ptx_coef={self.config.loss.ptx_coef}, but pretraining rows are "
                 f"{'missing' if texts is None else 'given'}: the pretraining loss needs both or neither."
             )
         if texts is not None and len(texts.tokens) % groups:
             raise ValueError(
-                f"{len(texts.tokens)} pretraining rows cannot be spread over {groups} microbatches; give a multiple."
+                f"{len(texts.tokens)} pretraining rows (config.ppo.loss.ptx_coef > 0) cannot be spread over {groups} "
+                f"microbatches; give a multiple of {groups} rows."
             )
 
     def _describe_bad_scores(self, experience: Experience) -> str:

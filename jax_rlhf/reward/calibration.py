@@ -13,7 +13,7 @@ from jax import Array
 from jax_rlhf.data import DataConfig, create_datasets
 from jax_rlhf.hub import Pretrained, decode, tokenizer_of
 from jax_rlhf.hub.config import ModelConfig
-from jax_rlhf.hub.load_model import load_model, sampled_ids
+from jax_rlhf.hub.load_model import sampled_ids
 from jax_rlhf.models import model_jit
 from jax_rlhf.models.decoder import Params
 from jax_rlhf.models.split import SplitModel, SplitParams, text_scores
@@ -47,12 +47,18 @@ class Responses:
 
 
 def policy_scores(
-    training: SupervisedTraining, responses: Responses, data: DataConfig, ends: tuple[int, ...], seed: int
+    training: SupervisedTraining,
+    policy: Pretrained,
+    responses: Responses,
+    data: DataConfig,
+    ends: tuple[int, ...],
+    seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Samples and scores the responses, and logs them as samples.
 
     Args:
       training: the reward phase.
+      policy: the model of `responses.policy`.
       responses: what to sample.
       data: the run's data.
       ends: ids of the tokens that end a response.
@@ -62,7 +68,6 @@ def policy_scores(
       (scores float32[N], ended bool[N]: whether the response has its EOS).
     """
     phase, layout, network = training.phase, training.layout, training.spec.network
-    policy = load_model(responses.policy, "lm", layout)
     prompts = create_datasets(data, tokenizer_of(policy), "ppo", seed=seed, eval_rows=responses.eval_rows, mesh=layout)
     common = sampled_ids(policy.model.config, policy.tokenizer, network.model.config.vocab_size)
     policy = dataclasses.replace(policy, model=policy.model.clone(config=common))

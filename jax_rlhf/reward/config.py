@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from jax_rlhf.optim.config import OptimizerConfig
+from jax_rlhf.settings import check_ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,17 @@ class RewardConfig:
     """The optimizer."""
 
     def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            above_0=("epochs", "head_learning_rate"),
+            at_least_1=("steps", "microbatch_size", "num_layers"),
+            at_least_0=("eval_every", "normalize_rows", "trainable_layers"),
+        )
+        if self.start_revision is not None and self.start_from is None:
+            raise ValueError(
+                f"start_revision={self.start_revision} is set without config.reward.start_from; the revision of the "
+                "SFT model is config.model.revision."
+            )
         if self.loss == "token" and self.compare == "all":
             raise ValueError(
                 'config.reward: loss="token" compares the two answers of a pair, token by token; '

@@ -78,8 +78,9 @@ def run(
     if responses is not None:
         phase.stop.check()
         phase.logger.info(f"scoring {responses.count} responses of the SFT policy, to normalise scores")
+        sampler = load_model(responses.policy, "lm", layout)
         with phase.watchdog:
-            found = calibration(*policy_scores(training, responses, data, ends, seed))
+            found = calibration(*policy_scores(training, sampler, responses, data, ends, seed))
         save(**found)
         result |= found
     return phase.finish(result)
@@ -108,16 +109,28 @@ def training_spec(config: RewardConfig, model: Decoder, batch_size: int, steps: 
     Raises:
       ValueError: the batch does not divide into the configured microbatches.
     """
-    plan = plan_batch(batch_size, config.microbatch_size, model.config.layout, where="config.reward")
-    if config.compare == "all" and plan.microbatches > 1:
-        raise ValueError('config.reward.compare="all" compares within a whole batch: no microbatch_size.')
     return TrainingSpec(
         network=SplitModel(model, config.trainable_layers),
         loss=RewardLoss(config.loss, config.compare),
         optimizer=config.optimizer.with_end(steps),
         head_learning_rate=config.head_learning_rate,
-        microbatches=plan.microbatches,
+        microbatches=microbatches(config, batch_size, model.config.layout),
     )
+
+
+def microbatches(config: RewardConfig, batch_size: int, layout: Layout | None) -> int:
+    """The number of microbatches per batch.
+
+    Raises:
+      ValueError: the batch does not divide into the configured microbatches, or must be compared as a whole.
+    """
+    rows_field = "config.data.reward_batch_size"
+    plan = plan_batch(batch_size, config.microbatch_size, layout, where="config.reward", rows_field=rows_field)
+    if config.compare == "all" and plan.microbatches > 1:
+        raise ValueError(
+            'config.reward.compare="all" compares all answers of a batch: leave config.reward.microbatch_size unset.'
+        )
+    return plan.microbatches
 
 
 def _evaluate(training: SupervisedTraining, step: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ _TRL = ("prompts", "completions", "completion_ids")
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
+class RewardInputs:
     """A batch of B responses for reward functions to score.
 
     Attributes:
@@ -39,7 +39,7 @@ class Answers:
         return len(self.responses)
 
 
-def arguments(function: Callable, answers: Answers) -> tuple[tuple, dict[str, Any]]:
+def arguments(function: Callable, inputs: RewardInputs) -> tuple[tuple, dict[str, Any]]:
     """The arguments of a reward function. They are copies, which the function may modify.
 
     A function with a parameter `completions`, with `completion_ids` as its first, or with nothing but **, is called as
@@ -54,7 +54,7 @@ def arguments(function: Callable, answers: Answers) -> tuple[tuple, dict[str, An
 
     Args:
       function: the reward function.
-      answers: the responses to score.
+      inputs: the responses to score.
 
     Returns:
       (positional arguments, keyword arguments).
@@ -62,22 +62,22 @@ def arguments(function: Callable, answers: Answers) -> tuple[tuple, dict[str, An
     parameters = _parameters(function)
     named = [name for name, parameter in parameters.items() if parameter.kind in _NAMED]
     takes_all = not parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    columns = {name: copy.deepcopy(list(values)) for name, values in answers.columns.items()}
-    extras: dict[str, Any] = {"completion_ids": [list(ids) for ids in answers.completion_ids or ()] or None}
-    texts = answers.with_special_tokens or (answers.prompts, answers.responses)
+    columns = {name: copy.deepcopy(list(values)) for name, values in inputs.columns.items()}
+    extras: dict[str, Any] = {"completion_ids": [list(ids) for ids in inputs.completion_ids or ()] or None}
+    texts = inputs.with_special_tokens or (inputs.prompts, inputs.responses)
     special = {name: list(some) for name, some in zip(_WITH_SPECIAL, texts, strict=True) if name in named}
     columns |= special
     if has_trl_signature(function):
-        prompts, completions = _conversations(answers)
+        prompts, completions = _conversations(inputs)
         keywords = columns | {"prompts": prompts, "completions": completions} | extras
         return (), keywords if takes_all else {name: value for name, value in keywords.items() if name in named}
     positional = [name for name, parameter in parameters.items() if parameter.kind in _BY_POSITION][:2]
     keywords = {name: values for name, values in columns.items() if name not in positional}
-    extras["messages"] = copy.deepcopy(list(answers.chats or [None] * len(answers)))
+    extras["messages"] = copy.deepcopy(list(inputs.chats or [None] * len(inputs)))
     keywords |= {name: value for name, value in extras.items() if name in named}
     if not takes_all:
         keywords = {name: value for name, value in keywords.items() if name in named}
-    return (list(answers.prompts), list(answers.responses)), keywords
+    return (list(inputs.prompts), list(inputs.responses)), keywords
 
 
 def has_trl_signature(function: Callable) -> bool:
@@ -115,11 +115,11 @@ def _parameters(function: Callable) -> Mapping[str, inspect.Parameter]:
         return {}
 
 
-def _conversations(answers: Answers) -> tuple[list, list]:
+def _conversations(inputs: RewardInputs) -> tuple[list, list]:
     """Prompts and completions in TRL's format: messages for chats, and the whole turn for a continued turn."""
-    prompts, completions, count = [], [], len(answers)
-    chats, continued = answers.chats or [None] * count, answers.continued or [False] * count
-    for prompt, response, chat, continues in zip(answers.prompts, answers.responses, chats, continued, strict=True):
+    prompts, completions, count = [], [], len(inputs)
+    chats, continued = inputs.chats or [None] * count, inputs.continued or [False] * count
+    for prompt, response, chat, continues in zip(inputs.prompts, inputs.responses, chats, continued, strict=True):
         if chat is None:
             prompts.append(prompt)
             completions.append(response)

@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 
 from jax_rlhf.io.printable import printable
-from jax_rlhf.rewards.calling import Answers, arguments, asks_for_special_tokens, describe_call
+from jax_rlhf.rewards.calling import RewardInputs, arguments, asks_for_special_tokens, describe_call
 from jax_rlhf.rewards.isolation import IsolatedFunction, IsolationError
 
 ScoreTexts = Callable[..., Sequence[float] | np.ndarray]
@@ -113,14 +113,14 @@ class RewardFunction:
         Raises:
           RewardError: it raised an exception, took too long, or did not return B finite numbers (or Nones).
         """
-        scores, given = self.score(Answers(prompts, responses, columns))
+        scores, given = self.score(RewardInputs(prompts, responses, columns))
         return np.where(given, scores, np.float32(math.nan))
 
-    def score(self, answers: Answers) -> tuple[np.ndarray, np.ndarray]:
+    def score(self, inputs: RewardInputs) -> tuple[np.ndarray, np.ndarray]:
         """Scores B responses.
 
         Args:
-          answers: the responses.
+          inputs: the responses.
 
         Returns:
           (scores, given): float32[B], weighted, 0 where the function returned None; bool[B], whether it returned a
@@ -129,17 +129,17 @@ class RewardFunction:
         Raises:
           RewardError: as for `__call__`.
         """
-        name, count = self.title, len(answers)
-        prompts, responses = list(answers.prompts), list(answers.responses)
+        name, count = self.title, len(inputs)
+        prompts, responses = list(inputs.prompts), list(inputs.responses)
         try:
-            returned = self._called(answers, responses)
+            returned = self._called(inputs, responses)
             given = np.array([value is not None for value in returned]) if _is_list(returned) else np.ones(count, bool)
             scores = np.asarray(returned, dtype=np.float32)
         except RewardError:
             raise
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            form = name if isinstance(self.function, str) else describe_call(self.function, name, answers.columns)
+            form = name if isinstance(self.function, str) else describe_call(self.function, name, inputs.columns)
             raise RewardError(
                 f"reward function {name!r} failed, or did not return numbers: {type(error).__name__}: "
                 f"{printable(_text_of(error), 400)} ({frame.filename}, line {frame.lineno}). It is called as {form} "
@@ -162,16 +162,16 @@ class RewardFunction:
             raise error
         return scores, given
 
-    def _called(self, answers: Answers, responses: list[str]) -> Any:
+    def _called(self, inputs: RewardInputs, responses: list[str]) -> Any:
         """Calls the function, in this process or in its own."""
         if self.isolation == "process":
             try:
-                return self._in_its_process(answers, self.timeout)
+                return self._in_its_process(inputs, self.timeout)
             except IsolationError as error:
-                raise self._failure(error, f" for {len(answers)} responses; the first was {responses[0]!r}") from error
+                raise self._failure(error, f" for {len(inputs)} responses; the first was {responses[0]!r}") from error
         function = self.function
         assert not isinstance(function, str)
-        positional, keywords = arguments(function, answers)
+        positional, keywords = arguments(function, inputs)
         call = lambda: _awaited(function(*positional, **keywords))  # noqa: E731
         return _in_time(call, self.timeout, self.title, responses)
 
@@ -261,18 +261,18 @@ def _in_time(call: Callable[[], Any], timeout: float | None, name: str, response
         raise RewardError(
             f"reward function {name!r}: {_HANGING} calls have not returned, so no further call is started."
         )
-    answers: queue.SimpleQueue = queue.SimpleQueue()
+    results: queue.SimpleQueue = queue.SimpleQueue()
 
     def run() -> None:
         try:
-            answers.put((call(), None))
+            results.put((call(), None))
         except BaseException as error:  # also SystemExit: the function must not end the run
-            answers.put((None, error))
+            results.put((None, error))
 
     # A daemon thread, because Python does not wait for it at exit.
     threading.Thread(target=run, name=title, daemon=True).start()
     try:
-        value, error = answers.get(timeout=timeout)
+        value, error = results.get(timeout=timeout)
     except queue.Empty:
         late = RewardError(
             f"reward function {name!r} took more than {timeout:g} seconds for {len(responses)} responses; the "
@@ -355,14 +355,14 @@ def score_texts(
     if not responses:  # one of several processes may own no rows
         return np.zeros(0, np.float32)
     on_failure, failures = on_failure or OnFailure(), Failures() if failures is None else failures
-    answers = Answers(prompts, responses, columns, completion_ids, chats, continued, with_special_tokens)
-    scored = [_score_with_retries(function, answers, on_failure, failures) for function in functions]
+    inputs = RewardInputs(prompts, responses, columns, completion_ids, chats, continued, with_special_tokens)
+    scored = [_score_with_retries(function, inputs, on_failure, failures) for function in functions]
     total = np.sum([scores for scores, _ in scored], axis=0, dtype=np.float32)  # [B]
     nobody = ~np.any([given for _, given in scored], axis=0)  # [B], no function returned a number
     if unscored is None and nobody.any():
         row, names = int(np.flatnonzero(nobody)[0]), ", ".join(function.title for function in functions)
         message = (
-            f"{names} returned None for {int(nobody.sum())} of {len(answers)} responses, which therefore have no "
+            f"{names} returned None for {int(nobody.sum())} of {len(inputs)} responses, which therefore have no "
             f"score; first for row {row}: prompt {prompts[row]!r}, response {responses[row]!r}."
         )
         if on_failure.then == "fatal":
@@ -376,12 +376,12 @@ def score_texts(
 
 
 def _score_with_retries(
-    function: RewardFunction, answers: Answers, on_failure: OnFailure, failures: Failures
+    function: RewardFunction, inputs: RewardInputs, on_failure: OnFailure, failures: Failures
 ) -> tuple[np.ndarray, np.ndarray]:
     """The result of `function.score`; after a failure that is not fatal, NaN for responses without a valid score."""
     for attempt in range(on_failure.retries + 1):
         try:
-            return function.score(answers)
+            return function.score(inputs)
         except RewardError as error:
             failures.failed_calls += 1
             failures.timeouts += error.timed_out
@@ -392,7 +392,7 @@ def _score_with_retries(
                 raise
             logging.warning("%s The responses without a score get %g.", error, on_failure.score)
             if error.scores is None or error.given is None:
-                return np.full(len(answers), math.nan, np.float32), np.ones(len(answers), bool)
+                return np.full(len(inputs), math.nan, np.float32), np.ones(len(inputs), bool)
             return error.scores, error.given
         finally:
             failures.calls += 1

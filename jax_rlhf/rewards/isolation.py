@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from jax_rlhf.io.printable import printable
 from jax_rlhf.rewards import worker
-from jax_rlhf.rewards.calling import Answers
+from jax_rlhf.rewards.calling import RewardInputs
 
 _POLL_SECONDS = 0.5  # the process is polled, since its children may keep its socket open after it has ended
 _END = 10.0  # seconds in which the process must end all that the function has started
@@ -73,11 +73,11 @@ class IsolatedFunction:
                 self._start(timeout)
             return bool(self._special)
 
-    def __call__(self, answers: Answers, timeout: float | None) -> Any:
+    def __call__(self, inputs: RewardInputs, timeout: float | None) -> Any:
         """Calls the function.
 
         Args:
-          answers: the responses to score.
+          inputs: the responses to score.
           timeout: the longest duration in seconds; None = no limit.
 
         Returns:
@@ -87,7 +87,7 @@ class IsolatedFunction:
           IsolationError: the function raised an exception or took too long, or its process ended.
         """
         try:
-            content = worker.encode({field.name: getattr(answers, field.name) for field in dataclasses.fields(answers)})
+            content = worker.encode({field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)})
         except TypeError as error:
             raise IsolationError(f"a column of the data cannot be passed to it: {error}") from error
         with self._one_at_a_time:
@@ -95,7 +95,7 @@ class IsolatedFunction:
                 self._start(timeout)
             deadline = None if timeout is None else time.monotonic() + timeout
             self._send(content, deadline)
-            reply = self._receive("returned", _GREETING + _SCORE * len(answers), deadline)
+            reply = self._receive("returned", _GREETING + _SCORE * len(inputs), deadline)
         if "error" in reply:
             raise IsolationError(str(reply["error"]))
         return reply["returned"]

@@ -164,9 +164,9 @@ def _serve(connection: socket.socket, name: str, memory: int) -> None:
         _send(connection, {"error": f"cannot be imported: {_describe(error)}"})
         return
     while True:
-        answers = calling.Answers(**decode(_receive(connection)))
+        inputs = calling.RewardInputs(**decode(_receive(connection)))
         try:
-            positional, keywords = calling.arguments(function, answers)
+            positional, keywords = calling.arguments(function, inputs)
             reply = {"returned": _plain(_awaited(function(*positional, **keywords)))}
         except BaseException as error:  # also SystemExit
             reply = {"error": _describe(error)}

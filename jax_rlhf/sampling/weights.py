@@ -38,7 +38,7 @@ def reshard(model: Decoder, params: Any, axes: Any) -> tuple[Decoder, Any]:
     layout = sampling_layout(model.config)
     steps = [None]
     if layout is not None and model.config.layout is not None:
-        steps = reshard_steps(model.config.layout, layout)
+        steps = reshard_steps(layout)
 
     def move(spec: PartitionSpec, leaf: Float[Array, "..."]) -> Float[Array, "..."]:
         leaf = leaf if spec in NORM_AXES else leaf.astype(model.config.dtype)

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from jax_rlhf.optim.config import OptimizerConfig
+from jax_rlhf.settings import check_ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,3 +27,11 @@ class SFTConfig:
     """The longest of these responses, in tokens."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=2e-5))
     """The optimizer."""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            above_0=("epochs",),
+            at_least_1=("steps", "microbatch_size", "sample_tokens"),
+            at_least_0=("eval_every", "sample_rows"),
+        )

@@ -96,13 +96,24 @@ def training_spec(
     Raises:
       ValueError: the batch does not divide into the configured microbatches.
     """
-    plan = plan_batch(batch_size, config.microbatch_size, model.config.layout, where="config.sft")
     return TrainingSpec(
         network=SplitModel(model, trainable_layers),
         loss=SFTLoss(config.loss_on),
         optimizer=config.optimizer.with_end(steps),
-        microbatches=plan.microbatches,
+        microbatches=microbatches(config, batch_size, model.config.layout),
     )
+
+
+def microbatches(config: SFTConfig, batch_size: int, layout: Layout | None) -> int:
+    """The number of microbatches per batch.
+
+    Raises:
+      ValueError: the batch does not divide into the configured microbatches.
+    """
+    rows_field = "config.data.sft_batch_size"
+    return plan_batch(
+        batch_size, config.microbatch_size, layout, where="config.sft", rows_field=rows_field
+    ).microbatches
 
 
 def _evaluate(training: SupervisedTraining, step: int) -> dict[str, float]:

@@ -163,6 +163,13 @@ def test_a_wrong_flag_ends_with_a_one_line_error(refused, arguments, message):
         ("def get_config(:\n", ", line 1: invalid syntax"),
         ("import nosuchmodule\n", ", line 1: ModuleNotFoundError: No module named 'nosuchmodule'"),
         ("def get_config():\n    x = 1\n    return x / 0\n", ", line 3: ZeroDivisionError: division by zero"),
+        ("import jax_rlhf.packaged\n", "(from jax_rlhf.cli.packaged import packaged_config)"),
+        (
+            "from jax_rlhf.config import default_config\n"
+            "def get_config():\n    config = default_config()\n    config.ppo.kl_coef *= 2\n",
+            "(it is now config.ppo.kl.coef)",
+        ),
+        ("def get_config():\n    return {}['kl_coef']\n", ", line 2: KeyError: 'kl_coef'"),
         (
             "def get_config():\n    return {}\n",
             "get_config returned a dict; it must return an ml_collections.ConfigDict",
@@ -174,6 +181,7 @@ def test_an_error_in_a_config_file_names_the_file_and_the_cause(refused, tmp_pat
     said = refused(f"--config={tmp_path / 'mine.py'}")
     assert said.startswith(str(tmp_path / "mine.py"))
     assert message in said
+    assert ("it is now" in said) == ("it is now" in message)
 
 
 def test_a_users_config_file_may_take_a_parameter(parsed, tmp_path, monkeypatch):

@@ -43,6 +43,19 @@ def test_the_first_argument_is_the_subcommand(ran, monkeypatch, arguments, modul
     assert ran == [(module, ["jax-rlhf", *left])]
 
 
+@pytest.mark.parametrize("name", ["verfiy", "train", "runs/own", "verify\x1b[2J"])
+def test_an_unknown_command_is_an_error_that_lists_the_commands(ran, monkeypatch, capsys, name):
+    monkeypatch.setattr(sys, "argv", ["bin/jax-rlhf", name, "--config=ppo"])
+    with pytest.raises(SystemExit) as ended:
+        main.run()
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert f"{name.partition(chr(27))[0]}" in error
+    assert "is not a command; the commands are run, plan, chat, verify. jax-rlhf --help" in error
+    assert "\x1b" not in error
+    assert ran == []
+
+
 @pytest.mark.parametrize("flag", ["--help", "-h", "-help", "--helpfull", "--helpshort"])
 def test_help_runs_nothing(ran, monkeypatch, capsys, flag):
     for arguments in ([flag], ["run", flag], ["--config=ppo", flag]):

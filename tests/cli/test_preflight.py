@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jax_rlhf import CheckpointError, Pretrained, load_pretrained, save_pretrained
+from jax_rlhf.cli import phases
 from jax_rlhf.cli.open_workdir import forget_failed_start, forget_overwritten, open_workdir, overwritten
 from jax_rlhf.cli.phases import run_phase
 from jax_rlhf.cli.preflight import check_run
@@ -17,7 +18,8 @@ from jax_rlhf.config import run_config
 from jax_rlhf.hub import config_from_hub, locate as place
 from jax_rlhf.io.printable import printable, printable_lines
 from jax_rlhf.models import Decoder, init_params
-from jax_rlhf.runtime.config import LogConfig
+from jax_rlhf.runtime.checkpoint import Checkpoints
+from jax_rlhf.runtime.config import CheckpointConfig, LogConfig
 from jax_rlhf.runtime.manifest import begin_manifest
 from jax_rlhf.runtime.run_logger import RunLogger
 from jax_rlhf.runtime.workdir import lock_workdir, status
@@ -65,14 +67,33 @@ def set_field(config, path, value):
         ({"ppo.actor.optimizer.schedule": "linear", "ppo.actor.optimizer.warmup_steps": 12}, "config.ppo.actor.optim"),
         ({"phases": ("ppo",)}, r"sft/model is missing: run the sft phase first \(--config.phases=sft,ppo does both\)"),
         ({"phases": ("sft", "ppo")}, "reward/model is missing: run the reward phase first"),
-        ({"sft.microbatch_size": 5}, r"config.sft.microbatch_size=5 does not divide a minibatch of 16 rows.*8, 16"),
+        ({"sft.microbatch_size": 5}, r"config.sft.microbatch_size=5 does not divide a batch of 16 rows.*8, 16"),
         (
             {"data.ppo_batch_size": 12},
-            r"a batch of 12 rows cannot be cut evenly .* 2 minibatches × 8 row shards = 16 rows",
+            r"config.data.ppo_batch_size=12 cannot be cut evenly .* 2 minibatches × 8 row shards = 16 rows",
         ),
         ({"data.ppo_batch_size": 160}, "the ppo phase has 90 rows, fewer than a batch of 160"),
         ({"data.paths": ("gone.jsonl",)}, "'gone.jsonl' is neither an existing file or folder"),
-        ({"ppo.reward.functions": ("tests.cli.tiny:nobody",)}, "cannot be imported"),
+        (
+            {"ppo.reward.functions": ("tests.cli.tiny:nobody",)},
+            r"^config.ppo.reward.functions='tests.cli.tiny:nobody' cannot be imported: .* on PYTHONPATH\? ",
+        ),
+        (
+            {"ppo.eval_functions": ("/nowhere/judges.py:good",)},
+            r"^config.ppo.eval_functions='/nowhere/judges.py:good' cannot be imported: there is no file [^?]*$",
+        ),
+        ({"sft.microbatch_size": 0}, "config.sft.microbatch_size=0 must be 1 or more"),
+        (
+            {"data.sft_batch_size": 12},
+            "config.data.sft_batch_size=12 cannot be cut evenly into the mesh's 8 row shards",
+        ),
+        ({"data.reward_batch_size": 12}, "config.data.reward_batch_size=12 cannot be cut evenly"),
+        ({"data.weights": (1.0, 2.0)}, "^config.data: there are 2 weights for 1 paths"),
+        ({"ppo.sampling.temperature": 0.0}, "^config.ppo.sampling.temperature=0.0 must be above 0"),
+        (
+            {"reward.compare": "all", "reward.microbatch_size": 8},
+            r'config.reward.compare="all" .* leave config.reward.microbatch_size unset',
+        ),
         ({"mesh.data": 3}, "data=3 × fsdp=-1 × tensor=1 is not the 8 devices that are available"),
         ({"ppo.loss.clip_range": -1.0}, "clip_range=-1.0 must be 0 or more"),
         ({"ppo.critic.warmup_iterations": 3}, "critic.warmup_iterations=3 leaves the actor none of .*iterations=3"),
@@ -136,6 +157,28 @@ def test_a_checkpoint_with_the_wrong_head_is_an_error_at_the_start(config, tmp_p
         check(config, tmp_path)
 
 
+def test_an_sft_model_without_a_tokenizer_is_an_error_at_the_start(config, tmp_path):
+    config.phases, config.sft_model_path = ("ppo",), tiny.checkpoint(tmp_path / "sft")
+    config.ppo.reward.functions = ("tests.cli.tiny:count_a",)
+    check(config, tmp_path)
+    for file in Path(config.sft_model_path).glob("*token*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"config.sft_model_path=.*/sft has no tokenizer; add its files"):
+        check(config, tmp_path)
+
+
+def test_the_reward_phase_loads_the_sft_model_at_its_own_revision(config, tmp_path):
+    config.model.revision, config.sft_model_path = "v1", "org/sft"
+    loaded = phases._reward(run_config(config), tmp_path).keywords["model"]
+    assert (loaded.path, loaded.revision) == ("org/sft", "v1")
+    config.reward.start_from, config.reward.start_revision = "org/other", "v2"
+    loaded = phases._reward(run_config(config), tmp_path).keywords["model"]
+    assert (loaded.path, loaded.revision) == ("org/other", "v2")
+    config.reward.start_from = None
+    with pytest.raises(ValueError, match=r"config.reward.start_revision=v2 is set without config.reward.start_from"):
+        run_config(config)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_reward_model_is_trained_further_with_its_own_head(config, tmp_path, capsys, tied):
     """Its bias is kept if the scores are not normalised again."""
@@ -179,7 +222,7 @@ def test_a_reward_model_may_know_extra_tokens_but_must_know_the_policys(config, 
 
 def test_an_eos_id_beyond_the_embedding_is_an_error(config, tmp_path):
     config.ppo.sampling.eos_ids = (data.EOS, 77)
-    with pytest.raises(ValueError, match=r"the id 77 ends an answer .* has 31 rows"):
+    with pytest.raises(ValueError, match=r"the id 77 ends a response .* has 31 rows"):
         check(config, tmp_path)
 
 
@@ -406,6 +449,21 @@ def test_a_workdir_with_fields_of_an_earlier_version_is_refused(config, tmp_path
     assert json.loads((workdir / "config.json").read_text()) == now
     (line,) = open_workdir(workdir, config, ("sft",), overwrite=False, accept_changes=True)
     assert "the given settings are used" in line
+
+
+def test_a_checkpoint_with_fields_of_an_earlier_version_is_refused_if_config_json_is_lost(config, tmp_path):
+    workdir = tmp_path / "run"
+    open_workdir(workdir, config, ("sft",), overwrite=False)
+    settings = json.loads((workdir / "config.json").read_text())
+    settings["ppo"]["kl_coef"] = settings["ppo"].pop("kl")["coef"]
+    checkpoints = Checkpoints(workdir / "sft" / "checkpoints", CheckpointConfig())
+    checkpoints.save(1, {"weights": jax.numpy.ones(2)}, {"config": settings})
+    checkpoints.close()
+    (workdir / "config.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"checkpoints/1 is of an earlier version .*config\.ppo\.kl\.coef was config\.ppo"
+    ):
+        open_workdir(workdir, config, ("sft",), overwrite=False)
 
 
 def test_a_run_that_is_stopped_and_restarted_does_not_overwrite_again(config, tmp_path):

@@ -365,7 +365,7 @@ MUTANTS = [
             "divides = rows % num_minibatches == 0 and minibatch % shards == 0",
             "divides = rows % num_minibatches == 0",
         ),
-        ("if divides and given is not None and minibatch % given == 0 and", "if divides and"),
+        ("if divides and given is not None and given > 0 and minibatch % given == 0 and", "if divides and"),
         ("minibatch % given == 0 and given % shards == 0:", "minibatch % given == 0:"),
         ("given = minibatch if tokens_per_row is None else", "given = shards if tokens_per_row is None else"),
     ),

@@ -11,7 +11,7 @@ MUTANTS = [
         "rewards/calling.py",
         _CALLS,
         ("copy.deepcopy(list(values))", "values"),
-        ("[list(ids) for ids in answers.completion_ids or ()] or None", "answers.completion_ids"),
+        ("[list(ids) for ids in inputs.completion_ids or ()] or None", "inputs.completion_ids"),
         (
             'keywords = columns | {"prompts": prompts, "completions": completions} | extras',
             'keywords = {"prompts": prompts, "completions": completions} | extras | columns',
@@ -21,7 +21,7 @@ MUTANTS = [
             "return (), keywords if takes_all else {name: value for name, value in keywords.items() if name in named}",
             "return (), keywords",
         ),
-        ("copy.deepcopy(list(answers.chats or [None] * len(answers)))", "answers.chats"),
+        ("copy.deepcopy(list(inputs.chats or [None] * len(inputs)))", "inputs.chats"),
         ('if "responses" in named:', "if False:"),
         ('return alone or "completions" in named', 'return "completions" in named'),
         ('or named[:1] == ["completion_ids"]', ""),
@@ -29,8 +29,8 @@ MUTANTS = [
         ('beginning = chat.pop()["content"] if continues else ""', 'beginning = ""'),
         ('"content": beginning + response', '"content": response'),
         (
-            "return (list(answers.prompts), list(answers.responses)), keywords",
-            "return (answers.prompts, answers.responses), keywords",
+            "return (list(inputs.prompts), list(inputs.responses)), keywords",
+            "return (inputs.prompts, inputs.responses), keywords",
         ),
     ),
     *variants(

@@ -57,7 +57,7 @@ MUTANTS = [
     *variants(
         "plan/supervised_programs.py",
         _HOST,
-        ("phase.params.frozen, answering.params)", "phase.params.frozen)"),
+        ("phase.params.frozen, sampler.params)", "phase.params.frozen)"),
         ("if settings.normalize_rows:", "if False:"),
     ),
     *variants(

@@ -185,7 +185,7 @@ MUTANTS = [
         ("failures.penalized += int(np.sum(missing))", "failures.penalized += len(missing)"),
         ("failures.timeouts += error.timed_out", "failures.timeouts += 1"),
         ("failures.failed_calls += 1", "failures.failed_calls = 1"),
-        ("arguments(function, answers)", "arguments(function, Answers(answers.responses, answers.prompts))"),
+        ("arguments(function, inputs)", "arguments(function, RewardInputs(inputs.responses, inputs.prompts))"),
         ("missing = ~np.isfinite(total)", "missing = np.isnan(total)"),
     ),
     *variants(

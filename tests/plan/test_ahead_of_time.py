@@ -15,9 +15,10 @@ import pytest
 from jax_rlhf.hub import config_from_hub
 from jax_rlhf.plan.abstract import device_bytes
 from jax_rlhf.plan.all_programs import programs_of
-from jax_rlhf.plan.collectives import collectives, computations_of
+from jax_rlhf.plan.collectives import collectives
 from jax_rlhf.plan.topology import layout_on
 from tests.plan import tiny
+from tests.programs import computations_of
 
 pytestmark = pytest.mark.usefixtures("full_compile")
 

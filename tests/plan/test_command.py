@@ -35,8 +35,8 @@ def test_a_plan_reports_the_programs_of_all_phases(tmp_path):
     made = json.loads(printed)
     rows = {f"{row['phase']} {row['name']}": row for row in made["programs"]}
     phases = {
-        "sft": ["step", "evaluation", "answers", "export"],
-        "reward": ["step", "evaluation", "answers", "answers' scores", "export"],
+        "sft": ["step", "evaluation", "responses", "export"],
+        "reward": ["step", "evaluation", "responses", "response scores", "export"],
         "ppo": ["rollout", "scoring", "update", "export"],
     }
     assert list(rows) == [f"{phase} {name}" for phase, names in phases.items() for name in names]
@@ -62,9 +62,9 @@ def test_a_plan_reports_the_programs_of_all_phases(tmp_path):
     assert rows["ppo export"]["collectives"]["all-gather"]["bytes"] == 8192 * 1024 * 2 * 7 / 8
     assert rows["ppo export"]["temporaries"] >= 8192 * 1024 * 2
     # Scores are normalised on the policy's responses, so the policy is on the devices too, in bfloat16.
-    more = rows["reward answers"]["parameters"] - rows["reward step"]["parameters"]
+    more = rows["reward responses"]["parameters"] - rows["reward step"]["parameters"]
     assert more == pytest.approx(actor * 2 / 8, rel=0.01)
-    assert rows["sft answers"]["traffic"] > 0
+    assert rows["sft responses"]["traffic"] > 0
     hosts = {row["phase"]: row for row in made["hosts"]}
     assert [row["devices"] for row in hosts.values()] == [8] * 3
     assert hosts["ppo"]["checkpoint"] == pytest.approx((actor + critic) * (4 + 8), rel=0.01)

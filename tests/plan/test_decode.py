@@ -5,9 +5,9 @@ import re
 import pytest
 
 from jax_rlhf.plan.all_programs import programs_of
-from jax_rlhf.plan.collectives import computations_of
 from jax_rlhf.plan.topology import layout_on
 from tests.plan import tiny
+from tests.programs import computations_of
 
 pytestmark = pytest.mark.usefixtures("full_compile")
 

@@ -70,7 +70,7 @@ def test_an_offloaded_model_is_on_the_device_only_while_it_scores(tmp_path, chip
 def test_the_policy_is_on_the_devices_while_its_responses_are_scored(tmp_path):
     _, programs = planned(tmp_path)
     sizes = {one.name: device_bytes(one.resident["parameters"]) * 8 for one in programs if one.phase == "reward"}
-    for name in ("answers", "answers' scores"):
+    for name in ("responses", "response scores"):
         assert sizes[name] - sizes["step"] == pytest.approx(ACTOR * 2, rel=0.01)
     assert sizes["evaluation"] == sizes["export"] == sizes["step"]
     _, without = planned(tmp_path, ("reward.normalize_rows", 0))

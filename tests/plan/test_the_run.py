@@ -77,8 +77,8 @@ def called(monkeypatch):
     watch(supervised, "step", lambda arguments: f"{arguments[0].network.model.head} step")
     watch(supervised, "evaluation_sums", lambda _: "sft evaluation")
     watch(reward, "batch_pair_scores", lambda _: "reward evaluation")
-    watch(calibration, "batch_text_scores", lambda _: "reward answers' scores")
-    watch(sampler, "sample_program", lambda arguments: f"answers of {len(arguments[2].tokens)}")
+    watch(calibration, "batch_text_scores", lambda _: "reward response scores")
+    watch(sampler, "sample_program", lambda arguments: f"responses of {len(arguments[2].tokens)}")
     watch(partition, "take_replicated", lambda arguments: ("export", str(leaves(arguments[:1]))))
     for name in ("experience", "sample", "score", "update"):
         watch_made(name)
@@ -112,7 +112,7 @@ def test_the_plan_has_the_shapes_dtypes_and_shardings_of_the_run(stored, changes
     names = {"rollout and scoring": "experience", "rollout": "sample", "scoring": "score", "update": "update"}
     names = {f"ppo {name}": called_as for name, called_as in names.items()}
     names |= {"sft step": "lm step", "reward step": "scalar step"}
-    names |= {"sft answers": "answers of 8", "reward answers": "answers of 16"}
+    names |= {"sft responses": "responses of 8", "reward responses": "responses of 16"}
     planned, exports = {}, []
     for one in programs_of(settings, layout):
         arguments = leaves(compared(one.function.__name__, one.arguments))

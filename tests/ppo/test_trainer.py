@@ -169,6 +169,9 @@ def test_invalid_arguments_of_the_trainer_are_errors():
     engine = RLHFEngine(tiny.policy())
     with pytest.raises(ValueError, match="there is no source of rewards"):
         PPOTrainer(engine, {})
+    named = {"reward": {"functions": ("tests.cli.tiny:count_a",)}}
+    with pytest.raises(ValueError, match=r"config\.ppo\.reward\.functions .*: pass them as reward_functions"):
+        PPOTrainer(RLHFEngine(tiny.policy(), reward=tiny.policy(3, head="scalar")), named)
     with pytest.raises(ValueError, match=r"config\.ppo\.kl\.coeff does not exist; did you mean coef"):
         PPOTrainer(engine, {"kl": {"coeff": 0.1}}, reward_functions=tiny.fractional_reward)
     with pytest.raises(ValueError, match="temperature=0"):
@@ -187,7 +190,7 @@ def test_invalid_arguments_of_the_trainer_are_errors():
             {"num_minibatches": 4},
             "10 rows cannot be cut evenly into config.ppo.num_minibatches=4 .* × 1 row shards = 4 rows",
         ),
-        (12, 1, {"microbatch_size": 5}, "microbatch_size=5 does not divide a minibatch of 12 rows.*1, 2, 3, 4, 6, 12"),
+        (12, 1, {"microbatch_size": 5}, "microbatch_size=5 does not divide a batch of 12 rows.*1, 2, 3, 4, 6, 12"),
         (12, 8, {}, "12 rows cannot be cut evenly into the mesh's 8 row shards.*a multiple of 8 row shards = 8 rows"),
         (16, 8, {"microbatch_size": 4}, "sizes that do: 8, 16"),
     ],
