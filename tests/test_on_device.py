@@ -21,8 +21,8 @@ from jax_rlhf.plan.shapes import model_shape
 from tests.cli.test_end_to_end import environment
 from tests.processes import ROOT
 
-SLOW_PARTS = ("resume", "offload")
-"""They start several runs each. The tests of resuming and offloading check the same without the script."""
+SLOW_PARTS = ("resume", "offload", "decode_captured")
+"""Other tests check resuming and offloading without the script. On a CPU `decode_captured` equals `decode`."""
 
 
 def run(*flags, **variables):
@@ -59,7 +59,9 @@ def test_every_part_runs():
 def test_a_slow_part_runs(part):
     code, rows = run(f"--parts={part}")
     assert code == 0
-    assert [row["ok"] for row in rows if row["part"] == part and "ok" in row] == [True]
+    assert rows[-1]["failed"] == []
+    assert len([row for row in rows if row["part"] == part]) > 1
+    assert all(row.get("ok", True) for row in rows)
 
 
 def test_a_part_that_crashes_is_reported_and_the_next_part_runs():
