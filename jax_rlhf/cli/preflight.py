@@ -70,7 +70,7 @@ def check_run(config: RunConfig, workdir: Path, *, overwrite: bool, accept_chang
     others = {
         field: describe_pretrained(path, revision=revision) for field, path, revision in _checkpoints(config) if path
     }
-    if (sft := others.get("sft_model_path")) is not None and sft.tokenizer is None:
+    if "sft_model_path" in others and others["sft_model_path"].tokenizer is None:
         raise DataError(f"config.sft_model_path={config.sft_model_path} has no tokenizer; add its files to the folder.")
     _check_layers(config, policy.config, phases, workdir)
     _check_vocabularies(config, policy.tokenizer, others)

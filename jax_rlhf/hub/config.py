@@ -31,15 +31,14 @@ class ModelConfig:
     attention: AttentionForm | None = None
     """"xla", or "flash" on GPU (cuDNN) and TPU (splash attention), which stores no T × T scores; None = "xla"."""
 
-    def required_path(self, where: str = "config.model") -> str:
+    def required_path(self) -> str:
         """`path` of a model that must have one.
-
-        Args:
-          where: the config section, for the message.
 
         Raises:
           ValueError: it is None.
         """
         if self.path is None:
-            raise ValueError(f"{where}.path is not set; choose a checkpoint with --{where}.path=FOLDER_OR_HUB_ID")
+            raise ValueError(
+                "config.model.path is not set; choose a checkpoint with --config.model.path=FOLDER_OR_HUB_ID"
+            )
         return self.path
