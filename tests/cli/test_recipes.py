@@ -1,12 +1,14 @@
 """Parts of the phases in isolation: the settings of their updates, their evaluations, samples and metrics."""
 
 import datetime
+import threading
 import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_rlhf.cli.phases import run_phase
 from jax_rlhf.config import run_config
 from jax_rlhf.models import Decoder
 from jax_rlhf.optim.config import OptimizerConfig
@@ -15,6 +17,7 @@ from jax_rlhf.ppo import evaluate, train as ppo
 from jax_rlhf.reward import train as reward
 from jax_rlhf.runtime import supervised_phase as supervised
 from jax_rlhf.sft import train as sft
+from tests.cli import tiny as cli
 from tests.data import tiny as data
 from tests.models.test_decoder import tiny_config
 from tests.ppo import tiny
@@ -184,3 +187,19 @@ def test_ppo_logs_displayed_metrics_and_shares_of_an_iterations_time(monkeypatch
     }
     shown = {"reward": 1.0, "kl": 3.0, "length": 5.0, "samples/s": 4.0}
     assert logged == [(7, metrics | shares, shown), [(7, "train")]]
+
+
+def test_models_are_loaded_while_no_watchdog_runs(tmp_path, monkeypatch):
+    """Loading shows no progress for long, and a restarted run would be ended while it loads, again and again."""
+    watched, load_model = [], reward.load_model
+
+    def load(*arguments, **options):
+        watched.append(any(thread.name == "watchdog" for thread in threading.enumerate()))
+        return load_model(*arguments, **options)
+
+    monkeypatch.setattr(reward, "load_model", load)
+    config = cli.config(tmp_path)
+    config.data.reward_batch_size = config.data.ppo_batch_size = 16
+    config.sft_model_path, config.reward.steps, config.reward.normalize_rows = config.model.path, 1, 16
+    run_phase("reward", run_config(config), tmp_path / "run")
+    assert watched == [False, False]
