@@ -12,18 +12,18 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 
 # transformers 4, which many people still use, must read the saved models too. It cannot be installed next to transformers 5.
-# It is installed at the same time as the rest. pip need not compile modules: most are never imported.
+# It is installed at the same time as the rest.
 name_environment transformers4
 export TRANSFORMERS4_PYTHON="$PWD/$environment/bin/python"
 (
   make_environment transformers4
-  pip_install --no-compile 'transformers>=4.57,<5' 'jinja2>=3.1,<4' 'numpy>=2,<3'
+  pip_install 'transformers>=4.57,<5' 'jinja2>=3.1,<4' 'numpy>=2,<3'
 ) &
 transformers4=$!
 
 make_environment test
-pip_install --no-compile -r requirements.txt -r requirements-judge.txt -r requirements-dev.txt
-pip_install --no-compile --no-deps -r requirements-quickstart.txt
+pip_install -r requirements.txt -r requirements-judge.txt -r requirements-dev.txt
+pip_install --no-deps -r requirements-quickstart.txt
 
 "$environment/bin/ruff" check .
 "$environment/bin/ruff" format --check .

@@ -260,7 +260,7 @@ def test_the_pretraining_loss_is_added():
     for trainer, rows in ((tiny.trainer(), text), (tiny.trainer(ptx_coef=0.5), None)):
         with pytest.raises(ValueError, match="pretraining rows are"):
             trainer.train_rlhf(on_device(experience()), rows)
-    with pytest.raises(ValueError, match="8 pretraining rows cannot be spread over 16 microbatches"):
+    with pytest.raises(ValueError, match=r"8 pretraining rows .* over 16 microbatches; give a multiple of 16"):
         tiny.trainer(ptx_coef=0.5, microbatch_size=1).train_rlhf(on_device(experience()), text)
 
 
