@@ -8,7 +8,6 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from absl import flags
@@ -59,7 +58,7 @@ def run() -> None:
     if name not in COMMANDS:
         print(
             f"error: {printable(name)!r} is not a command; the commands are {', '.join(COMMANDS)}. "
-            f"{Path(program).name} --help lists them with their flags.",
+            "jax-rlhf --help lists them with their flags.",
             file=sys.stderr,
         )
         sys.exit(2)
