@@ -5,7 +5,7 @@
         --config.data.paths=preferences.jsonl
 
 Rows are {"prompt", "chosen", "rejected"}, texts or chats. The result is runs/reward/reward/model: a sequence classifier
-whose score, in torch too, is logits + config.reward_bias. The fields of `data`: configs/sft.py. Scores are
+whose score, in torch too, is logits + model.config.reward_bias. The fields of `data`: configs/sft.py. Scores are
 normalized on responses to PPO's prompts, sampled by `ppo.sampling`.
 """
 

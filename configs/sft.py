@@ -80,7 +80,7 @@ def _rollout_mesh(rollout_mesh: ConfigDict) -> None:
 
 
 def _model(model: ConfigDict) -> None:
-    """The policy. The SFT phase starts from `path`; the other phases use its tokenizer and chat template."""
+    """The policy. The SFT phase starts from `path`; the reward phase and the checks use its tokenizer."""
     # The checkpoint: a folder, a .gguf file or a hub id; None = the checkpoint of another model, or no model.
     model.path = "HuggingFaceTB/SmolLM2-135M"
     # model.revision = None  # The revision of a hub id.

@@ -28,7 +28,7 @@ class RunConfig:
     rollout_mesh: RolloutMeshConfig = dataclasses.field(default_factory=RolloutMeshConfig)
     """The mesh for sampling, on the same devices; by default chosen from the model's sizes."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    """The policy. The SFT phase starts from `path`; the other phases use its tokenizer and chat template."""
+    """The policy. The SFT phase starts from `path`; the reward phase and the checks use its tokenizer."""
     sft_model_path: str | None = None
     """The SFT policy, from which the reward and PPO phases start; None = <workdir>/sft/model."""
     reference: FrozenConfig = dataclasses.field(default_factory=FrozenConfig)

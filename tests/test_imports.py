@@ -39,6 +39,10 @@ def test_the_settings_and_the_help_load_no_large_library():
     assert not loaded_by("from jax_rlhf.cli.main import help_text; help_text()") & heavy
 
 
+def test_a_run_loads_datasets_only_when_it_reads_them():
+    assert "pandas" not in loaded_by("import jax_rlhf.cli.run, jax_rlhf.cli.phases")  # `datasets` imports pandas
+
+
 def test_the_rl_package_loads_only_jax_chex_flax_and_jaxtyping():
     before = loaded_by("import jax, chex, flax, flax.struct, lazy_loader")
     assert not (loaded_by("import jax_rlhf.rl") - before - {"jax_rlhf"}) & HEAVY

@@ -154,7 +154,7 @@ Every field of `data` and `model` is explained here; docs/data.md shows the form
         --config.data.paths=preferences.jsonl
 
 Rows are {"prompt", "chosen", "rejected"}, texts or chats. The result is runs/reward/reward/model: a sequence classifier
-whose score, in torch too, is logits + config.reward_bias. The fields of `data`: configs/sft.py. Scores are
+whose score, in torch too, is logits + model.config.reward_bias. The fields of `data`: configs/sft.py. Scores are
 normalized on responses to PPO's prompts, sampled by `ppo.sampling`.""",
         (
             *("phases", "model.path", "sft_model_path", "data.paths", "data.reward_batch_size", "data.max_tokens"),

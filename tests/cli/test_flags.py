@@ -215,6 +215,32 @@ def test_unknown_phases_and_fields_raise_with_an_explanation():
         run_config({"model": {"lora_r": 8}})
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("sft.microbatch_size", 0, "1 or more"),
+        ("sft.steps", -3, "1 or more"),
+        ("sft.epochs", 0.0, "above 0"),
+        ("sft.eval_every", -1, "0 or more"),
+        ("sft.sample_rows", -1, "0 or more"),
+        ("sft.optimizer.warmup_steps", -1, "0 or more"),
+        ("reward.microbatch_size", -2, "1 or more"),
+        ("reward.normalize_rows", -1, "0 or more"),
+        ("reward.optimizer.total_steps", 0, "1 or more"),
+        ("ppo.actor.optimizer.learning_rate", -1.0, "0 or more"),
+        ("ppo.critic.optimizer.max_grad_norm", 0.0, "above 0"),
+        ("ppo.iterations", 0, "1 or more"),
+        ("data.sft_batch_size", 0, "1 or more"),
+    ],
+)
+def test_a_number_out_of_range_is_an_error_that_names_the_field(field, value, wanted):
+    config = default_config()
+    with config.unlocked():
+        config.update_from_flattened_dict({field: value})
+    with pytest.raises(ValueError, match=rf"^config\.{re.escape(field)}={value} must be {wanted}\.$"):
+        run_config(config)
+
+
 def test_a_wrong_command_exits_with_code_2_and_no_traceback(tmp_path):
     """A Kubernetes JobSet restarts a run after most other exit codes."""
     command = [sys.executable, "-m", "jax_rlhf", "--config=nosuch.py", "--workdir=x"]
