@@ -53,7 +53,6 @@ def from_mapping(kind: type[T], values: Any, where: str = "config") -> T:
 
 def check_ranges(
     config: Any,
-    where: str = "",
     *,
     at_least_0: tuple[str, ...] = (),
     at_least_1: tuple[str, ...] = (),
@@ -61,9 +60,10 @@ def check_ranges(
 ) -> None:
     """Checks that numeric fields of a config dataclass are in range; None is always in range.
 
+    The message begins with the field. `from_mapping` puts the section before it.
+
     Args:
       config: the dataclass.
-      where: its name in the message; "" = the message begins with the field, and `from_mapping` adds the name.
       at_least_0, at_least_1, above_0: names of fields.
 
     Raises:
@@ -77,7 +77,7 @@ def check_ranges(
         for name in names:
             value = getattr(config, name)
             if value is not None and wrong(value):
-                raise ValueError(f"{where}{'.' if where else ''}{name}={value} must be {wanted}.")
+                raise ValueError(f"{name}={value} must be {wanted}.")
 
 
 _UNSUPPORTED = {

@@ -45,7 +45,7 @@ class KLConfig:
     """The time constant of the adaptation, in episodes."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, "config.ppo.kl", at_least_0=("coef",), above_0=("target", "horizon"))
+        check_ranges(self, at_least_0=("coef",), above_0=("target", "horizon"))
         if self.target is not None and not self.coef > 0:
             raise ValueError(
                 f"config.ppo.kl.target={self.target} multiplies config.ppo.kl.coef by factors: start it above 0."
@@ -82,7 +82,7 @@ class RewardSourceConfig:
     """The score of those responses, in place of the sum of all functions."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, "config.ppo.reward", at_least_0=("clip", "retries"), above_0=("timeout", "memory_gb"))
+        check_ranges(self, at_least_0=("clip", "retries"), above_0=("timeout", "memory_gb"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,6 @@ class LossConfig:
     def __post_init__(self) -> None:
         check_ranges(
             self,
-            "config.ppo.loss",
             at_least_0=("clip_range", "clip_range_high", "value_clip_range", "ptx_coef"),
             above_0=("penalty_coef", "penalty_target", "entropy_target"),
         )
@@ -158,7 +157,7 @@ class CriticTrainingConfig:
     """Iterations at the start in which only the critic is trained. Adaptive coefficients do not change meanwhile."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, "config.ppo.critic", at_least_0=("warmup_iterations",))
+        check_ranges(self, at_least_0=("warmup_iterations",))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,7 +178,7 @@ class LimitsConfig:
     """The factor of `action="lower_lr"`."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, "config.ppo.limits", above_0=("target_kl", "kl"))
+        check_ranges(self, above_0=("target_kl", "kl"))
         if self.ratio is not None and not self.ratio >= 2:
             raise ValueError(f"config.ppo.limits.ratio={self.ratio} must be 2 or more.")
         if not 0 < self.lr_factor < 1:
@@ -240,7 +239,7 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         at_least_1 = ("ppo_epochs", "num_minibatches", "microbatch_size", "logprob_chunk", "iterations", "eval_rows")
-        check_ranges(self, "config.ppo", at_least_1=at_least_1, at_least_0=("eval_every", "sample_rows"))
+        check_ranges(self, at_least_1=at_least_1, at_least_0=("eval_every", "sample_rows"))
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"config.ppo.{name}={getattr(self, name)} must lie between 0 and 1.")
